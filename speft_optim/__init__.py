@@ -1,0 +1,18 @@
+"""Sparse fine-tuning: gradients, moments and updates only for the masked entries of a model's weights."""
+
+from speft_optim.adapter import load_adapter, save_adapter
+from speft_optim.masks import Mask, Masks
+from speft_optim.optim import SparseAdamW
+from speft_optim.selection import select_masks
+from speft_optim.sparsify import desparsify, sparsify
+
+__all__ = [
+    "Mask",
+    "Masks",
+    "SparseAdamW",
+    "desparsify",
+    "load_adapter",
+    "save_adapter",
+    "select_masks",
+    "sparsify",
+]

@@ -1,0 +1,11 @@
+"""The operations that touch masked entries. They see tensors only: no modules, no masks, no optimizer."""
+
+from speft_optim.kernels.reference import (
+    accumulate_product_,
+    adamw_,
+    gather_entries,
+    sampled_gradient,
+    scatter_entries_,
+)
+
+__all__ = ["accumulate_product_", "adamw_", "gather_entries", "sampled_gradient", "scatter_entries_"]

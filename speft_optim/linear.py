@@ -1,0 +1,114 @@
+"""Weight gradients without weights that require gradients: taps on the use of a frozen weight.
+
+A `Tap` watches one use of a frozen weight and hands what its gradient is made of to a sink. For a linear layer that
+is the
+layer's input and its output gradient: an identity placed on the layer's *output* passes both on, and leaves the layer's
+forward, class and weight alone, so that the input gradient is that of a frozen layer and the dense weight gradient is
+never formed. Any other weight is shadowed during its module's forward by an alias whose backward hands over the dense
+gradient of that one use, which is then free to go.
+
+Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
+has to be undone before saving.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from speft_optim.targets import Target, is_linear, is_transposed_linear
+
+
+class Sink(Protocol):
+    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it."""
+
+    def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
+        """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype."""
+
+    def from_dense(self, gradient: Tensor) -> Tensor | None:
+        """The weight's gradient is `gradient`, of the weight's shape and dtype."""
+
+
+class _TapOutput(torch.autograd.Function):
+    """Identity on a linear layer's output; its backward sees the layer's input and output gradient."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Sink, transposed: bool) -> Tensor:
+        # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
+        ctx.save_for_backward(x.to(output.dtype))
+        ctx.sink, ctx.transposed = sink, transposed
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, output_gradient: Tensor):
+        (x,) = ctx.saved_tensors
+        left, right = (x, output_gradient) if ctx.transposed else (output_gradient, x)
+        anchor_gradient = ctx.sink.from_product(left, right) if ctx.needs_input_grad[2] else None
+        return output_gradient, None, anchor_gradient, None, None
+
+
+class _TapWeight(torch.autograd.Function):
+    """A differentiable alias of a frozen weight; its backward sees the dense gradient of one use."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, anchor: Tensor, sink: Sink) -> Tensor:
+        ctx.sink = sink
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return None, ctx.sink.from_dense(gradient) if ctx.needs_input_grad[1] else None, None
+
+
+class Tap:
+    """Hooks on one module that feed the gradient of one of its frozen weights to a sink, whenever grad mode is on.
+
+    Args:
+        module: the module that uses the weight in its forward.
+        attribute: the weight's name in the module.
+        anchor: a tensor that requires gradients; it makes the output require them, and gets what the sink returns.
+        sink: where the gradient's parts go.
+    """
+
+    def __init__(self, module: nn.Module, attribute: str, anchor: Tensor, sink: Sink):
+        self.attribute, self.anchor, self.sink = attribute, anchor, sink
+        self.transposed = is_transposed_linear(module, attribute)
+        if self.transposed or is_linear(module, attribute):
+            # First among the forward hooks: it must see what the layer itself returned.
+            hooks = [module.register_forward_hook(self.tap_output, prepend=True, with_kwargs=True)]
+        else:
+            hooks = [
+                module.register_forward_pre_hook(self.shadow_weight),
+                module.register_forward_hook(self.unshadow_weight, always_call=True),
+            ]
+        self.hooks = hooks
+
+    def remove(self) -> None:
+        """Take the hooks off the module."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def tap_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """Forward hook of linear layers."""
+        if not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        return _TapOutput.apply(output, x, self.anchor, self.sink, self.transposed)
+
+    def shadow_weight(self, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of other modules: an instance attribute is found before the registered parameter."""
+        if torch.is_grad_enabled():
+            weight = module._parameters[self.attribute]
+            module.__dict__[self.attribute] = _TapWeight.apply(weight, self.anchor, self.sink)
+
+    def unshadow_weight(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Forward hook of other modules, called also after an exception."""
+        module.__dict__.pop(self.attribute, None)
+
+
+def tap_target(target: Target, anchor: Tensor, sink: Sink) -> list[Tap]:
+    """Tap every use of a weight; their gradients add up in the anchor or in the sink."""
+    return [Tap(module, attribute, anchor, sink) for module, attribute in target.sites]

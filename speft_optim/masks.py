@@ -1,0 +1,305 @@
+"""Which entries of a weight are trained: `Mask` for one weight, `Masks` for a model.
+
+A mask is the sorted set of flat, row-major positions of its entries. It is never held as a boolean tensor of the
+weight's
+shape: at 1 % density that would cost a hundred bytes per entry kept. Where it is smaller, the positions are packed as
+row pointers (int32) and 16-bit columns, about two bytes an entry; `Mask.indices` unpacks them for the moment of use.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speft_optim.files import write_safetensors
+
+_FORMAT = "speft_optim.masks/1"
+_INT32_LIMIT = 2**31 - 1
+_UINT16_COLUMNS = 2**16
+
+
+class Mask:
+    """The masked entries of one weight.
+
+    Args:
+        indices: 1-D integer tensor of unique flat (row-major) positions, in any order.
+        shape: shape of the weight they refer to.
+
+    Raises:
+        TypeError: `indices` is not a 1-D integer tensor.
+        ValueError: a position lies outside the weight or occurs twice.
+    """
+
+    def __init__(self, indices: Tensor, shape: Sequence[int]):
+        self.shape = torch.Size(shape)
+        count = self.shape.numel()
+        if not isinstance(indices, Tensor) or indices.dim() != 1:
+            raise TypeError(f"Mask needs a 1-D tensor of flat positions, got {_describe(indices)}.")
+        if indices.dtype not in (torch.int16, torch.int32, torch.int64):
+            raise TypeError(
+                f"Mask needs integer positions, got {indices.dtype}; use mask.flatten().nonzero().squeeze(1)."
+            )
+        indices = indices.detach().to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
+        if indices.numel():
+            if not bool((indices[1:] > indices[:-1]).all()):
+                indices = indices.sort().values
+                if bool((indices[1:] == indices[:-1]).any()):
+                    raise ValueError(
+                        f"Mask of shape {tuple(shape)} got the same position twice; pass unique positions."
+                    )
+            low, high = int(indices[0]), int(indices[-1])
+            if low < 0 or high >= count:
+                bad = low if low < 0 else high
+                raise ValueError(
+                    f"Mask position {bad} lies outside 0..{count - 1} of a weight of shape {tuple(shape)}."
+                )
+        self._length = indices.numel()
+        self._pointers, self._positions = self._pack(indices)
+
+    def _pack(self, indices: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Row pointers and 16-bit columns where that form is smaller, else no pointers and the flat positions."""
+        columns = self._columns
+        rows = self.shape.numel() // columns
+        packed_bytes = 2 * self._length + 4 * (rows + 1)
+        fits = columns <= _UINT16_COLUMNS and self._length <= _INT32_LIMIT
+        if not fits or packed_bytes >= indices.element_size() * self._length:
+            return None, indices.clone()
+        starts = torch.arange(rows + 1, device=indices.device, dtype=torch.int64) * columns
+        pointers = torch.searchsorted(indices, starts.to(indices.dtype), out_int32=True)
+        return pointers, (indices % columns).to(torch.uint16)
+
+    @property
+    def _columns(self) -> int:
+        return max(1, self.shape[-1]) if self.shape else 1
+
+    @property
+    def indices(self) -> Tensor:
+        """Sorted unique flat positions, int32 (int64 for weights of 2^31 entries or more), shape (len(self),)."""
+        if self._pointers is None:
+            return self._positions
+        dtype = torch.int32 if self.shape.numel() <= _INT32_LIMIT else torch.int64
+        row_starts = torch.arange(self._pointers.numel() - 1, device=self._pointers.device, dtype=dtype).mul_(
+            self._columns
+        )
+        counts = self._pointers.diff()
+        return row_starts.repeat_interleave(counts, output_size=self._length).add_(self._positions.to(dtype))
+
+    def packed(self) -> dict[str, Tensor]:
+        """The positions as held: `indices`, or `pointers` (rows + 1, int32) and `columns` (len(self), uint16)."""
+        if self._pointers is None:
+            return {"indices": self._positions}
+        return {"pointers": self._pointers, "columns": self._positions}
+
+    @classmethod
+    def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":
+        """The mask that `packed` took apart, checked as the constructor checks.
+
+        Raises:
+            ValueError: the parts do not describe positions in a weight of `shape`.
+            KeyError: a part is missing.
+        """
+        if "indices" in parts:
+            return cls(parts["indices"], shape)
+        pointers, columns = parts["pointers"].long(), parts["columns"].long()
+        counts = pointers.diff()
+        rows, width = torch.Size(shape).numel() // shape[-1], shape[-1]
+        whole = pointers.shape == (rows + 1,) and int(pointers[0]) == 0 and int(pointers[-1]) == columns.numel()
+        if not whole or bool((counts < 0).any()) or bool((columns >= width).any()):
+            raise ValueError(f"Row pointers and columns do not describe entries of a weight of shape {tuple(shape)}.")
+        return cls(torch.arange(rows).repeat_interleave(counts) * width + columns, shape)
+
+    def __len__(self) -> int:
+        """Number of masked entries."""
+        return self._length
+
+    @property
+    def density(self) -> float:
+        """Share of the weight's entries that are masked, 0 to 1."""
+        return self._length / max(1, self.shape.numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the positions take at rest."""
+        return sum(part.nbytes for part in self.packed().values())
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds the positions."""
+        return self._positions.device
+
+    def to(self, device: torch.device | str) -> "Mask":
+        """The same mask with its positions on `device`."""
+        if torch.device(device) == self.device:
+            return self
+        other = object.__new__(Mask)
+        other.shape, other._length = self.shape, self._length
+        other._pointers = None if self._pointers is None else self._pointers.to(device)
+        other._positions = self._positions.to(device)
+        return other
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that differ between different masks, equal on every device."""
+        digest = hashlib.sha256(repr(tuple(self.shape)).encode())
+        digest.update(self.indices.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def overlap(self, other: "Mask") -> float:
+        """Share of the smaller mask's entries that both have, 0 to 1; 1.0 where the smaller one is empty.
+
+        Raises:
+            ValueError: the two masks belong to weights of different shapes.
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"Cannot compare masks of shapes {tuple(self.shape)} and {tuple(other.shape)}.")
+        smaller = min(len(self), len(other))
+        return self._shared(other) / smaller if smaller else 1.0
+
+    def _shared(self, other: "Mask") -> int:
+        return int(torch.isin(self.indices, other.indices.to(self.device), assume_unique=True).sum())
+
+    def row_counts(self) -> Tensor:
+        """Masked entries per row, int64; a row is a run of the weight's last dimension."""
+        return torch.bincount(self.indices.long() // self._columns, minlength=self.shape.numel() // self._columns)
+
+    def column_counts(self) -> Tensor:
+        """Masked entries per position in the weight's last dimension, int64."""
+        return torch.bincount(self.indices.long() % self._columns, minlength=self._columns)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal shape and equal positions, on whatever device."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        same = self.shape == other.shape and len(self) == len(other)
+        return same and torch.equal(self.indices, other.indices.to(self.device))
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        """Shape, count and density."""
+        return f"Mask(shape={tuple(self.shape)}, entries={len(self):,}, density={self.density:.4%})"
+
+
+class Masks(dict[str, Mask]):
+    """Masks of a model: from the parameter's full name (`model.layers.0.mlp.up_proj.weight`) to its `Mask`."""
+
+    @property
+    def count(self) -> int:
+        """Masked entries over all weights."""
+        return sum(len(mask) for mask in self.values())
+
+    @property
+    def density(self) -> float:
+        """Masked share of all entries of the weights named here, 0 to 1."""
+        return self.count / max(1, sum(mask.shape.numel() for mask in self.values()))
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits over names, shapes and positions."""
+        parts = [f"{name}:{mask.fingerprint()}" for name, mask in sorted(self.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def overlap(self, other: "Masks") -> float:
+        """Share of the smaller selection's entries that both have, 0 to 1, over the weights of either.
+
+        Raises:
+            ValueError: a weight has different shapes in the two.
+        """
+        for name in self.keys() & other.keys():
+            if self[name].shape != other[name].shape:
+                shapes = f"{tuple(self[name].shape)} and {tuple(other[name].shape)}"
+                raise ValueError(f"Cannot compare masks of {name}: shapes {shapes} differ.")
+        smaller = min(self.count, other.count)
+        shared = sum(self[name]._shared(other[name]) for name in self.keys() & other.keys())
+        return shared / smaller if smaller else 1.0
+
+    def save(self, path: str | Path) -> None:
+        """Write all masks to one safetensors file; the file appears whole or not at all."""
+        shapes = {name: list(mask.shape) for name, mask in self.items()}
+        metadata = {"format": _FORMAT, "shapes": json.dumps(shapes)}
+        write_safetensors({name: mask.indices.cpu() for name, mask in self.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Masks":
+        """Read masks written by `save`, in the order they were saved in.
+
+        Raises:
+            ValueError: the file is not such a file, is damaged, or holds positions outside a weight.
+        """
+        try:
+            with safe_open(str(path), "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"{path} has format {metadata.get('format')!r}, not {_FORMAT!r}: no masks of Masks.save."
+                    )
+                shapes = json.loads(metadata["shapes"])
+                return cls({name: Mask(file.get_tensor(name), shape) for name, shape in shapes.items()})
+        except (SafetensorError, KeyError, json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is not a readable mask file: {error}.") from error
+
+    def summary(self) -> str:
+        """A table of density per layer and projection, in percent, with totals; for people."""
+        layers, projections, cells = density_grid(self)
+        if not self:
+            return "no masks"
+        width = max([9, *(len(name) for name in projections)])
+        head = "layer".ljust(12) + "".join(name.rjust(width + 1) for name in projections)
+        lines = [head]
+        for i, layer in enumerate(layers):
+            row = "".join(("-" if math.isnan(v) else f"{v:.3%}").rjust(width + 1) for v in cells[i])
+            lines.append(layer.ljust(12) + row)
+        total = f"{self.count:,} of {sum(m.shape.numel() for m in self.values()):,} entries, {self.density:.4%}"
+        empty = sum(1 for mask in self.values() if not len(mask))
+        lines.append(f"{total}, in {len(self)} weights" + (f", {empty} of them without any" if empty else ""))
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw density by layer and projection, and how concentrated rows and columns are, to a PNG (by matplotlib)."""
+        from speft_optim.plots import plot_masks
+
+        plot_masks(self, path)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A parameter's name as (layer, projection): `model.layers.3.mlp.up_proj.weight` -> ("layers.3", "up_proj")."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    layer = f"{parts[numbers[0] - 1]}.{parts[numbers[0]]}" if numbers and numbers[0] else "other"
+    rest = parts[numbers[0] + 1 :] if numbers else parts
+    if rest and rest[-1] == "weight" and len(rest) > 1:
+        rest = rest[:-1]
+    return layer, rest[-1] if rest else name
+
+
+def density_grid(masks: Masks) -> tuple[list[str], list[str], list[list[float]]]:
+    """Density of each (layer, projection) cell, NaN where there is no such weight; layers and projections in order."""
+    entries: dict[tuple[str, str], list[int]] = {}
+    for name, mask in masks.items():
+        cell = entries.setdefault(split_name(name), [0, 0])
+        cell[0] += len(mask)
+        cell[1] += mask.shape.numel()
+    layers = list(dict.fromkeys(layer for layer, _ in entries))
+    projections = list(dict.fromkeys(projection for _, projection in entries))
+    share = {key: kept / max(1, size) for key, (kept, size) in entries.items()}
+    return layers, projections, [[share.get((row, column), math.nan) for column in projections] for row in layers]
+
+
+def concentration(counts: Iterable[Tensor], share: float = 0.9) -> float:
+    """Smallest fraction of rows (or columns) that holds `share` of the entries, averaged over the weights given."""
+    fractions = list(_fractions(counts, share))
+    return sum(fractions) / len(fractions) if fractions else math.nan
+
+
+def _fractions(counts: Iterable[Tensor], share: float) -> Iterator[float]:
+    for count in counts:
+        if total := int(count.sum()):
+            covered = count.sort(descending=True).values.cumsum(0)
+            yield (int((covered < share * total).sum()) + 1) / count.numel()
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

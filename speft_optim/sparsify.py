@@ -1,0 +1,287 @@
+"""Compact values on a model: `sparsify` attaches them, `desparsify` takes them off and leaves plain weights.
+
+For a masked weight W a `SparseWeight` is added as a submodule beside it (`q_proj.sparse_weight`). It holds the one
+trainable
+tensor there, `values`: the weight itself at the masked entries, 1-D, fp32. W stays the model's own tensor, frozen,
+and always holds the current values in its own dtype, so forward and checkpoints are the model's own.
+
+Memory at rest per masked entry beyond W: 4 bytes of values and 2 to 4 of positions. A submodule rather than a
+parameter of
+the layer, because a module can keep itself out of `state_dict()`, keep its values in fp32 under `model.to(bfloat16)`,
+and be copied and pickled with its model; a bare parameter needs a hook for each of these.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from speft_optim.kernels import gather_entries, sampled_gradient, scatter_entries_
+from speft_optim.linear import tap_target
+from speft_optim.masks import Mask
+from speft_optim.optim import SparseAdamW, link, linked, unlink
+from speft_optim.targets import Target, all_targets
+
+
+class SparseWeight(nn.Module):
+    """The trained entries of one weight, kept equal to the weight they belong to.
+
+    Attributes:
+        name: the weight's full parameter name.
+        mask: which entries are trained.
+        values: (k,) fp32 parameter, the weight's masked entries.
+    """
+
+    def __init__(self, model: nn.Module, target: Target, mask: Mask):
+        super().__init__()
+        self.name = target.name
+        self.mask = mask.to(target.parameter.device)
+        # In a tuple, since a module kept as an attribute would become a child of its own child.
+        self._places = (model, target)
+        entries = gather_entries(target.parameter.detach(), self.mask.indices)
+        self.values = nn.Parameter(entries.to(torch.float32))
+        self._remember()
+        link(self.values, self)
+        self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
+        self._hooks += tap_target(target, self.values, self)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, frozen.
+
+        Raises:
+            ValueError: the model holds another module, or a weight of another shape, where this one was attached.
+        """
+        model, target = self._places
+        module, attribute = target.sites[0]
+        weight = module._parameters.get(attribute)
+        path = self.name.rpartition(".")[0]
+        try:
+            found = model.get_submodule(path)
+        except AttributeError:
+            found = None
+        if found is not module or weight is None or weight.shape != self.mask.shape:
+            now = (
+                "is no longer in the model"
+                if found is not module or weight is None
+                else f"has shape {tuple(weight.shape)}"
+            )
+            raise ValueError(
+                f"{self.name} {now}, but was sparsified with shape {tuple(self.mask.shape)} (a resized, replaced or "
+                "wrapped module?); call sparsify again after such changes and build a new optimizer."
+            )
+        return weight
+
+    def synchronize(self) -> None:
+        """Let the newer of weight and values win: write changed values, or read entries changed in the weight."""
+        weight = self.weight
+        if self.values._version != self._values_version:
+            self.write()
+        elif weight is not self._weight or weight._version != self._weight_version:
+            self.read()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Round the values to the weight's dtype and write them into it."""
+        scatter_entries_(self.weight, self._indices(), self.values)
+        self._remember()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over entries that differ in the weight; where it holds a value's rounding, the exact value stays."""
+        entries = gather_entries(self.weight, self._indices())
+        stands = entries == self.values.to(entries.dtype)
+        self.values.copy_(torch.where(stands, self.values, entries.to(torch.float32)))
+        self._remember()
+
+    def _indices(self) -> Tensor:
+        self.mask = self.mask.to(self.values.device)
+        return self.mask.indices
+
+    def _remember(self) -> None:
+        self._weight = self._places[1].parameter
+        self._weight_version = self._weight._version
+        self._values_version = self.values._version
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        # Before forward and not after: once autograd has saved the weight for backward it must not be written.
+        weight = self._places[1].parameter
+        seen = (self._weight_version, self._values_version)
+        if weight is not self._weight or (weight._version, self.values._version) != seen:
+            self.synchronize()
+
+    def from_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sampled gradient of a linear weight, (k,) fp32."""
+        return sampled_gradient(left.flatten(0, -2), right.flatten(0, -2), self._indices())
+
+    def from_dense(self, gradient: Tensor) -> Tensor:
+        """Masked entries of a dense gradient, (k,) fp32."""
+        return gather_entries(gradient, self._indices()).to(torch.float32)
+
+    def detach_from_model(self) -> None:
+        """Take off all hooks and this module; the weight keeps the current values."""
+        self.synchronize()
+        for hook in self._hooks:
+            hook.remove()
+        _, target = self._places
+        module, attribute = target.sites[0]
+        delattr(module, _child_name(attribute))
+        unlink(self.values)
+        self._hooks, self._places, self._weight = [], (), None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        # The weight's entry shares memory with the weight, so a write now still reaches it.
+        self.synchronize()
+
+    def _load_from_state_dict(self, *args) -> None:
+        # The weight beside was just loaded: what it holds now wins over values of before.
+        self.read()
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
+        exact = self.values.detach()
+        super()._apply(fn, recurse)
+        if self.values.dtype != torch.float32:
+            self.values.data = exact.to(self.values.device)
+            if self.values.grad is not None:
+                self.values.grad.data = self.values.grad.data.to(torch.float32)
+        return self
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        link(self.values, self)
+
+    def extra_repr(self) -> str:
+        """Entries and density, for printed models."""
+        return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
+
+
+def sparsify(model: nn.Module, masks: Mapping[str, Mask]) -> list[nn.Parameter]:
+    """Attach compact values for `masks` and freeze all else.
+
+    Args:
+        model: a model in memory; its weights are left in place and in their dtype (fp32, bf16 or fp16).
+        masks: from a parameter's full name to its mask; empty masks attach nothing.
+
+    Returns:
+        The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
+
+    Raises:
+        ValueError: a name or shape does not fit the model, the masks are empty, or the model is sparsified already;
+            the model is then as it was.
+        TypeError: a masked weight is not floating, or `masks` is no mapping to `Mask`.
+    """
+    targets = all_targets(model)
+    _check_masks(model, masks, targets)
+    _follow_optimizers()
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    weights = []
+    for name, target in targets.items():
+        if name in masks and len(masks[name]):
+            weight = SparseWeight(model, target, masks[name])
+            module, attribute = target.sites[0]
+            module.add_module(_child_name(attribute), weight)
+            weights.append(weight)
+    model.__dict__[_BEFORE] = (required_grad, _let_checkpoints_see_gradients(model))
+    return [weight.values for weight in weights]
+
+
+def desparsify(model: nn.Module) -> None:
+    """Undo `sparsify`: plain weights with the trained values, each requiring gradients as it did before.
+
+    Raises:
+        ValueError: the model is not sparsified.
+    """
+    weights = sparse_weights(model)
+    if not weights:
+        raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
+    for weight in weights:
+        weight.detach_from_model()
+    required_grad, hook = model.__dict__.pop(_BEFORE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required_grad.get(name, parameter.requires_grad))
+    if hook is not None:
+        hook.remove()
+
+
+def sparse_weights(model: nn.Module) -> list[SparseWeight]:
+    """The sparsified weights of a model, in the order of its parameters; none on a plain model."""
+    return [module for module in model.modules() if isinstance(module, SparseWeight)]
+
+
+_BEFORE = "_before_sparsify"
+
+
+def _child_name(attribute: str) -> str:
+    return f"sparse_{attribute}"
+
+
+def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:
+    if sparse_weights(model):
+        raise ValueError("The model is sparsified already; call desparsify(model) first.")
+    if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
+        raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
+    for name, mask in masks.items():
+        if name not in targets:
+            shared = [n for n, t in targets.items() if any(name.endswith(a) for _, a in t.sites[1:])]
+            hint = f"; a shared weight goes by its first name, here perhaps {shared[0]}" if shared else ""
+            raise ValueError(
+                f"There is a mask for {name}, but {type(model).__name__} has no parameter of that name{hint}."
+            )
+        parameter = targets[name].parameter
+        if parameter.shape != mask.shape:
+            shapes = f"{tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
+            raise ValueError(f"The mask of {name} is for shape {shapes}; select the masks on this model.")
+        if not parameter.is_floating_point():
+            raise TypeError(f"{name} has dtype {parameter.dtype}; only floating weights can be sparsified.")
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device (offloaded to CPU or disk?); load the model without offloading."
+            )
+    if not any(len(mask) for mask in masks.values()):
+        raise ValueError(f"The {len(masks)} masks hold no entry, so nothing would train; raise density or budget.")
+
+
+def _follow_optimizers() -> None:
+    """Write through after the step of *any* optimizer, once per process.
+
+    Version counters would do for torch's own, but not for optimizers that update through a pointer (bitsandbytes).
+    """
+    if not _following:
+        _following.append(register_optimizer_step_post_hook(_write_after_step))
+
+
+_following: list = []
+
+
+def _write_after_step(optimizer, args, kwargs) -> None:
+    if isinstance(optimizer, SparseAdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (weight := linked(parameter)) is not None and parameter.grad is not None:
+                weight.write()
+
+
+def _let_checkpoints_see_gradients(model: nn.Module):
+    """Hook the input embeddings, if the model tells which they are.
+
+    Reentrant checkpointing drops all gradients of a block whose inputs need none, as happens once embeddings are
+    frozen.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None:
+        return None
+    return embeddings.register_forward_hook(_RequireGradient(model))
+
+
+class _RequireGradient:
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
+        if checkpointing and torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)

@@ -1,0 +1,125 @@
+"""Where a weight lives in a model: from what the user names to the modules that use it.
+
+A weight shared by several modules (tied embeddings) is one `Target` with several sites, under the first name PyTorch
+lists.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight of a model.
+
+    Attributes:
+        name: the parameter's full name.
+        sites: (module, attribute) pairs that hold it.
+    """
+
+    name: str
+    sites: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The tensor in the model now."""
+        module, attribute = self.sites[0]
+        return module._parameters[attribute]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight that the mask's positions refer to."""
+        return self.parameter.shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The weight as (rows, columns): its first dimension by all others."""
+        rows = self.shape[0] if self.shape else 1
+        return rows, self.shape.numel() // max(1, rows)
+
+
+def all_targets(model: nn.Module) -> dict[str, Target]:
+    """Every floating or quantised weight of the model by its first name, shared ones once, in the model's order."""
+    sites: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
+                sites.setdefault(id(parameter), []).append((module, attribute))
+    return {name: Target(name, tuple(sites[key])) for key, name in names.items()}
+
+
+def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
+    """The weights that `targets` names.
+
+    Args:
+        model: any module.
+        targets: None for the linear weights of the blocks (stacked expert weights included; no embeddings, head, norms,
+            biases); or suffixes of module names, whose `weight` is meant (`"q_proj"`), or of parameter names
+            (`"q_proj.bias"`); or a predicate of a parameter's full name and the parameter.
+
+    Raises:
+        TypeError: `targets` is of another kind.
+        ValueError: nothing matches, a suffix matches nothing, or a suffix occurs twice.
+    """
+    known = all_targets(model)
+    if targets is None:
+        found = {name: target for name, target in known.items() if _is_block_matrix(model, target)}
+        remedy = "the model has no nn.ModuleList of blocks with linear weights; name them with targets=[...]"
+    elif callable(targets):
+        found = {name: target for name, target in known.items() if targets(name, target.parameter)}
+        remedy = "the predicate was true for no parameter"
+    else:
+        found, remedy = _by_suffix(known, targets), "the list of targets is empty"
+    if not found:
+        raise ValueError(f"No weight to select among the {len(known)} parameters of {type(model).__name__}: {remedy}.")
+    return found
+
+
+def _by_suffix(known: dict[str, Target], suffixes: Iterable[str]) -> dict[str, Target]:
+    if isinstance(suffixes, str):
+        raise TypeError(f"targets={suffixes!r} is one string; pass a list, targets=[{suffixes!r}].")
+    suffixes = list(suffixes)
+    for position, suffix in enumerate(suffixes):
+        if not isinstance(suffix, str) or not suffix:
+            raise TypeError(f"targets holds {suffix!r}; it takes suffixes of module or parameter names.")
+        if suffix in suffixes[:position]:
+            raise ValueError(f"targets names {suffix!r} twice; name each once.")
+    chosen = set()
+    for suffix in suffixes:
+        endings = ("." + suffix, "." + suffix + ".weight")
+        matches = [name for name in known if ("." + name).endswith(endings)]
+        if not matches:
+            examples = ", ".join(list(known)[:3])
+            raise ValueError(f"targets names {suffix!r}, which no parameter ends with; there are e.g. {examples}.")
+        chosen.update(matches)
+    return {name: target for name, target in known.items() if name in chosen}
+
+
+def _is_block_matrix(model: nn.Module, target: Target) -> bool:
+    """Whether the weight is a matrix (or a stack of them) of one of the model's repeated blocks."""
+    module, attribute = target.sites[0]
+    if len(target.shape) < 2 or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        return False
+    parts = target.name.split(".")[:-1]
+    return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
+
+
+def is_linear(module: nn.Module, attribute: str) -> bool:
+    """Whether torch's own forward uses the weight as `x @ W.T`, so that a tap on the output sees its whole use."""
+    return attribute == "weight" and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def is_transposed_linear(module: nn.Module, attribute: str) -> bool:
+    """Whether the weight is used as `x @ W`: GPT-2's Conv1D, known by name since transformers is not imported here."""
+    return (
+        attribute == "weight"
+        and type(module).__name__ == "Conv1D"
+        and type(module).__module__ == "transformers.pytorch_utils"
+    )

@@ -1,0 +1,137 @@
+"""Tiny models of every architecture, batches for them, the reference optimizer, and one table of tolerances."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from speft_optim import Masks
+
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-10, atol=1e-12),
+    torch.float32: dict(rtol=1e-5, atol=1e-7),
+    torch.bfloat16: dict(rtol=2e-2, atol=1e-3),
+}
+
+VOCABULARY = 61
+
+
+def assert_close(actual, expected, **overrides):
+    """Compare with the tolerance of the actual dtype, in fp64."""
+    tolerance = {**TOLERANCE[actual.dtype], **overrides}
+    torch.testing.assert_close(actual.double(), expected.double(), **tolerance)
+
+
+def tiny_model(kind="llama", dtype=torch.float32, seed=0, **config):
+    """A random model with two layers of the named architecture."""
+    import transformers as tf
+
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)
+    decoder = dict(**sizes, intermediate_size=40, num_key_value_heads=2, max_position_embeddings=64)
+    torch.manual_seed(seed)
+    if kind == "llama":
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**decoder, "tie_word_embeddings": False, **config}))
+    elif kind == "qwen2":
+        model = tf.Qwen2ForCausalLM(tf.Qwen2Config(**{**decoder, "tie_word_embeddings": True, **config}))
+    elif kind == "gemma2":
+        extra = dict(head_dim=6, query_pre_attn_scalar=6, sliding_window=16, attn_implementation="eager")
+        model = tf.Gemma2ForCausalLM(tf.Gemma2Config(**{**decoder, **extra, **config}))
+    elif kind == "gpt2":
+        extra = dict(
+            vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, n_embd=24, n_layer=2, n_head=4, n_positions=64
+        )
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(**{**extra, **config}))
+    elif kind == "opt":
+        extra = dict(ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=24)
+        model = tf.OPTForCausalLM(tf.OPTConfig(**{**sizes, **extra, **config}))
+    elif kind == "bert":
+        extra = dict(intermediate_size=40, max_position_embeddings=64)
+        model = tf.BertForMaskedLM(tf.BertConfig(**{**sizes, **extra, **config}))
+    elif kind == "mixtral":
+        extra = dict(num_local_experts=3, num_experts_per_tok=2)
+        model = tf.MixtralForCausalLM(tf.MixtralConfig(**{**decoder, **extra, **config}))
+    else:
+        raise ValueError(kind)
+    return model.to(dtype).eval()
+
+
+def token_batch(seed=0, batch=3, length=9, ragged=False, side="right"):
+    """A batch of random tokens; ragged ones are padded and their padding carries no label."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if ragged:
+        for row in range(batch):
+            cut = length - 1 - 2 * row
+            mask[row, cut:] = 0
+        if side == "left":
+            order = mask.argsort(dim=1, stable=True)
+            ids, mask = ids.gather(1, order), mask.gather(1, order)
+    labels = torch.where(mask.bool(), ids, -100)
+    return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels}
+
+
+class Reference:
+    """REF: dense fp32 AdamW fed `mask * grad`, entries outside the mask put back after each step."""
+
+    def __init__(self, model: nn.Module, masks: Masks, optimizer=torch.optim.AdamW, **options):
+        self.model = copy.deepcopy(model)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if name in masks}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in masks)
+        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.dense = {name: self._dense(masks[name]) for name in self.parameters}
+        self.optimizer = optimizer(self.parameters.values(), **options)
+
+    @staticmethod
+    def _dense(mask):
+        dense = torch.zeros(mask.shape.numel(), dtype=torch.bool)
+        dense[mask.indices.long()] = True
+        return dense.view(mask.shape)
+
+    def mask_gradients(self):
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                parameter.grad *= self.dense[name]
+
+    def step(self, clip=None):
+        self.mask_gradients()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip) if clip else None
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.where(self.dense[name], parameter, self.start[name]))
+        self.optimizer.zero_grad()
+        return norm
+
+    def assert_agrees(self, model, optimizer, values):
+        """Weights, values and both moments agree inside the masks; outside, weights are bit-identical to the start."""
+        from speft_optim.optim import linked
+
+        for parameter in values:
+            weight = linked(parameter)
+            name, inside = weight.name, self.dense[weight.name]
+            expected = self.parameters[name]
+            assert_close(parameter.detach(), expected[inside])
+            actual = dict(model.named_parameters())[name].detach()
+            assert_close(actual[inside], expected[inside])
+            assert torch.equal(actual[~inside], self.start[name][~inside])
+            if optimizer is not None:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    scale = self.optimizer.state[expected][key].abs().max().item()
+                    assert_close(
+                        optimizer.state[parameter][key],
+                        self.optimizer.state[expected][key][inside],
+                        atol=1e-5 * scale + 1e-12,
+                    )
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def batches():
+    return [token_batch(seed) for seed in range(4)]
