@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,5 +30,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write tensors and string metadata to a safetensors file, atomically."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous, memory = {}, set()
+    for name, tensor in tensors.items():
+        # The format refuses tensors that share memory, as one mask used for several weights does.
+        shared = tensor.untyped_storage().data_ptr() in memory
+        contiguous[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        memory.add(contiguous[name].untyped_storage().data_ptr())
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))

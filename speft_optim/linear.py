@@ -1,11 +1,10 @@
 """Weight gradients without weights that require gradients: taps on the use of a frozen weight.
 
-A `Tap` watches one use of a frozen weight and hands what its gradient is made of to a sink. For a linear layer that
-is the
-layer's input and its output gradient: an identity placed on the layer's *output* passes both on, and leaves the layer's
-forward, class and weight alone, so that the input gradient is that of a frozen layer and the dense weight gradient is
-never formed. Any other weight is shadowed during its module's forward by an alias whose backward hands over the dense
-gradient of that one use, which is then free to go.
+A `Tap` watches one use of a frozen weight and hands what its gradient is made of to a sink. For a linear layer that is
+the layer's input and its output gradient: an identity placed on the layer's *output* passes both on, and leaves the
+layer's forward, class and weight alone, so that the input gradient is that of a frozen layer and the dense weight
+gradient is never formed. Any other weight is shadowed during its module's forward by an alias whose backward hands over
+the dense gradient of that one use, which is then free to go.
 
 Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
 has to be undone before saving.
@@ -24,7 +23,10 @@ class Sink(Protocol):
     """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it."""
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
-        """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype."""
+        """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype.
+
+        Both have at least two dimensions.
+        """
 
     def from_dense(self, gradient: Tensor) -> Tensor | None:
         """The weight's gradient is `gradient`, of the weight's shape and dtype."""
@@ -38,14 +40,17 @@ class _TapOutput(torch.autograd.Function):
         # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
         ctx.save_for_backward(x.to(output.dtype))
         ctx.sink, ctx.transposed = sink, transposed
-        return output.view_as(output)
+        # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
+        return output.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, output_gradient: Tensor):
         (x,) = ctx.saved_tensors
-        left, right = (x, output_gradient) if ctx.transposed else (output_gradient, x)
-        anchor_gradient = ctx.sink.from_product(left, right) if ctx.needs_input_grad[2] else None
+        anchor_gradient = None
+        if ctx.needs_input_grad[2]:
+            left, right = (x, output_gradient) if ctx.transposed else (output_gradient, x)
+            anchor_gradient = ctx.sink.from_product(torch.atleast_2d(left), torch.atleast_2d(right))
         return output_gradient, None, anchor_gradient, None, None
 
 

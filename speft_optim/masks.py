@@ -1,9 +1,9 @@
 """Which entries of a weight are trained: `Mask` for one weight, `Masks` for a model.
 
 A mask is the sorted set of flat, row-major positions of its entries. It is never held as a boolean tensor of the
-weight's
-shape: at 1 % density that would cost a hundred bytes per entry kept. Where it is smaller, the positions are packed as
-row pointers (int32) and 16-bit columns, about two bytes an entry; `Mask.indices` unpacks them for the moment of use.
+weight's shape: at 1 % density that would cost a hundred bytes per entry kept. Where it is smaller, the positions are
+packed as row pointers (int32) and 16-bit columns, about two bytes an entry; `Mask.indices` unpacks them for the moment
+of use.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from speft_optim.files import write_safetensors
 
 _FORMAT = "speft_optim.masks/1"
 _INT32_LIMIT = 2**31 - 1
+_INT64_LIMIT = 2**63 - 1
 _UINT16_COLUMNS = 2**16
 
 
@@ -32,11 +33,11 @@ class Mask:
 
     Raises:
         TypeError: `indices` is not a 1-D integer tensor.
-        ValueError: a position lies outside the weight or occurs twice.
+        ValueError: a position lies outside the weight or occurs twice, or the shape is none.
     """
 
     def __init__(self, indices: Tensor, shape: Sequence[int]):
-        self.shape = torch.Size(shape)
+        self.shape = _checked_shape(shape)
         count = self.shape.numel()
         if not isinstance(indices, Tensor) or indices.dim() != 1:
             raise TypeError(f"Mask needs a 1-D tensor of flat positions, got {_describe(indices)}.")
@@ -44,20 +45,22 @@ class Mask:
             raise TypeError(
                 f"Mask needs integer positions, got {indices.dtype}; use mask.flatten().nonzero().squeeze(1)."
             )
-        indices = indices.detach().to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
+        indices = indices.detach()
         if indices.numel():
             if not bool((indices[1:] > indices[:-1]).all()):
                 indices = indices.sort().values
                 if bool((indices[1:] == indices[:-1]).any()):
                     raise ValueError(
-                        f"Mask of shape {tuple(shape)} got the same position twice; pass unique positions."
+                        f"Mask of shape {tuple(self.shape)} got the same position twice; pass unique positions."
                     )
             low, high = int(indices[0]), int(indices[-1])
             if low < 0 or high >= count:
                 bad = low if low < 0 else high
                 raise ValueError(
-                    f"Mask position {bad} lies outside 0..{count - 1} of a weight of shape {tuple(shape)}."
+                    f"Mask position {bad} lies outside 0..{count - 1} of a weight of shape {tuple(self.shape)}."
                 )
+        # Only now: a position beyond the int32 range would come out of the cast as one that looks valid.
+        indices = indices.to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
         self._length = indices.numel()
         self._pointers, self._positions = self._pack(indices)
 
@@ -105,13 +108,23 @@ class Mask:
         """
         if "indices" in parts:
             return cls(parts["indices"], shape)
-        pointers, columns = parts["pointers"].long(), parts["columns"].long()
-        counts = pointers.diff()
-        rows, width = torch.Size(shape).numel() // shape[-1], shape[-1]
-        whole = pointers.shape == (rows + 1,) and int(pointers[0]) == 0 and int(pointers[-1]) == columns.numel()
-        if not whole or bool((counts < 0).any()) or bool((columns >= width).any()):
+        shape = _checked_shape(shape)
+        pointers, columns = parts["pointers"], parts["columns"]
+        width = max(1, shape[-1]) if shape else 1
+        rows = shape.numel() // width
+        whole = (
+            (pointers.dtype, columns.dtype) == (torch.int32, torch.uint16)
+            and pointers.shape == (rows + 1,)
+            and columns.shape == (int(pointers[-1]),)
+            and int(pointers[0]) == 0
+            and bool((pointers[1:] >= pointers[:-1]).all())
+            and bool((columns.int() < width).all())
+        )
+        if not whole:
             raise ValueError(f"Row pointers and columns do not describe entries of a weight of shape {tuple(shape)}.")
-        return cls(torch.arange(rows).repeat_interleave(counts) * width + columns, shape)
+        counts = pointers.diff().long()
+        starts = torch.arange(rows, device=pointers.device) * width
+        return cls(starts.repeat_interleave(counts) + columns.long(), shape)
 
     def __len__(self) -> int:
         """Number of masked entries."""
@@ -238,8 +251,8 @@ class Masks(dict[str, Mask]):
                     )
                 shapes = json.loads(metadata["shapes"])
                 return cls({name: Mask(file.get_tensor(name), shape) for name, shape in shapes.items()})
-        except (SafetensorError, KeyError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is not a readable mask file: {error}.") from error
+        except (SafetensorError, KeyError, json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a readable mask file: {error!r}.") from error
 
     def summary(self) -> str:
         """A table of density per layer and projection, in percent, with totals; for people."""
@@ -299,6 +312,17 @@ def _fractions(counts: Iterable[Tensor], share: float) -> Iterator[float]:
         if total := int(count.sum()):
             covered = count.sort(descending=True).values.cumsum(0)
             yield (int((covered < share * total).sum()) + 1) / count.numel()
+
+
+def _checked_shape(shape: Sequence[int]) -> torch.Size:
+    """The shape as a torch.Size; it may come from a file."""
+    try:
+        size = torch.Size(shape)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{shape!r} is not a shape of a weight.") from error
+    if any(extent < 0 for extent in size) or math.prod(size) > _INT64_LIMIT:
+        raise ValueError(f"{shape!r} is not a shape of a weight.")
+    return size
 
 
 def _describe(value: object) -> str:

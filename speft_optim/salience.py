@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Signal = Literal["none", "random", "gradient", "squared_gradient", "hessian_gradient", "flow", "input_norm"]
+Signal = Literal["none", "random", "gradient", "squared_gradient", "hessian_gradient", "flow", "squared_input"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ class Measure:
 
     score: Callable[[Tensor, Tensor], Tensor]
     signal: Signal
-
-    @property
-    def needs_batches(self) -> bool:
-        """Whether calibration batches are used at all."""
-        return self.signal not in ("none", "random", "flow")
 
 
 def magnitude(w: Tensor, _: Tensor) -> Tensor:
@@ -81,9 +76,9 @@ def synflow(w: Tensor, flow: Tensor) -> Tensor:
     return (w * flow).abs()
 
 
-def activation(w: Tensor, norm: Tensor) -> Tensor:
-    """abs(w) times the root of the summed squares of the entry's input feature."""
-    return w.abs() * norm
+def activation(w: Tensor, squares: Tensor) -> Tensor:
+    """abs(w) times the norm of the entry's input feature over all tokens."""
+    return w.abs() * squares.sqrt()
 
 
 def uniform(_: Tensor, draws: Tensor) -> Tensor:
@@ -97,5 +92,9 @@ MEASURES: dict[str, Measure] = {
     "snip": Measure(snip, "gradient"),
     "force": Measure(force, "gradient"),
     "taylor_fo": Measure(taylor_fo, "gradient"),
+    "synflow": Measure(synflow, "flow"),
+    "grasp": Measure(grasp, "hessian_gradient"),
+    "fisher": Measure(fisher, "squared_gradient"),
+    "activation": Measure(activation, "squared_input"),
     "random": Measure(uniform, "random"),
 }

@@ -5,13 +5,15 @@ selection of the best k that sees scores in chunks: no tensor of all scores exis
 that of one `topk` over everything. Ties go to the earlier position, and to the earlier weight.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from speft_optim.calibration import Batches, LossFunction, default_memory_budget, stream_scores
+from speft_optim.batches import Batches, LossFunction
+from speft_optim.calibration import default_memory_budget, stream_scores
 from speft_optim.masks import Mask, Masks
 from speft_optim.salience import MEASURES
 from speft_optim.targets import Target, Targets, find_targets
@@ -120,10 +122,11 @@ def select_masks(
         seed=seed,
         progress=progress,
     )
-    if scope == "local":
-        return _select_local(scores, found, _shares(sizes, density, budget))
-    total = budget if budget is not None else round(density * sum(sizes.values()))
-    return _select_global(scores, found, total)
+    # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
+    with contextlib.closing(scores):
+        if scope == "local":
+            return _select_local(scores, found, _shares(sizes, density, budget))
+        return _select_global(scores, found, budget or round(density * sum(sizes.values())))
 
 
 def _select_local(

@@ -14,12 +14,14 @@ and be copied and pickled with its model; a bare parameter needs a hook for each
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from speft_optim.distributed import is_distributed
 from speft_optim.kernels import gather_entries, sampled_gradient, scatter_entries_
 from speft_optim.linear import tap_target
-from speft_optim.masks import Mask
+from speft_optim.masks import Mask, Masks
 from speft_optim.optim import SparseAdamW, link, linked, unlink
 from speft_optim.targets import Target, all_targets
 
@@ -41,8 +43,8 @@ class SparseWeight(nn.Module):
         self._places = (model, target)
         entries = gather_entries(target.parameter.detach(), self.mask.indices)
         self.values = nn.Parameter(entries.to(torch.float32))
-        self._remember()
         link(self.values, self)
+        self._remember()
         self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
         self._hooks += tap_target(target, self.values, self)
 
@@ -61,24 +63,27 @@ class SparseWeight(nn.Module):
             found = model.get_submodule(path)
         except AttributeError:
             found = None
-        if found is not module or weight is None or weight.shape != self.mask.shape:
-            now = (
-                "is no longer in the model"
-                if found is not module or weight is None
-                else f"has shape {tuple(weight.shape)}"
-            )
-            raise ValueError(
-                f"{self.name} {now}, but was sparsified with shape {tuple(self.mask.shape)} (a resized, replaced or "
-                "wrapped module?); call sparsify again after such changes and build a new optimizer."
-            )
-        return weight
+        if found is not module or weight is None:
+            now = "is no longer in the model"
+        elif weight.shape != self.mask.shape:
+            now = f"has shape {tuple(weight.shape)}"
+        elif weight.is_meta:
+            now = "was moved to the meta device (offloaded to CPU or disk?)"
+        elif linked(self.values) is not self:
+            now = "has values that were replaced"
+        else:
+            return weight
+        raise ValueError(
+            f"{self.name} {now}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced module, "
+            f"one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
+        )
 
     def synchronize(self) -> None:
         """Let the newer of weight and values win: write changed values, or read entries changed in the weight."""
         weight = self.weight
-        if self.values._version != self._values_version:
+        if _state(self.values) != self._values_seen:
             self.write()
-        elif weight is not self._weight or weight._version != self._weight_version:
+        elif weight is not self._weight or _state(weight) != self._weight_seen:
             self.read()
 
     @torch.no_grad()
@@ -96,19 +101,27 @@ class SparseWeight(nn.Module):
         self._remember()
 
     def _indices(self) -> Tensor:
-        self.mask = self.mask.to(self.values.device)
+        # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.
+        if self.mask.device != self.values.device:
+            self.mask = self.mask.to(self.values.device)
         return self.mask.indices
 
     def _remember(self) -> None:
         self._weight = self._places[1].parameter
-        self._weight_version = self._weight._version
-        self._values_version = self.values._version
+        self._weight_seen, self._values_seen = _state(self._weight), _state(self.values)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # Before forward and not after: once autograd has saved the weight for backward it must not be written.
-        weight = self._places[1].parameter
-        seen = (self._weight_version, self._values_version)
-        if weight is not self._weight or (weight._version, self.values._version) != seen:
+        # A compiled graph cannot look at version counters; `_refresh_all` does it in front of the graph.
+        if not torch.compiler.is_compiling():
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Synchronize if something changed; costs next to nothing if not."""
+        module, attribute = self._places[1].sites[0]
+        weight = module._parameters.get(attribute)
+        seen = (self._weight_seen, self._values_seen)
+        if weight is not self._weight or (_state(weight), _state(self.values)) != seen:
             self.synchronize()
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -174,6 +187,7 @@ def sparsify(model: nn.Module, masks: Mapping[str, Mask]) -> list[nn.Parameter]:
     """
     targets = all_targets(model)
     _check_masks(model, masks, targets)
+    _check_equal_on_all_ranks(masks)
     _follow_optimizers()
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -184,7 +198,8 @@ def sparsify(model: nn.Module, masks: Mapping[str, Mask]) -> list[nn.Parameter]:
             module, attribute = target.sites[0]
             module.add_module(_child_name(attribute), weight)
             weights.append(weight)
-    model.__dict__[_BEFORE] = (required_grad, _let_checkpoints_see_gradients(model))
+    hooks = [model.register_forward_pre_hook(_refresh_all), *_let_checkpoints_see_gradients(model)]
+    model.__dict__[_BEFORE] = (required_grad, hooks)
     return [weight.values for weight in weights]
 
 
@@ -199,10 +214,10 @@ def desparsify(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
     for weight in weights:
         weight.detach_from_model()
-    required_grad, hook = model.__dict__.pop(_BEFORE)
+    required_grad, hooks = model.__dict__.pop(_BEFORE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(required_grad.get(name, parameter.requires_grad))
-    if hook is not None:
+    for hook in hooks:
         hook.remove()
 
 
@@ -212,6 +227,18 @@ def sparse_weights(model: nn.Module) -> list[SparseWeight]:
 
 
 _BEFORE = "_before_sparsify"
+_REMEDY = "call sparsify again after such changes and build a new optimizer."
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Changes with every in-place operation on the tensor and every exchange of its storage."""
+    return tensor._version, tensor.data_ptr()
+
+
+@torch.compiler.disable(recursive=True)
+def _refresh_all(model: nn.Module, args: tuple) -> None:
+    for weight in sparse_weights(model):
+        weight.refresh()
 
 
 def _child_name(attribute: str) -> str:
@@ -221,6 +248,11 @@ def _child_name(attribute: str) -> str:
 def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:
     if sparse_weights(model):
         raise ValueError("The model is sparsified already; call desparsify(model) first.")
+    if wrapper := _sharding_wrapper(model):
+        raise ValueError(
+            f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
+            "Use DistributedDataParallel; gradients and optimizer state are no longer than the masks."
+        )
     if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
         raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
     for name, mask in masks.items():
@@ -244,6 +276,31 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
         raise ValueError(f"The {len(masks)} masks hold no entry, so nothing would train; raise density or budget.")
 
 
+def _sharding_wrapper(model: nn.Module) -> str | None:
+    """What shards the model over processes, told by class names so that nothing is imported for the question."""
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if "FSDPModule" in classes:
+        return "fully_shard"
+    if "FullyShardedDataParallel" in classes:
+        return "FullyShardedDataParallel"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3"
+    return "a device mesh (DTensor)" if any(hasattr(p, "device_mesh") for p in model.parameters()) else None
+
+
+def _check_equal_on_all_ranks(masks: Mapping[str, Mask]) -> None:
+    """Replicas whose masks differ would average gradients of different entries, and nothing would say so."""
+    if not is_distributed():
+        return
+    fingerprints: list = [None] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, Masks(masks).fingerprint())
+    if len(set(fingerprints)) > 1:
+        raise ValueError(
+            f"The masks differ between processes (fingerprints by rank: {', '.join(fingerprints)}); select them once "
+            "and share the file (Masks.save, Masks.load), or let all processes calibrate on the same batches and seed."
+        )
+
+
 def _follow_optimizers() -> None:
     """Write through after the step of *any* optimizer, once per process.
 
@@ -265,7 +322,7 @@ def _write_after_step(optimizer, args, kwargs) -> None:
                 weight.write()
 
 
-def _let_checkpoints_see_gradients(model: nn.Module):
+def _let_checkpoints_see_gradients(model: nn.Module) -> list:
     """Hook the input embeddings, if the model tells which they are.
 
     Reentrant checkpointing drops all gradients of a block whose inputs need none, as happens once embeddings are
@@ -273,8 +330,8 @@ def _let_checkpoints_see_gradients(model: nn.Module):
     """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
-        return None
-    return embeddings.register_forward_hook(_RequireGradient(model))
+        return []
+    return [embeddings.register_forward_hook(_RequireGradient(model))]
 
 
 class _RequireGradient:

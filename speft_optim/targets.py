@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -41,6 +41,10 @@ class Target:
         """The weight as (rows, columns): its first dimension by all others."""
         rows = self.shape[0] if self.shape else 1
         return rows, self.shape.numel() // max(1, rows)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive) of the weight as a matrix, in its own dtype."""
+        return self.parameter.detach().reshape(self.matrix_shape)[first:last]
 
 
 def all_targets(model: nn.Module) -> dict[str, Target]:

@@ -4,8 +4,9 @@ from speft_optim.kernels.reference import (
     accumulate_product_,
     adamw_,
     gather_entries,
+    product,
     sampled_gradient,
     scatter_entries_,
 )
 
-__all__ = ["accumulate_product_", "adamw_", "gather_entries", "sampled_gradient", "scatter_entries_"]
+__all__ = ["accumulate_product_", "adamw_", "gather_entries", "product", "sampled_gradient", "scatter_entries_"]

@@ -28,9 +28,11 @@ def scatter_entries_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """`left.T @ right` with an fp32 result, for (T, R) and (T, C) operands of one dtype."""
-    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return left.t().float() @ right.float()
+    # Backward may run inside the user's autocast block, which would round the operands.
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+            return torch.mm(left.t(), right, out_dtype=torch.float32)
+        return left.t().float() @ right.float()
 
 
 def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -38,7 +40,8 @@ def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         total += product(left, right)
     else:
-        total.addmm_(left.t().float(), right.float())
+        with torch.autocast(left.device.type, enabled=False):
+            total.addmm_(left.t().float(), right.float())
 
 
 def sampled_gradient(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: int = PANEL_BYTES) -> Tensor:
@@ -96,8 +99,4 @@ def adamw_(
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # theta <- theta - lr * m_hat / (sqrt(v_hat) + eps)
     denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    step_size = lr / (1 - beta1**step)
-    if isinstance(step_size, Tensor):
-        values.sub_(exp_avg.div(denominator).mul_(step_size))
-    else:
-        values.addcdiv_(exp_avg, denominator, value=-step_size)
+    values.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))

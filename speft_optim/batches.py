@@ -1,0 +1,164 @@
+"""Calibration batches: which of them count, their losses, and a model put in order for them and back.
+
+The model is in eval mode meanwhile: no dropout, no activation checkpointing. Afterwards it is exactly as before.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+Batches = Iterable[Batch]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+IGNORED_LABEL = -100
+
+
+def check_batches(batches: Batches | None, passes: int) -> None:
+    """Refuse what cannot be iterated as often as needed.
+
+    Raises:
+        ValueError: there are none, or they can be iterated only once but `passes` are needed.
+        TypeError: they cannot be iterated.
+    """
+    if batches is None:
+        raise ValueError("This salience measure needs calibration batches; pass batches=[...] or a DataLoader.")
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+        raise TypeError(f"batches is a {type(batches).__name__}; pass a list of dicts or a DataLoader.")
+    if isinstance(batches, Iterator) and passes > 1:
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, which can be iterated once, but {passes} passes are needed; "
+            "pass a list or a DataLoader, or a larger memory_budget."
+        )
+
+
+class BatchReader:
+    """Iterates the batches that count, on the model's device.
+
+    Args:
+        batches: the user's batches.
+        model: gives the device.
+        bar: shows each batch read.
+        labelled: whether batches need labels; those with none that counts are then left out.
+
+    Attributes:
+        used: batches handed out in the last iteration.
+    """
+
+    def __init__(self, batches: Batches, model: nn.Module, bar: tqdm, labelled: bool = True):
+        self.batches, self.bar, self.labelled = batches, bar, labelled
+        self.device = next(model.parameters()).device
+        self.used = 0
+        self._warned = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches that count.
+
+        Raises:
+            ValueError: there is no batch, one has no labels, or no label of any counts.
+            TypeError: a batch is no mapping.
+        """
+        seen = self.used = 0
+        for batch in self.batches:
+            seen += 1
+            self.bar.update()
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"Calibration batch {seen} is a {type(batch).__name__}; pass dicts that the model takes."
+                )
+            if self.labelled and batch.get("labels") is None:
+                keys = ", ".join(map(str, batch))
+                raise ValueError(f"Calibration batch {seen} has no labels (only {keys}); this measure needs a loss.")
+            if self.labelled and bool((batch["labels"] == IGNORED_LABEL).all()):
+                continue
+            self.used += 1
+            yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        if not seen:
+            raise ValueError("There are no calibration batches; pass at least one dict with input_ids and labels.")
+        if not self.used:
+            raise ValueError(
+                f"All labels of all {seen} calibration batches are {IGNORED_LABEL}; are prompts cut too short?"
+            )
+        if self.used < seen and not self._warned:
+            self._warned = True
+            logger.warning("%d of %d calibration batches have no label that counts; left out.", seen - self.used, seen)
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that the model itself returns for a batch.
+
+    Raises:
+        ValueError: it returns none.
+    """
+    return loss_of(model(**batch), model)
+
+
+def loss_of(output: Any, model: nn.Module) -> Tensor:
+    """The loss in a model's output."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(f"{type(model).__name__} returns no loss for its batch; pass loss=function of (model, batch).")
+    return loss
+
+
+def check_loss(value: Tensor, number: int) -> None:
+    """Refuse a loss that would make every score NaN.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not bool(torch.isfinite(value)):
+        raise ValueError(f"The loss of calibration batch {number} is {float(value)}; look for a bad sample or weight.")
+
+
+@contextlib.contextmanager
+def plain_implementation(model: nn.Module, attention: bool) -> Iterator[None]:
+    """Stacked experts, and attention if asked for, in plain operations that any dtype and second derivatives allow.
+
+    Scaled dot-product attention stays, for `sdpa_kernel` to choose its plain form.
+    """
+    config = getattr(model, "config", None)
+    settings = {"_experts_implementation": ("eager",)}
+    if attention:
+        settings["_attn_implementation"] = ("eager", "sdpa")
+    before = {name: getattr(config, name, None) for name in settings}
+    changed = {name: value for name, value in before.items() if value is not None and value not in settings[name]}
+    try:
+        for name in changed:
+            setattr(config, name, settings[name][0])
+        yield
+    finally:
+        for name, value in changed.items():
+            setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without cache and with nothing that requires gradients; all as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            model.eval()
+            for parameter in required:
+                parameter.requires_grad_(False)
+            if use_cache is not None:
+                config.use_cache = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in required:
+                parameter.requires_grad_(True)
+            if use_cache is not None:
+                config.use_cache = use_cache

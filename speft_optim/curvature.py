@@ -1,0 +1,168 @@
+"""The signal of `grasp`: H g, the Hessian of the averaged loss times its gradient, both over all targeted weights.
+
+Weights moved along g by a scalar step t make the loss a function of t. Its derivative at 0 is the inner product of g
+with the gradient, and the gradient of *that* is H g exactly. So a linear layer returns `x @ W.T + t * (x @ G.T)`, the
+derivative by t
+costs one backward that keeps its graph, and a second backward leaves H g in the weights of the group. No product of
+the size of
+all weights is ever formed; the only thing of that size is g itself, which is kept beside the accumulators if it fits
+into the budget with them, and in a file on disk otherwise.
+
+Fused attention cannot be differentiated twice, so this pass uses PyTorch's plain one.
+"""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from speft_optim.batches import BatchReader, LossFunction, check_loss, model_loss, plain_implementation
+from speft_optim.distributed import average_, together
+from speft_optim.pieces import Piece
+from speft_optim.targets import Target, is_linear, is_transposed_linear
+
+logger = logging.getLogger(__name__)
+
+
+class GradientStore:
+    """The gradients of all targets in fp32, in memory or in one file on disk.
+
+    Args:
+        targets: the weights.
+        memory_budget: bytes up to which the gradients stay in memory, each on its weight's device.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], memory_budget: int):
+        sizes = {name: target.shape.numel() for name, target in targets.items()}
+        self._folder = None
+        if 4 * sum(sizes.values()) <= memory_budget:
+            self._flat = {
+                name: torch.empty(size, device=targets[name].parameter.device) for name, size in sizes.items()
+            }
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="speft_optim_")
+            path = str(Path(self._folder.name) / "gradients")
+            everything = torch.from_file(path, shared=True, size=sum(sizes.values()), dtype=torch.float32)
+            self._flat = dict(zip(sizes, everything.split(list(sizes.values())), strict=True))
+
+    def put(self, piece: Piece) -> None:
+        """Take over a piece's accumulator."""
+        start = piece.first * piece.columns
+        self._flat[piece.target.name][start : start + piece.entries] = piece.accumulator.view(-1)
+
+    def get(self, target: Target, dtype: torch.dtype) -> Tensor:
+        """A target's gradient in the weight's shape, on its device."""
+        return self._flat[target.name].view(target.shape).to(target.parameter.device, dtype)
+
+    def close(self) -> None:
+        """Free the memory or remove the file."""
+        self._flat = {}
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __enter__(self) -> "GradientStore":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def hessian_gradient(
+    model: nn.Module,
+    reader: BatchReader,
+    group: list[Piece],
+    loss: LossFunction | None,
+    targets: Mapping[str, Target],
+    store: GradientStore,
+) -> None:
+    """Average H g over the batches for the weights of the group, with the g of all targets in `store`."""
+    step = torch.zeros((), requires_grad=True)
+    for piece in group:
+        piece.allocate()
+
+    def work() -> int:
+        for batch in reader:
+            value = (loss or model_loss)(model, batch)
+            check_loss(value, reader.used)
+            (along,) = torch.autograd.grad(value, step, create_graph=True, allow_unused=True)
+            if along is not None and along.requires_grad:
+                along.backward(inputs=[piece.target.parameter for piece in group])
+        return reader.used
+
+    with contextlib.ExitStack() as stack:
+        logger.info("Attention runs unfused during this pass, since it is differentiated twice.")
+        stack.enter_context(plain_implementation(model, attention=True))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.enable_grad())
+        for target in targets.values():
+            for module, attribute in target.sites:
+                _move_along(target, module, attribute, step, store, stack)
+        for piece in group:
+            stack.enter_context(_gradient_to(piece))
+        count = together(work)
+    average_([piece.accumulator for piece in group], count)
+
+
+@contextlib.contextmanager
+def _gradient_to(piece: Piece) -> Iterator[None]:
+    """Let the weight require gradients and move each to the piece's accumulator as soon as it is complete."""
+    parameter = piece.target.parameter
+    kept = parameter.grad
+
+    def move(parameter: Tensor) -> None:
+        piece.from_dense(parameter.grad)
+        parameter.grad = None
+
+    parameter.grad = None
+    parameter.requires_grad_(True)
+    hook = parameter.register_post_accumulate_grad_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+        parameter.requires_grad_(False)
+        parameter.grad = kept
+
+
+class _Times(torch.autograd.Function):
+    """`x @ V` or `x @ V.T` for a stored V that is fetched for each use and never kept in the graph."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fetch: Callable[[], Tensor], transposed: bool) -> Tensor:
+        ctx.fetch, ctx.transposed = fetch, transposed
+        matrix = fetch()
+        return x @ (matrix.t() if transposed else matrix)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _Times.apply(gradient, ctx.fetch, not ctx.transposed), None, None
+
+
+def _move_along(
+    target: Target, module: nn.Module, attribute: str, step: Tensor, store: GradientStore, stack: contextlib.ExitStack
+) -> None:
+    """Let the module compute with its weight moved by `step` times the stored gradient, while the stack is open."""
+    if is_linear(module, attribute) or is_transposed_linear(module, attribute):
+
+        def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            x = (args[0] if args else next(iter(kwargs.values()))).to(output.dtype)
+            moved = _Times.apply(x, lambda: store.get(target, output.dtype), is_linear(module, attribute))
+            return output + step.to(output) * moved
+
+        stack.callback(module.register_forward_hook(add, with_kwargs=True).remove)
+    else:
+
+        def shadow(module: nn.Module, args: tuple) -> None:
+            weight = module._parameters[attribute]
+            module.__dict__[attribute] = weight + step.to(weight) * store.get(target, weight.dtype)
+
+        def unshadow(module: nn.Module, args: tuple, output: object) -> None:
+            module.__dict__.pop(attribute, None)
+
+        stack.callback(module.register_forward_pre_hook(shadow).remove)
+        stack.callback(module.register_forward_hook(unshadow, always_call=True).remove)
