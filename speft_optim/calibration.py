@@ -33,6 +33,8 @@ _SIGNALS = {
     "squared_gradient": (signals.squared_gradient, 8),
     "squared_input": (signals.squared_input, 0),
     "flow": (flow, 4),
+    # Besides the accumulator, the part of H g from the first backward waits for the part from forward.
+    "hessian_gradient": (hessian_gradient, 8),
 }
 
 
@@ -77,7 +79,7 @@ def stream_scores(
             finite.
     """
     second_order = measure.signal == "hessian_gradient"
-    fill, entry_bytes = _SIGNALS.get("gradient" if second_order else measure.signal, (None, 0))
+    fill, entry_bytes = _SIGNALS.get(measure.signal, (None, 0))
     # Half of the budget for accumulators; the rest is for the best candidates so far and for a chunk's temporaries.
     groups = cut_into_groups(targets.values(), memory_budget // 2, entry_bytes)
     chunk = max(1, min(2**22, memory_budget // 64))
@@ -91,7 +93,7 @@ def stream_scores(
         if second_order:
             store = stack.enter_context(GradientStore(targets, memory_budget // 4))
             for group in groups:
-                fill(model, reader, group, loss)
+                signals.gradient(model, reader, group, loss)
                 for piece in group:
                     store.put(piece)
                     piece.accumulator = None

@@ -68,7 +68,9 @@ def token_batch(seed=0, batch=3, length=9, ragged=False, side="right"):
         if side == "left":
             order = mask.argsort(dim=1, stable=True)
             ids, mask = ids.gather(1, order), mask.gather(1, order)
-    labels = torch.where(mask.bool(), ids, -100)
+    # A first real token has no label: under left padding a pad token would predict it.
+    first = mask.cumsum(1) == 1
+    labels = torch.where(mask.bool() & ~first, ids, -100)
     return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels}
 
 

@@ -1,0 +1,411 @@
+"""Every measure against a plain dense computation: all gradients at once, one sort over everything."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from conftest import tiny_model, token_batch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speft_optim import select_masks
+from speft_optim.batches import BatchReader
+from speft_optim.calibration import _SIGNALS, random_draws
+from speft_optim.pieces import cut_into_groups
+from speft_optim.salience import MEASURES
+from speft_optim.targets import find_targets
+
+KINDS = ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "mixtral"]
+LABELLED = ["gradient", "snip", "force", "taylor_fo", "fisher", "grasp"]
+
+
+def ragged_batches(count=3, side="right", **options):
+    return [token_batch(seed, ragged=True, side=side, **options) for seed in range(count)]
+
+
+def dense_gradients(model, names, batches):
+    """The gradient of the mean loss over the batches, by name."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in names}
+    loss = sum(model(**batch).loss for batch in batches) / len(batches)
+    grads = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
+    pairs = zip(parameters.items(), grads, strict=True)
+    return {name: (p, torch.zeros_like(p) if g is None else g) for (name, p), g in pairs}
+
+
+def dense_scores(model, names, batches, salience):
+    """Scores of all entries by name, computed the obvious way on a copy of the model."""
+    model = copy.deepcopy(model)
+    model.config._experts_implementation = "eager"
+    model.set_attn_implementation("eager")
+    if salience == "fisher":
+        total, count = dict.fromkeys(names, 0), 0
+        for batch in batches:
+            for row in range(len(batch["labels"])):
+                one = {key: value[row : row + 1] for key, value in batch.items()}
+                gradients = dense_gradients(model, names, [one])
+                total = {name: total[name] + gradients[name][1].detach().square() for name in names}
+                count += 1
+        return {name: total[name] / count for name in names}
+    gradients = dense_gradients(model, names, batches)
+    if salience == "grasp":
+        inner = sum((g * g.detach()).sum() for _, g in gradients.values())
+        products = torch.autograd.grad(inner, [p for p, _ in gradients.values()], allow_unused=True)
+        pairs = zip(gradients.items(), products, strict=True)
+        return {n: -p.detach() * (0 if h is None else h) for (n, (p, _)), h in pairs}
+    formulas = {
+        "magnitude": lambda w, g: w.abs(),
+        "gradient": lambda w, g: g.abs(),
+        "snip": lambda w, g: (g * w).abs(),
+        "force": lambda w, g: -g * w,
+        "taylor_fo": lambda w, g: (g.double() * w.double()) ** 2,
+    }
+    return {name: formulas[salience](p.detach(), g.detach()) for name, (p, g) in gradients.items()}
+
+
+def assert_selects(masks, scores, scope, density, slack=2e-3):
+    """The masks hold the best entries: none kept is below the threshold, none left out above it, up to rounding."""
+    groups = [[name] for name in masks] if scope == "local" else [list(masks)]
+    for group in groups:
+        flat = torch.cat([scores[name].double().flatten() for name in group])
+        kept = torch.zeros(flat.numel(), dtype=torch.bool)
+        start = 0
+        for name in group:
+            kept[start + masks[name].indices.long()] = True
+            start += scores[name].numel()
+        assert int(kept.sum()) == round(density * flat.numel())
+        threshold = flat.sort(descending=True).values[int(kept.sum()) - 1]
+        margin = slack * threshold.abs()
+        assert bool((flat[kept] >= threshold - margin).all())
+        assert bool((flat[~kept] <= threshold + margin).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("salience", ["magnitude", *LABELLED])
+def test_masks_equal_a_dense_computation(kind, salience):
+    model, batches = tiny_model(kind), ragged_batches()
+    scores = dense_scores(model, find_targets(model), batches, salience)
+    for scope in ("local", "global"):
+        masks = select_masks(model, batches, salience=salience, density=0.1, scope=scope, progress=False)
+        assert_selects(masks, scores, scope, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("salience", [name for name in MEASURES if name != "activation"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_masks_do_not_depend_on_the_memory_budget(kind, salience, scope):
+    model, batches = tiny_model(kind), ragged_batches(2)
+    choose = dict(salience=salience, density=0.05, scope=scope, progress=False)
+    whole = select_masks(model, batches, memory_budget=2**30, **choose)
+    for budget in (100_000, 20_000):
+        assert select_masks(model, batches, memory_budget=budget, **choose) == whole
+
+
+def test_a_budget_of_one_byte_works_row_by_row():
+    model, batches = tiny_model("llama", num_hidden_layers=1), ragged_batches(1)
+    for scope in ("local", "global"):
+        choose = dict(density=0.05, scope=scope, progress=False)
+        assert select_masks(model, batches, memory_budget=1, **choose) == select_masks(model, batches, **choose)
+
+
+@pytest.mark.parametrize("salience", LABELLED + ["activation"])
+def test_scores_do_not_depend_on_padding_side_or_amount(salience):
+    model = tiny_model("gemma2")
+    choose = dict(salience=salience, density=0.1, scope="global", progress=False)
+    right = select_masks(model, ragged_batches(side="right"), **choose)
+    left = select_masks(model, ragged_batches(side="left"), **choose)
+    assert right.overlap(left) > 0.995
+
+
+def test_tied_embeddings_are_one_weight_with_the_gradient_of_both_uses():
+    model, batches = tiny_model("qwen2"), ragged_batches()
+    name = "model.embed_tokens.weight"
+    for salience in ("gradient", "fisher", "grasp"):
+        masks = select_masks(model, batches, salience=salience, density=0.1, targets=["embed_tokens"], progress=False)
+        assert list(masks) == [name]
+        assert_selects(masks, dense_scores(model, [name], batches, salience), "local", 0.1)
+
+
+def test_norms_biases_and_embeddings_can_be_targets():
+    model, batches = tiny_model("gpt2"), ragged_batches()
+    names = ["transformer.wpe.weight", "transformer.h.0.ln_1.weight", "transformer.h.1.mlp.c_fc.bias"]
+    for salience in LABELLED:
+        masks = select_masks(
+            model, batches, salience=salience, density=0.5, targets=lambda n, p: n in names, progress=False
+        )
+        assert set(masks) == set(names)
+        assert_selects(masks, dense_scores(model, names, batches, salience), "local", 0.5)
+
+
+class OneUnit(nn.Module):
+    """One linear unit whose loss is its output, so that the gradient of an example is its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.unit = nn.Linear(2, 1, bias=False)
+
+    def forward(self, x, labels):
+        return {"loss": self.unit(x).mean()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_fisher_is_the_mean_of_squares_and_not_the_square_of_the_mean(size):
+    x = torch.tensor([[1.0, 0.5], [-1.0, 0.5], [1.0, 0.5], [-1.0, 0.5]])
+    batches = [{"x": part, "labels": torch.ones(len(part), dtype=torch.long)} for part in x.split(size)]
+    targets = find_targets(model := OneUnit(), ["unit"])
+    (group,) = cut_into_groups(targets.values(), 2**20, 8)
+    fill, _ = _SIGNALS["squared_gradient"]
+    fill(model, BatchReader(batches, model, _Bar()), group, None)
+    assert group[0].accumulator.tolist() == [[1.0, 0.25]]
+
+
+class _Bar:
+    def update(self):
+        pass
+
+
+def test_fisher_needs_one_backward_per_batch_for_linear_weights():
+    model, batches = tiny_model("llama"), ragged_batches(3)
+    passes = []
+    hook = model.lm_head.register_full_backward_hook(lambda *_: passes.append(1))
+    select_masks(model, batches, salience="fisher", density=0.1, progress=False)
+    hook.remove()
+    assert len(passes) == 3
+
+
+def test_hessian_gradient_equals_torch_hvp():
+    model, batches = tiny_model("llama"), ragged_batches(2)
+    targets = find_targets(model)
+    names = list(targets)
+
+    def loss(*weights):
+        weights = dict(zip(names, weights, strict=True))
+        outputs = [torch.func.functional_call(model, weights, kwargs=batch) for batch in batches]
+        return sum(output.loss for output in outputs) / len(batches)
+
+    model.set_attn_implementation("eager")
+    weights = tuple(model.get_parameter(name).detach() for name in names)
+    gradient = torch.autograd.functional.vjp(loss, weights)[1]
+    _, expected = torch.autograd.functional.hvp(loss, weights, gradient)
+    scores = {n: -(h * w) for n, h, w in zip(names, expected, weights, strict=True)}
+    masks = select_masks(model, batches, salience="grasp", density=0.2, scope="global", progress=False)
+    assert_selects(masks, scores, "global", 0.2)
+
+
+class _NormOfFlow(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x / x.detach().square().mean(-1, keepdim=True).sqrt() * self.weight.abs()
+
+
+def dense_flow(model):
+    """abs(w dR/dw) by autograd on a copy that is linearised by replacing its modules, in fp64."""
+    model = copy.deepcopy(model).double().requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    for path, module in list(model.named_modules()):
+        replacement = None
+        if type(module).__name__ == "LlamaRMSNorm":
+            replacement = _NormOfFlow(module.weight)
+        elif path.endswith("act_fn"):
+            replacement = nn.Identity()
+        if replacement is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, replacement)
+    ones = torch.ones(1, 1, model.config.hidden_size, dtype=torch.float64)
+    model(inputs_embeds=ones, use_cache=False).logits.sum().backward()
+    zero = torch.zeros(())
+    return {n: (p * (zero if p.grad is None else p.grad)).abs().detach() for n, p in model.named_parameters()}
+
+
+def test_synflow_equals_autograd_on_a_linearised_copy():
+    model = tiny_model("llama")
+    targets = lambda name, parameter: "proj" in name or "lm_head" in name  # noqa: E731
+    masks = select_masks(model, salience="synflow", density=0.1, scope="global", targets=targets, progress=False)
+    scores = dense_flow(model)
+    assert_selects(masks, {name: scores[name] for name in masks}, "global", 0.1)
+
+
+def test_synflow_neither_overflows_nor_vanishes_in_a_deep_bf16_model():
+    model = tiny_model("llama", torch.bfloat16, num_hidden_layers=32, hidden_size=64, intermediate_size=128)
+    masks = select_masks(model, salience="synflow", density=0.05, scope="global", progress=False)
+    scores = dense_flow(model)
+    assert all(bool(torch.isfinite(score).all()) for score in scores.values())
+    assert_selects(masks, {name: scores[name] for name in masks}, "global", 0.05)
+
+
+def test_synflow_leaves_forward_methods_and_weights_alone_even_after_an_error():
+    model = tiny_model("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        select_masks(model, salience="synflow", density=0.1, progress=False)
+    hook.remove()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_activation_is_weight_times_input_norm_of_real_tokens(kind):
+    model, batches = tiny_model(kind), ragged_batches()
+    unlabelled = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    squares = {}
+
+    def note(path, transposed):
+        def hook(module, args, output):
+            x = args[0][batch["attention_mask"].bool()]
+            norm = x.square().sum(0)
+            squares[path] = squares.get(path, 0) + (norm[:, None] if transposed else norm[None])
+
+        return hook
+
+    targets = find_targets(model)
+    for name in targets:
+        path = name.removesuffix(".weight")
+        model.get_submodule(path).register_forward_hook(note(path, kind == "gpt2"))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    weights = dict(model.named_parameters())
+    scores = {n: weights[n].detach().abs() * squares[n.removesuffix(".weight")].sqrt() for n in targets}
+    for module in model.modules():
+        module._forward_hooks.clear()
+    masks = select_masks(model, unlabelled, salience="activation", density=0.1, scope="global", progress=False)
+    assert_selects(masks, scores, "global", 0.1)
+
+
+def test_activation_refuses_weights_without_input_features():
+    with pytest.raises(ValueError, match="embed_tokens.weight is none"):
+        select_masks(tiny_model(), ragged_batches(), salience="activation", density=0.1, targets=["embed_tokens"])
+
+
+def test_bf16_gradients_are_accumulated_in_fp32():
+    model = tiny_model("llama", torch.bfloat16)
+    batches = [token_batch(0)] * 300
+    masks = select_masks(model, batches, density=0.1, progress=False)
+    assert masks == select_masks(model, batches[:1], density=0.1, progress=False)
+
+
+def test_passes_over_the_data_are_those_promised():
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    model = tiny_model("llama")
+    one_layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2)
+    for salience, budget, passes in [
+        ("magnitude", 2**30, 0),
+        ("random", 2**30, 0),
+        ("synflow", 2**30, 0),
+        ("gradient", 2**30, 1),
+        ("gradient", 2 * one_layer, 2),
+        ("fisher", 2**30, 1),
+        ("grasp", 2**30, 2),
+        ("activation", 1, 1),
+    ]:
+        batches = Counted(ragged_batches())
+        select_masks(model, batches, salience=salience, density=0.1, memory_budget=budget, progress=False)
+        assert batches.passes == passes, salience
+
+
+def test_backward_stops_below_the_lowest_weight_of_the_group():
+    model = tiny_model("llama", num_hidden_layers=3)
+    reached = []
+
+    def note(number):
+        def hook(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda gradient: reached.append(number))
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_hook(note(number))
+    select_masks(model, ragged_batches(1), density=0.1, targets=["layers.2.mlp.up_proj"], progress=False)
+    assert reached == [2]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                # What maps a file is on disk.
+                on_disk = function is torch.ops.aten.from_file.default
+                self._note(tensor.untyped_storage(), on_disk)
+        return out
+
+    def _note(self, storage, on_disk):
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = 0 if on_disk else storage.nbytes()
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+def peak_bytes(work):
+    with LiveBytes() as meter:
+        work()
+    return meter.peak
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "grasp", "synflow"])
+def test_estimation_stays_within_the_memory_budget(salience):
+    model = tiny_model("llama", num_hidden_layers=6, hidden_size=128, intermediate_size=256)
+    batches = [token_batch(0, batch=1, length=2)]
+    targets = find_targets(model)
+    entries = sum(target.shape.numel() for target in targets.values())
+    layer = 4 * entries // 6
+    choose = dict(salience=salience, density=0.01, scope="global", progress=False)
+
+    def one_batch():
+        """What a pass costs without any accumulator: the batch's activations and one dense gradient at a time."""
+        first = next(iter(targets))
+        select_masks(
+            model, batches, salience=salience, budget=1, targets=[first.removesuffix(".weight")], progress=False
+        )
+
+    batch_bytes = peak_bytes(one_batch)
+    masks = []
+    for budget in (layer, 2 * layer, 4 * layer, 16 * layer):
+        peak = peak_bytes(
+            lambda budget=budget: masks.append(select_masks(model, batches, memory_budget=budget, **choose))
+        )
+        assert peak <= batch_bytes + budget, (budget, peak, batch_bytes)
+    assert all(mask == masks[0] for mask in masks)
+    assert 16 * layer > 4 * entries > 2 * layer
+
+
+def test_random_draws_are_uniform_and_independent_of_the_cut():
+    whole = random_draws("a.weight", 0, 100_000, 3, torch.device("cpu"))
+    parts = [random_draws("a.weight", start, 1_000, 3, torch.device("cpu")) for start in range(0, 100_000, 1_000)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert abs(float(whole.mean()) - 0.5) < 5e-3 and abs(float(whole.var()) - 1 / 12) < 2e-3
+    other = random_draws("b.weight", 0, 100_000, 3, torch.device("cpu"))
+    assert abs(float(torch.corrcoef(torch.stack([whole, other]))[0, 1])) < 0.02
