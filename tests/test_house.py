@@ -1,0 +1,109 @@
+"""The package as a whole: what importing it loads, what it ships, how its parts may depend on each other."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import speft_optim
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CODE = sorted(path for folder in ("speft_optim", "recipes", "eval") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports_of(path):
+    """Absolute names of all modules that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides the direction of the dependency"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_importing_the_package_is_light():
+    program = (
+        "import sys, torch; before = set(sys.modules); import speft_optim; new = set(sys.modules) - before; "
+        "heavy = {'triton', 'transformers', 'bitsandbytes', 'peft', 'datasets', 'lm_eval', 'matplotlib'}; "
+        "assert not heavy & {name.partition('.')[0] for name in new}, sorted(heavy & new); "
+        "assert not torch.cuda.is_initialized()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_dependencies_run_one_way(path):
+    inside = path.relative_to(ROOT).parts
+    refused = {"speft_optim": ("recipes", "eval", "transformers", "datasets", "peft", "lm_eval"), "eval": ("recipes",)}
+    for name in imports_of(path):
+        assert name.partition(".")[0] not in refused.get(inside[0], ()), f"{path} imports {name}"
+        if inside[:2] == ("speft_optim", "kernels") and name.startswith("speft_optim"):
+            assert name.startswith("speft_optim.kernels"), f"{path} imports {name}: kernels see tensors only"
+
+
+def test_every_public_name_is_documented():
+    for name in speft_optim.__all__:
+        found = getattr(speft_optim, name)
+        assert inspect.getdoc(found), f"speft_optim.{name} has no docstring"
+        if inspect.isclass(found):
+            for method in vars(found):
+                if not method.startswith("_") and callable(getattr(found, method)):
+                    assert inspect.getdoc(getattr(found, method)), f"{name}.{method} has no docstring"
+    assert sorted(speft_optim.__all__) == speft_optim.__all__
+
+
+def test_everything_is_packaged():
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "speft_optim").rglob("*.py")}
+    assert folders == set(setuptools["packages"])
+    assert (ROOT / "speft_optim" / "py.typed").is_file()
+    assert "py.typed" in setuptools["package-data"]["speft_optim"]
+    for name in PROJECT["project"]["license-files"]:
+        assert "Apache License" in (ROOT / name).read_text()
+
+
+def requirements():
+    """Every requirement of the package and its extras, without those that name the package's own extras."""
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"].values()
+    found = [Requirement(text) for text in [*project["dependencies"], *(line for extra in extras for line in extra)]]
+    return [requirement for requirement in found if requirement.name != project["name"]]
+
+
+def test_constraints_pin_what_pyproject_asks_for():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line) for line in lines), "one exact version a line"
+    pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+    assert len(pins) == len(lines)
+    for requirement in requirements():
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"constraints.txt does not pin {name}"
+        assert pins[name] in requirement.specifier, f"{name}=={pins[name]} is outside {requirement.specifier}"
+
+
+def test_the_changelog_has_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in changelog or f"## [{PROJECT['project']['version']}]" in changelog
+
+
+def test_the_readmes_tree_lists_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for path in CODE:
+        if path.name != "__init__.py":
+            assert path.name in readme, f"README.md does not list {path.relative_to(ROOT)}"
+
+
+def test_make_demo_and_ci_need_no_terminal():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, ".ci/run must be executable"
+    plan = subprocess.run(["make", "-n", "demo", "test", "lint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "recipes.gsm8k --preset demo" in plan.stdout and "pytest" in plan.stdout and "ruff" in plan.stdout
