@@ -1,0 +1,163 @@
+"""A checkpoint folder, or a base and an adapter, as an lm-eval model.
+
+lm-eval's `HFLM` does the work. Two of its habits are replaced, both measured to matter for GSM8K:
+
+- It ends a batch only when one and the same stop sequence has appeared in every row. A batch in which one row ends with
+  EOS and another with a blank line runs to the limit. Here each row ends at its own first stop.
+- It leaves BOS to the tokenizer. Gemma models score near zero without it, and a tokenizer can lose the setting on its
+  way through conversions. Here the tokenizer, then the model family in `config.json`, decide; never the path.
+"""
+
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging as transformers_logging
+
+
+class StopEachRow(StoppingCriteria):
+    """Ends each row of a batch once any of the stop strings stands in its generated text.
+
+    A stop string may be tokenised in many ways, so the last few tokens are decoded and searched.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        stops: the stop strings; empty ones are skipped.
+        prompt_length: tokens of the padded prompts, which are never searched.
+    """
+
+    def __init__(self, tokenizer, stops: list[str], prompt_length: int):
+        self.tokenizer = tokenizer
+        self.stops = [stop for stop in stops if stop]
+        self.prompt_length = prompt_length
+        lengths = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self.stops]
+        # Two more than the longest: the model may split the string, and its neighbours, otherwise than the tokenizer.
+        self.window = max(lengths, default=0) + 2
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        """Tells which rows are done, as a boolean tensor of shape (batch,)."""
+        start = max(self.prompt_length, input_ids.shape[1] - self.window)
+        texts = self.tokenizer.batch_decode(input_ids[:, start:])
+        done = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class CheckpointLM(HFLM):
+    """`HFLM` around a loaded model: rows stop one by one, and progress bars show on a terminal only."""
+
+    def _model_generate(self, context, max_length, stop, **generation_kwargs):
+        if not generation_kwargs.get("do_sample"):
+            generation_kwargs["do_sample"] = False
+            generation_kwargs.pop("temperature", None)  # transformers warns of one that greedy decoding ignores
+        return self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            stopping_criteria=StoppingCriteriaList([StopEachRow(self.tokenizer, stop, context.shape[1])]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **generation_kwargs,
+        )
+
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        """Generates up to a stop string; see `HFLM`."""
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not bars_wanted())
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False):
+        """Scores continuations; see `HFLM`."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not bars_wanted())
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+        """Scores whole texts; see `HFLM`."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not bars_wanted())
+
+
+def bars_wanted() -> bool:
+    """Tells whether someone watches: bars in a log file are noise."""
+    return sys.stderr.isatty()
+
+
+def load_tokenizer(folder: Path):
+    """Loads a tokenizer that puts exactly one BOS before a text where the model wants one.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        The tokenizer, and whether it prepends BOS.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer, ensure_bos(tokenizer, AutoConfig.from_pretrained(folder).model_type)
+
+
+def ensure_bos(tokenizer, model_type: str) -> bool:
+    """Makes the tokenizer prepend BOS where the model wants it; tells whether it does.
+
+    A tokenizer that prepends one is left alone, and one that does not is believed: many models (Qwen2, SmolLM2) name a
+    BOS and were trained without it. Only the Gemma family is known to need it always.
+
+    Args:
+        tokenizer: changed in place.
+        model_type: as in config.json, e.g. `gemma2`.
+    """
+    if not starts_with_bos(tokenizer) and model_type.startswith("gemma"):
+        tokenizer.add_bos_token = True
+        if not starts_with_bos(tokenizer):
+            raise ValueError(
+                f"a {model_type} model needs BOS before its prompt, but its tokenizer ({type(tokenizer).__name__}, "
+                f"bos_token {tokenizer.bos_token!r}) does not prepend one; save the base model's tokenizer with it"
+            )
+    return starts_with_bos(tokenizer)
+
+
+def starts_with_bos(tokenizer) -> bool:
+    """Asks the tokenizer itself: flags and templates disagree too often."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def load_model(folder: Path, adapter: Path | None, dtype: str | None, device: str) -> torch.nn.Module:
+    """Loads the weights and lays an adapter over them.
+
+    Args:
+        folder: the checkpoint, or the base of the adapter.
+        adapter: a file that `speft_optim.save_adapter` wrote, or None.
+        dtype: `float32`, `bfloat16`, ...; None is float32 on CPU and the checkpoint's own elsewhere.
+        device: a torch device.
+    """
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    if adapter is not None:
+        from speft_optim import load_adapter
+
+        # Before any cast: the values belong to the base in the dtype it has on disk.
+        load_adapter(model, adapter)
+    if getattr(model, "is_quantized", False):
+        return model.eval()  # placed by its quantiser, and not to be cast
+    if dtype is None and torch.device(device).type == "cpu":
+        model.float()
+    return model.to(device).eval()
+
+
+def as_language_model(model: torch.nn.Module, tokenizer, batch_size: int) -> CheckpointLM:
+    """Wraps a loaded model for lm-eval."""
+    with quiet():
+        return CheckpointLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+@contextmanager
+def quiet():
+    """Hides loading bars where nobody watches, and lm-eval's advice about arguments that are meant as they are."""
+    logger, bars_were_on = logging.getLogger("lm_eval"), transformers_logging.is_progress_bar_enabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    if not bars_wanted():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars_were_on:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,238 @@
+"""Scores a checkpoint, or a base and an adapter, with lm-eval and writes one JSON.
+
+    python -m eval.score out/run1 --tasks demo --data out/data --out scores.json
+    python -m eval.score BASE --adapter out/adapter.safetensors --tasks gsm8k_local --data FOLDER_WITH_GSM8K
+
+A task is any that lm-eval knows (`gsm8k`, `arc_easy`, ...), or one of `eval/tasks/`, which read a local folder: the
+demo's word problems (`demo`) and GSM8K without a hub (`gsm8k_local`). GSM8K's two filters answer different questions,
+often tens of points apart: `strict-match` wants the number after `####`, as the training answers write it, and
+`flexible-extract` takes the last number of the text. Both are always reported, with standard errors, and the headline
+is named.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from eval.harness import load_tasks, run
+from eval.model import as_language_model, load_model, load_tokenizer
+
+
+def score(
+    checkpoint: str,
+    tasks: list[str],
+    *,
+    adapter: str | None = None,
+    data: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    fewshot: int | None = None,
+    chat_template: bool = False,
+    out: str | None = None,
+    seed: int = 1234,
+    max_gen_tokens: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict:
+    """Scores one model.
+
+    Args:
+        checkpoint: folder with config.json, *.safetensors and the tokenizer, or a name on the hub; with `adapter`, the
+            base's.
+        tasks: names of lm-eval tasks or of the files in `eval/tasks/`.
+        adapter: file written by `speft_optim.save_adapter`; None scores the checkpoint as it is.
+        data: folder with train.jsonl and test.jsonl, which the local tasks read.
+        limit: problems of each task; None is all of them.
+        batch_size: prompts scored together. Results can differ in a few problems between sizes: compare at one.
+        fewshot: solved examples before each problem; None is the task's own number.
+        chat_template: wrap each prompt in the tokenizer's chat template.
+        out: JSON file to write; None writes none.
+        seed: seeds the choice of few-shot examples and all generators. 1234 draws those of lm-eval's own command line.
+        max_gen_tokens: limit of a generated answer; None is the task's own.
+        dtype: `float32`, `bfloat16`, ...; None is float32 on CPU and the checkpoint's own elsewhere.
+        device: a torch device; None is CUDA where there is one, else the CPU.
+
+    Returns:
+        What the JSON holds: scores by task, metric and filter, and everything needed to repeat the run.
+
+    Raises:
+        ValueError: an argument is wrong; before any weight is read.
+    """
+    folder = find_checkpoint(checkpoint)
+    check_files(adapter=adapter, out=out)
+    check_counts(limit=limit, batch_size=batch_size, max_gen_tokens=max_gen_tokens)
+    check_dtype(dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_tasks(tasks, data=data, fewshot=fewshot, max_gen_tokens=max_gen_tokens, seed=seed)
+    tokenizer, prepends_bos = load_tokenizer(folder)
+    if chat_template and tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer in {checkpoint} has no chat template; score it without chat_template")
+
+    model = load_model(folder, None if adapter is None else Path(adapter), dtype, device)
+    start = time.perf_counter()
+    language_model = as_language_model(model, tokenizer, batch_size)
+    scores = run(language_model, loaded, limit=limit, chat_template=chat_template, seed=seed)
+    seconds = time.perf_counter() - start
+    record = {
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": hash_files(sorted(folder.glob("*.safetensors"))),
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_sha256": None if adapter is None else hash_files([Path(adapter)]),
+        "tasks": scores,
+        "data": None if data is None else str(data),
+        "limit": limit,
+        "batch_size": batch_size,
+        "chat_template": chat_template,
+        "prepends_bos": prepends_bos,
+        "seed": seed,
+        "max_gen_tokens": max_gen_tokens,
+        "seconds": round(seconds, 1),
+        **environment(model),
+    }
+    if out is not None:
+        write_json(Path(out), record)
+    return record
+
+
+def environment(model: torch.nn.Module) -> dict:
+    """Collects what a score depends on beside the arguments: dtype, device and versions."""
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+    versions = {package: version(package) for package in ("torch", "transformers", "lm_eval")}
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device,
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def find_checkpoint(checkpoint: str) -> Path:
+    """Returns the complete folder of a checkpoint, fetched first where it is a name on the hub."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        folder = fetch(str(checkpoint))
+    missing = [pattern for pattern in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(pattern))]
+    if missing:
+        raise ValueError(
+            f"{checkpoint} lacks {', '.join(missing)}; save the model with save_pretrained and its tokenizer beside it"
+        )
+    return folder
+
+
+def fetch(name: str) -> Path:
+    """Fetches a model from the hub, weights and tokenizer only."""
+    remedy = "give a folder that save_pretrained wrote"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"no such checkpoint folder: {name}; {remedy}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except Exception as error:  # no network, no such name, no licence accepted: the remedy is the same
+        raise ValueError(f"{name} is no folder, nor could it be fetched from the hub ({error}); {remedy}") from error
+
+
+def check_files(*, adapter: str | None, out: str | None) -> None:
+    """Refuses an adapter that is not there and a result file that could not be written at the end."""
+    if adapter is not None and not Path(adapter).is_file():
+        raise ValueError(f"no such adapter file: {adapter}; give the file that save_adapter wrote")
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out is {out}, a folder; give the name of a JSON file")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuses counts below 1. A `limit` below 1 would mean a share of the problems to lm-eval."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} is {count}; it must be a whole number of at least 1, or None for the default")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuses what is not the name of a floating-point dtype."""
+    found = None if dtype is None else getattr(torch, dtype, None)
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16, or None for the default")
+
+
+def hash_files(paths: list[Path]) -> str:
+    """SHA-256 over the bytes of the files in this order; of one file it is what `sha256sum` prints."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Writes under a temporary name and renames, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            # One line for the values of all problems, not one each. Strings hold no raw newline, so none is touched.
+            text = json.dumps(record, indent=2)
+            file.write(re.sub(r"\[\n[\d\s.,e+-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n")
+        os.chmod(temporary, 0o644)  # mkstemp lets only the owner read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def table(record: dict) -> str:
+    """Formats the scores of a record, in percent, the headline marked with a star."""
+    lines = [f"{'task':<20} {'metric':<14} {'filter':<18} {'%':>7} {'+-':>6} {'n':>6} {'shots':>5}"]
+    for name, task in record["tasks"].items():
+        for metric, by_filter in task["scores"].items():
+            for chosen, entry in by_filter.items():
+                star = "*" if task["headline"] == {"metric": metric, "filter": chosen} else " "
+                error = "-" if entry["stderr"] is None else f"{100 * entry['stderr']:.2f}"
+                lines.append(
+                    f"{name:<20} {metric:<14} {chosen + ' ' + star:<18} {100 * entry['value']:>7.2f} {error:>6} "
+                    f"{entry['n']:>6} {task['fewshot'] if task['fewshot'] is not None else '-':>5}"
+                )
+    return "\n".join([*lines, "* the headline; +- one standard error"])
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; every option is an argument of `score`."""
+    parser = argparse.ArgumentParser(prog="python -m eval.score", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="checkpoint folder or name on the hub; with --adapter, the base's")
+    parser.add_argument("--tasks", nargs="+", required=True, help="lm-eval tasks, or demo, gsm8k_local")
+    parser.add_argument("--data", help="folder with train.jsonl and test.jsonl, for demo and gsm8k_local")
+    parser.add_argument("--adapter", help="adapter file to lay over the checkpoint")
+    parser.add_argument("--limit", type=int, help="problems of each task (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts scored together (default: 16)")
+    parser.add_argument("--fewshot", type=int, help="solved examples before each problem (default: the task's own)")
+    parser.add_argument("--chat-template", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    parser.add_argument("--max-gen-tokens", type=int, help="limit of a generated answer (default: the task's own)")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="default 1234, which is lm-eval's own for few-shot examples"
+    )
+    parser.add_argument("--dtype", help="default: float32 on CPU, the checkpoint's own elsewhere")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", help="JSON file to write")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Scores from the command line and prints the table."""
+    options = vars(parse_arguments())
+    try:
+        record = score(options.pop("checkpoint"), options.pop("tasks"), **options)
+    except ValueError as error:
+        raise SystemExit(f"eval.score: {error}") from error
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
