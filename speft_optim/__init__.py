@@ -1,6 +1,7 @@
 """Sparse fine-tuning: gradients, moments and updates only for the masked entries of a model's weights."""
 
 from speft_optim.adapter import load_adapter, save_adapter
+from speft_optim.export import export_merged
 from speft_optim.masks import Mask, Masks
 from speft_optim.optim import SparseAdamW
 from speft_optim.selection import select_masks
@@ -11,6 +12,7 @@ __all__ = [
     "Masks",
     "SparseAdamW",
     "desparsify",
+    "export_merged",
     "load_adapter",
     "save_adapter",
     "select_masks",

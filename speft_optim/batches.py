@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from speft_optim.quantized import frozen_forwards
+
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
@@ -147,7 +149,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=list(devices)), frozen_forwards(model):
         try:
             model.eval()
             for parameter in required:

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from speft_optim.batches import BatchReader, LossFunction, check_loss, model_loss, plain_implementation
 from speft_optim.distributed import average_, together
 from speft_optim.pieces import Piece
+from speft_optim.quantized import differentiable
 from speft_optim.targets import Target, is_linear, is_transposed_linear
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def hessian_gradient(
             check_loss(value, reader.used)
             (along,) = torch.autograd.grad(value, step, create_graph=True, allow_unused=True)
             if along is not None and along.requires_grad:
-                along.backward(inputs=[piece.target.parameter for piece in group])
+                along.backward(inputs=leaves)
         return reader.used
 
     with contextlib.ExitStack() as stack:
@@ -102,31 +103,25 @@ def hessian_gradient(
         for target in targets.values():
             for module, attribute in target.sites:
                 _move_along(target, module, attribute, step, store, stack)
-        for piece in group:
-            stack.enter_context(_gradient_to(piece))
+        leaves = [stack.enter_context(_gradient_to(piece)) for piece in group]
         count = together(work)
     average_([piece.accumulator for piece in group], count)
 
 
 @contextlib.contextmanager
-def _gradient_to(piece: Piece) -> Iterator[None]:
+def _gradient_to(piece: Piece) -> Iterator[Tensor]:
     """Let the weight require gradients and move each to the piece's accumulator as soon as it is complete."""
-    parameter = piece.target.parameter
-    kept = parameter.grad
 
-    def move(parameter: Tensor) -> None:
-        piece.from_dense(parameter.grad)
-        parameter.grad = None
+    def move(leaf: Tensor) -> None:
+        piece.from_dense(leaf.grad)
+        leaf.grad = None
 
-    parameter.grad = None
-    parameter.requires_grad_(True)
-    hook = parameter.register_post_accumulate_grad_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
-        parameter.requires_grad_(False)
-        parameter.grad = kept
+    with differentiable(*piece.target.sites[0]) as leaf:
+        hook = leaf.register_post_accumulate_grad_hook(move)
+        try:
+            yield leaf
+        finally:
+            hook.remove()
 
 
 class _Times(torch.autograd.Function):

@@ -192,6 +192,16 @@ class Mask:
 
     __hash__ = None
 
+    def __getstate__(self) -> dict:
+        """State for pickle, which cannot carry uint16 tensors: their bits go as int16."""
+        packed = self._pointers is not None
+        return {**self.__dict__, "_positions": self._positions.view(torch.int16) if packed else self._positions}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self._pointers is not None:
+            self._positions = self._positions.view(torch.uint16)
+
     def __repr__(self) -> str:
         """Shape, count and density."""
         return f"Mask(shape={tuple(self.shape)}, entries={len(self):,}, density={self.density:.4%})"
@@ -246,13 +256,11 @@ class Masks(dict[str, Mask]):
             with safe_open(str(path), "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise ValueError(
-                        f"{path} has format {metadata.get('format')!r}, not {_FORMAT!r}: no masks of Masks.save."
-                    )
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
                 shapes = json.loads(metadata["shapes"])
                 return cls({name: Mask(file.get_tensor(name), shape) for name, shape in shapes.items()})
-        except (SafetensorError, KeyError, json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a readable mask file: {error!r}.") from error
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no readable file of Masks.save: {type(error).__name__}: {error}.") from error
 
     def summary(self) -> str:
         """A table of density per layer and projection, in percent, with totals; for people."""

@@ -4,8 +4,9 @@ PyTorch's `SparseAdam` takes sparse *gradients* of a dense parameter and keeps d
 and moments all have the length of the mask; the weight itself is written at the masked entries in the same step.
 """
 
+import logging
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from weakref import ref
 
 import torch
@@ -15,6 +16,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from speft_optim.kernels import adamw_
 from speft_optim.masks import Mask
+from speft_optim.moments import STATE_BITS, moment_bytes, moments_fit, new_moments_, store_moments_, unpack_moments
+
+logger = logging.getLogger(__name__)
 
 
 class WriteThrough(Protocol):
@@ -35,18 +39,30 @@ _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def link(values: nn.Parameter, weight: WriteThrough) -> None:
     """Tell optimizers which masked weight stands behind `values`; the link keeps neither alive."""
-    _weights[values] = ref(weight)
+    _weights[values] = (weight.name, ref(weight))
 
 
 def unlink(values: Tensor) -> None:
-    """Forget the masked weight behind `values`."""
-    _weights.pop(values, None)
+    """Let optimizers that still hold `values` say that no weight stands behind them any more."""
+    _weights[values] = (_weights[values][0], lambda: None)
 
 
 def linked(values: Tensor) -> WriteThrough | None:
-    """The masked weight behind `values`, or None for an ordinary parameter."""
-    reference = _weights.get(values)
-    return reference() if reference is not None else None
+    """The masked weight behind `values`, or None for an ordinary parameter.
+
+    Raises:
+        ValueError: there was a masked weight, but it is gone.
+    """
+    if values not in _weights:
+        return None
+    name, reference = _weights[values]
+    weight = reference()
+    if weight is None:
+        raise ValueError(
+            f"{name} is no longer sparsified (desparsify was called, or its module was replaced), so that its old "
+            "values would train nothing; build a new optimizer from sparsify(model, masks)."
+        )
+    return weight
 
 
 class SparseAdamW(Optimizer):
@@ -61,11 +77,21 @@ class SparseAdamW(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay of the masked entries; the others never move.
         maximize: ascend instead of descend.
+        state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
+        on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
+            and count it in `skipped_steps`, "raise" a FloatingPointError before anything changed, or "ignore" it, as
+            torch's AdamW does. The first two read one number back from the device per step.
+
+    Attributes:
+        skipped_steps: steps left out because of a gradient that was not finite; saved in `state_dict()`.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or there is no parameter.
         TypeError: a parameter is not a floating tensor.
     """
+
+    _stepped = False
+    skipped_steps = 0
 
     def __init__(
         self,
@@ -76,15 +102,21 @@ class SparseAdamW(Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        state_bits: Literal[8, 32] = 32,
+        on_nonfinite: Literal["skip", "raise", "ignore"] = "skip",
     ):
+        if on_nonfinite not in ("skip", "raise", "ignore"):
+            raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
+        self._on_nonfinite = on_nonfinite
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "state_bits": state_bits})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options it lacks are the constructor's."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
+            linked(parameter)
             if not parameter.is_floating_point():
                 self.param_groups.pop()
                 raise TypeError(
@@ -105,37 +137,84 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # All of them before any update, and those without a gradient too: a weight that is gone never gets one.
+        weights = {parameter: linked(parameter) for parameter in self._parameters()}
+        for weight in weights.values():
+            if weight is not None:
+                weight.synchronize()
+        if self._on_nonfinite != "ignore" and not self._gradients_are_finite():
+            return loss
+        if not self._stepped:
+            _warn_of_missing_gradients(weights)
+            self._stepped = True
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, weights[parameter], group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        weight = linked(parameter)
-        if weight is not None:
-            weight.synchronize()
+    def _update(self, parameter: Tensor, weight: WriteThrough | None, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            new_moments_(state, parameter, group["state_bits"])
         state["step"] += 1
+        exp_avg, exp_avg_sq = unpack_moments(state)
         adamw_(
             parameter,
             parameter.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            exp_avg,
+            exp_avg_sq,
             step=int(state["step"]),
-            lr=group["lr"],
+            lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
         )
+        store_moments_(state, exp_avg, exp_avg_sq)
         if weight is not None:
             weight.write()
+
+    def _gradients_are_finite(self) -> bool:
+        """Whether a step may be taken; if not it is counted, or refused."""
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        # The largest magnitude of each, since a sum of squares can overflow; NaN passes through a maximum.
+        largest = torch._foreach_norm(gradients, float("inf")) if gradients else []
+        if not largest or bool(torch.stack([norm.float().to(largest[0].device) for norm in largest]).isfinite().all()):
+            return True
+        if self._on_nonfinite == "raise":
+            raise FloatingPointError(
+                "A gradient holds inf or NaN; nothing was changed. Look for a bad sample, or skip such steps with "
+                'SparseAdamW(..., on_nonfinite="skip").'
+            )
+        self.skipped_steps += 1
+        if self.skipped_steps == 1:
+            logger.warning("A gradient holds inf or NaN: the step is skipped, like all such; see skipped_steps.")
+        return False
+
+    def memory_summary(self) -> dict[str, int]:
+        """Bytes held now beyond the model's own weights, by kind.
+
+        Returns:
+            Bytes of `values`, mask `positions`, `moments`, `gradients`, and their `total`. Ordinary parameters count
+            with moments and gradients only.
+        """
+        parameters = self._parameters()
+        weights = {parameter: weight for parameter in parameters if (weight := linked(parameter)) is not None}
+        kinds = {
+            "values": sum(parameter.nbytes for parameter in weights),
+            "positions": sum(weight.mask.nbytes for weight in weights.values()),
+            "moments": sum(moment_bytes(self.state[p]) for p in parameters if p in self.state),
+            "gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
+        }
+        return {**kinds, "total": sum(kinds.values())}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: torch's own leaves out all but groups and state."""
+        own = {"_on_nonfinite": self._on_nonfinite, "_stepped": self._stepped, "skipped_steps": self.skipped_steps}
+        return {**super().__getstate__(), **own}
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, and for each compact parameter its values, mask positions and the weight's name and shape.
@@ -143,6 +222,7 @@ class SparseAdamW(Optimizer):
         Only tensors, numbers, strings, lists and dicts: `torch.load(..., weights_only=True)` opens it.
         """
         packed = super().state_dict()
+        packed["skipped_steps"] = self.skipped_steps
         packed["state"] = {key: dict(state) for key, state in packed["state"].items()}
         for key, parameter in enumerate(self._parameters()):
             weight = linked(parameter)
@@ -175,12 +255,13 @@ class SparseAdamW(Optimizer):
         for parameter, saved in pairs:
             _check_saved(parameter, saved)
         super().load_state_dict({"state": {}, "param_groups": groups})
+        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
         for parameter, saved in pairs:
             self._restore(parameter, saved)
 
     @torch.no_grad()
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        moments = {key: saved[key] for key in ("step", "exp_avg", "exp_avg_sq") if key in saved}
+        moments = {key: part for key, part in saved.items() if key == "step" or key.startswith("exp_avg")}
         if moments:
             # torch's own loader would cast the moments to the parameter's dtype and move the step to its device.
             self.state[parameter] = {
@@ -196,6 +277,17 @@ class SparseAdamW(Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
+def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:
+    missing = [w.name for parameter, w in weights.items() if w is not None and parameter.grad is None]
+    if missing:
+        logger.warning(
+            "%d masked weights have no gradient at the first step, e.g. %s: their modules were not called (an unused "
+            "branch, or code that reads the weight without calling its module).",
+            len(missing),
+            missing[0],
+        )
+
+
 def _check_options(options: dict[str, Any]) -> None:
     lr, eps, decay = options["lr"], options["eps"], options["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -204,6 +296,8 @@ def _check_options(options: dict[str, Any]) -> None:
         # Written so that NaN fails too.
         if not 0.0 <= float(value) < float("inf"):
             raise ValueError(f"{name}={value} is not a finite number of at least 0.")
+    if options["state_bits"] not in STATE_BITS:
+        raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
     betas = options["betas"]
     if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
         raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
@@ -216,6 +310,8 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any]) -> None:
     for key in ("values", "exp_avg", "exp_avg_sq"):
         if key in saved and saved[key].shape != parameter.shape:
             raise ValueError(f"{name} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}.")
+    if not moments_fit(saved, parameter):
+        raise ValueError(f"The saved moments of {name} are incomplete or damaged; its keys are {sorted(saved)}.")
     if weight is None:
         return
     if "indices" not in saved:

@@ -69,8 +69,8 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
         for batch in reader:
             counting = _counting_examples(batch["labels"])
             examples += len(counting)
-            batched = loss is None and _split_backward(model, batch, counting, sinks, reader.used)
-            rest = [sink for sink in sinks.values() if not (batched and sink.splits(len(batch["labels"])))]
+            done = _split_backward(model, batch, counting, list(sinks.values()), reader.used) if loss is None else []
+            rest = [sink for sink in sinks.values() if sink not in done]
             if rest:
                 _backward_by_example(model, batch, counting, rest, loss or model_loss, reader.used)
         return examples
@@ -105,7 +105,8 @@ class _ExampleSquares:
             self.example += product(left.flatten(0, -2)[:, piece.first : piece.last], right.flatten(0, -2))
         elif self.mode == "split":
             for one_left, one_right in zip(left.flatten(1, -2), right.flatten(1, -2), strict=True):
-                piece.accumulator += product(one_left[:, piece.first : piece.last], one_right).square_()
+                gradient = product(one_left[:, piece.first : piece.last], one_right)
+                piece.accumulator.addcmul_(gradient, gradient)
 
     def from_dense(self, gradient: Tensor) -> None:
         """Add to the present example's gradient."""
@@ -114,7 +115,7 @@ class _ExampleSquares:
 
     def close_example(self) -> None:
         """Square the example's whole gradient into the total."""
-        self.piece.accumulator += self.example.square_()
+        self.piece.accumulator.addcmul_(self.example, self.example)
         self.example.zero_()
 
 
@@ -133,26 +134,26 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
         yield
 
 
-def _split_backward(model: nn.Module, batch: Batch, counting: list[int], sinks: dict, number: int) -> bool:
-    """Square the example gradients of weights that one backward can tell apart; False if the loss cannot be split."""
-    for sink in sinks.values():
+def _split_backward(
+    model: nn.Module, batch: Batch, counting: list[int], sinks: list[_ExampleSquares], number: int
+) -> list[_ExampleSquares]:
+    """Square the example gradients of the weights that one backward can tell apart; return the sinks that are done."""
+    for sink in sinks:
         sink.uses.clear()
     output = model(**batch)
     value = loss_of(output, model)
     check_loss(value, number)
     losses = example_losses(getattr(output, "logits", None), batch["labels"], value)
-    examples = len(batch["labels"])
-    able = [sink for sink in sinks.values() if sink.splits(examples)]
-    if losses is None or not able:
-        return False
-    total = losses[counting].sum()
-    if total.requires_grad:
+    # Asked before backward, where recomputed blocks are seen once more.
+    able = [sink for sink in sinks if losses is not None and sink.splits(len(batch["labels"]))]
+    total = losses[counting].sum() if able else None
+    if able and total.requires_grad:
         for sink in able:
             sink.mode = "split"
         total.backward()
         for sink in able:
             sink.mode = "off"
-    return True
+    return able
 
 
 def _backward_by_example(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from speft_optim.frozen import frozen_weight, is_quantized_linear
+
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
@@ -33,8 +35,8 @@ class Target:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the weight that the mask's positions refer to."""
-        return self.parameter.shape
+        """Shape of the weight that the mask's positions refer to, whatever shape its codes are stored in."""
+        return frozen_weight(*self.sites[0]).shape
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -43,8 +45,8 @@ class Target:
         return rows, self.shape.numel() // max(1, rows)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` (exclusive) of the weight as a matrix, in its own dtype."""
-        return self.parameter.detach().reshape(self.matrix_shape)[first:last]
+        """Rows `first` to `last` (exclusive) of the weight as a matrix, in its own dtype or dequantised to fp32."""
+        return frozen_weight(*self.sites[0]).rows(first, last)
 
 
 def all_targets(model: nn.Module) -> dict[str, Target]:
@@ -70,7 +72,8 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
 
     Raises:
         TypeError: `targets` is of another kind.
-        ValueError: nothing matches, a suffix matches nothing, or a suffix occurs twice.
+        ValueError: nothing matches, a suffix matches nothing or occurs twice, or a match is on the meta device
+            or used out of sight of hooks.
     """
     known = all_targets(model)
     if targets is None:
@@ -83,7 +86,41 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
         found, remedy = _by_suffix(known, targets), "the list of targets is empty"
     if not found:
         raise ValueError(f"No weight to select among the {len(known)} parameters of {type(model).__name__}: {remedy}.")
+    for name, target in found.items():
+        check_in_memory(name, target.parameter)
+        check_called(name, target)
     return found
+
+
+def check_in_memory(name: str, parameter: nn.Parameter) -> None:
+    """Refuse a weight that is only a placeholder.
+
+    Raises:
+        ValueError: it is on the meta device.
+    """
+    if parameter.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device (offloaded to CPU or disk?); load the model without offloading."
+        )
+
+
+def check_called(name: str, target: Target) -> None:
+    """Refuse a weight that is read where no hook sees it.
+
+    Raises:
+        ValueError: it belongs to the output projection of torch's own attention, or to a recurrent module.
+    """
+    for module, _ in target.sites:
+        if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+            raise ValueError(
+                f"{name} cannot be trained: nn.MultiheadAttention reads it without calling its module. Leave it out of "
+                "targets (in_proj_weight can stay), or use an attention that calls its output projection."
+            )
+        if isinstance(module, nn.RNNBase):
+            raise ValueError(
+                f"{name} cannot be trained: {type(module).__name__} reads its weights from a list of its own. Leave it "
+                "out of targets, or unroll nn.LSTMCell, nn.GRUCell or nn.RNNCell."
+            )
 
 
 def _by_suffix(known: dict[str, Target], suffixes: Iterable[str]) -> dict[str, Target]:
@@ -116,8 +153,9 @@ def _is_block_matrix(model: nn.Module, target: Target) -> bool:
 
 
 def is_linear(module: nn.Module, attribute: str) -> bool:
-    """Whether torch's own forward uses the weight as `x @ W.T`, so that a tap on the output sees its whole use."""
-    return attribute == "weight" and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """Whether the module's own forward uses the weight as `x @ W.T`, so that a tap on the output sees its whole use."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return attribute == "weight" and (plain or is_quantized_linear(module))
 
 
 def is_transposed_linear(module: nn.Module, attribute: str) -> bool:

@@ -1,0 +1,306 @@
+"""The frozen weight behind one interface: a dense tensor, bitsandbytes int8 (LLM.int8 storage) or bitsandbytes 4-bit.
+
+A dense weight holds its trained entries itself. Codes cannot, so a quantised weight carries a list of overlays, masks
+with exact fp32 values, and *is* the dequantised codes with the overlays laid over; codes and scales are only read.
+
+    int8    w = code * scale / 127, one fp32 scale a row
+    4-bit   w = table[code] * scale, one scale for each run of `blocksize` flat positions, two codes in a byte; with
+            double quantisation the scales are codes themselves
+
+Each product is fp32 and rounded once to the dtype asked for, so that all ways to read an entry agree to the bit.
+bitsandbytes is imported for its CUDA kernel alone. Everything else is plain PyTorch: the layout is small and stable,
+positions and rows can be read that no kernel gives, and its CPU kernel is wrong where a row is no whole number of
+blocks.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.kernels import gather_entries, scatter_entries_
+from speft_optim.masks import Mask
+
+_CHUNK = 2**22
+_OVERLAYS = "_laid_over"
+
+
+class DenseWeight:
+    """A floating parameter of a module."""
+
+    def __init__(self, module: nn.Module, attribute: str):
+        self.tensor = module._parameters[attribute].detach()
+        self.shape, self.device = self.tensor.shape, self.tensor.device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight in `dtype`."""
+        return self.tensor.to(dtype)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), the first dimension by all others, in the weight's dtype."""
+        rows = self.shape[0] if self.shape else 1
+        return self.tensor.reshape(rows, self.shape.numel() // max(1, rows))[first:last]
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Entries at flat positions (k,), in the weight's dtype."""
+        return gather_entries(self.tensor, indices)
+
+    def gather_base(self, indices: Tensor) -> Tensor:
+        """Entries at flat positions (k,) as the base has them, trained ones aside."""
+        return self.gather(indices)
+
+    def attach(self, mask: Mask, values: Tensor) -> None:
+        """From now on `values`, which may change in place, are the weight's entries at `mask`."""
+
+    def release(self, values: Tensor) -> None:
+        """`values` will change no more and may be forgotten, the weight keeps what they are now."""
+
+    def write(self, indices: Tensor, values: Tensor) -> None:
+        """Bring what the weight holds at `indices` up to the attached `values`."""
+        scatter_entries_(self.tensor, indices, values)
+
+    def read(self, indices: Tensor, values: Tensor) -> Tensor:
+        """What attached `values` have to be, given what the weight holds: where it is their rounding, they stand."""
+        entries = self.gather(indices)
+        return torch.where(entries == values.to(entries.dtype), values, entries.to(values.dtype))
+
+    def put(self, mask: Mask, values: Tensor) -> None:
+        """Set entries for good, from outside."""
+        self.write(mask.indices.to(self.device), values.to(self.device))
+
+    def entries(self, mask: Mask) -> tuple[Mask, Tensor]:
+        """What an adapter must hold for this weight when `mask` is trained."""
+        return mask, self.gather(mask.indices.to(self.device))
+
+
+class QuantizedWeight:
+    """The weight of a bitsandbytes linear layer: codes, scales, and overlays of exact values.
+
+    Subclasses read the codes: `_dequantize` all, `_panel` of rows, `_at` flat positions.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @property
+    def overlays(self) -> list[tuple[Mask, Tensor]]:
+        """(mask, values) pairs, later ones on top."""
+        return self.module.__dict__.get(_OVERLAYS, [])
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight in `dtype`, newly made."""
+        weight = self._dequantize(dtype)
+        for mask, values in self.overlays:
+            scatter_entries_(weight, mask.to(weight.device).indices, values.detach().to(weight.device))
+        return weight
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive) in fp32, newly made."""
+        panel, columns = self._panel(first, last), self.shape[1]
+        for mask, values in self.overlays:
+            indices = mask.to(panel.device).indices
+            bounds = torch.tensor([first * columns, last * columns], device=panel.device, dtype=indices.dtype)
+            begin, end = torch.searchsorted(indices, bounds).tolist()
+            inside = values.detach()[begin:end].to(panel.device)
+            scatter_entries_(panel, indices[begin:end] - first * columns, inside)
+        return panel
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Entries at flat positions (k,), in fp32."""
+        entries = self.gather_base(indices)
+        for mask, values in self.overlays:
+            place, inside = find(mask.to(indices.device).indices, indices)
+            entries[inside] = values.detach().to(entries.device)[place[inside]]
+        return entries
+
+    def gather_base(self, indices: Tensor) -> Tensor:
+        """Entries at flat positions (k,) as the codes give them, in fp32."""
+        return torch.cat([self._at(part.long()) for part in indices.split(_CHUNK)]) if len(indices) else self._none()
+
+    def _none(self) -> Tensor:
+        return torch.empty(0, device=self.device)
+
+    def attach(self, mask: Mask, values: Tensor) -> None:
+        """From now on `values`, which may change in place, are the weight's entries at `mask`."""
+        self.module.__dict__[_OVERLAYS] = [*self.overlays, (mask, values)]
+
+    def release(self, values: Tensor) -> None:
+        """`values` will change no more and may be forgotten, the weight keeps what they are now."""
+        mask, entries = self.entries()
+        indices = mask.indices.to(self.device)
+        moved = entries != self.gather_base(indices)
+        # One overlay of all entries, so that re-selecting masks does not pile them up; none where nothing was trained.
+        self.module.__dict__.pop(_OVERLAYS)
+        if bool(moved.any()):
+            self.attach(Mask(indices[moved], self.shape), entries[moved])
+
+    def write(self, indices: Tensor, values: Tensor) -> None:
+        """Nothing to do: the overlay is the attached values themselves."""
+
+    def read(self, indices: Tensor, values: Tensor) -> Tensor:
+        """The attached values: codes have no say in them."""
+        return values
+
+    @torch.no_grad()
+    def put(self, mask: Mask, values: Tensor) -> None:
+        """Set entries for good, from outside: in the overlays that have them, in a new lowest one the rest."""
+        indices, values = mask.indices.to(self.device), values.to(self.device, torch.float32)
+        missing = torch.ones_like(indices, dtype=torch.bool)
+        for own, held in self.overlays:
+            place, inside = find(own.to(self.device).indices, indices)
+            held[place[inside].to(held.device)] = values[inside].to(held.device)
+            missing &= ~inside
+        if bool(missing.any()):
+            rest = (Mask(indices[missing], self.shape), values[missing])
+            self.module.__dict__[_OVERLAYS] = [rest, *self.overlays]
+
+    def entries(self, mask: Mask | None = None) -> tuple[Mask, Tensor]:
+        """What an adapter must hold for this weight: all entries that are not the codes'."""
+        masks = [own for own, _ in self.overlays]
+        if len(masks) != 1:
+            parts = [own.indices.to(self.device) for own in masks]
+            masks = [Mask(torch.cat(parts).unique() if parts else self._none().int(), self.shape)]
+        return masks[0], self.gather(masks[0].indices.to(self.device))
+
+
+class Int8Weight(QuantizedWeight):
+    """Codes (out, in) int8 and one fp32 scale a row; bitsandbytes moves them from weight to state in first forward."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        weight, state = module.weight, module.state
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
+        self.codes, self.scales = weight.detach(), scales
+        self.shape, self.device = self.codes.shape, self.codes.device
+
+    def _row_scales(self) -> Tensor:
+        return self.scales.float() * (1 / 127)
+
+    def _dequantize(self, dtype: torch.dtype) -> Tensor:
+        # One kernel that multiplies in fp32 and stores in dtype; no fp32 copy of the weight exists on CUDA.
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        return torch.mul(self.codes, self._row_scales()[:, None], out=out)
+
+    def _panel(self, first: int, last: int) -> Tensor:
+        return self.codes[first:last] * self._row_scales()[first:last, None]
+
+    def _at(self, indices: Tensor) -> Tensor:
+        return self.codes.reshape(-1)[indices] * self._row_scales()[indices // self.shape[1]]
+
+
+class FourBitWeight(QuantizedWeight):
+    """Two codes in a byte, high half first, in flat row-major order; scales for runs of `blocksize` positions."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        state = _quantisation_state(module)
+        if getattr(state, "packing_format_for_cpu", False):
+            _unpack_cpu_layout(module)
+            state = _quantisation_state(module)
+        self.state, self.packed = state, module.weight.detach()
+        self.shape, self.device = torch.Size(state.shape), self.packed.device
+
+    def _dequantize(self, dtype: torch.dtype) -> Tensor:
+        if self.device.type != "cuda":
+            return self._run(0, self.shape.numel()).view(self.shape).to(dtype)
+        import bitsandbytes.functional as bnb
+
+        state, scales = self.state, self.state.absmax
+        if state.nested:
+            scales = bnb.dequantize_blockwise(scales, state.state2).add_(state.offset)
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        options = dict(blocksize=state.blocksize, quant_type=state.quant_type)
+        bnb.dequantize_4bit(self.packed, absmax=scales.float(), out=out, **options)
+        return out
+
+    def _panel(self, first: int, last: int) -> Tensor:
+        return self._run(first * self.shape[1], last * self.shape[1]).view(last - first, self.shape[1])
+
+    def _run(self, first: int, last: int) -> Tensor:
+        """Entries at the consecutive flat positions `first` to `last` (exclusive)."""
+        size, table = self.state.blocksize, self.state.code.to(self.device, torch.float32)
+        start = first // size * size
+        codes = self._bytes()[start // 2 : (last + 1) // 2].int()
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+        run = pairs[codes].view(-1)[: last - start]
+        scales, whole = self._scales(torch.arange(start // size, -(-last // size), device=self.device)), run.numel()
+        whole -= whole % size
+        run[:whole].view(-1, size).mul_(scales[: whole // size, None])
+        if whole < run.numel():
+            run[whole:].mul_(scales[-1])
+        return run[first - start :]
+
+    def _at(self, indices: Tensor) -> Tensor:
+        byte = self._bytes()[indices // 2]
+        code = torch.where(indices % 2 == 0, byte >> 4, byte & 15)
+        table = self.state.code.to(self.device, torch.float32)
+        return table[code.int()] * self._scales(indices // self.state.blocksize)
+
+    def _bytes(self) -> Tensor:
+        # bitsandbytes can store the bytes under another dtype (`bnb_4bit_quant_storage`).
+        return self.packed.reshape(-1).view(torch.uint8)
+
+    def _scales(self, blocks: Tensor) -> Tensor:
+        """Scales of the given blocks, (k,) fp32; the scales' own codes resolved under double quantisation."""
+        scales, second = self.state.absmax[blocks], self.state.state2
+        if not self.state.nested:
+            return scales.float()
+        return second.code[scales.int()] * second.absmax[blocks // second.blocksize] + self.state.offset
+
+
+FrozenWeight = DenseWeight | QuantizedWeight
+
+
+def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
+    """The weight of a module, whatever holds it.
+
+    Raises:
+        ValueError: a bitsandbytes layer that has not quantised its weight yet.
+    """
+    if attribute != "weight" or not is_quantized_linear(module):
+        return DenseWeight(module, attribute)
+    return Int8Weight(module) if _has_class(module, "Linear8bitLt") else FourBitWeight(module)
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Whether the module is a bitsandbytes linear layer whose weight is stored as codes."""
+    if _has_class(module, "Linear8bitLt"):
+        return not module.state.has_fp16_weights and module.weight.dtype == torch.int8
+    return _has_class(module, "Linear4bit") and _quantisation_state(module) is not None
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model's bitsandbytes linear layers."""
+    return ((name, module) for name, module in model.named_modules() if is_quantized_linear(module))
+
+
+def find(sorted_positions: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of `wanted` stands in `sorted_positions`, and whether it does (if not, the place means nothing)."""
+    if not sorted_positions.numel():
+        return torch.zeros_like(wanted, dtype=torch.int64), torch.zeros_like(wanted, dtype=torch.bool)
+    place = torch.searchsorted(sorted_positions, wanted.to(sorted_positions.dtype)).clamp_(
+        max=len(sorted_positions) - 1
+    )
+    return place, sorted_positions[place] == wanted
+
+
+def _has_class(module: nn.Module, name: str) -> bool:
+    # By name, so that the question does not import bitsandbytes.
+    return any(cls.__name__ == name and cls.__module__.startswith("bitsandbytes") for cls in type(module).__mro__)
+
+
+def _quantisation_state(module: nn.Module):
+    """Scales, table and shape of a 4-bit layer; on the module alone where a copy or wrapper lost the weight's."""
+    state = getattr(module.weight, "quant_state", None)
+    return state if state is not None else module.quant_state
+
+
+def _unpack_cpu_layout(module: nn.Module) -> None:
+    """Undo the other layout that bitsandbytes gives 4-bit weights in evaluation on CPUs with AVX512-BF16.
+
+    Its `state_dict()` turns the layout back in place, but leaves plain scales turned around.
+    """
+    module.state_dict()
+    state = _quantisation_state(module)
+    if state.absmax.dim() == 2:
+        state.absmax = state.absmax.t().reshape(-1).float()

@@ -1,0 +1,209 @@
+"""bitsandbytes linear layers as frozen linear layers with exact values laid over.
+
+While a model is sparsified, the `forward` of each of its bitsandbytes linears is shadowed in the instance: the one
+weight is dequantised to the compute dtype, the values are laid over it, `x @ W.T` is formed, and W is dropped; the same
+again in backward for the input gradient. Nothing dense is kept between the two, and neither is x. The class, the codes
+and the scales stay bitsandbytes' own. Its LLM.int8 product, which quantises activations too, is left out: measured at
+twice the time of this, for no less memory.
+
+The compute dtype is bitsandbytes': of a 4-bit layer the `bnb_4bit_compute_dtype` it was made with, else the dtype that
+autocast asks for, else that of the input. The output has the dtype of the input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.export import save_merged
+from speft_optim.frozen import QuantizedWeight, frozen_weight, quantized_linears
+from speft_optim.masks import Mask
+
+# What transformers and trl read as "a purely quantised model, which cannot train" and act upon: Trainer refuses the
+# model, SFTTrainer casts whatever trains to bf16.
+_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
+_FLAGS_BEFORE = "_quantised_flags_before_sparsify"
+
+
+class _Product(torch.autograd.Function):
+    """`x @ W.T`, or `x @ W`, with W made anew for each product; differentiable any number of times.
+
+    `leaf` is None, or a tensor of W's shape that stands for it in the graph and gets its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool) -> Tensor:
+        ctx.weight, ctx.transposed = weight, transposed
+        ctx.save_for_backward(*(() if leaf is None else (x, leaf)))
+        dense = weight.dense(x.dtype)
+        return x @ dense if transposed else nn.functional.linear(x, dense)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, leaf = ctx.saved_tensors or (None, None)
+        leaf_gradient = None
+        if ctx.needs_input_grad[1]:
+            left, right = (x, gradient) if ctx.transposed else (gradient, x)
+            leaf_gradient = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(leaf.dtype)
+        back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed) if ctx.needs_input_grad[0] else None
+        return back, leaf_gradient, None, None
+
+
+class FrozenForward:
+    """Stands in for a bitsandbytes linear's forward, and keeps its overlays in and out of state dicts.
+
+    Codes have no place for trained entries, so `state_dict()` carries them beside the codes, as
+    `<layer>.trained_indices` and `<layer>.trained_values`. Loading takes these, and also a floating `<layer>.weight`
+    as a merged checkpoint has: its trained entries are taken over and the codes stay.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        # accelerate wraps a forward to move inputs between devices; within its wrapper is the place of the layer's own.
+        self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        self.before = module.__dict__.get(self.attribute)
+        self.leaf: Tensor | None = None
+        module.__dict__[self.attribute] = self
+        self.hooks = [
+            module.register_state_dict_post_hook(_save_entries),
+            module.register_load_state_dict_pre_hook(_load_entries),
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
+        dtype = self.compute_dtype(x)
+        output = _Product.apply(x.to(dtype), self.leaf, frozen_weight(self.module), False)
+        if self.module.bias is not None:
+            output = output + self.module.bias.to(dtype)
+        return output.to(x.dtype)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that the product of the layer with `x` is formed in."""
+        if getattr(self.module, "compute_type_is_set", False) and self.module.compute_dtype is not None:
+            return self.module.compute_dtype
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+    def remove(self) -> None:
+        """Give the layer its own forward back."""
+        for hook in self.hooks:
+            hook.remove()
+        del self.module.__dict__[self.attribute]
+        if self.before is not None:
+            self.module.__dict__[self.attribute] = self.before
+
+
+def _save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    mask, values = frozen_weight(module).entries()
+    if len(mask):
+        state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
+
+
+def _load_entries(module: nn.Module, state: dict, prefix: str, *_) -> None:
+    weight, name = frozen_weight(module), f"{prefix}weight"
+    if f"{prefix}trained_indices" in state:
+        indices, values = state.pop(f"{prefix}trained_indices"), state.pop(f"{prefix}trained_values")
+        weight.put(Mask(indices, weight.shape), values)
+    elif (merged := state.get(name)) is not None and merged.is_floating_point() and merged.shape == weight.shape:
+        mask, values = weight.entries()
+        entries = merged.to(values.device).reshape(-1)[mask.indices.long()]
+        # A value that was only rounded on its way to the file keeps its exact form.
+        weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
+        state[name] = module.weight.detach()
+
+
+def take_over(model: nn.Module) -> None:
+    """Compute every bitsandbytes linear of the model, masked or not, as a frozen linear layer. Does nothing twice."""
+    layers = [module for _, module in quantized_linears(model)]
+    for module in layers:
+        if _forward_of(module) is None:
+            FrozenForward(module)
+    if layers and _FLAGS_BEFORE not in model.__dict__:
+        flags = {name: model.__dict__[name] for name in _FLAGS if name in model.__dict__}
+        for name in flags:
+            setattr(model, name, False)
+        model.__dict__[_FLAGS_BEFORE] = flags
+        if hasattr(model, "save_pretrained"):
+            model.__dict__["save_pretrained"] = _SaveMerged(model)
+
+
+def hand_back(model: nn.Module) -> None:
+    """Undo `take_over`, but for layers that carry trained entries: these go on computing with them."""
+    kept = False
+    for _, module in quantized_linears(model):
+        if frozen_weight(module).overlays:
+            kept = True
+        elif (forward := _forward_of(module)) is not None:
+            forward.remove()
+    for name, value in model.__dict__.get(_FLAGS_BEFORE, {}).items():
+        setattr(model, name, value)
+    if not kept and model.__dict__.pop(_FLAGS_BEFORE, None) is not None:
+        model.__dict__.pop("save_pretrained", None)
+
+
+@contextmanager
+def frozen_forwards(model: nn.Module) -> Iterator[None]:
+    """The model's bitsandbytes linears compute meanwhile as they do once it is sparsified, also without gradients."""
+    added = [FrozenForward(module) for _, module in quantized_linears(model) if _forward_of(module) is None]
+    try:
+        yield
+    finally:
+        for forward in added:
+            forward.remove()
+
+
+@contextmanager
+def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
+    """A leaf that requires gradients and gets those of the weight: the parameter, or a stand-in that takes no memory.
+
+    A quantised layer must be computed by `frozen_forwards` or `take_over`.
+    """
+    if (forward := _forward_of(module)) is not None and attribute == "weight":
+        weight = frozen_weight(module)
+        forward.leaf = torch.zeros((), device=weight.device).expand(weight.shape).requires_grad_()
+        try:
+            yield forward.leaf
+        finally:
+            forward.leaf = None
+        return
+    parameter = module._parameters[attribute]
+    kept, parameter.grad = parameter.grad, None
+    parameter.requires_grad_(True)
+    try:
+        yield parameter
+    finally:
+        parameter.requires_grad_(False)
+        parameter.grad = kept
+
+
+def _forward_of(module: nn.Module) -> FrozenForward | None:
+    found = (module.__dict__.get(attribute) for attribute in ("_old_forward", "forward"))
+    return next((forward for forward in found if isinstance(forward, FrozenForward)), None)
+
+
+class _SaveMerged:
+    """Stands in for `save_pretrained`, which would write the codes alone: writes the merged model, as on a dense base.
+
+    A picklable object rather than a closure, so that the model can be copied.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, save_directory, is_main_process: bool = True, max_shard_size="5GB", **options) -> None:
+        """Write an ordinary checkpoint of the merged weights; a `state_dict` passed along is the model's and not used.
+
+        Raises:
+            ValueError: an option asks for something else than writing a folder.
+        """
+        if refused := [name for name, value in options.items() if value and name not in _HARMLESS]:
+            raise ValueError(
+                f"save_pretrained({refused[0]}=...) is not possible on a quantised sparsified model; write the folder "
+                "first, with export_merged(model, folder)."
+            )
+        if is_main_process:
+            save_merged(self.model, save_directory, max_shard_size=max_shard_size)
+
+
+_HARMLESS = ("state_dict", "safe_serialization", "save_function", "save_original_format", "save_peft_format")

@@ -1,0 +1,210 @@
+"""Two processes with gloo: replicas stay equal, only compact gradients travel, and what cannot work says so."""
+
+import copy
+import socket
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import Reference, assert_close, tiny_model, token_batch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from speft_optim import SparseAdamW, select_masks, sparsify
+
+OPTIONS = dict(lr=1e-2, weight_decay=0.1)
+STEPS = 3
+
+
+def attach():
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
+    return model, values, SparseAdamW(values, **OPTIONS), reference
+
+
+def halves(batch, parts=2):
+    return [{key: part[i::parts] for key, part in batch.items()} for i in range(parts)]
+
+
+def assert_replicas_equal(model):
+    for parameter in model.state_dict().values():
+        other = [torch.empty_like(parameter) for _ in range(2)]
+        dist.all_gather(other, parameter.contiguous())
+        assert torch.equal(*other)
+
+
+def data_parallel_equals_one_process(rank):
+    model, values, optimizer, reference = attach()
+    parallel = DistributedDataParallel(model)
+    sent = []
+
+    def count(state, bucket):
+        sent.append(bucket.buffer().numel())
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0] / 2)
+
+    parallel.register_comm_hook(None, count)
+    for step in range(STEPS):
+        batch = token_batch(step, batch=4)
+        parallel(**halves(batch)[rank]).loss.backward()
+        norm = clip_grad_norm_(parallel.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.model(**batch).loss.backward()
+        assert_close(norm, reference.step(clip=0.05), rtol=1e-4)
+    assert sum(sent) == STEPS * sum(parameter.numel() for parameter in values)
+    reference.assert_agrees(model, optimizer, values)
+    assert_replicas_equal(model)
+
+
+def accumulation_without_synchronising(rank):
+    model, values, optimizer, reference = attach()
+    parallel = DistributedDataParallel(model)
+    for step in range(STEPS):
+        batch = token_batch(step, batch=8)
+        first, second = (halves(batch, 4)[2 * rank + i] for i in range(2))
+        with parallel.no_sync():
+            (parallel(**first).loss / 2).backward()
+        (parallel(**second).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.model(**batch).loss.backward()
+        reference.step()
+    reference.assert_agrees(model, optimizer, values)
+    assert_replicas_equal(model)
+
+
+def accelerate_on_two_processes(rank):
+    from accelerate import Accelerator
+
+    model, values, optimizer, reference = attach()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    assert isinstance(prepared, DistributedDataParallel)
+    for step in range(STEPS):
+        batch = token_batch(step, batch=8)
+        for part in halves(batch, 4)[2 * rank : 2 * rank + 2]:
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(**part).loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(prepared.parameters(), 0.05)
+                prepared_optimizer.step()
+                prepared_optimizer.zero_grad()
+        reference.model(**batch).loss.backward()
+        assert_close(norm, reference.step(clip=0.05), rtol=1e-4)
+    reference.assert_agrees(model, optimizer, values)
+    assert_replicas_equal(model)
+
+
+def masks_that_differ_between_processes(rank):
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, seed=rank, progress=False)
+    before = copy.deepcopy(dict(model.state_dict()))
+    with pytest.raises(ValueError, match="differ between processes.*Masks.load"):
+        sparsify(model, masks)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], part) for name, part in model.state_dict().items())
+
+
+def data_that_differs_between_processes_gives_one_mask(rank):
+    model = tiny_model()
+    masks = select_masks(model, [token_batch(seed) for seed in (rank, 2 + rank)], density=0.05, progress=False)
+    sparsify(model, masks)
+    fingerprints = [None, None]
+    dist.all_gather_object(fingerprints, masks.fingerprint())
+    assert fingerprints[0] == fingerprints[1]
+
+
+def fully_sharded_before(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    fully_shard(model)
+    with pytest.raises(ValueError, match="sharded by fully_shard"):
+        sparsify(model, masks)
+
+
+def fully_sharded_after(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model, *_ = attach()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    SparseAdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    with pytest.raises(ValueError, match="fully_shard"):
+        model(**token_batch())
+
+
+def flattened_before(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
+        sparsify(wrapped, masks)
+
+
+def flattened_after(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, *_ = attach()
+    with pytest.raises(ValueError, match="uniform `requires_grad`|FSDP"):
+        FullyShardedDataParallel(model, device_id=torch.device("cpu"))(**token_batch())
+    model, *_ = attach()
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FSDP"):
+        wrapped(**token_batch())
+
+
+SCENARIOS = [
+    data_parallel_equals_one_process,
+    accumulation_without_synchronising,
+    accelerate_on_two_processes,
+    masks_that_differ_between_processes,
+    data_that_differs_between_processes_gives_one_mask,
+    fully_sharded_before,
+    fully_sharded_after,
+    flattened_before,
+    flattened_after,
+]
+
+
+def run_all(rank, port, folder):
+    """Run every scenario in one of two processes and leave what went wrong in a file."""
+    import os
+
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
+    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    failures = {}
+    for scenario in SCENARIOS:
+        try:
+            scenario(rank)
+        except BaseException:
+            failures[scenario.__name__] = traceback.format_exc()
+    torch.save(failures, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_all, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_processes(failures, scenario):
+    for rank, failed in enumerate(failures):
+        assert scenario not in failed, f"rank {rank}: {failed[scenario]}"

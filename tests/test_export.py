@@ -1,0 +1,243 @@
+"""Merged checkpoints: ordinary, whole or absent, and the function that was trained."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny_model, token_batch
+from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original
+from safetensors import safe_open
+
+from speft_optim import SparseAdamW, desparsify, export_merged, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim import export as module_export
+from speft_optim.frozen import frozen_weight, quantized_linears
+from speft_optim.sparsify import sparse_weights
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return save_original(tmp_path_factory.mktemp("base") / "llama", initializer_range=0.3)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, original):
+    """A quantised model after a few steps; tests leave it as it is."""
+    return train(load_quantized(original, request.param))
+
+
+def train(model, density=0.05):
+    masks = select_masks(model, salience="random", density=density)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    for seed in range(4):
+        model(**token_batch(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def reload(folder, dtype=torch.float32):
+    import transformers as tf
+
+    model, report = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(report.values()), report
+    return model
+
+
+def tensors(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+def agreement(one, other):
+    """Share of positions with the same top token, over some thousand."""
+    same = total = 0
+    for seed in range(8):
+        batch = token_batch(seed, batch=8, length=32)
+        tops = [model(**batch).logits.argmax(-1) for model in (one, other)]
+        same += int((tops[0] == tops[1]).sum())
+        total += tops[0].numel()
+    return same / total
+
+
+def test_merged_checkpoint_is_ordinary_and_computes_the_same(trained, original, tmp_path):
+    export_merged(trained, tmp_path / "out")
+    files, before = tensors(tmp_path / "out"), tensors(original)
+    assert {name: tensor.shape for name, tensor in files.items()} == {n: t.shape for n, t in before.items()}
+    assert all(tensor.dtype == torch.bfloat16 for tensor in files.values())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    assert config["architectures"] == ["LlamaForCausalLM"] and "_is_quantized" not in config
+    reload(tmp_path / "out")
+    for name, module in quantized_linears(trained):
+        assert torch.equal(files[f"{name}.weight"], frozen_weight(module).dense(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_top_token(kind, original, tmp_path):
+    """Of a model that computes in bf16, as recipes do; the logits of an untrained one in fp32 are ties in bf16."""
+    model = load_quantized(original, kind, torch.bfloat16, **({} if kind == "int8" else {"compute": torch.bfloat16}))
+    export_merged(train(model), tmp_path / "out")
+    with torch.no_grad():
+        assert agreement(model, reload(tmp_path / "out", torch.bfloat16)) >= 0.99
+
+
+def test_full_precision_export_is_exact(trained, tmp_path):
+    export_merged(trained, tmp_path / "out", dtype=torch.float32)
+    batch = token_batch(3)
+    with torch.no_grad():
+        assert torch.equal(reload(tmp_path / "out")(**batch).logits, trained(**batch).logits)
+
+
+def test_onto_the_original_checkpoint(trained, original, tmp_path):
+    (original / "tokenizer_config.json").write_text("{}")
+    export_merged(trained, tmp_path / "out", base=original)
+    files, before = tensors(tmp_path / "out"), tensors(original)
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
+    masks = {weight.name: weight for weight in sparse_weights(trained)}
+    assert files.keys() == before.keys()
+    for name, tensor in files.items():
+        expected = before[name].clone().view(-1)
+        if name in masks:
+            expected[masks[name].mask.indices.long()] = masks[name].values.detach().to(torch.bfloat16)
+        assert torch.equal(tensor.view(-1), expected), name
+    reload(tmp_path / "out")
+
+
+@pytest.mark.parametrize("from_base", [False, True])
+def test_shards_are_small_and_written_one_at_a_time(trained, original, tmp_path, monkeypatch, from_base):
+    most = [0]
+
+    def counting_save(named, path, metadata):
+        size = sum(tensor.nbytes for tensor in named.values())
+        most[0] = max(most[0], size)
+        return save(named, path, metadata)
+
+    save = module_export.save_file
+    monkeypatch.setattr(module_export, "save_file", counting_save)
+    options = dict(base=original) if from_base else {}
+    export_merged(trained, tmp_path / "out", max_shard_size="60KB", **options)
+    assert most[0] <= 60_000
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(tmp_path / "out").values())
+    export_merged(trained, tmp_path / "whole", **options)
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert whole.keys() == parts.keys() == index["weight_map"].keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    reload(tmp_path / "out")
+
+
+def test_tied_embeddings_are_written_once(tmp_path):
+    model = train(load_quantized(save_original(tmp_path / "qwen2", "qwen2"), "int8"))
+    export_merged(model, tmp_path / "out", dtype=torch.float32)
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+    merged, batch = reload(tmp_path / "out"), token_batch(3)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(merged(**batch).logits, model(**batch).logits)
+
+
+def test_dense_models_and_adapters_too(original, tmp_path):
+    model = train(tiny_model("llama", **SIZES))
+    with torch.no_grad():
+        sparse_weights(model)[0].values += 1  # not yet written through
+    batch = token_batch(3)
+    export_merged(model, tmp_path / "dense", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(reload(tmp_path / "dense")(**batch).logits, model(**batch).logits)
+    trained, fresh = train(load_quantized(original, "nf4")), load_quantized(original, "nf4")
+    save_adapter(trained, tmp_path / "a.safetensors")
+    load_adapter(fresh, tmp_path / "a.safetensors")
+    export_merged(fresh, tmp_path / "one")
+    desparsify(trained)
+    export_merged(trained, tmp_path / "other")
+    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_without_an_adapter_it_is_the_dequantised_model(original, tmp_path):
+    model = load_quantized(original, "double")
+    twin = dequantized_twin(model)
+    export_merged(model, tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(reload(tmp_path / "out")(**token_batch()).logits, twin(**token_batch()).logits)
+
+
+def test_save_pretrained_writes_the_merged_weights(trained, tmp_path):
+    model = copy.deepcopy(trained)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    export_merged(model, tmp_path / "merged")
+    one, other = tensors(tmp_path / "out"), tensors(tmp_path / "merged")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    model.save_pretrained(tmp_path / "out", max_shard_size="60KB")
+    assert not (tmp_path / "out" / "model.safetensors").exists(), "the shorter save must leave no old weights"
+    reload(tmp_path / "out")
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="export_merged"):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True)
+
+
+def test_merged_weights_load_into_the_quantised_model(trained, original, tmp_path):
+    """As a trainer does that resumes from a checkpoint folder."""
+    export_merged(trained, tmp_path / "out")
+    model = copy.deepcopy(trained)
+    codes = [module.weight.detach().clone() for _, module in quantized_linears(model)]
+    for weight in sparse_weights(model):
+        weight.values.data.zero_()
+    model.load_state_dict(tensors(tmp_path / "out"), strict=False)
+    for one, other in zip(sparse_weights(model), sparse_weights(trained), strict=True):
+        assert torch.equal(one.values, other.values.to(torch.bfloat16).float())
+    for (_, module), before in zip(quantized_linears(model), codes, strict=True):
+        assert torch.equal(module.weight, before)
+    # Where the value was only rounded on its way, it keeps its exact form.
+    exact = copy.deepcopy(trained)
+    exact.load_state_dict(tensors(tmp_path / "out"), strict=False)
+    for one, other in zip(sparse_weights(exact), sparse_weights(trained), strict=True):
+        assert torch.equal(one.values, other.values)
+
+
+def test_a_failed_export_leaves_nothing(trained, tmp_path, monkeypatch):
+    calls = []
+
+    def fail(named, path, metadata):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError("disk full")
+        return save(named, path, metadata)
+
+    save = module_export.save_file
+    monkeypatch.setattr(module_export, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_merged(trained, tmp_path / "out", max_shard_size="60KB")
+    assert not list(tmp_path.iterdir())
+
+
+def test_clear_errors(trained, original, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        export_merged(trained, tmp_path / "full")
+    with pytest.raises(ValueError, match="does not exist"):
+        export_merged(trained, tmp_path / "no" / "where")
+    with pytest.raises(ValueError, match="holds no safetensors"):
+        export_merged(trained, tmp_path / "out", base=tmp_path)
+    with pytest.raises(ValueError, match="is no size"):
+        export_merged(trained, tmp_path / "out", max_shard_size="big")
+    other = save_original(tmp_path / "other", hidden_size=64)
+    with pytest.raises(ValueError, match="has shape"):
+        export_merged(trained, tmp_path / "out", base=other)
+    shallow = save_original(tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="has no tensor"):
+        export_merged(trained, tmp_path / "out", base=shallow)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty").mkdir()
+    export_merged(trained, tmp_path / "empty")

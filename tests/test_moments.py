@@ -1,0 +1,294 @@
+"""Eight-bit moments, the bytes an optimizer holds, and steps with gradients that are not finite."""
+
+import copy
+import gc
+import logging
+
+import pytest
+import torch
+from conftest import Reference, assert_close, tiny_model, token_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from speft_optim import Mask, SparseAdamW, select_masks, sparsify
+from speft_optim.kernels import dequantize_blockwise, quantize_blockwise
+from speft_optim.kernels.blockwise import BLOCK, dynamic_codes
+from speft_optim.moments import new_moments_, store_moments_, unpack_moments
+from speft_optim.optim import linked
+
+CPU = torch.device("cpu")
+
+
+def attach(dtype=torch.float32, density=0.05, targets=None, **options):
+    model = tiny_model(dtype=dtype)
+    masks = select_masks(model, salience="random", density=density, targets=targets, progress=False)
+    values = sparsify(model, masks)
+    return model, values, SparseAdamW(values, **options)
+
+
+# Block-wise codes
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000])
+@pytest.mark.parametrize("decades", [0, 3, 9])
+def test_each_number_gets_the_nearest_code(signed, count, decades):
+    numbers = torch.randn(count, generator=torch.Generator().manual_seed(count)) * torch.logspace(-decades, 0, count)
+    numbers = numbers if signed else numbers.abs()
+    codes, scales = quantize_blockwise(numbers, signed)
+    assert codes.dtype == torch.uint8 and codes.shape == numbers.shape and scales.shape == (-(-count // BLOCK),)
+    book = dynamic_codes(signed, CPU)
+    for i in range(count):
+        scale = numbers[i // BLOCK * BLOCK : i // BLOCK * BLOCK + BLOCK].abs().max()
+        assert scales[i // BLOCK] == scale
+        nearest = (numbers[i] / scale - book).abs()
+        assert nearest[codes[i].long()] <= nearest.min() * (1 + 1e-6)
+    assert torch.equal(
+        dequantize_blockwise(codes, scales, signed), book[codes.long()] * scales.repeat_interleave(BLOCK)[:count]
+    )
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_zeros_come_back_as_zeros_and_roots_beside_large_ones_never_do(signed):
+    assert not dequantize_blockwise(*quantize_blockwise(torch.zeros(300), signed), signed).any()
+    mixed = torch.zeros(300)
+    mixed[7] = 1.0
+    read = dequantize_blockwise(*quantize_blockwise(mixed, signed), signed)
+    assert read[7] == 1.0 and bool((read[:256] > 0).all()) == (not signed) and read.sum() < 1 + 1e-4
+
+
+def test_the_code_book_is_that_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for signed in (True, False):
+        theirs = functional.create_dynamic_map(signed=signed)
+        torch.testing.assert_close(dynamic_codes(signed, CPU)[1:], theirs[1:].cpu(), rtol=1e-6, atol=1e-7)
+
+
+@given(st.integers(1, 600), st.integers(0, 6), st.floats(-20, 20))
+@settings(max_examples=40, deadline=None)
+def test_moments_survive_packing_to_their_precision(count, seed, magnitude):
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(count, generator=generator) * 10**magnitude
+    second = torch.rand(count, generator=generator) * 10**magnitude
+    state = {}
+    new_moments_(state, nn.Parameter(torch.zeros(count)), 8)
+    assert all(not part.any() for part in unpack_moments(state))
+    store_moments_(state, first, second)
+    read_first, read_second = unpack_moments(state)
+    assert (read_first - first).abs().max() <= 0.02 * first.abs().max()
+    assert (read_second - second).abs().max() <= 0.01 * second.max()
+
+
+# Training with eight bits
+
+
+def test_eight_bits_reach_the_loss_of_32():
+    losses = {}
+    for bits in (32, 8):
+        model, values, optimizer = attach(
+            density=0.1, targets=lambda name, parameter: True, lr=3e-3, weight_decay=0.01, state_bits=bits
+        )
+        data = [token_batch(seed, batch=2) for seed in range(12)]
+        for step in range(300):
+            loss = model(**data[step % 12]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            losses[bits] = sum(model(**batch).loss.item() for batch in data) / 12
+    start = sum(tiny_model()(**batch).loss.item() for batch in data) / 12
+    assert losses[32] < 0.7 * start
+    assert losses[8] == pytest.approx(losses[32], rel=0.01)
+
+
+def test_a_small_gradient_beside_a_large_one_does_not_explode():
+    model = nn.Linear(256, 1, bias=False)
+    values = sparsify(model, {"weight": Mask(torch.arange(256), model.weight.shape)})
+    optimizer = SparseAdamW(values, lr=1e-3, weight_decay=0.0, state_bits=8)
+    start = values[0].detach().clone()
+    scale = torch.logspace(0, -12, 256)
+    for step in range(50):
+        values[0].grad = scale * (1e6 if step == 0 else 1.0)
+        optimizer.step()
+    assert (values[0] - start).abs().max() < 50 * 1.01e-3 * 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bit_state_resumes_bit_equal_through_safe_loading(tmp_path, dtype):
+    results = []
+    for resume in (False, True):
+        model, values, optimizer = attach(dtype, lr=1e-2, state_bits=8)
+        if resume:
+            saved = torch.load(tmp_path / "state.pt", weights_only=True)
+            optimizer.load_state_dict(saved)
+        for step in range(2 * resume, 5):
+            if step == 2 and not resume:
+                torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+            model(**token_batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((dict(model.state_dict()), optimizer.state_dict()["state"]))
+    (left, left_state), (right, right_state) = results
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for key, state in left_state.items():
+        for name, part in state.items():
+            if isinstance(part, torch.Tensor):
+                assert part.dtype == right_state[key][name].dtype and torch.equal(part, right_state[key][name])
+
+
+def test_damaged_moments_are_refused_and_nothing_changes():
+    model, values, optimizer = attach(lr=1e-2, state_bits=8)
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    for damage in (
+        lambda state: state.pop("exp_avg_scale"),
+        lambda state: state.update(exp_avg_sq_scale=state["exp_avg_sq_scale"][:-1]),
+        lambda state: state.update(exp_avg=state["exp_avg"].float()),
+    ):
+        damaged = copy.deepcopy(saved)
+        damage(damaged["state"][1])
+        with pytest.raises(ValueError, match="damaged"):
+            optimizer.load_state_dict(damaged)
+    assert all(
+        torch.equal(part, before[1][key])
+        for key, part in optimizer.state_dict()["state"][1].items()
+        if key not in ("shape", "name")
+    )
+
+
+# Bytes
+
+
+def alive():
+    """Every tensor alive, by storage; holding them keeps addresses from being used again."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+
+
+@pytest.mark.parametrize("bits, limit", [(8, 8.5), (32, 14.5)])
+def test_memory_summary_is_what_is_alive(bits, limit):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(3))}).bfloat16()
+    masks = select_masks(model, salience="random", density=0.02, progress=False)
+    dynamic_codes(True, CPU), dynamic_codes(False, CPU)
+    before = alive()
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, state_bits=bits)
+    for block in model["blocks"]:
+        block(torch.randn(2, 512, dtype=torch.bfloat16)).float().sum().backward()
+    optimizer.step()
+    summary = optimizer.memory_summary()
+    new = sum(tensor.untyped_storage().nbytes() for address, tensor in alive().items() if address not in before)
+    steps = 4 * len(values)
+    assert new == summary["total"] - summary["positions"] + steps
+    assert summary["positions"] == sum(mask.nbytes for mask in masks.values())
+    assert summary["total"] == sum(part for kind, part in summary.items() if kind != "total")
+    entries = sum(parameter.numel() for parameter in values)
+    assert summary["gradients"] == 4 * entries
+    assert summary["total"] - summary["gradients"] <= limit * entries
+    optimizer.zero_grad()
+    assert optimizer.memory_summary()["gradients"] == 0
+
+
+# Gradients that are not finite
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_one_bad_gradient_skips_one_step(bad, bits, caplog):
+    results = []
+    for spoiled in (True, False):
+        model, values, optimizer = attach(torch.bfloat16, lr=1e-2, state_bits=bits)
+        for step in range(8):
+            if step == 4 and not spoiled:
+                continue
+            model(**token_batch(step)).loss.backward()
+            if step == 4:
+                values[3].grad[0] = bad
+                before = copy.deepcopy(optimizer.state_dict()["state"])
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((dict(model.state_dict()), optimizer))
+        assert len(before) == len(values)
+    (skipped, optimizer), (clean, other) = results
+    assert optimizer.skipped_steps == 1 and other.skipped_steps == 0
+    assert all(torch.equal(skipped[name], clean[name]) for name in clean)
+    assert sum("skipped" in record.message for record in caplog.records) == 1
+    fresh = attach(torch.bfloat16)[2]
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.skipped_steps == copy.deepcopy(optimizer).skipped_steps == 1
+
+
+def test_a_bad_gradient_can_raise_or_be_ignored():
+    for how in ("raise", "ignore"):
+        model, values, optimizer = attach(lr=1e-2, on_nonfinite=how)
+        start = [parameter.detach().clone() for parameter in values]
+        model(**token_batch()).loss.backward()
+        values[0].grad[0] = float("nan")
+        if how == "raise":
+            with pytest.raises(FloatingPointError, match="on_nonfinite"):
+                optimizer.step()
+            assert all(map(torch.equal, start, values)) and not optimizer.state
+        else:
+            optimizer.step()
+            assert values[0][0].isnan() and values[0][1:].isfinite().all()
+        assert optimizer.skipped_steps == 0
+
+
+def test_large_finite_gradients_are_no_reason_to_skip():
+    model, values, optimizer = attach(lr=1e-2)
+    for parameter in values:
+        parameter.grad = torch.full_like(parameter, 1e19)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
+def test_a_bad_gradient_outside_the_mask_is_never_read():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return (self.weight * x).sum()
+
+    model = Halves()
+    values = sparsify(model, {"weight": Mask(torch.tensor([0, 2]), (4,))})
+    optimizer = SparseAdamW(values, lr=1e-2)
+    model(torch.tensor([1.0, float("inf"), 1.0, float("nan")])).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0 and torch.equal(model.weight[1::2], torch.ones(2)) and model.weight[0] < 1
+
+
+def test_first_step_names_weights_without_gradient(caplog):
+    model, values, optimizer = attach(lr=1e-2)
+    model(**token_batch()).loss.backward()
+    values[2].grad = None
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+        optimizer.step()
+    named = [record.getMessage() for record in caplog.records if linked(values[2]).name in record.getMessage()]
+    assert len(named) == 1
+
+
+@pytest.mark.parametrize("options", [dict(state_bits=4), dict(state_bits="8"), dict(on_nonfinite="never")])
+def test_wrong_options_are_refused(options):
+    model, values, _ = attach()
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SparseAdamW(values, **options)
+
+
+def test_bits_by_group():
+    model, values, _ = attach()
+    reference = Reference(tiny_model(), {linked(values[1]).name: linked(values[1]).mask}, lr=1e-2)
+    optimizer = SparseAdamW([{"params": values[:1], "state_bits": 8}, {"params": values[1:]}], lr=1e-2)
+    for parameter in values:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.state[values[0]]["exp_avg"].dtype == torch.uint8
+    assert_close(optimizer.state[values[1]]["exp_avg"], torch.full_like(values[1], 0.1))
+    assert len(reference.parameters) == 1

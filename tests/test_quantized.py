@@ -1,0 +1,512 @@
+"""Frozen base in 8 and 4 bits: everything that holds on a dense base holds on the dequantised weights."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import Reference, assert_close, token_batch
+from quantized_models import KINDS, dequantized_twin, load_quantized, save_original, stored
+from torch import nn
+
+from speft_optim import SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim.frozen import frozen_weight, quantized_linears
+from speft_optim.masks import Mask, Masks
+from speft_optim.quantized import FrozenForward
+from speft_optim.salience import MEASURES
+from speft_optim.sparsify import sparse_weights
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return save_original(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture(scope="module")
+def loaded(original):
+    """One model of each kind, to be copied by the tests."""
+    return {kind: load_quantized(original, kind) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def model(request, loaded):
+    return copy.deepcopy(loaded[request.param])
+
+
+def random_masks(model, density=0.05, seed=0):
+    return select_masks(model, salience="random", density=density, seed=seed)
+
+
+def loss_of(model, seed=0, **options):
+    return model(**token_batch(seed, **options)).loss
+
+
+def train(model, optimizer, steps, start=0):
+    losses = []
+    for step in range(start, start + steps):
+        loss = loss_of(model, seed=step % 4)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def effective(model):
+    """Every linear weight as the model computes with it, fp32, by name."""
+    return {f"{name}.weight": frozen_weight(module).dense(torch.float32) for name, module in quantized_linears(model)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+def test_sparsified_model_computes_the_dequantised_one(model):
+    twin = dequantized_twin(model)
+    sparsify(model, random_masks(model))
+    batch = token_batch(1, ragged=True)
+    assert torch.equal(model(**batch).logits, twin(**batch).logits)
+
+
+def test_all_quantised_layers_are_computed_so_masked_or_not(model):
+    masks = {name: mask for name, mask in random_masks(model).items() if "q_proj" in name}
+    sparsify(model, masks)
+    assert all(isinstance(module.forward, FrozenForward) for _, module in quantized_linears(model))
+    assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is nn.Linear)
+
+
+def test_nothing_dense_is_kept_for_backward(model):
+    sparsify(model, random_masks(model))
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    name, module = next(quantized_linears(model))
+    x = torch.randn(3, module.in_features, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    assert {tuple(tensor.shape) for tensor in kept} <= {(3, module.in_features)}, f"{name} keeps more than its input"
+    kept.clear()
+    for weight in sparse_weights(model):
+        weight.values.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    assert not [tensor for tensor in kept if tensor.shape == module.weight.shape]
+
+
+def test_gradients_of_input_and_values_against_a_dense_layer(model):
+    name, module = next(quantized_linears(model))
+    sparsify(model, Masks({f"{name}.weight": random_masks(model, 0.2)[f"{name}.weight"]}))
+    (sparse,) = sparse_weights(model)
+    with torch.no_grad():
+        sparse.values.normal_()
+    dense = frozen_weight(module).dense(torch.float32).requires_grad_()
+    x = torch.randn(2, 5, module.in_features, requires_grad=True)
+    y, direction = x.detach().clone().requires_grad_(), torch.randn(2, 5, module.out_features)
+    (module(x) * direction).sum().backward()
+    (nn.functional.linear(y, dense) * direction).sum().backward()
+    assert_close(x.grad, y.grad, atol=1e-5)
+    assert_close(sparse.values.grad, dense.grad.view(-1)[sparse.mask.indices], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_count_exactly_at_the_masked_entries(kind, loaded):
+    model = copy.deepcopy(loaded[kind])
+    before = effective(model)
+    masks = random_masks(model)
+    sparsify(model, masks)
+    with torch.no_grad():
+        for weight in sparse_weights(model):
+            weight.values.add_(1.25)
+    for name, dense in effective(model).items():
+        inside = masks[name].indices.long()
+        expected = before[name].view(-1).clone()
+        expected[inside] += 1.25
+        assert torch.equal(dense.view(-1), expected)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
+def test_other_architectures(architecture, tmp_path):
+    sizes = dict(n_embd=128, hidden_size=128) if architecture == "gpt2" else {}
+    folder = save_original(tmp_path / architecture, architecture, **sizes)
+    for kind in ("int8", "nf4"):
+        model = load_quantized(folder, kind)
+        twin = dequantized_twin(model)
+        values = sparsify(model, random_masks(model))
+        batch = token_batch(2)
+        output = model(**batch)
+        assert_close(output.logits, twin(**batch).logits, atol=1e-5)
+        output.loss.backward()
+        assert all(value.grad is not None for value in values)
+
+
+def test_bias_can_be_trained_too(tmp_path):
+    model = load_quantized(save_original(tmp_path / "qwen2", "qwen2"), "nf4")
+    masks = select_masks(model, salience="random", density=0.5, targets=["q_proj", "q_proj.bias"])
+    reference = Reference(dequantized_twin(model), masks, lr=1e-2)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    for seed in range(3):
+        loss_of(model, seed).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(reference.model, seed).backward()
+        reference.step()
+    for weight in sparse_weights(model):
+        assert_close(weight.values.detach(), reference.parameters[weight.name][reference.dense[weight.name]], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compute_dtype_follows_bitsandbytes(kind, original):
+    model = load_quantized(original, kind, torch.bfloat16, **({} if kind == "int8" else {"compute": torch.bfloat16}))
+    sparsify(model, random_masks(model))
+    name, module = next(quantized_linears(model))
+    seen = []
+    handle = frozen_weight(module)
+    dense = type(handle).dense
+
+    def watched(self, dtype):
+        seen.append(dtype)
+        return dense(self, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(handle), "dense", watched)
+        assert module(torch.randn(2, module.in_features, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert module(torch.randn(2, module.in_features)).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(torch.randn(2, module.in_features)).dtype == torch.float32
+    by_input = [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert seen == (by_input if kind == "int8" else [torch.bfloat16] * 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+@pytest.mark.parametrize("salience", sorted(MEASURES))
+def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
+    twin = dequantized_twin(model)
+    state = stored(model)
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    expected = select_masks(twin, batches, salience=salience, density=0.03)
+    whole = select_masks(model, batches, salience=salience, density=0.03)
+    # fp32 sums in another order can swap neighbours in the ranking; random and magnitude have no sums.
+    assert whole.overlap(expected) > (0.99 if MEASURES[salience].signal != "none" else 0.9999)
+    streamed = select_masks(model, batches, salience=salience, density=0.03, memory_budget=2**18)
+    assert streamed.overlap(whole) > 0.99
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "selection changed the base"
+    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+    select_masks(model, batches, salience=salience, density=0.03, scope="global")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_training_agrees_with_the_reference_on_dequantised_weights(model, accumulation):
+    state, masks = stored(model), random_masks(model)
+    options = dict(lr=3e-3, weight_decay=0.1)
+    reference = Reference(dequantized_twin(model), masks, **options)
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **options)
+    for step in range(4):
+        for part in range(accumulation):
+            (loss_of(model, 10 * step + part) / accumulation).backward()
+            (loss_of(reference.model, 10 * step + part) / accumulation).backward()
+        norm = nn.utils.clip_grad_norm_(values, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_close(norm, reference.step(clip=1.0))
+    for weight in sparse_weights(model):
+        inside, expected = reference.dense[weight.name], reference.parameters[weight.name]
+        assert_close(weight.values.detach(), expected.detach()[inside], atol=1e-6)
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = reference.optimizer.state[expected][key]
+            assert_close(optimizer.state[weight.values][key], moment[inside], atol=1e-5 * moment.abs().max().item())
+    for name, dense in effective(model).items():
+        outside = ~reference.dense[name]
+        assert torch.equal(dense[outside], reference.start[name][outside])
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "codes or scales changed"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(model, reentrant):
+    values = sparsify(model, random_masks(model))
+    model.train()
+    loss_of(model).backward()
+    expected = [value.grad.clone() for value in values]
+    for value in values:
+        value.grad = None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    loss_of(model).backward()
+    for value, gradient in zip(values, expected, strict=True):
+        assert_close(value.grad, gradient, rtol=1e-6)
+
+
+def test_bf16_gradients_are_near_those_in_fp32(loaded, original):
+    """Bug report 14: within 5 % of the gradient of a model whose weights are the dequantised values."""
+    for kind in KINDS:
+        model = load_quantized(
+            original, kind, torch.bfloat16, **({} if kind == "int8" else {"compute": torch.bfloat16})
+        )
+        masks = random_masks(model)
+        twin = dequantized_twin(model).float()
+        values = sparsify(model, masks)
+        loss_of(model).backward()
+        for name, parameter in twin.named_parameters():
+            parameter.requires_grad_(name in masks)
+        loss_of(twin).backward()
+        expected = torch.cat([twin.get_parameter(n).grad.view(-1)[m.indices] for n, m in masks.items()])
+        got = torch.cat([value.grad for value in values])
+        assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+def test_loss_falls_and_only_masked_entries_move(model):
+    state, before = stored(model), effective(model)
+    masks = random_masks(model)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=2e-2)
+    losses = train(model, optimizer, 20)
+    assert losses[-1] < 0.8 * losses[0]
+    for name, dense in effective(model).items():
+        moved = (dense != before[name]).view(-1).nonzero().squeeze(1)
+        assert 0 < len(moved) and torch.isin(moved, masks[name].indices.long()).all()
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True))
+
+
+def test_resume_is_bit_equal(model, tmp_path):
+    fresh, masks = copy.deepcopy(model), random_masks(model)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    train(model, optimizer, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    train(model, optimizer, 3, start=3)
+    resumed = SparseAdamW(sparsify(fresh, masks), lr=1e-2)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train(fresh, resumed, 3, start=3)
+    for one, other in zip(sparse_weights(model), sparse_weights(fresh), strict=True):
+        assert torch.equal(one.values, other.values)
+    assert torch.equal(model(**token_batch()).logits, fresh(**token_batch()).logits)
+
+
+def test_original_entries_take_the_rounding_off(model, original):
+    masks = random_masks(model)
+    before = effective(model)
+    twin = copy.deepcopy(model)
+    sparsify(twin, masks)
+    sparsify(model, masks, original=original)
+    import transformers as tf
+
+    plain = tf.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    for weight, other in zip(sparse_weights(model), sparse_weights(twin), strict=True):
+        indices = weight.mask.indices.long()
+        assert torch.equal(weight.values, plain.get_parameter(weight.name).view(-1)[indices])
+        assert torch.equal(other.values, before[weight.name].view(-1)[indices])
+        assert not torch.equal(weight.values, other.values)
+        assert torch.equal(effective(model)[weight.name].view(-1)[indices], weight.values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Undo, copy, keep
+
+
+def test_desparsify_keeps_the_trained_function_and_frees_untouched_layers(model):
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    masks = Masks({name: mask for name, mask in random_masks(model).items() if "layers.0" in name})
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    train(model, optimizer, 3)
+    logits = model(**token_batch()).logits
+    desparsify(model)
+    assert not sparse_weights(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+    for name, module in quantized_linears(model):
+        assert ("forward" in module.__dict__) == ("layers.0" in name)
+    for _, module in quantized_linears(model):  # bitsandbytes' own product is another one
+        if "forward" not in module.__dict__:
+            FrozenForward(module)
+    assert torch.equal(model(**token_batch()).logits, logits)
+    again = sparsify(model, random_masks(model, seed=5))
+    assert torch.equal(model(**token_batch()).logits, logits)
+    train(model, SparseAdamW(again, lr=1e-2), 2)
+    desparsify(model)
+    assert all(len(frozen_weight(module).overlays) <= 1 for _, module in quantized_linears(model))
+
+
+def test_a_model_without_trained_entries_is_given_back_whole(model):
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    sparsify(model, random_masks(model))
+    assert not model.is_quantized
+    model(**token_batch())
+    desparsify(model)
+    assert model.is_quantized and model.save_pretrained.__func__ is type(model).save_pretrained
+    for name, module in model.named_modules():
+        assert before[name].keys() == module.__dict__.keys(), name
+        assert not module._state_dict_hooks and len(module._forward_pre_hooks) == 0
+
+
+def test_copies_and_pickles_train_on_their_own(model):
+    optimizer = SparseAdamW(sparsify(model, random_masks(model)), lr=1e-2)
+    train(model, optimizer, 2)
+    logits = model(**token_batch()).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    for twin in twins:
+        assert torch.equal(twin(**token_batch()).logits, logits)
+        values = [weight.values for weight in sparse_weights(twin)]
+        train(twin, SparseAdamW(values, lr=1e-2), 2)
+        assert not torch.equal(twin(**token_batch()).logits, logits)
+        assert torch.equal(model(**token_batch()).logits, logits)
+
+
+def test_state_dict_carries_the_trained_entries(model):
+    fresh, masks = copy.deepcopy(model), random_masks(model)
+    plain = set(model.state_dict())
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    train(model, optimizer, 2)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    extra = {key.rpartition(".")[2] for key in state.keys() - plain}
+    assert extra == {"trained_indices", "trained_values"} and plain <= set(state)
+    logits = model(**token_batch()).logits
+    with pytest.raises(RuntimeError, match="trained_values"):
+        fresh.load_state_dict(state)
+    sparsify(fresh, masks)
+    fresh.load_state_dict(state, strict=False)
+    assert torch.equal(fresh(**token_batch()).logits, logits)
+    for one, other in zip(sparse_weights(model), sparse_weights(fresh), strict=True):
+        assert torch.equal(one.values, other.values)
+
+
+def test_adapter_applies_to_the_base_again(model, loaded, tmp_path):
+    fresh, masks = copy.deepcopy(model), random_masks(model)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    train(model, optimizer, 3)
+    logits = model(**token_batch()).logits
+    save_adapter(model, tmp_path / "a.safetensors")
+    entries = sum(len(mask) for mask in masks.values())
+    assert (tmp_path / "a.safetensors").stat().st_size < 9 * entries + 2**15
+    untrained = copy.deepcopy(fresh)
+    found = load_adapter(fresh, tmp_path / "a.safetensors")
+    assert found == masks
+    assert torch.equal(fresh(**token_batch()).logits, logits)
+    # Training goes on from there, and a sparsified model follows the adapter.
+    sparsify(fresh, found)
+    assert torch.equal(fresh(**token_batch()).logits, logits)
+    values = sparsify(untrained, masks)
+    load_adapter(untrained, tmp_path / "a.safetensors")
+    for value, weight in zip(values, sparse_weights(model), strict=True):
+        assert torch.equal(value, weight.values)
+    assert torch.equal(untrained(**token_batch()).logits, logits)
+
+
+def test_adapter_of_another_base_is_refused(loaded, tmp_path):
+    for kind, other in (("int8", "nf4"), ("nf4", "int8")):
+        model, wrong = copy.deepcopy(loaded[kind]), copy.deepcopy(loaded[other])
+        sparsify(model, random_masks(model))
+        save_adapter(model, tmp_path / f"{kind}.safetensors")
+        logits = wrong(**token_batch()).logits
+        with pytest.raises(ValueError, match="fingerprint"):
+            load_adapter(wrong, tmp_path / f"{kind}.safetensors")
+        assert torch.equal(wrong(**token_batch()).logits, logits)
+
+
+def test_adapter_after_a_second_selection_holds_the_entries_of_both(loaded, tmp_path):
+    model, fresh = copy.deepcopy(loaded["nf4"]), copy.deepcopy(loaded["nf4"])
+    train(model, SparseAdamW(sparsify(model, random_masks(model)), lr=1e-2), 2)
+    desparsify(model)
+    train(model, SparseAdamW(sparsify(model, random_masks(model, seed=1)), lr=1e-2), 2)
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(**token_batch()).logits, model(**token_batch()).logits)
+
+
+def test_clear_errors(loaded):
+    model = copy.deepcopy(loaded["int8"])
+    name = next(name for name, _ in quantized_linears(model)) + ".weight"
+    with pytest.raises(ValueError, match="is for shape"):
+        sparsify(model, {name: Mask(torch.tensor([0]), (3, 3))})
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    with pytest.raises(ValueError, match="holds no safetensors"):
+        sparsify(model, random_masks(model), original="/nonexistent")
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainers
+
+
+def rows():
+    return [{key: value[0] for key, value in token_batch(seed, batch=1).items()} for seed in range(4)]
+
+
+def trainer_options(folder, **options):
+    return dict(
+        output_dir=str(folder),
+        max_steps=20,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **options,
+    )
+
+
+def test_trainer_takes_the_model_trains_saves_and_resumes(model, tmp_path):
+    import transformers as tf
+
+    fresh, masks, state = copy.deepcopy(model), random_masks(model), stored(model)
+
+    def trainer(model, **options):
+        optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+        arguments = tf.TrainingArguments(**trainer_options(tmp_path, save_steps=10, **options))
+        return tf.Trainer(model, arguments, train_dataset=rows(), optimizers=(optimizer, None))
+
+    first = trainer(model, gradient_checkpointing=True)
+    first.train()
+    log = [entry for entry in first.state.log_history if "loss" in entry]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"] and all(entry["grad_norm"] > 0 for entry in log)
+    assert all(weight.values.dtype == torch.float32 for weight in sparse_weights(model))
+    trainer(fresh).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    for one, other in zip(sparse_weights(model), sparse_weights(fresh), strict=True):
+        assert torch.equal(one.values, other.values)
+    for trained in (model, fresh):
+        assert all(torch.equal(a, b) for a, b in zip(stored(trained), state, strict=True))
+
+
+def test_sft_trainer_takes_the_model(model, tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+
+    values = sparsify(model, random_masks(model))
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows()])
+    arguments = trl.SFTConfig(**trainer_options(tmp_path, max_length=16, save_strategy="no"))
+    options = dict(train_dataset=data, processing_class=tokenizer(), optimizers=(SparseAdamW(values, lr=1e-2), None))
+    trainer = trl.SFTTrainer(model, arguments, **options)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert all(value.dtype == torch.float32 for value in values), "the trainer cast what trains to bf16"
+
+
+def tokenizer():
+    """Words w0 to w60, enough for a trainer that wants a tokenizer."""
+    import tokenizers
+    import transformers as tf
+
+    words = {f"w{number}": number for number in range(61)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    return tf.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="w0", eos_token="w1", unk_token="w0")
+
+
+def test_desparsified_flags_return(model):
+    flags = {name: getattr(model, name, None) for name in ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")}
+    sparsify(model, random_masks(model))
+    assert not any(getattr(model, name, False) for name in flags)
+    desparsify(model)
+    assert {name: getattr(model, name, None) for name in flags} == flags

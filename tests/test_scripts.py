@@ -1,0 +1,600 @@
+"""The lines users have around an optimizer, with the real libraries, against REF or torch's AdamW."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import VOCABULARY, Reference, assert_close, tiny_model, token_batch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim.optim import linked
+from speft_optim.sparsify import sparse_weights
+
+OPTIONS = dict(lr=1e-2, weight_decay=0.1)
+STEPS = 3
+
+
+def attach(kind="llama", dtype=torch.float32, targets=None, density=0.05):
+    """A sparsified tiny model, its masks and values, SparseAdamW, and REF on a copy."""
+    model = tiny_model(kind, dtype)
+    masks = select_masks(model, salience="random", density=density, targets=targets, progress=False)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
+    return model, masks, values, SparseAdamW(values, **OPTIONS), reference
+
+
+def micro_batches(batch, count):
+    """A batch cut into `count` equal ones."""
+    return [{key: part[i::count] for key, part in batch.items()} for i in range(count)]
+
+
+def reference_step(reference, batch, clip=None, loss_scale=1.0):
+    (reference.model(**batch).loss * loss_scale).backward()
+    return reference.step(clip)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Four samples of equal length, so that every order of them makes the same accumulated batch."""
+
+    batch = token_batch(0, batch=4)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, item):
+        return {key: part[item] for key, part in self.batch.items()}
+
+
+def equal_states(left, right):
+    """Whether two state dicts, however nested, are equal bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal_states(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(equal_states, left, right))
+    return left == right
+
+
+# Plain loop
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mixtral"])
+def test_plain_loop_with_accumulation_clipping_and_scheduler(kind):
+    every = (lambda name, parameter: True) if kind in ("qwen2", "mixtral") else None
+    model, _, values, optimizer, reference = attach(kind, targets=every)
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)) for o in (optimizer, reference.optimizer)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(STEPS):
+            batch = token_batch(step, batch=4)
+            for part in micro_batches(batch, 4):
+                (model(**part).loss / 4).backward()
+            norm = clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_close(norm, reference_step(reference, batch, clip=0.05), rtol=1e-4)
+            for scheduler in schedulers:
+                scheduler.step()
+    reference.assert_agrees(model, optimizer, values)
+    assert all(int(optimizer.state[parameter]["step"]) == STEPS for parameter in values)
+
+
+def test_clipping_bounds_the_first_moment():
+    model, _, values, optimizer, reference = attach()
+    (model(**token_batch()).loss * 1e3).backward()
+    norm = clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    moments = torch.cat([optimizer.state[parameter]["exp_avg"] for parameter in values])
+    assert_close(norm, reference_step(reference, token_batch(), clip=1.0, loss_scale=1e3), rtol=1e-4)
+    assert norm > 50 and moments.norm().item() == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("on_model", [True, False])
+def test_zero_grad_of_model_and_optimizer(set_to_none, on_model):
+    model, _, values, optimizer, reference = attach()
+    for step in range(STEPS):
+        (model if on_model else optimizer).zero_grad(set_to_none=set_to_none)
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        reference_step(reference, token_batch(step))
+    reference.assert_agrees(model, optimizer, values)
+
+
+PROCESS = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from conftest import tiny_model, token_batch
+from speft_optim import Masks, SparseAdamW, sparsify
+dtype = getattr(torch, {dtype!r})
+model = tiny_model("llama", dtype)
+values = sparsify(model, Masks.load("masks.safetensors"))
+optimizer = SparseAdamW(values, lr=1e-2, weight_decay=0.1)
+saved = torch.load("state.pt", weights_only=True)
+for part in ({order}):
+    part[0].load_state_dict(saved[part[1]])
+for step in range(3, 6):
+    model(**token_batch(step)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}, "resumed.pt")
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "order", ['(model, "model"), (optimizer, "optimizer")', '(optimizer, "optimizer"), (model, "model")']
+)
+def test_resume_in_a_new_process_is_bit_equal(tmp_path, dtype, order):
+    model, masks, values, optimizer, _ = attach(dtype=getattr(torch, dtype))
+    masks.save(tmp_path / "masks.safetensors")
+    for step in range(6):
+        if step == 3:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    script = PROCESS.format(paths=sys.path, dtype=dtype, order=order)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    assert equal_states(resumed["optimizer"], optimizer.state_dict())
+    assert equal_states(resumed["model"], dict(model.state_dict()))
+
+
+# Hugging Face Trainer
+
+
+def trainer_arguments(folder, **options):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        str(folder),
+        **{
+            **dict(max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=4, logging_steps=1),
+            **dict(save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True),
+            **options,
+        },
+    )
+
+
+def halving(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+def test_trainer_equals_the_reference_and_logs_its_norm(tmp_path):
+    from transformers import Trainer
+
+    model, _, values, optimizer, reference = attach()
+    scheduler = halving(reference.optimizer)
+    arguments = trainer_arguments(tmp_path, max_grad_norm=0.05)
+    trainer = Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, halving(optimizer)))
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    for step in range(STEPS):
+        norm = reference_step(reference, Samples.batch, clip=0.05)
+        assert 0 < logged[step] == pytest.approx(norm.item(), rel=1e-3)
+        scheduler.step()
+    reference.assert_agrees(model, optimizer, values)
+    assert "eval_loss" in Trainer(model, arguments, eval_dataset=Samples()).evaluate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainer_resumes_bit_equal(tmp_path, dtype):
+    from transformers import Trainer
+
+    results = []
+    for resume in (None, tmp_path / "checkpoint-2"):
+        model, _, values, optimizer, _ = attach(dtype=dtype)
+        arguments = trainer_arguments(
+            tmp_path, max_steps=4, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2
+        )
+        trainer = Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, halving(optimizer)))
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        results.append({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
+    assert equal_states(*results)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_trainer_with_checkpointing_and_frozen_embeddings(tmp_path, use_reentrant):
+    from transformers import Trainer
+
+    model, _, values, optimizer, reference = attach("qwen2")
+    arguments = trainer_arguments(
+        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+    )
+    Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, None)).train()
+    # Trainer's own schedule falls linearly to zero.
+    scheduler = torch.optim.lr_scheduler.LambdaLR(reference.optimizer, lambda step: 1 - step / STEPS)
+    for _ in range(STEPS):
+        reference_step(reference, Samples.batch, clip=1.0)
+        scheduler.step()
+    reference.assert_agrees(model, optimizer, values)
+
+
+def test_trainer_saves_names_and_shapes_of_the_base(tmp_path):
+    from transformers import AutoModelForCausalLM, Trainer
+
+    model, _, values, optimizer, _ = attach("qwen2", targets=lambda name, parameter: True)
+    before = {name: part.shape for name, part in tiny_model("qwen2").state_dict().items()}
+    trainer = Trainer(model, trainer_arguments(tmp_path), train_dataset=Samples(), optimizers=(optimizer, None))
+    trainer.train()
+    trainer.save_model(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert {name: part.shape for name, part in loaded.state_dict().items()} == before
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    batch = token_batch()
+    assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+# TRL
+
+
+def test_sft_trainer_equals_the_reference_and_logs_its_norm(tmp_path):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    model, _, values, optimizer, reference = attach()
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
+    arguments = SFTConfig(
+        **{**trainer_arguments(tmp_path).to_dict(), "gradient_checkpointing": False},
+        max_length=16,
+    )
+    ids = Samples.batch["input_ids"]
+    trainer = SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        processing_class=tokenizer,
+        optimizers=(optimizer, halving(optimizer)),
+    )
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    scheduler = halving(reference.optimizer)
+    for step in range(STEPS):
+        norm = reference_step(reference, {"input_ids": ids, "labels": ids}, clip=1.0)
+        assert 0 < logged[step] == pytest.approx(norm.item(), rel=1e-3)
+        scheduler.step()
+    reference.assert_agrees(model, optimizer, values)
+
+
+# accelerate
+
+
+@pytest.mark.parametrize("zero_grad_first", [True, False])
+def test_accelerate_accumulates_and_clips(zero_grad_first):
+    from accelerate import Accelerator
+
+    model, _, values, optimizer, reference = attach()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = torch.utils.data.DataLoader(Samples(), batch_size=2)
+    prepared, prepared_optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, halving(optimizer))
+    reference_scheduler = halving(reference.optimizer)
+    for _ in range(STEPS):
+        for batch in loader:
+            with accelerator.accumulate(prepared):
+                if zero_grad_first:
+                    prepared_optimizer.zero_grad()
+                accelerator.backward(prepared(**batch).loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(prepared.parameters(), 0.05)
+                prepared_optimizer.step()
+                scheduler.step()
+                if not zero_grad_first:
+                    prepared_optimizer.zero_grad()
+        if zero_grad_first:
+            # accelerate clears gradients only where it synchronises: the first half is lost, for every optimizer.
+            half = {key: part[2:] for key, part in Samples.batch.items()}
+            expected = reference_step(reference, half, clip=0.05, loss_scale=0.5)
+        else:
+            expected = reference_step(reference, Samples.batch, clip=0.05)
+        assert_close(norm, expected, rtol=1e-4)
+        reference_scheduler.step()
+    reference.assert_agrees(model, optimizer, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accelerate_save_state_and_load_state_are_bit_equal(tmp_path, dtype):
+    from accelerate import Accelerator
+
+    results = []
+    for resume in (False, True):
+        model, _, values, optimizer, _ = attach(dtype=dtype)
+        accelerator = Accelerator(cpu=True)
+        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+        if resume:
+            accelerator.load_state(str(tmp_path / "state"))
+        for step in range(2 * resume, 4):
+            accelerator.backward(prepared(**token_batch(step)).loss)
+            prepared_optimizer.step()
+            prepared_optimizer.zero_grad()
+            if step == 1 and not resume:
+                accelerator.save_state(str(tmp_path / "state"))
+        results.append({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
+    assert equal_states(*results)
+
+
+# Lightning
+
+
+def lightning_module(model, optimizer, automatic=True):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.automatic_optimization = model, automatic
+            self.steps = 0
+
+        def training_step(self, batch, index):
+            self.steps += 1
+            loss = self.model(**batch).loss
+            if not automatic:
+                chosen = self.optimizers()
+                chosen.zero_grad()
+                self.manual_backward(loss)
+                chosen.step()
+            return loss
+
+        def configure_optimizers(self):
+            return optimizer
+
+    return Module()
+
+
+def fit(folder, module, batches, **options):
+    import lightning
+
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, default_root_dir=str(folder), **quiet, **options
+    )
+    module.train()
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("automatic", [True, False])
+def test_lightning_closure_and_manual_optimisation(tmp_path, automatic):
+    model, _, values, optimizer, reference = attach()
+    module = lightning_module(model, optimizer, automatic)
+    batches = [token_batch(seed) for seed in range(5)]
+    fit(tmp_path, module, batches)
+    for batch in batches:
+        reference_step(reference, batch)
+    assert module.steps == 5
+    reference.assert_agrees(model, optimizer, values)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_accumulates_and_clips(tmp_path):
+    model, _, values, optimizer, reference = attach()
+    whole = [token_batch(seed, batch=4) for seed in range(3)]
+    parts = [part for batch in whole for part in micro_batches(batch, 2)]
+    fit(tmp_path, lightning_module(model, optimizer), parts, accumulate_grad_batches=2, gradient_clip_val=0.05)
+    for batch in whole:
+        reference_step(reference, batch, clip=0.05)
+    reference.assert_agrees(model, optimizer, values)
+
+
+# Other optimizers over the compact values
+
+
+@pytest.mark.parametrize(
+    "other, options",
+    [
+        (torch.optim.AdamW, dict(lr=1e-2, foreach=True)),
+        (torch.optim.AdamW, dict(lr=1e-2, fused=True)),
+        (torch.optim.SGD, dict(lr=1.0, momentum=0.9, weight_decay=0.01)),
+    ],
+)
+def test_optimizers_of_torch_train_the_values(other, options):
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    reference = Reference(model, masks, other, **options)
+    values = sparsify(model, masks)
+    optimizer = other(values, **options)
+    for step in range(STEPS):
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference_step(reference, token_batch(step))
+    reference.assert_agrees(model, None, values)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
+def test_optimizers_of_bitsandbytes_train_the_values(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, masks, values, _, _ = attach()
+    plain = [nn.Parameter(parameter.detach().clone()) for parameter in values]
+    start = copy.deepcopy(dict(model.state_dict()))
+    ours, theirs = (getattr(bitsandbytes.optim, name)(over, lr=1e-2) for over in (values, plain))
+    for step in range(STEPS):
+        model(**token_batch(step)).loss.backward()
+        for parameter, copied in zip(values, plain, strict=True):
+            copied.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+    for parameter, copied in zip(values, plain, strict=True):
+        weight = linked(parameter)
+        assert torch.equal(parameter, copied) and not torch.equal(weight.weight, start[weight.name])
+        dense = start[weight.name].flatten().index_copy(0, weight.mask.indices.long(), copied.detach())
+        assert torch.equal(weight.weight.flatten(), dense)
+
+
+# Averages, loss scaling, copies, compilation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponential_moving_average_of_the_model(dtype):
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, _, values, optimizer, _ = attach(dtype=dtype)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    expected = None
+    for step in range(STEPS):
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update_parameters(model)
+        now = [parameter.detach().clone() for parameter in values]
+        expected = now if expected is None else [0.5 * (a + b) for a, b in zip(expected, now, strict=True)]
+    averaged(**token_batch())
+    for weight, value in zip(sparse_weights(averaged.module), expected, strict=True):
+        assert_close(weight.values.detach(), value)
+        assert torch.equal(weight.weight.flatten()[weight.mask.indices], weight.values.to(dtype))
+    assert all(
+        linked(parameter).weight is not weight.weight
+        for parameter, weight in zip(values, sparse_weights(averaged.module), strict=True)
+    )
+
+
+def test_swapping_averaged_values_in_and_out_reaches_the_weights():
+    model, _, values, optimizer, _ = attach()
+    before = model(**token_batch()).logits
+    kept = [parameter.detach().clone() for parameter in values]
+    with torch.no_grad():
+        for parameter in values:
+            parameter.copy_(2 * parameter)
+    assert not torch.equal(model(**token_batch()).logits, before)
+    for parameter, value in zip(values, kept, strict=True):
+        parameter.data = value
+    assert torch.equal(model(**token_batch()).logits, before)
+
+
+def test_loss_scaler_skips_an_infinite_step_and_equals_the_reference_in_the_others():
+    model, _, values, optimizer, reference = attach()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(6):
+        batch, bad = token_batch(step), step == 3
+        loss = model(**batch).loss * (1e38 if bad else 1.0)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(model.parameters(), 0.05)
+        before = copy.deepcopy(optimizer.state_dict())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if bad:
+            assert scaler.get_scale() == 2.0**9 and equal_states(before, optimizer.state_dict())
+        else:
+            assert_close(norm, reference_step(reference, batch, clip=0.05), rtol=1e-4)
+    reference.assert_agrees(model, optimizer, values)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_a_model_train_on_their_own(how):
+    model, _, values, optimizer, reference = attach()
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    start = copy.deepcopy(dict(model.state_dict()))
+    other_values = [weight.values for weight in sparse_weights(other)]
+    other_optimizer = SparseAdamW(other_values, **OPTIONS)
+    for step in range(STEPS):
+        other(**token_batch(step)).loss.backward()
+        other_optimizer.step()
+        other_optimizer.zero_grad()
+        reference_step(reference, token_batch(step))
+    reference.assert_agrees(other, other_optimizer, other_values)
+    assert equal_states(start, dict(model.state_dict())) and all(parameter.grad is None for parameter in values)
+    desparsify(other)
+    assert len(sparse_weights(model)) == len(values)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_compiled_model_is_one_graph_and_equals_eager(kind):
+    every = (lambda name, parameter: True) if kind == "qwen2" else None
+    model, _, values, optimizer, reference = attach(kind, targets=every)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(**token_batch())
+    assert explained.graph_break_count == 0, [str(reason.reason) for reason in explained.break_reasons]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for step in range(STEPS):
+        compiled(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference_step(reference, token_batch(step))
+    reference.assert_agrees(model, optimizer, values)
+    with torch.no_grad():
+        for parameter in values:
+            parameter.mul_(3)
+    assert_close(compiled(**token_batch()).logits, model(**token_batch()).logits)
+
+
+@pytest.mark.slow
+def test_compiled_model_with_the_default_backend():
+    model, _, values, optimizer, reference = attach()
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    for step in range(2):
+        compiled(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference_step(reference, token_batch(step))
+    reference.assert_agrees(model, optimizer, values)
+
+
+# What cannot work says so
+
+
+def test_offloaded_weights_are_refused(tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    masks = select_masks(tiny_model(), salience="random", density=0.05, progress=False)
+    for offloaded in (cpu_offload(tiny_model()), disk_offload(tiny_model(), str(tmp_path))):
+        with pytest.raises(ValueError, match="meta device .*without offloading"):
+            sparsify(offloaded, masks)
+        with pytest.raises(ValueError, match="meta device .*without offloading"):
+            select_masks(offloaded, [token_batch()], density=0.05, progress=False)
+    model, *_ = attach()
+    with pytest.raises(ValueError, match="moved to the meta device"):
+        cpu_offload(model)(**token_batch())
+
+
+@pytest.mark.parametrize("change", ["resize", "replace", "reshape"])
+def test_parameters_replaced_after_attaching_are_named(change):
+    model, _, values, optimizer, _ = attach("qwen2", targets=["embed_tokens", "mlp.up_proj"])
+    if change == "resize":
+        model.resize_token_embeddings(VOCABULARY + 8)
+    elif change == "replace":
+        model.model.layers[0].mlp.up_proj = nn.Linear(24, 40, bias=False)
+    else:
+        model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(40, 23))
+    match = "embed_tokens.weight.*sparsify again" if change == "resize" else "layers.0.mlp.up_proj.weight.*again"
+    with pytest.raises(ValueError, match=match):
+        model(**token_batch()).loss.backward()
+        optimizer.step()
+
+
+def test_model_cast_after_attaching_trains_in_its_new_dtype():
+    model, _, values, optimizer, _ = attach()
+    exact = [parameter.detach().clone() for parameter in values]
+    model.to(torch.bfloat16)
+    assert all(map(torch.equal, exact, values))
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    for parameter, start in zip(values, exact, strict=True):
+        weight = linked(parameter)
+        assert parameter.dtype == torch.float32 and not torch.equal(parameter, start)
+        assert torch.equal(weight.weight.flatten()[weight.mask.indices], parameter.to(torch.bfloat16))

@@ -1,0 +1,426 @@
+"""Selection against one sort over everything, on models whose arithmetic is exact so that ties are really ties."""
+
+import contextlib
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model, token_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
+
+from speft_optim import select_masks, sparsify
+from speft_optim.selection import BestEntries, _shares
+from speft_optim.sparsify import sparse_weights
+from speft_optim.targets import find_targets
+
+examples = settings(max_examples=60, deadline=None, database=None)
+
+
+@examples
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=40),
+    st.integers(0, 40),
+    st.lists(st.integers(1, 12), min_size=40, max_size=40),
+)
+def test_best_entries_are_those_of_a_stable_sort_in_any_chunks(scores, k, chunks):
+    scores, k = torch.tensor(scores).float(), min(k, len(scores))
+    best, first = BestEntries(k), 0
+    for size in chunks:
+        if first < len(scores):
+            best.update(scores[first : first + size], first)
+        first += size
+    expected = scores.argsort(descending=True, stable=True)[:k].sort().values
+    assert best.positions.tolist() == expected.tolist()
+    assert torch.equal(best.scores, scores[expected])
+
+
+@examples
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=12), st.data())
+def test_a_budget_is_shared_out_by_size_and_used_up(sizes, data):
+    sizes = {str(number): size for number, size in enumerate(sizes)}
+    budget = data.draw(st.integers(1, sum(sizes.values())))
+    shares = _shares(sizes, None, budget)
+    assert sum(shares.values()) == budget
+    for name, size in sizes.items():
+        exact = budget * size / sum(sizes.values())
+        assert math.floor(exact) <= shares[name] <= math.ceil(exact) and shares[name] <= size
+
+
+class Exact(nn.Module):
+    """Small whole numbers throughout, so that gradients are exact in any order and scores are full of ties."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 5)
+        self.layers = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 3)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randint(-2, 3, parameter.shape, generator=generator).float()
+
+    def forward(self, ids, labels):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return {"loss": (self.head(x) * labels.unsqueeze(-1)).sum()}
+
+
+def exact_batches(sizes=(4, 3, 1)):
+    """Batches of unequal size, the last column of each without weight as padding would be."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for size in sizes:
+        labels = torch.randint(-2, 3, (size, 6), generator=generator).float()
+        labels[:, -1] = 0
+        batches.append({"ids": torch.randint(0, 9, (size, 6), generator=generator), "labels": labels})
+    return batches
+
+
+def dense_scores(model, names, batches, salience):
+    """Mean gradient by plain backward over everything at once, and the formulas of the paper's Table 1."""
+    total = sum(model(**batch)["loss"] for batch in batches)
+    parameters = [model.get_parameter(name) for name in names]
+    gradients = torch.autograd.grad(total, parameters)
+    formulas = {
+        "magnitude": lambda w, g: w.abs(),
+        "gradient": lambda w, g: g.abs(),
+        "snip": lambda w, g: (g * w).abs(),
+        "force": lambda w, g: -(g * w),
+        "taylor_fo": lambda w, g: (g * w) ** 2,
+    }
+    pairs = zip(names, parameters, gradients, strict=True)
+    return {name: formulas[salience](p.detach(), g / len(batches)).flatten() for name, p, g in pairs}
+
+
+def dense_selection(scores, scope, density):
+    """One stable sort per weight, or one over all."""
+    groups = [[name] for name in scores] if scope == "local" else [list(scores)]
+    kept = {}
+    for group in groups:
+        flat = torch.cat([scores[name] for name in group])
+        chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+        chosen[flat.argsort(descending=True, stable=True)[: round(density * flat.numel())]] = True
+        parts = chosen.split([scores[name].numel() for name in group])
+        kept.update({name: part.nonzero().squeeze(1).tolist() for name, part in zip(group, parts, strict=True)})
+    return kept
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("salience", ["magnitude", "gradient", "snip", "force", "taylor_fo"])
+@pytest.mark.parametrize("density", [0.003, 0.1, 0.5, 1.0])
+def test_masks_equal_one_dense_sort_at_any_memory_budget(salience, scope, density):
+    model, batches = Exact(), exact_batches()
+    names = [name for name, _ in model.named_parameters()]
+    expected = dense_selection(dense_scores(model, names, batches, salience), scope, density)
+    for memory_budget in (1, 97, 700, None):
+        masks = select_masks(
+            model,
+            batches,
+            salience=salience,
+            density=density,
+            scope=scope,
+            targets=lambda name, parameter: True,
+            memory_budget=memory_budget,
+            progress=False,
+        )
+        assert {name: mask.indices.tolist() for name, mask in masks.items()} == expected
+        assert [mask.shape for mask in masks.values()] == [p.shape for p in model.parameters()]
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("salience", ["gradient", "random", "magnitude"])
+def test_budget_is_kept_to_the_entry(salience, scope):
+    model, batches = tiny_model("llama"), [token_batch()]
+    total = sum(target.shape.numel() for target in find_targets(model).values())
+    for budget in (1, 13, 1000, total):
+        masks = select_masks(model, batches, salience=salience, budget=budget, scope=scope, progress=False)
+        assert masks.count == budget and len(masks) == 14
+
+
+def test_a_share_that_rounds_to_nothing_is_an_empty_mask():
+    model = nn.ModuleDict({"small": nn.Linear(1, 100), "large": nn.Linear(40, 50)})
+    masks = select_masks(
+        model, salience="magnitude", density=0.001, targets=["small.bias", "large.weight"], progress=False
+    )
+    assert {name: len(mask) for name, mask in masks.items()} == {"small.bias": 0, "large.weight": 2}
+
+
+def test_all_equal_scores_keep_exactly_the_first_k():
+    model = nn.ModuleDict({"a": nn.Linear(6, 5, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    for scope, expected in [("local", [list(range(15)), list(range(4))]), ("global", [list(range(20)), []])]:
+        masks = select_masks(
+            model, salience="magnitude", density=0.5, scope=scope, targets=["a", "b"], memory_budget=64, progress=False
+        )
+        assert [mask.indices.tolist() for mask in masks.values()] == expected
+
+
+def test_more_entries_than_quantile_takes():
+    """torch.quantile refuses 2^24 values; one MLP weight of a 2B model has more."""
+    layer = nn.Linear(4097, 4097, bias=False)
+    masks = select_masks(layer, salience="magnitude", budget=1000, targets=lambda *_: True, progress=False)
+    expected = np.argpartition(-layer.weight.detach().abs().numpy().ravel(), 1000)[:1000]
+    assert set(masks["weight"].indices.tolist()) == set(expected.tolist())
+
+
+def test_taylor_selects_as_snip_does():
+    model, batches = tiny_model("llama"), [token_batch(seed, ragged=True) for seed in range(3)]
+    for scope in ("local", "global"):
+        choose = dict(density=0.1, scope=scope, progress=False)
+        taylor = select_masks(model, batches, salience="taylor_fo", **choose)
+        assert taylor == select_masks(model, batches, salience="snip", **choose)
+        assert taylor.overlap(select_masks(model, batches, salience="force", **choose)) < 0.9
+
+
+def test_random_depends_on_seed_and_name_alone():
+    model = tiny_model("llama")
+    choose = dict(salience="random", density=0.2, progress=False)
+    first = select_masks(model, **choose)
+    torch.manual_seed(77)
+    for memory_budget in (1, 1000, None):
+        assert select_masks(model, memory_budget=memory_budget, **choose) == first
+    other = select_masks(model, seed=1, **choose)
+    # Two independent draws share a fifth of their entries.
+    assert other != first and 0.15 < other.overlap(first) < 0.25
+    names = [name for name in first if "down_proj" in name]
+    assert first[names[0]] != first[names[1]]
+    places = torch.cat([mask.indices / mask.shape.numel() for mask in first.values()])
+    assert torch.allclose(places.histc(5, 0, 1) / len(places), torch.tensor(0.2), atol=0.03)
+    alone = select_masks(model, targets=["layers.1.mlp.down_proj"], **choose)
+    assert alone[names[1]] == first[names[1]]
+
+
+@pytest.mark.parametrize(
+    "kind, targets, expected",
+    [
+        ("llama", None, 14),
+        ("qwen2", None, 14),
+        ("gemma2", None, 14),
+        ("gpt2", None, 8),
+        ("opt", None, 12),
+        ("bert", None, 12),
+        ("mixtral", None, 14),
+        ("llama", ["q_proj", "v_proj"], 4),
+        ("llama", ("layers.0.mlp.up_proj",), 1),
+        ("qwen2", ["q_proj", "q_proj.bias"], 4),
+        ("qwen2", ["embed_tokens"], 1),
+        ("llama", ["layers.0.self_attn.q_proj.weight"], 1),
+        ("llama", lambda name, parameter: parameter.dim() == 1, 5),
+        ("mixtral", ["experts.down_proj"], 2),
+    ],
+)
+def test_targets_name_weights_in_three_ways(kind, targets, expected):
+    model = tiny_model(kind)
+    masks = select_masks(model, salience="random", density=0.1, targets=targets, progress=False)
+    order = [name for name, _ in model.named_parameters()]
+    assert len(masks) == expected and list(masks) == sorted(masks, key=order.index)
+    if targets is None:
+        assert not any(word in name for name in masks for word in ("embed", "head", "norm", "ln_", "bias", "wte"))
+
+
+BATCH = token_batch()
+UNLABELLED = {key: value for key, value in BATCH.items() if key != "labels"}
+IGNORED = {**BATCH, "labels": torch.full_like(BATCH["labels"], -100)}
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(), ValueError, "exactly one of density and budget"),
+        (dict(density=0.1, budget=5), ValueError, "exactly one of density and budget"),
+        (dict(density=0.0), ValueError, r"density=0.0 is outside \(0, 1\]"),
+        (dict(density=1.5), ValueError, "density=1.5 is outside"),
+        (dict(density=-0.1), ValueError, "density=-0.1 is outside"),
+        (dict(density=float("nan")), ValueError, "density=nan is outside"),
+        (dict(density="1%"), TypeError, "density='1%' is a str"),
+        (dict(density=True), TypeError, "density=True is a bool"),
+        (dict(budget=0), ValueError, "budget=0 is outside"),
+        (dict(budget=10**9), ValueError, r"budget=1,000,000,000 is outside 1\.\.9,216"),
+        (dict(budget=2.5), TypeError, "budget=2.5 is a float"),
+        (dict(density=0.1, scope="layer"), ValueError, "scope='layer'.*'local' or 'global'"),
+        (dict(density=0.1, salience="wanda"), ValueError, "salience='wanda' is not known.*gradient"),
+        (dict(density=0.1, memory_budget=0), ValueError, "memory_budget=0 must be a positive number of bytes"),
+        (dict(density=0.1, memory_budget=1.5), ValueError, "memory_budget=1.5"),
+        (dict(density=0.1, targets=["r_proj"]), ValueError, "'r_proj', which no parameter ends with.*model.embed"),
+        (dict(density=0.1, targets=["proj"]), ValueError, "'proj', which no parameter ends with"),
+        (dict(density=0.1, targets=["q_proj", "q_proj"]), ValueError, "names 'q_proj' twice"),
+        (dict(density=0.1, targets=[]), ValueError, "the list of targets is empty"),
+        (dict(density=0.1, targets="q_proj"), TypeError, r"pass a list, targets=\['q_proj'\]"),
+        (dict(density=0.1, targets=[3]), TypeError, "targets holds 3"),
+        (dict(density=0.1, targets=lambda *_: False), ValueError, "predicate was true for no parameter"),
+        (dict(density=0.1, batches=None), ValueError, "needs calibration batches"),
+        (dict(density=0.1, batches=[]), ValueError, "There are no calibration batches"),
+        (dict(density=0.1, batches=BATCH), TypeError, "batches is a dict"),
+        (dict(density=0.1, batches=7), TypeError, "batches is a int"),
+        (dict(density=0.1, batches=[BATCH, BATCH["input_ids"]]), TypeError, "batch 2 is a Tensor"),
+        (dict(density=0.1, batches=[BATCH, UNLABELLED]), ValueError, "batch 2 has no labels.*attention_mask"),
+        (dict(density=0.1, batches=[{**BATCH, "labels": None}]), ValueError, "batch 1 has no labels"),
+        (dict(density=0.1, batches=[IGNORED] * 8), ValueError, "All labels of all 8 calibration batches are -100"),
+        (dict(density=0.1, batches=iter([BATCH]), memory_budget=9999), ValueError, "passes are needed; pass a list"),
+        (dict(density=0.1, loss=lambda *_: torch.tensor(math.nan)), ValueError, "loss of calibration batch 1 is nan"),
+        (dict(density=0.1, loss=lambda m, b: m(**b).loss * math.inf), ValueError, "batch 1 is inf"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(options, error, message):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        select_masks(model, **{"batches": [BATCH], "progress": False, **options})
+    assert snapshot(model) == before
+
+
+def test_models_without_blocks_or_loss_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"no nn.ModuleList of blocks.*targets=\[\.\.\.\]"):
+        select_masks(model, salience="magnitude", density=0.1)
+
+    class Silent(Exact):
+        def forward(self, ids, labels):
+            return {"loss": None}
+
+    with pytest.raises(ValueError, match="Silent returns no loss for its batch; pass loss="):
+        select_masks(Silent(), exact_batches(), density=0.1, progress=False)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("salience", ["magnitude", "snip"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_scores_that_are_not_finite_are_refused_by_name(scope, salience, bad):
+    model = Exact()
+    with torch.no_grad():
+        model.layers[1].weight.view(-1)[:3] = bad
+
+    def loss(model, batch):
+        """Finite, so that it is the scores that are found out."""
+        return model.layers[1](torch.ones(7)).nan_to_num(0, 0).sum()
+
+    with pytest.raises(ValueError, match=r"3 scores of layers.1.weight are not finite"):
+        select_masks(model, exact_batches(), salience=salience, density=0.1, scope=scope, loss=loss, progress=False)
+
+
+def test_a_batch_without_labels_that_count_is_left_out_and_warned_of(caplog):
+    good = [token_batch(seed) for seed in range(7)]
+    model = tiny_model("llama")
+    choose = dict(density=0.1, salience="force", scope="global", progress=False)
+    expected = select_masks(model, good, **choose)
+    with caplog.at_level(logging.WARNING):
+        # Several passes, one warning. Counted in the average it would only shrink all scores by one factor, so the
+        # scores themselves are looked at too.
+        actual = select_masks(model, [good[0], IGNORED, *good[1:]], memory_budget=20_000, **choose)
+    assert actual == expected
+    assert [record.message for record in caplog.records] == [
+        "1 of 8 calibration batches have no label that counts; left out."
+    ]
+    seen = []
+    for batches in (good, [good[0], IGNORED, *good[1:]]):
+        with recorded_scores(seen):
+            select_masks(model, batches, **choose)
+    assert torch.equal(seen[0], seen[1])
+
+
+@contextlib.contextmanager
+def recorded_scores(seen):
+    """The scores that selection sees, in one tensor per call."""
+    chunks = []
+    update = BestEntries.update
+
+    def note(self, scores, first):
+        chunks.append(scores.clone())
+        update(self, scores, first)
+
+    BestEntries.update = note
+    try:
+        yield
+    finally:
+        BestEntries.update = update
+        seen.append(torch.cat(chunks))
+
+
+def test_a_generator_serves_one_pass_and_a_loader_any_number():
+    model, batches = Exact(), exact_batches((4, 4))
+    choose = dict(density=0.1, progress=False)
+    expected = select_masks(model, batches, **choose)
+    assert select_masks(model, iter(batches), **choose) == expected
+    rows = [{key: value[row] for key, value in batch.items()} for batch in batches for row in range(4)]
+    assert select_masks(model, DataLoader(rows, batch_size=4), memory_budget=100, **choose) == expected
+
+
+def test_the_users_own_loss_is_used():
+    model, batches = tiny_model("llama"), [token_batch()]
+    choose = dict(density=0.1, progress=False)
+    plain = select_masks(model, batches, **choose)
+    assert select_masks(model, batches, loss=lambda m, b: 3 * m(**b).loss, **choose) == plain
+    assert select_masks(model, batches, loss=lambda m, b: m(**b).logits.sum(), **choose) != plain
+
+
+def snapshot(model):
+    """All that selection must leave alone, comparable."""
+    parameters = {
+        name: (id(p), p._version, p.requires_grad, None if p.grad is None else p.grad.tolist(), p.detach().tolist())
+        for name, p in model.named_parameters()
+    }
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = {
+        path: (module.training, sorted(module.__dict__), [list(getattr(module, kind)) for kind in kinds])
+        for path, module in model.named_modules()
+    }
+    hooks = [list(p._post_accumulate_grad_hooks or []) for p in model.parameters()]
+    return parameters, modules, hooks, model.config.to_dict(), torch.get_rng_state().tolist(), torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "grasp", "synflow", "activation", "random"])
+def test_the_model_is_exactly_as_before_also_after_an_error(salience, failing):
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    model.config.use_cache = True
+    model.gradient_checkpointing_enable()
+    model.lm_head.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones(24)
+    handle = model.model.norm.register_forward_hook(lambda *_: None)
+    batches = [token_batch(seed) for seed in range(2)]
+    calls = []
+
+    def fail(module, args):
+        calls.append(torch.rand(1))
+        if failing and len(calls) > (0 if salience == "synflow" else 1):
+            raise RuntimeError("stop")
+
+    blocker = model.model.layers[1].register_forward_pre_hook(fail)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="stop") if failing and salience != "random" else contextlib.nullcontext():
+        select_masks(model, batches, salience=salience, density=0.1, progress=False)
+    assert snapshot(model) == before
+    blocker.remove(), handle.remove()
+
+
+@pytest.mark.parametrize("order", [["gradient", "no_grad"], ["no_grad", "gradient"]])
+def test_selection_works_inside_no_grad(order):
+    model, batches = Exact(), exact_batches()
+    found = []
+    for name in order:
+        with torch.no_grad() if name == "no_grad" else contextlib.nullcontext():
+            found.append(select_masks(model, batches, density=0.1, progress=False))
+    assert found[0] == found[1]
+
+
+def test_a_sparsified_model_can_be_selected_on_again():
+    """Dynamic masks: the estimate is that of the plain model, and the compact values are left alone."""
+    model, batches = tiny_model("llama"), [token_batch(seed) for seed in range(2)]
+    choose = dict(density=0.05, scope="global", progress=False)
+    masks = select_masks(model, batches, **choose)
+    values = sparsify(model, masks)
+    kept = [value.detach().clone() for value in values]
+    before = snapshot(model)
+    assert select_masks(model, batches, **choose) == masks
+    assert snapshot(model) == before
+    assert all(torch.equal(value, old) for value, old in zip(values, kept, strict=True))
+    assert all(value.requires_grad and value.grad is None for value in values) and len(sparse_weights(model)) > 0
+    with pytest.raises(ValueError, match="outside"):
+        select_masks(model, batches, budget=10**9)
