@@ -1,0 +1,214 @@
+"""What a run leaves behind besides its weights: `run.json`, `report.png`, and a table for the person who waited.
+
+`run.json` is written after every stage, so that a run which is stopped still tells how far it came, and `--resume`
+finds there what need not be measured twice.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from speft_optim import Masks
+from speft_optim.files import write_atomically
+
+PACKAGES = ("speft-optim", "torch", "transformers", "safetensors", "numpy", "datasets", "lm-eval")
+
+
+def write_json(record: dict, path: str | Path) -> None:
+    """Write `record` as JSON; the file appears whole or not at all. Numbers that JSON does not know become null."""
+    text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def machine() -> dict:
+    """Versions and hardware: what someone needs to judge whether their numbers should agree."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def peak_bytes() -> dict[str, int | None]:
+    """Most memory this process has held so far: resident on the host, allocated on the card."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "card": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
+def sha256(path: str | Path) -> str:
+    """Checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> int:
+    """Bytes held beyond the weights: the optimizer's state and, for a mask, its fp32 values and positions."""
+    tensors = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    total = sum(tensor.nbytes for tensor in tensors)
+    if masks is not None:
+        total += sum(parameter.nbytes for group in optimizer.param_groups for parameter in group["params"])
+        total += sum(mask.nbytes for mask in masks.values())
+    return total
+
+
+def adamw_bytes(model: torch.nn.Module, masks: Masks | None) -> int:
+    """Bytes of two fp32 moments for every weight of the model: what AdamW holds."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return 8 * (count - (masks.count if masks is not None else 0))  # compact values are not weights of their own
+
+
+def moved_share(base: str | Path, tuned: str | Path, masks: Masks | None) -> dict[str, int | float]:
+    """How many entries of a saved checkpoint differ from its base, tensor by tensor from the files.
+
+    Args:
+        base: folder of the base checkpoint.
+        tuned: folder of the trained one. Where the dtypes differ, the base is rounded to this one's, as loading it
+            does.
+        masks: which entries were trained; None for all of them.
+
+    Returns:
+        `entries` of the model, how many `moved`, how many of these lie outside the mask (`stray`, to be 0), and the
+        `share`.
+    """
+    before, after = _tensor_files(base), _tensor_files(tuned)
+    missing = sorted(after.keys() - before.keys())
+    if missing:
+        raise ValueError(
+            f"{base} has no tensor called {missing[0]}, which {tuned} has; the folders hold different models"
+        )
+    moved = stray = total = 0
+    for name in after:
+        with safe_open(before[name], "pt") as old, safe_open(after[name], "pt") as new:
+            trained = new.get_tensor(name)
+            differs = (old.get_tensor(name).to(trained.dtype) != trained).flatten()
+        moved += int(differs.sum())
+        total += trained.numel()
+        if masks is not None:
+            if name in masks:
+                differs[masks[name].indices.to("cpu", torch.int64)] = False
+            stray += int(differs.sum())
+    return {"moved": moved, "stray": stray, "entries": total, "share": moved / total}
+
+
+def _tensor_files(folder: str | Path) -> dict[str, Path]:
+    files = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors file; save the checkpoint as safetensors")
+    return files
+
+
+def draw(losses: list[float], held_out: tuple[float, float], masks: Masks | None, path: str | Path, title: str) -> None:
+    """Draw the loss curve and, where there is a mask, its density per layer and projection, to a PNG.
+
+    Args:
+        losses: training loss of each step; NaN where a step was skipped.
+        held_out: loss on held-out answers before and after.
+        masks: the mask, or None.
+        path: the PNG.
+        title: above both pictures.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from speft_optim.plots import draw_density
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    curve, *rest = figure.subplots(1, 1 if masks is None else 2, squeeze=False)[0]
+    curve.plot(range(1, len(losses) + 1), losses, color="C0", linewidth=1, label="training, each step")
+    curve.plot([0, len(losses)], held_out, "o", color="C3", label="held-out answers")
+    for step, loss, side in zip((0, len(losses)), held_out, ("left", "right"), strict=True):
+        curve.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 7), textcoords="offset points", color="C3", ha=side)
+    curve.set(xlabel="optimizer step", ylabel="loss a label token", title="loss")
+    curve.set_ylim(bottom=0)
+    curve.legend()
+    if rest:
+        draw_density(rest[0], masks)
+        rest[0].set_title("density of the mask, %")
+    figure.suptitle(title)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def table(record: dict) -> str:
+    """The result of a run, for people."""
+    rows = [("model", record["base"]), ("trained", trained_line(record))]
+    before, after = record["scores"]["before"], record["scores"]["after"]
+    for task in after:
+        for metric, by_filter in after[task]["scores"].items():
+            for chosen, entry in by_filter.items():
+                pair = f"{_percent(before[task]['scores'][metric][chosen])} -> {_percent(entry)}"
+                rows.append((f"{task}, {chosen}", f"{metric} {pair}   (n = {entry['n']})"))
+    rows.append(("held-out loss", f"{record['held_out_loss']['before']:.4f} -> {record['held_out_loss']['after']:.4f}"))
+    moved = record["moved"]
+    rows.append(
+        (
+            "weights moved",
+            f"{moved['moved']:,} of {moved['entries']:,} ({moved['share']:.3%}), {moved['stray']:,} outside the mask",
+        )
+    )
+    own, dense = record["optimizer_bytes"]["held"], record["optimizer_bytes"]["adamw"]
+    rows.append(
+        ("optimizer", f"{own / 1e6:.1f} MB; AdamW over all weights {dense / 1e6:.1f} MB ({dense / own:.0f} times)")
+    )
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items())
+    rows.append(("time", f"{sum(record['seconds'].values()):.0f} s: {seconds}"))
+    rows.append(("peak memory", f"{record['peak_bytes']['host'] / 1e9:.2f} GB"))
+    rows += [(name, path) for name, path in record["files"].items()]
+    width = max(len(name) for name, _ in rows)
+    rule = "-" * 100
+    return "\n".join([rule, *(f"{name.ljust(width)}  {text}" for name, text in rows), rule])
+
+
+def trained_line(record: dict) -> str:
+    """What was trained and how, in one line."""
+    steps, rate = record["steps"], record["lr"]
+    mask = record["mask"]
+    what = "all weights" if mask is None else f"{mask['count']:,} masked entries ({mask['density']:.2%} of the targets)"
+    return f"{what}, {steps} steps, lr {rate:.2g}, {record['tokens_per_second']:.0f} tokens/s, {record['dtype']}"
+
+
+def _percent(entry: dict) -> str:
+    error = "" if entry["stderr"] is None else f" +- {100 * entry['stderr']:.1f}"
+    return f"{100 * entry['value']:.1f} %{error}"
