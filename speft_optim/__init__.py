@@ -1,7 +1,8 @@
 """Sparse fine-tuning: gradients, moments and updates only for the masked entries of a model's weights."""
 
-from speft_optim.adapter import load_adapter, save_adapter
+from speft_optim.adapter import save_adapter
 from speft_optim.export import export_merged
+from speft_optim.loaded import load_adapter, merge_adapters, unload_adapter, use_adapters
 from speft_optim.masks import Mask, Masks
 from speft_optim.optim import SparseAdamW
 from speft_optim.selection import select_masks
@@ -14,7 +15,10 @@ __all__ = [
     "desparsify",
     "export_merged",
     "load_adapter",
+    "merge_adapters",
     "save_adapter",
     "select_masks",
     "sparsify",
+    "unload_adapter",
+    "use_adapters",
 ]

@@ -7,32 +7,63 @@ dtype of whatever input comes.
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from speft_optim.files import write_safetensors
+from speft_optim.files import write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
 from speft_optim.masks import Mask, Masks
-from speft_optim.quantized import take_over
 from speft_optim.sparsify import sparse_weights
 from speft_optim.targets import Target, all_targets
 
 _FORMAT = "speft_optim.adapter/1"
+_FILE = "adapter.safetensors"
 _PROBES = 4096
 
 
-def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Write the trained entries of a sparsified model to a safetensors file; it appears whole or not at all.
+@dataclass
+class AdapterFile:
+    """What an adapter's file holds, checked.
+
+    Attributes:
+        masks: which entries it sets.
+        values: (k,) for each weight, in the dtype of the base it was trained on.
+        base: name, revision and fingerprint of the base; the first two are empty where unknown.
+    """
+
+    masks: Masks
+    values: dict[str, Tensor]
+    base: dict[str, str]
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, Any] | None = None) -> None:
+    """Write the trained entries of a sparsified model; the file appears whole or not at all.
+
+    Args:
+        model: the sparsified model.
+        path: a file, if it ends in `.safetensors`; else a folder, made where missing, that gets `adapter.safetensors`
+            and a `README.md` card and can be pushed to a hub as it is.
+        details: what else file and card should tell, such as `{"measure": "gradient", "data": "gsm8k"}`; strings and
+            numbers.
 
     Raises:
-        ValueError: the model is not sparsified, or the folder of `path` does not exist.
+        ValueError: the model is not sparsified, or the folder of a file's `path` does not exist.
+        TypeError: `details` holds something else than strings and numbers.
     """
     weights = sparse_weights(model)
     if not weights:
         raise ValueError(f"{type(model).__name__} is not sparsified; call sparsify(model, masks) before save_adapter.")
+    for key, value in (details or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str | int | float):
+            raise TypeError(f"details holds {key!r}: {value!r}; it takes strings and numbers by name.")
     masks, tensors = Masks(), {}
     for weight in weights:
         weight.synchronize()
@@ -41,52 +72,33 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         tensors.update({f"{weight.name}:{key}": part for key, part in mask.to("cpu").packed().items()})
         tensors[f"{weight.name}:values"] = values.cpu()
     config = getattr(model, "config", None)
+    base = {
+        "name": getattr(config, "_name_or_path", "") or "",
+        "revision": getattr(config, "_commit_hash", "") or "",
+        "fingerprint": fingerprint(model, masks),
+    }
+    about = {
+        "entries": masks.count,
+        "density": masks.density,
+        "masks": masks.fingerprint(),
+        "speft_optim": version("speft-optim"),
+        "torch": torch.__version__,
+        **(details or {}),
+    }
     metadata = {
         "format": _FORMAT,
         "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
-        "base": json.dumps({"name": getattr(config, "_name_or_path", ""), "fingerprint": fingerprint(model, masks)}),
+        "base": json.dumps(base),
+        "about": json.dumps(about),
     }
-    write_safetensors(tensors, path, metadata)
-
-
-def load_adapter(model: nn.Module, path: str | Path) -> Masks:
-    """Write an adapter's entries into the weights of the base it was trained on.
-
-    Args:
-        model: the base model; on a sparsified one the values follow. On a quantised one the entries are laid over its
-            codes from here on.
-        path: a file of `save_adapter`.
-
-    Returns:
-        The adapter's masks, ready for `sparsify` to go on training.
-
-    Raises:
-        ValueError: the file is damaged or no adapter, or belongs to another base (a name, a shape or any weight
-            outside the masks differs); the model is then as it was.
-    """
-    masks, values, base = _read(path)
-    for weight in sparse_weights(model):
-        # Before and not after: values that are newer than the weight would win over the adapter's.
-        weight.synchronize()
-    targets = all_targets(model)
-    for name, mask in masks.items():
-        if name not in targets:
-            raise ValueError(
-                f"{path} was made for a model with a parameter {name}, which {type(model).__name__} lacks."
-            )
-        if targets[name].shape != mask.shape:
-            shapes = f"{tuple(mask.shape)} there and {tuple(targets[name].shape)} here"
-            raise ValueError(f"{path} was made for another base: {name} has shape {shapes}.")
-    here = fingerprint(model, masks)
-    if here != base["fingerprint"]:
-        raise ValueError(
-            f"{path} was trained on {base['name'] or 'a base'} with fingerprint {base['fingerprint']}, this model has "
-            f"{here}: weights outside the masks differ. Load the base it was trained on, in the same dtype."
-        )
-    take_over(model)
-    for name, mask in masks.items():
-        frozen_weight(*targets[name].sites[0]).put(mask, values[name])
-    return masks
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        write_safetensors(tensors, path, metadata)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        write_safetensors(tensors, path / _FILE, metadata)
+        card = _card(base, about)
+        write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
 
 
 def fingerprint(model: nn.Module, masks: Masks) -> str:
@@ -115,8 +127,14 @@ def _probe(target: Target, mask: Mask | None) -> Tensor:
     return weight.gather_base(places.to(weight.device))
 
 
-def _read(path: str | Path) -> tuple[Masks, dict[str, Tensor], dict[str, str]]:
-    """Masks, values and the base's name and fingerprint, all checked."""
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read a file of `save_adapter`, or the one in its folder; nothing in it is trusted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or no such file.
+    """
+    path = Path(path) / _FILE if Path(path).is_dir() else Path(path)
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -124,18 +142,67 @@ def _read(path: str | Path) -> tuple[Masks, dict[str, Tensor], dict[str, str]]:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             shapes, base = json.loads(metadata["shapes"]), json.loads(metadata["base"])
             parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        masks = Masks({name: Mask.unpack(_parts_of(parts, name), shape) for name, shape in shapes.items()})
-        values = {name: parts[f"{name}:values"] for name in shapes}
-        base = {"name": str(base["name"]), "fingerprint": str(base["fingerprint"])}
-        for name, mask in masks.items():
-            if values[name].shape != (len(mask),) or not values[name].is_floating_point():
-                found = f"{tuple(values[name].shape)} values of {values[name].dtype}"
-                raise ValueError(f"it holds {found} for {len(mask)} entries of {name}")
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        masks, values = Masks(), {}
+        for name, shape in shapes.items():
+            own = {key.removeprefix(f"{name}:"): part for key, part in parts.items() if key.startswith(f"{name}:")}
+            values[name] = own.pop("values")
+            masks[name] = Mask.unpack(own, _checked_shape(name, shape))
+            _check_values(name, values[name], len(masks[name]))
+        base = {key: str(base.get(key, "")) for key in ("name", "revision", "fingerprint")}
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise ValueError(f"{path} is no readable file of save_adapter: {type(error).__name__}: {error}.") from error
-    return masks, values, base
+    return AdapterFile(masks, values, base)
 
 
-def _parts_of(parts: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}:"
-    return {key.removeprefix(prefix): part for key, part in parts.items() if key.startswith(prefix)}
+def _checked_shape(name: str, shape: object) -> list[int]:
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"{name} has shape {shape!r}, which is no list of positive sizes")
+    if math.prod(shape) >= 2**63:
+        raise ValueError(f"{name} has shape {shape!r}, which is too large for any weight")
+    return shape
+
+
+def _check_values(name: str, values: Tensor, entries: int) -> None:
+    if values.shape != (entries,) or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"it holds {tuple(values.shape)} values of {values.dtype} for {entries} entries of {name}")
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"it holds values of {name} that are not finite")
+
+
+def _card(base: dict[str, str], about: dict[str, Any]) -> str:
+    """The README of an adapter's folder: front matter as model hubs read it, what it is, how to load it."""
+    front = ["library_name: speft_optim", "tags: [sparse-fine-tuning, adapter]"]
+    # A hub name, not a folder of whoever trained it.
+    if base["name"].count("/") == 1 and not base["name"].startswith((".", "/", "~")):
+        front.insert(0, f"base_model: {json.dumps(base['name'])}")
+    rows = {f"base {key}": value for key, value in base.items() if value}
+    rows.update({key: f"{value:,}" if isinstance(value, int) else value for key, value in about.items()})
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+{chr(10).join(front)}
+---
+
+# Sparse adapter
+
+{about["entries"]:,} entries ({about["density"]:.3%} of the weights they lie in) to write into the base's weights.
+
+```python
+from speft_optim import load_adapter, unload_adapter
+
+load_adapter(model, "path/of/this/folder")  # the base it was trained on; any other is refused
+unload_adapter(model)  # the base again, bit for bit
+```
+
+| | |
+|---|---|
+{table}
+"""

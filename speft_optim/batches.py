@@ -42,11 +42,11 @@ def check_batches(batches: Batches | None, passes: int) -> None:
 
 
 class BatchReader:
-    """Iterates the batches that count, on the model's device.
+    """Iterates the batches that count, on the device that computes.
 
     Args:
         batches: the user's batches.
-        model: gives the device.
+        device: where the model wants them.
         bar: shows each batch read.
         labelled: whether batches need labels; those with none that counts are then left out.
 
@@ -54,9 +54,8 @@ class BatchReader:
         used: batches handed out in the last iteration.
     """
 
-    def __init__(self, batches: Batches, model: nn.Module, bar: tqdm, labelled: bool = True):
-        self.batches, self.bar, self.labelled = batches, bar, labelled
-        self.device = next(model.parameters()).device
+    def __init__(self, batches: Batches, device: torch.device, bar: tqdm, labelled: bool = True):
+        self.batches, self.device, self.bar, self.labelled = batches, device, bar, labelled
         self.used = 0
         self._warned = False
 

@@ -89,7 +89,8 @@ def stream_scores(
         if fill not in (None, flow):
             check_batches(batches, len(groups) * (2 if second_order else 1))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
-            reader = BatchReader(batches, model, bar, labelled=measure.signal != "squared_input")
+            device = next(iter(targets.values())).device
+            reader = BatchReader(batches, device, bar, labelled=measure.signal != "squared_input")
         if second_order:
             store = stack.enter_context(GradientStore(targets, memory_budget // 4))
             for group in groups:

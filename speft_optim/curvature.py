@@ -42,9 +42,7 @@ class GradientStore:
         sizes = {name: target.shape.numel() for name, target in targets.items()}
         self._folder = None
         if 4 * sum(sizes.values()) <= memory_budget:
-            self._flat = {
-                name: torch.empty(size, device=targets[name].parameter.device) for name, size in sizes.items()
-            }
+            self._flat = {name: torch.empty(size, device=targets[name].device) for name, size in sizes.items()}
         else:
             self._folder = tempfile.TemporaryDirectory(prefix="speft_optim_")
             path = str(Path(self._folder.name) / "gradients")
@@ -58,7 +56,7 @@ class GradientStore:
 
     def get(self, target: Target, dtype: torch.dtype) -> Tensor:
         """A target's gradient in the weight's shape, on its device."""
-        return self._flat[target.name].view(target.shape).to(target.parameter.device, dtype)
+        return self._flat[target.name].view(target.shape).to(target.device, dtype)
 
     def close(self) -> None:
         """Free the memory or remove the file."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speft_optim.batches import BatchReader, LossFunction, plain_implementation
+from speft_optim.frozen import frozen_weight
 from speft_optim.pieces import Piece
 from speft_optim.signals import tapped
 from speft_optim.targets import Target, all_targets, is_linear, is_transposed_linear
@@ -54,8 +55,8 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
         raise ValueError(
             f"salience='synflow' feeds inputs_embeds, which {type(model).__name__} does not take; choose another."
         )
-    width = embeddings.weight.shape[-1]
-    ones = torch.ones(1, 1, width, dtype=torch.float64, device=embeddings.weight.device)
+    weight = frozen_weight(embeddings)
+    ones = torch.ones(1, 1, weight.shape[-1], dtype=torch.float64, device=weight.device)
     output = model(inputs_embeds=ones)
     logits = getattr(output, "logits", None)
     if logits is None:

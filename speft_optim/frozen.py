@@ -23,6 +23,8 @@ from speft_optim.masks import Mask
 
 _CHUNK = 2**22
 _OVERLAYS = "_laid_over"
+# Under this name a module holds its weights that lie elsewhere while a model is streamed (see `offload.py`).
+STREAMED = "_streamed_weights"
 
 
 class DenseWeight:
@@ -257,6 +259,8 @@ def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
     Raises:
         ValueError: a bitsandbytes layer that has not quantised its weight yet.
     """
+    if STREAMED in module.__dict__:
+        return module.__dict__[STREAMED][attribute]
     if attribute != "weight" or not is_quantized_linear(module):
         return DenseWeight(module, attribute)
     return Int8Weight(module) if _has_class(module, "Linear8bitLt") else FourBitWeight(module)

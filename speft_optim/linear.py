@@ -106,7 +106,8 @@ class Tap:
     def shadow_weight(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of other modules: an instance attribute is found before the registered parameter."""
         if torch.is_grad_enabled():
-            weight = module._parameters[self.attribute]
+            # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
+            weight = getattr(module, self.attribute)
             module.__dict__[self.attribute] = _TapWeight.apply(weight, self.anchor, self.sink)
 
     def unshadow_weight(self, module: nn.Module, args: tuple, output: object) -> None:

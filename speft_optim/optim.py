@@ -299,7 +299,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
     betas = options["betas"]
-    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
         raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
 
 
@@ -314,9 +314,15 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any]) -> None:
         raise ValueError(f"The saved moments of {name} are incomplete or damaged; its keys are {sorted(saved)}.")
     if weight is None:
         return
-    if "indices" not in saved:
-        raise ValueError(f"The saved state of {name} has no mask; it was not saved by SparseAdamW over sparsify(...).")
-    saved_mask = Mask(saved["indices"], saved["shape"])
+    if missing := {"values", "indices", "shape", "name"} - saved.keys():
+        raise ValueError(
+            f"The saved state of {name} has no {' and '.join(sorted(missing))}; it was not saved by SparseAdamW over "
+            "sparsify(...)."
+        )
+    try:
+        saved_mask = Mask(saved["indices"], saved["shape"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The saved mask of {name} is damaged: {error}") from error
     if saved["name"] != name or saved_mask != weight.mask:
         raise ValueError(
             f"{name} has mask {weight.mask.fingerprint()} ({len(weight.mask):,} entries), the saved state is of "

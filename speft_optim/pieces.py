@@ -41,7 +41,7 @@ class Piece:
     def allocate(self) -> None:
         """Start an fp32 accumulator of zeros."""
         shape = (self.last - self.first, self.columns)
-        self.accumulator = torch.zeros(shape, dtype=torch.float32, device=self.target.parameter.device)
+        self.accumulator = torch.zeros(shape, dtype=torch.float32, device=self.target.device)
 
     def rows_of(self, dense: Tensor) -> Tensor:
         """This piece's rows of a tensor of the weight's shape, as a matrix."""

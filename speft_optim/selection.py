@@ -7,6 +7,7 @@ that of one `topk` over everything. Ties go to the earlier position, and to the 
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from speft_optim.batches import Batches, LossFunction
 from speft_optim.calibration import default_memory_budget, stream_scores
 from speft_optim.masks import Mask, Masks
+from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES
 from speft_optim.targets import Target, Targets, find_targets
 
@@ -74,6 +76,8 @@ def select_masks(
     targets: Targets = None,
     memory_budget: int | None = None,
     loss: LossFunction | None = None,
+    offload: str | torch.device | None = None,
+    checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Masks:
@@ -91,6 +95,9 @@ def select_masks(
         memory_budget: bytes that estimation may hold beyond the model and one batch; default half of the free memory.
             Less memory costs more passes over the batches, never another mask.
         loss: from (model, batch) to a scalar; default the loss that the model returns.
+        offload: device to compute on while the weights stay in CPU memory and visit it block by block, for a model that
+            does not fit there; the masks are those of a resident model. Not for `grasp`.
+        checkpoint: with `offload`, folder whose safetensors hold the weights of a model on the meta device.
         seed: of the `random` measure.
         progress: show a progress bar (on terminals only).
 
@@ -105,25 +112,26 @@ def select_masks(
         raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
     if scope not in ("local", "global"):
         raise ValueError(f"scope={scope!r} is not known; choose 'local' or 'global'.")
-    found = find_targets(model, targets)
-    sizes = {name: target.shape.numel() for name, target in found.items()}
-    _check_amount(density, budget, sum(sizes.values()))
-    if memory_budget is None:
-        memory_budget = default_memory_budget(next(iter(found.values())).parameter.device)
-    if not isinstance(memory_budget, int) or memory_budget <= 0:
-        raise ValueError(f"memory_budget={memory_budget!r} must be a positive number of bytes, such as 2 * 2**30.")
-    scores = stream_scores(
-        model,
-        batches,
-        found,
-        MEASURES[salience],
-        memory_budget=memory_budget,
-        loss=loss,
-        seed=seed,
-        progress=progress,
-    )
-    # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
-    with contextlib.closing(scores):
+    if offload is None and checkpoint is not None:
+        raise ValueError("checkpoint is read only with offload; pass offload='cuda' too, or load the model.")
+    if offload is not None and salience == "grasp":
+        raise ValueError("salience='grasp' differentiates twice, which offload does not support; choose another.")
+    with contextlib.ExitStack() as stack:
+        if offload is not None:
+            # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
+            recompute = MEASURES[salience].signal != "flow"
+            stack.enter_context(streaming(model, offload, checkpoint, recompute=recompute))
+        found = find_targets(model, targets)
+        sizes = {name: target.shape.numel() for name, target in found.items()}
+        _check_amount(density, budget, sum(sizes.values()))
+        if memory_budget is None:
+            memory_budget = default_memory_budget(next(iter(found.values())).device)
+        if not isinstance(memory_budget, int) or memory_budget <= 0:
+            raise ValueError(f"memory_budget={memory_budget!r} must be a positive number of bytes, such as 2 * 2**30.")
+        options = dict(memory_budget=memory_budget, loss=loss, seed=seed, progress=progress)
+        scores = stream_scores(model, batches, found, MEASURES[salience], **options)
+        # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
+        stack.enter_context(contextlib.closing(scores))
         if scope == "local":
             return _select_local(scores, found, _shares(sizes, density, budget))
         return _select_global(scores, found, budget or round(density * sum(sizes.values())))
@@ -158,7 +166,7 @@ def _select_global(scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[s
     cuts = torch.searchsorted(best.positions, bounds).tolist()
     for number, (name, target) in enumerate(targets.items()):
         positions = best.positions[cuts[number] : cuts[number + 1]] - starts[name]
-        masks[name] = Mask(positions.to(target.parameter.device), target.shape)
+        masks[name] = Mask(positions.to(target.device), target.shape)
     return masks
 
 

@@ -250,7 +250,7 @@ def _watch_inputs(piece: Piece, attention: _Attention, stack: contextlib.ExitSta
     # Of a transposed weight the rows are the input features, and the piece holds some of them.
     features = slice(piece.first, piece.last) if is_transposed_linear(module, attribute) else slice(None)
     count = piece.last - piece.first if is_transposed_linear(module, attribute) else piece.columns
-    sums = torch.zeros(count, dtype=torch.float32, device=piece.target.parameter.device)
+    sums = torch.zeros(count, dtype=torch.float32, device=piece.target.device)
     piece.accumulator = sums[:, None] if is_transposed_linear(module, attribute) else sums[None]
 
     def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:

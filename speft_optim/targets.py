@@ -39,6 +39,11 @@ class Target:
         return frozen_weight(*self.sites[0]).shape
 
     @property
+    def device(self) -> torch.device:
+        """Where the weight is computed with."""
+        return frozen_weight(*self.sites[0]).device
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """The weight as (rows, columns): its first dimension by all others."""
         rows = self.shape[0] if self.shape else 1
@@ -87,7 +92,8 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
     if not found:
         raise ValueError(f"No weight to select among the {len(known)} parameters of {type(model).__name__}: {remedy}.")
     for name, target in found.items():
-        check_in_memory(name, target.parameter)
+        if target.device.type == "meta":
+            check_in_memory(name, target.parameter)
         check_called(name, target)
     return found
 

@@ -157,7 +157,7 @@ def test_fisher_is_the_mean_of_squares_and_not_the_square_of_the_mean(size):
     targets = find_targets(model := OneUnit(), ["unit"])
     (group,) = cut_into_groups(targets.values(), 2**20, 8)
     fill, _ = _SIGNALS["squared_gradient"]
-    fill(model, BatchReader(batches, model, _Bar()), group, None)
+    fill(model, BatchReader(batches, torch.device("cpu"), _Bar()), group, None)
     assert group[0].accumulator.tolist() == [[1.0, 0.25]]
 
 
