@@ -11,7 +11,7 @@ from conftest import Reference, assert_close, tiny_model, token_batch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from speft_optim import SparseAdamW, select_masks, sparsify
+from speft_optim import SparseAdamW, distributed, select_masks, sparsify
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 3
@@ -117,6 +117,35 @@ def data_that_differs_between_processes_gives_one_mask(rank):
     assert fingerprints[0] == fingerprints[1]
 
 
+def each_measure_averages_over_the_processes(rank):
+    """Each process sees its own batches, unequally many; the masks are those of one process that sees all."""
+    batches = [token_batch(seed, ragged=True) for seed in range(3)]
+    mine = batches[:1] if rank == 0 else batches[1:]
+    for salience in ("gradient", "force", "fisher", "grasp", "activation", "synflow"):
+        for scope in ("local", "global"):
+            masks = select_masks(tiny_model(), mine, salience=salience, density=0.1, scope=scope, progress=False)
+            fingerprints = [None, None]
+            dist.all_gather_object(fingerprints, masks.fingerprint())
+            assert len(set(fingerprints)) == 1, salience
+            alone = alone_with(batches, salience, scope)
+            assert masks.overlap(alone) > 0.99, (salience, scope)
+
+
+def alone_with(batches, salience, scope):
+    """The masks that one process alone selects: estimation asks this one function whether there are others."""
+    before, distributed.is_distributed = distributed.is_distributed, lambda: False
+    try:
+        return select_masks(tiny_model(), batches, salience=salience, density=0.1, scope=scope, progress=False)
+    finally:
+        distributed.is_distributed = before
+
+
+def a_failure_in_one_process_ends_all(rank):
+    bad = [{key: value for key, value in token_batch().items() if key != "labels"}]
+    with pytest.raises((ValueError, RuntimeError), match="no labels" if rank else "failed in 1 other"):
+        select_masks(tiny_model(), bad if rank else [token_batch()], density=0.1, progress=False)
+
+
 def fully_sharded_before(rank):
     from torch.distributed.fsdp import fully_shard
 
@@ -167,6 +196,8 @@ SCENARIOS = [
     accelerate_on_two_processes,
     masks_that_differ_between_processes,
     data_that_differs_between_processes_gives_one_mask,
+    each_measure_averages_over_the_processes,
+    a_failure_in_one_process_ends_all,
     fully_sharded_before,
     fully_sharded_after,
     flattened_before,
