@@ -5,11 +5,13 @@ from speft_optim.export import export_merged
 from speft_optim.loaded import load_adapter, merge_adapters, unload_adapter, use_adapters
 from speft_optim.masks import Mask, Masks
 from speft_optim.optim import SparseAdamW
+from speft_optim.schedule import MaskSchedule
 from speft_optim.selection import select_masks
 from speft_optim.sparsify import desparsify, sparsify
 
 __all__ = [
     "Mask",
+    "MaskSchedule",
     "Masks",
     "SparseAdamW",
     "desparsify",

@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
     masks, tensors = Masks(), {}
     for weight in weights:
         weight.synchronize()
-        mask, values = weight.base.entries(weight.mask)
+        mask, values = weight.base.entries(weight.ever_trained())
         masks[weight.name] = mask
         tensors.update({f"{weight.name}:{key}": part for key, part in mask.to("cpu").packed().items()})
         tensors[f"{weight.name}:values"] = values.cpu()

@@ -8,11 +8,11 @@ with exact fp32 values, and *is* the dequantised codes with the overlays laid ov
             double quantisation the scales are codes themselves
 
 Each product is fp32 and rounded once to the dtype asked for, so that all ways to read an entry agree to the bit.
-bitsandbytes is imported for its CUDA kernel alone. Everything else is plain PyTorch: the layout is small and stable,
-positions and rows can be read that no kernel gives, and its CPU kernel is wrong where a row is no whole number of
-blocks.
+bitsandbytes is imported for its kernel that dequantises a whole 4-bit weight. Everything else is plain PyTorch: the
+layout is small and stable, and no kernel reads single rows or positions.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -203,17 +203,15 @@ class FourBitWeight(QuantizedWeight):
         self.shape, self.device = torch.Size(state.shape), self.packed.device
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
-        if self.device.type != "cuda":
-            return self._run(0, self.shape.numel()).view(self.shape).to(dtype)
-        import bitsandbytes.functional as bnb
+        count, size = self.shape.numel(), self.state.blocksize
+        if count % size:
+            return self._run(0, count).view(self.shape).to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
 
-        state, scales = self.state, self.state.absmax
-        if state.nested:
-            scales = bnb.dequantize_blockwise(scales, state.state2).add_(state.offset)
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        options = dict(blocksize=state.blocksize, quant_type=state.quant_type)
-        bnb.dequantize_4bit(self.packed, absmax=scales.float(), out=out, **options)
-        return out
+        # As if each block were a row: the CPU kernel is wrong where a row is no whole number of blocks.
+        state = copy.copy(self.state)
+        state.shape, state.dtype = torch.Size((count // size, size)), dtype
+        return dequantize_4bit(self.packed, state).view(self.shape)
 
     def _panel(self, first: int, last: int) -> Tensor:
         return self._run(first * self.shape[1], last * self.shape[1]).view(last - first, self.shape[1])

@@ -43,6 +43,29 @@ def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -
         _pack_(state, exp_avg, exp_avg_sq)
 
 
+def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, stays: Tensor) -> None:
+    """Follow a changed mask: survivors keep their moments.
+
+    A newcomer starts with no first moment and, as its second, the mean of the survivors': with zero, at a step count at
+    which nothing corrects the bias any more, its first update would be several times the learning rate.
+
+    Args:
+        state: of the optimizer, with moments.
+        parameter: the (k,) values after the change.
+        places: (k,) place of each new entry among the old ones.
+        stays: (k,) whether it was among them.
+    """
+    first, second = unpack_moments(state)
+    survivors = places[stays]
+    bits = 8 if "exp_avg_scale" in state else 32
+    new_moments_(state, parameter, bits)
+    new_first, new_second = unpack_moments(state)
+    new_first[stays] = first[survivors]
+    new_second[:] = second[survivors].mean() if len(survivors) else 0.0
+    new_second[stays] = second[survivors]
+    store_moments_(state, new_first, new_second)
+
+
 def moment_bytes(state: dict[str, Any]) -> int:
     """Bytes the moments take at rest."""
     return sum(part.nbytes for key, part in state.items() if key.startswith("exp_avg"))

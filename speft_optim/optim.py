@@ -26,12 +26,26 @@ class WriteThrough(Protocol):
 
     name: str
     mask: Mask
+    former: Mask | None
+
+    def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Train other entries from now on."""
 
     def synchronize(self) -> None:
         """Let the newer of weight and values win."""
 
     def write(self) -> None:
         """Write the values into the weight."""
+
+
+class Schedule(Protocol):
+    """What changes the masks during training; its state travels in the optimizer's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
 
 
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -84,6 +98,7 @@ class SparseAdamW(Optimizer):
 
     Attributes:
         skipped_steps: steps left out because of a gradient that was not finite; saved in `state_dict()`.
+        schedule: the `MaskSchedule` that changes the masks, if any.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or there is no parameter.
@@ -92,6 +107,7 @@ class SparseAdamW(Optimizer):
 
     _stepped = False
     skipped_steps = 0
+    schedule: Schedule | None = None
 
     def __init__(
         self,
@@ -205,7 +221,7 @@ class SparseAdamW(Optimizer):
         weights = {parameter: weight for parameter in parameters if (weight := linked(parameter)) is not None}
         kinds = {
             "values": sum(parameter.nbytes for parameter in weights),
-            "positions": sum(weight.mask.nbytes for weight in weights.values()),
+            "positions": sum(w.mask.nbytes + (w.former.nbytes if w.former else 0) for w in weights.values()),
             "moments": sum(moment_bytes(self.state[p]) for p in parameters if p in self.state),
             "gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
         }
@@ -234,14 +250,20 @@ class SparseAdamW(Optimizer):
                     shape=list(weight.mask.shape),
                     name=weight.name,
                 )
+                if weight.former is not None:
+                    packed["state"][key]["former"] = weight.former.indices
+        if self.schedule is not None:
+            packed["schedule"] = self.schedule.state_dict()
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, dtypes kept, and write the values into the weights.
 
+        With a `MaskSchedule` the saved masks are restored too.
+
         Raises:
-            ValueError: groups or parameters differ in number, or a parameter's mask is not the saved one; nothing is
-                changed.
+            ValueError: groups or parameters differ in number, or without a schedule a parameter's mask is not the
+                saved one; nothing is changed.
         """
         groups = state_dict["param_groups"]
         sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
@@ -253,11 +275,13 @@ class SparseAdamW(Optimizer):
         keys = [key for group in groups for key in group["params"]]
         pairs = [(p, state_dict["state"].get(key, {})) for p, key in zip(self._parameters(), keys, strict=True)]
         for parameter, saved in pairs:
-            _check_saved(parameter, saved)
+            _check_saved(parameter, saved, any_mask=self.schedule is not None)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
         for parameter, saved in pairs:
             self._restore(parameter, saved)
+        if self.schedule is not None and "schedule" in state_dict:
+            self.schedule.load_state_dict(state_dict["schedule"])
 
     @torch.no_grad()
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
@@ -270,6 +294,10 @@ class SparseAdamW(Optimizer):
             }
         weight = linked(parameter)
         if weight is not None:
+            mask = Mask(saved["indices"], saved["shape"])
+            if weight.mask != mask:
+                weight.change_mask(mask)
+            weight.former = Mask(saved["former"], saved["shape"]) if "former" in saved else None
             parameter.copy_(saved["values"])
             weight.write()
 
@@ -303,10 +331,12 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
 
 
-def _check_saved(parameter: Tensor, saved: dict[str, Any]) -> None:
-    """Refuse the state of another mask before anything is changed."""
+def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> None:
+    """Refuse the state of another mask, or with `any_mask` of another weight, before anything is changed."""
     weight = linked(parameter)
     name = weight.name if weight is not None else f"a parameter of shape {tuple(parameter.shape)}"
+    if any_mask and weight is not None and isinstance(saved.get("values"), Tensor):
+        parameter = saved["values"]
     for key in ("values", "exp_avg", "exp_avg_sq"):
         if key in saved and saved[key].shape != parameter.shape:
             raise ValueError(f"{name} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}.")
@@ -321,11 +351,18 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any]) -> None:
         )
     try:
         saved_mask = Mask(saved["indices"], saved["shape"])
+        if "former" in saved:
+            Mask(saved["former"], saved["shape"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"The saved mask of {name} is damaged: {error}") from error
-    if saved["name"] != name or saved_mask != weight.mask:
+    if any_mask:
+        fits = saved_mask.shape == weight.mask.shape and len(saved_mask) == len(parameter)
+    else:
+        fits = saved_mask == weight.mask
+    if saved["name"] != name or not fits:
         raise ValueError(
             f"{name} has mask {weight.mask.fingerprint()} ({len(weight.mask):,} entries), the saved state is of "
             f"{saved['name']} with mask {saved_mask.fingerprint()} ({len(saved_mask):,} entries); "
-            "sparsify the model with the saved run's masks (Masks.load) before loading."
+            "sparsify the model with the saved run's masks (Masks.load) before loading, or build the run's "
+            "MaskSchedule before loading if it had one."
         )

@@ -71,7 +71,7 @@ def select_masks(
     *,
     salience: str = "gradient",
     density: float | None = None,
-    budget: int | None = None,
+    budget: int | Mapping[str, int] | None = None,
     scope: Literal["local", "global"] = "local",
     targets: Targets = None,
     memory_budget: int | None = None,
@@ -89,7 +89,8 @@ def select_masks(
             paper uses 64 batches of 16 examples). Not needed by `magnitude` and `random`.
         salience: name of the measure, see `speft_optim.salience`.
         density: share of the targeted entries to keep, in (0, 1]; per weight in local scope, rounded to whole entries.
-        budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size.
+        budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or
+            takes a number for each target by name.
         scope: "local" keeps a share of each weight, "global" the best entries over all weights.
         targets: which weights; see `find_targets`. Default: the linear weights of the decoder blocks.
         memory_budget: bytes that estimation may hold beyond the model and one batch; default half of the free memory.
@@ -123,7 +124,10 @@ def select_masks(
             stack.enter_context(streaming(model, offload, checkpoint, recompute=recompute))
         found = find_targets(model, targets)
         sizes = {name: target.shape.numel() for name, target in found.items()}
-        _check_amount(density, budget, sum(sizes.values()))
+        if isinstance(budget, Mapping):
+            _check_shares(budget, sizes, scope, density)
+        else:
+            _check_amount(density, budget, sum(sizes.values()))
         if memory_budget is None:
             memory_budget = default_memory_budget(next(iter(found.values())).device)
         if not isinstance(memory_budget, int) or memory_budget <= 0:
@@ -170,8 +174,10 @@ def _select_global(scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[s
     return masks
 
 
-def _shares(sizes: dict[str, int], density: float | None, budget: int | None) -> dict[str, int]:
+def _shares(sizes: dict[str, int], density: float | None, budget: int | Mapping[str, int] | None) -> Mapping[str, int]:
     """Entries to keep of each weight: its density rounded, or its part of the budget by largest remainder."""
+    if isinstance(budget, Mapping):
+        return budget
     if density is not None:
         return {name: round(density * size) for name, size in sizes.items()}
     total = sum(sizes.values())
@@ -195,6 +201,17 @@ def _check_amount(density: float | None, budget: int | None, total: int) -> None
             raise TypeError(f"budget={budget!r} is a {type(budget).__name__}; pass a whole number of entries.")
         if not 1 <= budget <= total:
             raise ValueError(f"budget={budget:,} is outside 1..{total:,}, the number of targeted entries.")
+
+
+def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, density: float | None) -> None:
+    if scope != "local" or density is not None:
+        raise ValueError(f"A budget for each weight needs scope='local' and no density; got {scope!r} and {density}.")
+    if budget.keys() != sizes.keys():
+        odd = sorted(budget.keys() ^ sizes.keys())[0]
+        raise ValueError(f"budget must name exactly the targeted weights; {odd} is on one side only.")
+    for name, count in budget.items():
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= sizes[name]:
+            raise ValueError(f"budget of {name} is {count!r}; pass a whole number of entries in 0..{sizes[name]:,}.")
 
 
 def _check_finite(name: str, scores: Tensor) -> None:

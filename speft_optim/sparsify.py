@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from speft_optim.distributed import is_distributed
 from speft_optim.export import original_entries
-from speft_optim.frozen import FrozenWeight, frozen_weight, is_quantized_linear
+from speft_optim.frozen import FrozenWeight, find, frozen_weight, is_quantized_linear
 from speft_optim.kernels import gather_entries, sampled_gradient, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask, Masks
@@ -55,8 +55,11 @@ class SparseWeight(nn.Module):
     Attributes:
         name: the weight's full parameter name.
         mask: which entries are trained.
+        former: which others were trained before the mask changed, and keep what they learned; None if it never did.
         values: (k,) fp32 parameter, the weight's masked entries.
     """
+
+    former: Mask | None = None
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask):
         super().__init__()
@@ -129,6 +132,41 @@ class SparseWeight(nn.Module):
         """Take over entries that differ in the weight; where it holds a value's rounding, the exact value stays."""
         self.values.copy_(self.base.read(self._indices(), self.values))
         self._remember()
+
+    @torch.no_grad()
+    def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Train other entries from now on. Those that leave keep their value; `values` stays the same Parameter.
+
+        Args:
+            mask: the new entries, of the same weight; their number may differ.
+
+        Returns:
+            For each new entry its place among the old ones, (k,) int64, and whether it has one, (k,) bool.
+        """
+        self.synchronize()
+        mask = mask.to(self.values.device)
+        if mask.shape != self.mask.shape:
+            raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
+        indices, base = mask.indices, self.base
+        places, stays = find(self._indices(), indices)
+        entries = base.gather(indices).to(torch.float32)
+        entries[stays] = self.values[places[stays]]
+        ever = self.ever_trained().to(self.values.device).indices
+        former = ever[~torch.isin(ever, indices, assume_unique=True)]
+        base.release(self.values)
+        self.values.grad = None
+        self.values.data = entries
+        self.mask, self.former = mask, Mask(former, mask.shape)
+        base.attach(mask, self.values)
+        self._remember()
+        return places, stays
+
+    def ever_trained(self) -> Mask:
+        """The entries that are or were trained."""
+        if self.former is None or not len(self.former):
+            return self.mask
+        both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
+        return Mask(torch.cat(both), self.mask.shape)
 
     def _indices(self) -> Tensor:
         # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.
@@ -252,7 +290,7 @@ def sparsify(model: nn.Module, masks: Mapping[str, Mask], *, original: str | Pat
 
     targets = all_targets(model)
     _check_masks(model, masks, targets)
-    _check_equal_on_all_ranks(masks)
+    check_equal_on_all_ranks(masks)
     _follow_optimizers()
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     found = {n: (m.shape, m.indices) for n, m in masks.items() if len(m)}
@@ -367,8 +405,12 @@ def _sharding_wrapper(model: nn.Module) -> str | None:
     return "a device mesh (DTensor)" if any(hasattr(p, "device_mesh") for p in model.parameters()) else None
 
 
-def _check_equal_on_all_ranks(masks: Mapping[str, Mask]) -> None:
-    """Replicas whose masks differ would average gradients of different entries, and nothing would say so."""
+def check_equal_on_all_ranks(masks: Mapping[str, Mask]) -> None:
+    """Replicas whose masks differ would average gradients of different entries, and nothing would say so.
+
+    Raises:
+        ValueError: they differ.
+    """
     if not is_distributed():
         return
     fingerprints: list = [None] * dist.get_world_size()

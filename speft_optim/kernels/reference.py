@@ -38,7 +38,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left.T @ right` to `total` (R, C) fp32 in place, for (T, R) and (T, C) operands of one dtype."""
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
-        total += product(left, right)
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
         with torch.autocast(left.device.type, enabled=False):
             total.addmm_(left.t().float(), right.float())

@@ -1,0 +1,123 @@
+"""What salience estimation costs beside plain training passes, on a random model of a real shape.
+
+Run as `python -m recipes.benchmark salience`. The row `plain` is the floor: the same batches forward and backward with
+frozen weights and a dense gradient of each targeted weight, freed at once. With all accumulators in one group a
+gradient measure should cost at most 1.15 times that.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from recipes.salience import PeakMemory
+from speft_optim import select_masks
+from speft_optim.batches import calibrating
+from speft_optim.salience import MEASURES
+from speft_optim.targets import find_targets
+
+
+def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--shape", choices=shapes, default="llama3-8b", help="model (default %(default)s)")
+    parser.add_argument("--layers", type=int, help="blocks, instead of the model's own")
+    parser.add_argument("--measures", nargs="+", choices=["plain", *sorted(MEASURES)], default=["plain", "gradient"])
+    parser.add_argument("--batches", type=int, default=64, help="calibration batches (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="sequences in a batch (default %(default)s)")
+    parser.add_argument("--seq", type=int, default=256, help="tokens in each (default %(default)s)")
+    parser.add_argument("--density", type=float, default=0.01, help="share of entries to keep (default %(default)s)")
+    parser.add_argument("--scope", choices=["local", "global"], default="local")
+    parser.add_argument("--memory-budget", type=float, help="GB for estimation (default half of what is free)")
+    parser.add_argument("--offload", action="store_true", help="weights stay in CPU memory and visit the card")
+    parser.add_argument("--out", default="out/benchmark", help="folder for salience_cost.jsonl (default %(default)s)")
+
+
+def run(args: argparse.Namespace, build: Callable[..., nn.Module]) -> list[dict]:
+    """Measure each row and print it; one JSON line each is added to the file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(args.shape, "bf16", torch.device("cpu") if args.offload else device, args.layers)
+    generator = torch.Generator().manual_seed(0)
+    size = (args.batch, args.seq)
+    ids = [torch.randint(0, model.config.vocab_size, size, generator=generator) for _ in range(args.batches)]
+    batches = [{"input_ids": row, "labels": row} for row in ids]
+    # The first pass of a process pays for handles and kernels; it is not counted.
+    plain_passes(model, batches[:1], device) if not args.offload else None
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in args.measures:
+        with PeakMemory(device) as peak:
+            begin = time.perf_counter()
+            passes = _one(name, model, batches, args, device)
+        seconds = time.perf_counter() - begin
+        row = {
+            "measure": name,
+            "seconds": round(seconds, 2),
+            "seconds_a_pass": round(seconds / max(1, passes), 2),
+            "passes": passes,
+            "peak_beyond_model_gib": round(peak.bytes / 2**30, 2),
+            "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            **{
+                key: vars(args)[key]
+                for key in ("shape", "layers", "batches", "batch", "seq", "memory_budget", "offload")
+            },
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        with open(out / "salience_cost.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return rows
+
+
+class _Counted(list):
+    """A list that counts how often it is iterated."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def _one(name: str, model: nn.Module, batches: list[dict], args: argparse.Namespace, device: torch.device) -> int:
+    """Run one row; how many passes over the batches it took."""
+    if name == "plain":
+        plain_passes(model, batches, device)
+        return 1
+    counted = _Counted(batches)
+    select_masks(
+        model,
+        counted,
+        salience=name,
+        density=args.density,
+        scope=args.scope,
+        memory_budget=None if args.memory_budget is None else int(args.memory_budget * 10**9),
+        offload=device if args.offload else None,
+    )
+    return counted.passes
+
+
+def plain_passes(model: nn.Module, batches: list[dict], device: torch.device) -> None:
+    """Forward and backward with a dense gradient of each targeted weight, each freed as soon as it is there."""
+
+    def free(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    weights = [target.parameter for target in find_targets(model).values()]
+    with calibrating(model):
+        hooks = []
+        for weight in weights:
+            weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(free))
+        for batch in batches:
+            model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+        for hook, weight in zip(hooks, weights, strict=True):
+            hook.remove()
+            weight.requires_grad_(False)
+    if device.type == "cuda":
+        torch.cuda.synchronize()

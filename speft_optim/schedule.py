@@ -1,0 +1,187 @@
+"""Dynamic masks: entries are chosen again during training (SPEFT, Section 3.3).
+
+A `MaskSchedule` hangs on the optimizer: it counts its steps, re-selects in between, and its state is saved in the
+optimizer's. So nothing is added to a training loop or a trainer, accumulation and skipped steps are counted as the
+optimizer sees them, and a resumed run restores masks and counter with the moments. Parameters stay the same objects,
+with other contents, so that schedulers and wrappers that hold them need not know.
+
+An entry that leaves keeps its trained value in the weight and never moves again.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from torch import nn
+
+from speft_optim.batches import Batches
+from speft_optim.distributed import is_distributed
+from speft_optim.masks import Masks
+from speft_optim.moments import carry_moments_
+from speft_optim.optim import SparseAdamW
+from speft_optim.selection import select_masks
+from speft_optim.sparsify import SparseWeight, check_equal_on_all_ranks, sparse_weights
+
+
+class MaskSchedule:
+    """Choose the masks of a sparsified model again after every `interval` steps of its optimizer.
+
+    Candidates are the weights that `sparsify` attached to; one whose mask was empty then stays out.
+
+    Args:
+        model: the sparsified model, or a wrapper around it.
+        optimizer: its `SparseAdamW`, or accelerate's wrapper around it.
+        batches: calibration data as for `select_masks`, iterated afresh each time.
+        interval: optimizer steps between selections; the paper's is 1000.
+        salience: the measure, as for `select_masks`.
+        scope: "local" keeps each weight's number of entries, "global" their sum.
+        density: from the number of steps taken to the share of all candidates to keep; None keeps the number that
+            `sparsify` got.
+        moments: "reset" all, as the paper does, or "carry" over those of entries that stay.
+        threshold: select only when the current masks and those that `probe` batches give overlap less than this, 0 to
+            1; None selects every time.
+        probe: batches for that cheaper estimate.
+        **options: `loss`, `memory_budget`, `seed` or `progress` of `select_masks`.
+
+    Attributes:
+        steps: optimizer steps counted.
+        history: for each selection or probe its `step`, `entries`, and `overlap` with the masks before.
+
+    Raises:
+        ValueError: an argument is out of range, or the optimizer does not train this model's values.
+        TypeError: the optimizer is not a SparseAdamW.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: SparseAdamW,
+        batches: Batches | None,
+        *,
+        interval: int = 1000,
+        salience: str = "gradient",
+        scope: Literal["local", "global"] = "local",
+        density: Callable[[int], float] | None = None,
+        moments: Literal["reset", "carry"] = "reset",
+        threshold: float | None = None,
+        probe: int = 1,
+        **options: Any,
+    ):
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.model, self.optimizer, self.batches = getattr(model, "module", model), optimizer, batches
+        self.interval, self.salience, self.scope, self.density = interval, salience, scope, density
+        self.moments, self.threshold, self.probe, self.options = moments, threshold, probe, options
+        self.steps, self.history = 0, []
+        self._check()
+        weights = self._weights()
+        self.entries = sum(len(weight.mask) for weight in weights)
+        optimizer.schedule = self
+        optimizer.register_step_post_hook(self._after_step)
+
+    def reselect(self) -> Masks:
+        """Choose the masks again now, whatever interval and threshold say; call between steps.
+
+        Returns:
+            The new masks.
+        """
+        masks = self._select(self.batches)
+        self._note(masks)
+        check_equal_on_all_ranks(masks)
+        for weight in self._weights():
+            places, stays = weight.change_mask(masks[weight.name])
+            state = self.optimizer.state.get(weight.values, {})
+            if self.moments == "carry" and state:
+                carry_moments_(state, weight.values.detach(), places, stays)
+            else:
+                self.optimizer.state.pop(weight.values, None)
+        return masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counter and history; the masks themselves are in the optimizer's state."""
+        return {"steps": self.steps, "history": [dict(event) for event in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the optimizer does so in its own."""
+        self.steps = int(state_dict["steps"])
+        self.history = [dict(event) for event in state_dict["history"]]
+
+    def _after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
+        self.steps += 1
+        if self.steps % self.interval:
+            return
+        if self.threshold is not None:
+            overlap = self._note(self._select(itertools.islice(self.batches, self.probe)))
+            if overlap >= self.threshold and self._wanted() == sum(len(weight.mask) for weight in self._weights()):
+                return
+        self.reselect()
+
+    def _select(self, batches: Batches | Iterator | None) -> Masks:
+        weights = {weight.name: weight for weight in self._weights()}
+        options = {**self.options, "seed": self.options.get("seed", 0) + self.steps}
+        return select_masks(
+            self.model,
+            list(batches) if isinstance(batches, itertools.islice) else batches,
+            salience=self.salience,
+            scope=self.scope,
+            budget=self._wanted() if self.scope == "global" else self._wanted_by_weight(),
+            targets=lambda name, parameter: name in weights,
+            **options,
+        )
+
+    def _note(self, masks: Masks) -> float:
+        overlap = masks.overlap(Masks({weight.name: weight.mask for weight in self._weights()}))
+        self.history.append({"step": self.steps, "entries": masks.count, "overlap": overlap})
+        return overlap
+
+    def _wanted(self) -> int:
+        """Entries to keep now, over all weights."""
+        if self.density is None:
+            return self.entries
+        if self.scope == "local":
+            return sum(self._wanted_by_weight().values())
+        return max(1, round(self._density_now() * sum(weight.mask.shape.numel() for weight in self._weights())))
+
+    def _wanted_by_weight(self) -> dict[str, int]:
+        if self.density is None:
+            return {weight.name: len(weight.mask) for weight in self._weights()}
+        density = self._density_now()
+        return {weight.name: round(density * weight.mask.shape.numel()) for weight in self._weights()}
+
+    def _density_now(self) -> float:
+        density = self.density(self.steps)
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density({self.steps}) is {density}; it must give a share in (0, 1].")
+        return density
+
+    def _weights(self) -> list[SparseWeight]:
+        return sparse_weights(self.model)
+
+    def _check(self) -> None:
+        if not isinstance(self.optimizer, SparseAdamW):
+            raise TypeError(f"MaskSchedule needs a SparseAdamW, whose moments it knows; got {self.optimizer!r}.")
+        if self.optimizer.schedule is not None:
+            raise ValueError("The optimizer has a MaskSchedule already; two would overrule each other.")
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not self._weights() or any(id(weight.values) not in held for weight in self._weights()):
+            raise ValueError("The optimizer does not train all of the model's values; build it from sparsify(...).")
+        for name in ("interval", "probe"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if self.moments not in ("reset", "carry"):
+            raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')
+        if self.scope not in ("local", "global"):
+            raise ValueError(f"scope={self.scope!r} is not known; choose 'local' or 'global'.")
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold={self.threshold} is outside (0, 1]; 0.8 selects anew below 80 % overlap.")
+        if self.density is not None and not callable(self.density):
+            raise TypeError(f"density={self.density!r} is not callable; pass a function of the step, or None.")
+        if unknown := self.options.keys() - {"loss", "memory_budget", "seed", "progress"}:
+            raise ValueError(f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks.")
+        if isinstance(self.batches, Iterator):
+            raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")
+        if is_distributed() and (self.scope == "global" or self.density is not None):
+            raise ValueError(
+                "Over several processes each weight must keep its number of entries, since DistributedDataParallel "
+                "reduces buffers of fixed size; use scope='local' and density=None."
+            )

@@ -1,0 +1,151 @@
+"""What only a card can show: fp32 sums of 16-bit products, loss scaling, memory, streaming, quantised layers."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model, token_batch
+from torch import nn
+
+from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
+from speft_optim.kernels import accumulate_product_, sampled_gradient
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CUDA = "cuda"
+
+
+def on_card(batch):
+    return {key: value.to(CUDA) for key, value in batch.items()}
+
+
+def relative(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(33, 65, 129), (1, 8, 8), (512, 300, 40)])
+def test_products_are_summed_in_fp32(dtype, sizes):
+    tokens, rows, columns = sizes
+    left, right = (torch.randn(tokens, n, device=CUDA).to(dtype) for n in (rows, columns))
+    exact = left.double().t() @ right.double()
+    total = torch.randn(rows, columns, device=CUDA)
+    before = total.double()
+    accumulate_product_(total, left, right)
+    assert total.dtype == torch.float32
+    limit = 1e-3 if dtype == torch.float32 else 1e-6 * tokens**0.5 + 1e-6
+    assert relative(total - before.float(), exact) < max(limit, 2e-6)
+    indices = torch.randperm(rows * columns, device=CUDA)[: rows * columns // 3 + 1].sort().values.int()
+    sampled = sampled_gradient(left, right, indices, panel_bytes=4 * columns * 7)
+    assert sampled.dtype == torch.float32
+    assert relative(sampled, exact.view(-1)[indices.long()]) < max(limit, 2e-6)
+
+
+def test_training_equals_training_on_the_cpu():
+    model = tiny_model()
+    masks = select_masks(model, [token_batch(1)], density=0.1, progress=False)
+    twin = copy.deepcopy(model).to(CUDA)
+    assert select_masks(twin, [token_batch(1)], density=0.1, progress=False).overlap(masks) > 0.99
+    runs = []
+    for trained, place in ((model, "cpu"), (twin, CUDA)):
+        optimizer = SparseAdamW(sparsify(trained, masks), lr=1e-2, weight_decay=0.1)
+        for step in range(5):
+            trained(**{k: v.to(place) for k, v in token_batch(step).items()}).loss.backward()
+            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(torch.cat([values.detach().cpu() for values in optimizer.param_groups[0]["params"]]))
+    assert relative(runs[1], runs[0]) < 1e-4
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "synflow", "activation", "magnitude"])
+def test_streamed_masks_equal_resident_ones(salience):
+    model = tiny_model("qwen2", torch.bfloat16)
+    choose = dict(salience=salience, density=0.1, scope="global", progress=False)
+    batches = [token_batch(seed, ragged=True) for seed in range(2)]
+    streamed = select_masks(model, batches, offload=CUDA, **choose)
+    assert all(not parameter.is_cuda for parameter in model.parameters())
+    assert select_masks(copy.deepcopy(model).to(CUDA), batches, **choose) == streamed
+
+
+def test_loss_scaling_skips_a_step_that_overflows():
+    """fp32 weights, fp16 autocast: the scaler looks at the compact gradients like at any others."""
+    model = tiny_model().to(CUDA).train()
+    masks = select_masks(model, [token_batch()], density=0.1, progress=False)
+    values = sparsify(model, masks)
+    optimizer, scaler = SparseAdamW(values, lr=1e-2), torch.amp.GradScaler(CUDA, init_scale=1024.0)
+    for step in range(6):
+        before = [value.detach().clone() for value in values]
+        scale = scaler.get_scale()
+        with torch.autocast(CUDA, torch.float16):
+            loss = model(**on_card(token_batch(step))).loss
+        scaler.scale(loss * (1e30 if step == 3 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(values, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = any(not torch.equal(a, b) for a, b in zip(before, values, strict=True))
+        assert moved == (step != 3)
+        assert scaler.get_scale() == (scale / 2 if step == 3 else scale)
+        assert bool(torch.isfinite(norm)) == (step != 3)
+    assert int(optimizer.state[values[0]]["step"]) == 5
+
+
+class Wide(nn.Module):
+    """A stack of square layers."""
+
+    def __init__(self, count, width):
+        super().__init__()
+        options = dict(bias=False, device=CUDA, dtype=torch.bfloat16)
+        self.layers = nn.ModuleList(nn.Linear(width, width, **options) for _ in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_memory_is_far_below_dense_training():
+    """Eight layers of 8192 x 8192, 1 GiB of weights; AdamW would need 3 GiB more."""
+    model = Wide(8, 8192)
+    count = 8192 * 8192
+    masks = Masks()
+    for number in range(8):
+        positions = torch.randint(0, count, (count // 100,), device=CUDA).unique()
+        masks[f"layers.{number}.weight"] = Mask(positions, (8192, 8192))
+    x = torch.randn(4, 8192, device=CUDA, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-3)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.cuda.max_memory_allocated() - start < 0.5 * 2**30
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_trains_and_its_codes_stay(tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    import transformers
+    from quantized_models import configuration, save_original, stored
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        save_original(tmp_path), quantization_config=configuration(kind), device_map={"": 0}
+    )
+    batches = [on_card(token_batch(seed)) for seed in range(2)]
+    masks = select_masks(model, batches, density=0.05, progress=False)
+    before = stored(model)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    losses = []
+    for step in range(20):
+        loss = model(**batches[step % 2]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, stored(model), strict=True))
