@@ -407,8 +407,8 @@ def tokenize(tokenizer, examples: Sequence[Example], *, max_length: int) -> list
     the prompt it would have no label at all. How many were dropped is warned of once.
 
     Args:
-        tokenizer: a transformers tokenizer with an EOS. The special tokens are placed by hand, so that a tokenizer which
-            also adds an EOS, or none, gives the same layout.
+        tokenizer: a transformers tokenizer with an EOS. The special tokens are placed by hand, so that a tokenizer
+            which also adds an EOS, or none, gives the same layout.
         examples: the problems.
         max_length: the longest sequence that is kept, in tokens.
     """

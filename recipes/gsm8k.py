@@ -17,12 +17,18 @@ SPEFT paper instead.
 
 import argparse
 import json
+import os
+import random
 import shutil
 import sys
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+
+# Read when torch loads its OpenMP. Without it, threads that wait for one another spin, and where other programs want
+# the same cores (a browser is enough) they keep each other from working: steps took five times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -256,11 +262,12 @@ def run_scores(args: argparse.Namespace, checkpoint: str | Path, data_folder: st
 
 
 def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int) -> Masks:
-    """Rank the entries over the first calibration samples and keep the best; a resumed run keeps its own."""
+    """Rank the entries over training samples drawn by the seed and keep the best; a resumed run keeps its own."""
     path = Path(args.out) / "masks.safetensors"
     if args.resume and path.is_file():
         return Masks.load(path)
-    batches = data.make_batches(samples[: args.calibration_samples], args.batch_size, pad_id=pad_id)
+    drawn = random.Random(args.seed).sample(samples, min(args.calibration_samples, len(samples)))
+    batches = data.make_batches(drawn, args.batch_size, pad_id=pad_id)
     masks = select_masks(
         model,
         batches,

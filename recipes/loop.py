@@ -74,8 +74,8 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int
     """
     targets = batch["labels"][:, 1:]
     first = int((targets != IGNORED).any(0).int().argmax())
-    # Position i predicts token i + 1. A tensor of positions, not a count from the end: a count leaves a view with gaps of
-    # the hidden states, for which torch copies the whole vocabulary matrix once per row of the batch.
+    # Position i predicts token i + 1. A tensor of positions, not a count from the end: a count leaves a view with gaps
+    # of the hidden states, for which torch copies the whole vocabulary matrix once per row of the batch.
     positions = torch.arange(first, targets.shape[1], device=targets.device)
     output = model(
         input_ids=batch["input_ids"],

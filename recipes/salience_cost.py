@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:
 def run(args: argparse.Namespace, build: Callable[..., nn.Module]) -> list[dict]:
     """Measure each row and print it; one JSON line each is added to the file."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(args.shape, "bf16", torch.device("cpu") if args.offload else device, args.layers)
+    model = build(args.shape, "bf16", device, args.layers)
+    if args.offload:
+        model = model.to("cpu")
     generator = torch.Generator().manual_seed(0)
     size = (args.batch, args.seq)
     ids = [torch.randint(0, model.config.vocab_size, size, generator=generator) for _ in range(args.batches)]

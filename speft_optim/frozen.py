@@ -132,7 +132,7 @@ class QuantizedWeight:
         indices = mask.indices.to(self.device)
         moved = entries != self.gather_base(indices)
         # One overlay of all entries, so that re-selecting masks does not pile them up; none where nothing was trained.
-        self.module.__dict__.pop(_OVERLAYS)
+        self.module.__dict__.pop(_OVERLAYS, None)
         if bool(moved.any()):
             self.attach(Mask(indices[moved], self.shape), entries[moved])
 

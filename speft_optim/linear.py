@@ -65,7 +65,10 @@ class _TapWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return None, ctx.sink.from_dense(gradient) if ctx.needs_input_grad[1] else None, None
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        # Embeddings made with sparse=True give a sparse one.
+        return None, ctx.sink.from_dense(gradient.to_dense() if gradient.is_sparse else gradient), None
 
 
 class Tap:

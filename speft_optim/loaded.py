@@ -24,6 +24,8 @@ from speft_optim.sparsify import sparse_weights
 from speft_optim.targets import all_targets
 
 _LOADED = "_loaded_adapters"
+# Far beyond sense, and far from where base and shares would overflow.
+_LARGEST_SHARE = 1000
 
 
 @dataclass
@@ -90,16 +92,22 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
             {"math": 0.5, "code": 0.5} half of each, {} the base.
 
     Raises:
-        ValueError: a name is not loaded, a share is not finite, or the model is sparsified or changed meanwhile.
+        ValueError: a name is not loaded, a share is beyond reason, or the model is sparsified or changed meanwhile.
+        TypeError: `shares` is no mapping.
     """
     loaded = _loaded(model)
+    if not isinstance(shares, Mapping):
+        raise TypeError(f"shares is a {type(shares).__name__}; pass a dict from names to shares, such as {{'a': 1.0}}.")
     for name, share in shares.items():
         if name not in loaded.adapters:
-            raise ValueError(f"No adapter {name!r} is loaded; there are {sorted(loaded.adapters)}.")
-        if isinstance(share, bool) or not isinstance(share, int | float) or not abs(share) < float("inf"):
-            raise ValueError(f"The share of {name!r} is {share!r}; pass a finite number, 1.0 for all of the adapter.")
+            raise ValueError(f"No adapter {name!r} is loaded; there are {list(loaded.adapters)}.")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not abs(share) <= _LARGEST_SHARE:
+            raise ValueError(
+                f"The share of {name!r} is {share!r}; pass a number of at most {_LARGEST_SHARE} in magnitude, 1.0 for "
+                "all of the adapter."
+            )
     _restore_base(model, loaded)
-    _use(model, loaded, dict(shares))
+    _use(model, loaded, {name: float(share) for name, share in shares.items()})
 
 
 def unload_adapter(model: nn.Module, name: str | None = None) -> None:
@@ -191,7 +199,8 @@ def _use(model: nn.Module, loaded: Loaded, shares: dict[str, float]) -> None:
 
 
 def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:
-    take_over(model)
+    if entries:
+        take_over(model)
     targets = all_targets(model)
     for name, (mask, values) in entries.items():
         if len(mask):

@@ -6,6 +6,7 @@ and moments all have the length of the mask; the weight itself is written at the
 
 import logging
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Literal, Protocol
 from weakref import ref
 
@@ -121,7 +122,7 @@ class SparseAdamW(Optimizer):
         state_bits: Literal[8, 32] = 32,
         on_nonfinite: Literal["skip", "raise", "ignore"] = "skip",
     ):
-        if on_nonfinite not in ("skip", "raise", "ignore"):
+        if not isinstance(on_nonfinite, str) or on_nonfinite not in ("skip", "raise", "ignore"):
             raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
         self._on_nonfinite = on_nonfinite
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
@@ -129,6 +130,8 @@ class SparseAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options it lacks are the constructor's."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"A parameter group is a dict with params, got {param_group!r}; write dict(params=[...]).")
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -195,7 +198,7 @@ class SparseAdamW(Optimizer):
 
     def _gradients_are_finite(self) -> bool:
         """Whether a step may be taken; if not it is counted, or refused."""
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]
         # The largest magnitude of each, since a sum of squares can overflow; NaN passes through a maximum.
         largest = torch._foreach_norm(gradients, float("inf")) if gradients else []
         if not largest or bool(torch.stack([norm.float().to(largest[0].device) for norm in largest]).isfinite().all()):
@@ -265,7 +268,20 @@ class SparseAdamW(Optimizer):
             ValueError: groups or parameters differ in number, or without a schedule a parameter's mask is not the
                 saved one; nothing is changed.
         """
-        groups = state_dict["param_groups"]
+        try:
+            pairs, groups, skipped_steps = self._checked_state(state_dict)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"The saved optimizer state is damaged: {type(error).__name__}: {error}.") from error
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.skipped_steps = skipped_steps
+        for parameter, saved in pairs:
+            self._restore(parameter, saved)
+        if self.schedule is not None and "schedule" in state_dict:
+            self.schedule.load_state_dict(state_dict["schedule"])
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list, int]:
+        """Pairs of parameters with their saved state, the saved groups, and the number of skipped steps."""
+        groups, skipped_steps = state_dict["param_groups"], int(state_dict.get("skipped_steps", 0))
         sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
         if sizes != saved_sizes:
             raise ValueError(
@@ -276,12 +292,9 @@ class SparseAdamW(Optimizer):
         pairs = [(p, state_dict["state"].get(key, {})) for p, key in zip(self._parameters(), keys, strict=True)]
         for parameter, saved in pairs:
             _check_saved(parameter, saved, any_mask=self.schedule is not None)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
-        for parameter, saved in pairs:
-            self._restore(parameter, saved)
-        if self.schedule is not None and "schedule" in state_dict:
-            self.schedule.load_state_dict(state_dict["schedule"])
+        for group in groups:
+            _check_options(group)
+        return pairs, groups, skipped_steps
 
     @torch.no_grad()
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
@@ -320,14 +333,18 @@ def _check_options(options: dict[str, Any]) -> None:
     lr, eps, decay = options["lr"], options["eps"], options["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of {lr.numel()} elements; pass a number or a tensor of one element.")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", decay)):
+    betas = options["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", decay), ("betas", betas[0]), ("betas", betas[1])):
+        if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:
+            raise TypeError(f"{name}={value!r} is no number; pass a float.")
         # Written so that NaN fails too.
         if not 0.0 <= float(value) < float("inf"):
             raise ValueError(f"{name}={value} is not a finite number of at least 0.")
-    if options["state_bits"] not in STATE_BITS:
+    if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
-    betas = options["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+    if not all(float(beta) < 1.0 for beta in betas):
         raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
 
 
@@ -340,7 +357,9 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> No
     for key in ("values", "exp_avg", "exp_avg_sq"):
         if key in saved and saved[key].shape != parameter.shape:
             raise ValueError(f"{name} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}.")
-    if not moments_fit(saved, parameter):
+    step = saved.get("step")
+    counted = step is None if "exp_avg" not in saved else isinstance(step, Tensor) and step.numel() == 1
+    if not counted or not moments_fit(saved, parameter):
         raise ValueError(f"The saved moments of {name} are incomplete or damaged; its keys are {sorted(saved)}.")
     if weight is None:
         return
@@ -349,6 +368,8 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> No
             f"The saved state of {name} has no {' and '.join(sorted(missing))}; it was not saved by SparseAdamW over "
             "sparsify(...)."
         )
+    if saved["values"].dtype != torch.float32:
+        raise ValueError(f"The saved values of {name} are of {saved['values'].dtype}, not of torch.float32.")
     try:
         saved_mask = Mask(saved["indices"], saved["shape"])
         if "former" in saved:

@@ -119,27 +119,30 @@ def take_over(model: nn.Module) -> None:
     for module in layers:
         if _forward_of(module) is None:
             FrozenForward(module)
-    if layers and _FLAGS_BEFORE not in model.__dict__:
-        flags = {name: model.__dict__[name] for name in _FLAGS if name in model.__dict__}
-        for name in flags:
-            setattr(model, name, False)
-        model.__dict__[_FLAGS_BEFORE] = flags
-        if hasattr(model, "save_pretrained"):
-            model.__dict__["save_pretrained"] = _SaveMerged(model)
+    if layers and hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = _SaveMerged(model)
+
+
+def declare_trainable(model: nn.Module) -> None:
+    """Lower the flags by which transformers and trl know a model that cannot train; `hand_back` raises them again."""
+    flags = {name: model.__dict__[name] for name in _FLAGS if name in model.__dict__}
+    model.__dict__[_FLAGS_BEFORE] = flags
+    for name in flags:
+        setattr(model, name, False)
 
 
 def hand_back(model: nn.Module) -> None:
-    """Undo `take_over`, but for layers that carry trained entries: these go on computing with them."""
+    """Undo these, but for layers that carry trained entries: these go on computing with them."""
     kept = False
     for _, module in quantized_linears(model):
         if frozen_weight(module).overlays:
             kept = True
         elif (forward := _forward_of(module)) is not None:
             forward.remove()
-    for name, value in model.__dict__.get(_FLAGS_BEFORE, {}).items():
+    for name, value in model.__dict__.pop(_FLAGS_BEFORE, {}).items():
         setattr(model, name, value)
-    if not kept and model.__dict__.pop(_FLAGS_BEFORE, None) is not None:
-        model.__dict__.pop("save_pretrained", None)
+    if not kept and isinstance(model.__dict__.get("save_pretrained"), _SaveMerged):
+        del model.__dict__["save_pretrained"]
 
 
 @contextmanager

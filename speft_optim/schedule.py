@@ -10,6 +10,7 @@ An entry that leaves keeps its trained value in the weight and never moves again
 
 import itertools
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any, Literal
 
 from torch import nn
@@ -26,7 +27,8 @@ from speft_optim.sparsify import SparseWeight, check_equal_on_all_ranks, sparse_
 class MaskSchedule:
     """Choose the masks of a sparsified model again after every `interval` steps of its optimizer.
 
-    Candidates are the weights that `sparsify` attached to; one whose mask was empty then stays out.
+    Candidates are the weights that `sparsify` attached to. In global scope many may start with an empty mask: pass
+    them all on with `sparsify(model, masks, keep_empty=True)`.
 
     Args:
         model: the sparsified model, or a wrapper around it.
@@ -168,10 +170,12 @@ class MaskSchedule:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        if self.moments not in ("reset", "carry"):
+        if not isinstance(self.moments, str) or self.moments not in ("reset", "carry"):
             raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')
-        if self.scope not in ("local", "global"):
+        if not isinstance(self.scope, str) or self.scope not in ("local", "global"):
             raise ValueError(f"scope={self.scope!r} is not known; choose 'local' or 'global'.")
+        if self.threshold is not None and not isinstance(self.threshold, Real):
+            raise TypeError(f"threshold={self.threshold!r} is no number; pass None or a share such as 0.8.")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold={self.threshold} is outside (0, 1]; 0.8 selects anew below 80 % overlap.")
         if self.density is not None and not callable(self.density):

@@ -25,7 +25,7 @@ from speft_optim.kernels import gather_entries, sampled_gradient, scatter_entrie
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask, Masks
 from speft_optim.optim import SparseAdamW, link, linked, unlink
-from speft_optim.quantized import hand_back, take_over
+from speft_optim.quantized import declare_trainable, hand_back, take_over
 from speft_optim.targets import Target, all_targets, check_called, check_in_memory
 
 
@@ -191,6 +191,8 @@ class SparseWeight(nn.Module):
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Sampled gradient of a linear weight, (k,) fp32."""
+        if not len(self.mask):
+            return torch.zeros_like(self.values)
         return sampled_gradient(left.flatten(0, -2), right.flatten(0, -2), self._indices())
 
     def from_dense(self, gradient: Tensor) -> Tensor:
@@ -261,7 +263,13 @@ class SparseWeight(nn.Module):
         return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
 
 
-def sparsify(model: nn.Module, masks: Mapping[str, Mask], *, original: str | Path | None = None) -> list[nn.Parameter]:
+def sparsify(
+    model: nn.Module,
+    masks: Mapping[str, Mask],
+    *,
+    original: str | Path | None = None,
+    keep_empty: bool = False,
+) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
     On a model that bitsandbytes quantised to 8 or 4 bits all its quantised linears are computed as frozen linear layers
@@ -272,10 +280,12 @@ def sparsify(model: nn.Module, masks: Mapping[str, Mask], *, original: str | Pat
 
     Args:
         model: a model in memory; its weights are left in place and in their dtype (fp32, bf16, fp16 or quantised).
-        masks: from a parameter's full name to its mask; empty masks attach nothing.
+        masks: from a parameter's full name to its mask.
         original: None starts the values from the weight's own entries, on a quantised base the dequantised ones: the
             model then computes what it did before. The folder of the checkpoint that the base was quantised from
             starts them from the entries there, which takes the rounding error off the masked entries.
+        keep_empty: attach to weights with an empty mask too, so that a `MaskSchedule` can give them entries; else they
+            are left as they are.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -297,9 +307,10 @@ def sparsify(model: nn.Module, masks: Mapping[str, Mask], *, original: str | Pat
     entries = {} if original is None else original_entries(original, found)
     model.requires_grad_(False)
     take_over(model)
+    declare_trainable(model)
     weights = []
     for name, target in targets.items():
-        if name in masks and len(masks[name]):
+        if name in masks and (keep_empty or len(masks[name])):
             if name in entries:
                 frozen_weight(*target.sites[0]).put(masks[name], entries[name])
             weight = SparseWeight(model, target, masks[name])

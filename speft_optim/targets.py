@@ -88,7 +88,7 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
         found = {name: target for name, target in known.items() if targets(name, target.parameter)}
         remedy = "the predicate was true for no parameter"
     else:
-        found, remedy = _by_suffix(known, targets), "the list of targets is empty"
+        found, remedy = _by_suffix(model, known, targets), "the list of targets is empty"
     if not found:
         raise ValueError(f"No weight to select among the {len(known)} parameters of {type(model).__name__}: {remedy}.")
     for name, target in found.items():
@@ -129,7 +129,7 @@ def check_called(name: str, target: Target) -> None:
             )
 
 
-def _by_suffix(known: dict[str, Target], suffixes: Iterable[str]) -> dict[str, Target]:
+def _by_suffix(model: nn.Module, known: dict[str, Target], suffixes: Iterable[str]) -> dict[str, Target]:
     if isinstance(suffixes, str):
         raise TypeError(f"targets={suffixes!r} is one string; pass a list, targets=[{suffixes!r}].")
     suffixes = list(suffixes)
@@ -143,6 +143,13 @@ def _by_suffix(known: dict[str, Target], suffixes: Iterable[str]) -> dict[str, T
         endings = ("." + suffix, "." + suffix + ".weight")
         matches = [name for name in known if ("." + name).endswith(endings)]
         if not matches:
+            every = model.named_parameters(remove_duplicate=False)
+            shared = next((p for name, p in every if ("." + name).endswith(endings)), None)
+            if shared is not None:
+                first = next(name for name, target in known.items() if target.parameter is shared)
+                raise ValueError(
+                    f"targets names {suffix!r}, whose weight is shared and goes by its first name, {first}."
+                )
             examples = ", ".join(list(known)[:3])
             raise ValueError(f"targets names {suffix!r}, which no parameter ends with; there are e.g. {examples}.")
         chosen.update(matches)

@@ -72,6 +72,21 @@ def test_all_ways_to_read_agree_with_the_definition(kind, shape):
     assert (expected - original).abs().max() <= step * original.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_reads_what_the_definition_says(kind, shape):
+    module, _ = layer(kind, shape)
+    expected = by_definition(module, kind).cuda()
+    weight = frozen_weight(module.to("cuda"))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(weight.dense(dtype), expected.to(dtype))
+    everything = torch.arange(expected.numel(), dtype=torch.int32, device="cuda")
+    assert torch.equal(weight.gather(everything), expected.view(-1))
+    assert torch.equal(weight.rows(0, shape[0]), expected)
+
+
 def test_reads_as_bitsandbytes_does_where_that_is_right():
     for kind, shape in (("nf4", (64, 128)), ("double", (16, 64)), ("nf4", (30, 50))):
         module, _ = layer(kind, shape, torch.bfloat16)

@@ -19,13 +19,14 @@ def positions(count, share, dtype=torch.int32, seed=0):
     return order[: round(share * count)].sort().values.to(dtype)
 
 
-class LargestOutput(TorchDispatchMode):
-    """Entries of the largest tensor any operation gives out."""
+class Watch(TorchDispatchMode):
+    """Entries of the largest tensor any operation gives out, and the number of matrix products."""
 
-    entries = 0
+    entries = products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.products += function is torch.ops.aten.mm.default
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.entries = max(self.entries, tensor.numel())
@@ -59,9 +60,10 @@ def test_sampled_gradient_takes_strided_operands_and_both_index_dtypes(index_dty
 def test_sampled_gradient_never_holds_more_than_a_panel_and_skips_empty_ones():
     left, right = draw(3, 64), draw(3, 32, seed=1)
     indices = torch.tensor([5, 6, 64 * 32 - 1], dtype=torch.int32)
-    with LargestOutput() as seen:
+    with Watch() as seen:
         actual = sampled_gradient(left, right, indices, panel_bytes=4 * 32 * 4)
-    assert seen.entries <= max(left.numel(), 4 * 32)
+    # Panels of four rows: the entries lie in the first and the last of sixteen.
+    assert seen.entries <= max(left.numel(), 4 * 32) and seen.products == 2
     assert_close(actual, (left.T @ right).view(-1)[indices.long()], atol=1e-6)
 
 

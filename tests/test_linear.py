@@ -48,7 +48,7 @@ def assert_gradients(model, names, call, inputs, **tolerance):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
     order = [name for name, _ in dense.named_parameters() if name in names]
     for value, name in zip(values, order, strict=True):
-        gradient = dense.get_parameter(name).grad
+        gradient = dense.get_parameter(name).grad.to_dense()
         assert value.grad.dtype == torch.float32
         assert_close(value.grad, gradient.flatten()[masks[name].indices.long()], **{"atol": 1e-6, **tolerance})
         assert model.get_parameter(name).grad is None
@@ -136,6 +136,7 @@ CASES = {
     "Conv1D bias": (conv1d, ["weight", "bias"], lambda m, x: m(x), [draw(2, 3, 5)]),
     "embedding": (lambda: nn.Embedding(6, 4), ["weight"], lambda m, ids: m(ids), [IDS]),
     "padding embedding": (lambda: nn.Embedding(6, 4, padding_idx=0), ["weight"], lambda m, ids: m(ids), [IDS]),
+    "sparse embedding": (lambda: nn.Embedding(6, 4, sparse=True), ["weight"], lambda m, ids: m(ids), [IDS]),
     "embedding bag": (lambda: nn.EmbeddingBag(6, 4), ["weight"], lambda m, ids: m(ids), [IDS]),
     "layer norm": (lambda: nn.LayerNorm(5), ["weight", "bias"], lambda m, x: m(x), [draw(3, 5)]),
     "RMS norm": (lambda: nn.RMSNorm(5), ["weight"], lambda m, x: m(x), [draw(3, 5)]),

@@ -1,13 +1,15 @@
 """Frozen base in 8 and 4 bits: everything that holds on a dense base holds on the dequantised weights."""
 
 import copy
+import gc
 import io
 import pickle
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import Reference, assert_close, token_batch
-from quantized_models import KINDS, dequantized_twin, load_quantized, save_original, stored
+from conftest import Reference, assert_close, tiny_model, token_batch
+from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
 from speft_optim import SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
@@ -389,7 +391,7 @@ def test_adapter_applies_to_the_base_again(model, loaded, tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_size < 9 * entries + 2**15
     untrained = copy.deepcopy(fresh)
     found = load_adapter(fresh, tmp_path / "a.safetensors")
-    assert found == masks
+    assert found == masks and fresh.is_quantized
     assert torch.equal(fresh(**token_batch()).logits, logits)
     # Training goes on from there, and a sparsified model follows the adapter.
     sparsify(fresh, found)
@@ -431,6 +433,38 @@ def test_clear_errors(loaded):
     with pytest.raises(ValueError, match="holds no safetensors"):
         sparsify(model, random_masks(model), original="/nonexistent")
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_loading_peaks_at_the_quantised_size_and_one_shard(tmp_path, monkeypatch):
+    """Counted: all tensors alive when a weight has just been quantised, for every twelfth of them."""
+    folder, shard = tmp_path / "sharded", 300_000
+    whole = tiny_model("llama", torch.bfloat16, **{**SIZES, "num_hidden_layers": 12})
+    whole.save_pretrained(folder, max_shard_size=shard)
+    dense_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+    del whole
+    assert dense_bytes > 4 * shard
+    for kind, parameter in (("int8", bnb.nn.Int8Params), ("nf4", bnb.nn.Params4bit)):
+        calls, peaks, before = [], [], live_bytes()
+
+        def watched(self, device, quantize=parameter._quantize, calls=calls, peaks=peaks, before=before):
+            result = quantize(self, device)
+            calls.append(1)
+            if len(calls) % 12 == 5:
+                peaks.append(live_bytes() - before)
+            return result
+
+        monkeypatch.setattr(parameter, "_quantize", watched)
+        model = load_quantized(folder, kind, torch.bfloat16)
+        assert len(peaks) == 7 and max(peaks) <= live_bytes() - before + shard
+        del model
+
+
+def live_bytes():
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, nn.Parameter, bnb.nn.Params4bit, bnb.nn.Int8Params) and not thing.is_meta:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

