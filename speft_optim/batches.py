@@ -110,13 +110,18 @@ def loss_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def check_loss(value: Tensor, number: int) -> None:
-    """Refuse a loss that would make every score NaN.
+    """Refuse a loss that would make every score NaN, or that is none.
 
     Raises:
-        ValueError: it is not finite.
+        ValueError: it is not finite, or not a single number.
+        TypeError: it is no tensor.
     """
-    if not bool(torch.isfinite(value)):
-        raise ValueError(f"The loss of calibration batch {number} is {float(value)}; look for a bad sample or weight.")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"The loss of calibration batch {number} is a {type(value).__name__}; return a scalar tensor.")
+    if value.numel() != 1:
+        raise ValueError(f"The loss of calibration batch {number} has shape {tuple(value.shape)}; return its mean.")
+    if not bool(torch.isfinite(value.detach())):
+        raise ValueError(f"The loss of calibration batch {number} is {value.item()}; look for a bad sample or weight.")
 
 
 @contextlib.contextmanager

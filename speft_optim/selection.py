@@ -144,7 +144,8 @@ def select_masks(
 def _select_local(
     scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], shares: dict[str, int]
 ) -> Masks:
-    masks = Masks()
+    # A weight without entries has no scores either, but a mask as in global scope.
+    masks = Masks({name: Mask(torch.empty(0, dtype=torch.int32), target.shape) for name, target in targets.items()})
     best = None
     for name, first, chunk in scores:
         _check_finite(name, chunk)

@@ -24,7 +24,7 @@ from speft_optim import (
 )
 from speft_optim.sparsify import sparse_weights
 
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 # What a caller may pass where something else belongs.
 anything = st.one_of(

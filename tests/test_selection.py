@@ -381,6 +381,7 @@ def snapshot(model):
     return parameters, modules, hooks, model.config.to_dict(), torch.get_rng_state().tolist(), torch.is_grad_enabled()
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("failing", [False, True])
 @pytest.mark.parametrize("salience", ["gradient", "fisher", "grasp", "synflow", "activation", "random"])
 def test_the_model_is_exactly_as_before_also_after_an_error(salience, failing):
@@ -431,3 +432,11 @@ def test_a_sparsified_model_can_be_selected_on_again():
     assert all(value.requires_grad and value.grad is None for value in values) and len(sparse_weights(model)) > 0
     with pytest.raises(ValueError, match="outside"):
         select_masks(model, batches, budget=10**9)
+
+
+def test_a_loss_that_is_no_scalar_tensor_is_refused():
+    model, batch = tiny_model(), [token_batch()]
+    with pytest.raises(ValueError, match="has shape"):
+        select_masks(model, batch, density=0.1, loss=lambda model, batch: model(**batch).logits.sum(-1), progress=False)
+    with pytest.raises(TypeError, match="is a float"):
+        select_masks(model, batch, density=0.1, loss=lambda model, batch: 1.0, progress=False)
