@@ -50,14 +50,14 @@ PRESETS = {
         # A few minutes hold too few steps for the rate that suits whole epochs: 1.5e-3 was the best of a sweep.
         "lr": 1.5e-3,
         "train_limit": 4000,
-        "steps": 150,
+        "steps": 110,
         "batch_size": 8,
         "accumulation": 1,
         "max_length": 256,
         "calibration_samples": 64,
         "held_out": 64,
         "score": ["demo"],
-        "score_limit": 160,
+        "score_limit": 100,
         "out": "out/demo",
     },
 }
