@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from speft_optim.compact import sparse_weights
 from speft_optim.files import write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
 from speft_optim.masks import Mask, Masks
-from speft_optim.sparsify import sparse_weights
 from speft_optim.targets import Target, all_targets
 
 _FORMAT = "speft_optim.adapter/1"

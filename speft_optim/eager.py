@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from speft_optim.sparsify import sparse_weights
+from speft_optim.compact import sparse_weights
 
 
 @torch.compiler.disable(recursive=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.adapter import AdapterFile, fingerprint, read_adapter
+from speft_optim.compact import sparse_weights
 from speft_optim.frozen import find, frozen_weight
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import hand_back, take_over
-from speft_optim.sparsify import sparse_weights
 from speft_optim.targets import all_targets
 
 _LOADED = "_loaded_adapters"

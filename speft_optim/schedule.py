@@ -16,12 +16,13 @@ from typing import Any, Literal
 from torch import nn
 
 from speft_optim.batches import Batches
+from speft_optim.compact import SparseWeight, sparse_weights
 from speft_optim.distributed import is_distributed
 from speft_optim.masks import Masks
 from speft_optim.moments import carry_moments_
 from speft_optim.optim import SparseAdamW
 from speft_optim.selection import select_masks
-from speft_optim.sparsify import SparseWeight, check_equal_on_all_ranks, sparse_weights
+from speft_optim.sparsify import check_equal_on_all_ranks
 
 
 class MaskSchedule:

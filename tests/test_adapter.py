@@ -10,7 +10,7 @@ from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
 from speft_optim.adapter import fingerprint
-from speft_optim.sparsify import sparse_weights
+from speft_optim.compact import sparse_weights
 
 EVERY = lambda name, parameter: True  # noqa: E731
 

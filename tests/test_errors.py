@@ -22,7 +22,7 @@ from speft_optim import (
     sparsify,
     use_adapters,
 )
-from speft_optim.sparsify import sparse_weights
+from speft_optim.compact import sparse_weights
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from speft_optim import SparseAdamW, desparsify, export_merged, load_adapter, save_adapter, select_masks, sparsify
 from speft_optim import export as module_export
+from speft_optim.compact import sparse_weights
 from speft_optim.frozen import frozen_weight, quantized_linears
-from speft_optim.sparsify import sparse_weights
 
 
 @pytest.fixture(scope="module")

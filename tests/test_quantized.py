@@ -13,11 +13,11 @@ from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, sav
 from torch import nn
 
 from speft_optim import SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim.compact import sparse_weights
 from speft_optim.frozen import frozen_weight, quantized_linears
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import FrozenForward
 from speft_optim.salience import MEASURES
-from speft_optim.sparsify import sparse_weights
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from speft_optim import select_masks, sparsify
+from speft_optim.compact import sparse_weights
 from speft_optim.selection import BestEntries, _shares
-from speft_optim.sparsify import sparse_weights
 from speft_optim.targets import find_targets
 
 examples = settings(max_examples=60, deadline=None, database=None)

@@ -1,0 +1,267 @@
+"""One masked weight of a model and its compact values, kept equal.
+
+`values` hold the weight's masked entries exactly, the weight holds them in its own dtype. Whichever changed last wins,
+told by version counters and storages: values that an optimizer, a loaded state or an average changed are written
+before the weight is used or saved; a weight that was loaded or written from outside is read.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.frozen import FrozenWeight, find, frozen_weight
+from speft_optim.kernels import gather_entries, sampled_gradient, scatter_entries_
+from speft_optim.linear import tap_target
+from speft_optim.masks import Mask
+from speft_optim.optim import link, linked, unlink
+from speft_optim.targets import Target
+
+_REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
+
+
+class CompactValues(nn.Parameter):
+    """A parameter that counts how often its `.data` was taken.
+
+    What is written through `.data`, as by the swaps of several libraries for averaged weights, passes the version
+    counter by.
+    """
+
+    taken = 0
+
+    @property
+    def data(self) -> Tensor:
+        """The tensor without its history."""
+        self.taken += 1
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        Tensor.data.__set__(self, new)
+
+
+class SparseWeight(nn.Module):
+    """The trained entries of one weight, kept equal to the weight they belong to.
+
+    Attributes:
+        name: the weight's full parameter name.
+        mask: which entries are trained.
+        former: which others were trained before the mask changed, and keep what they learned; None if it never did.
+        values: (k,) fp32 parameter, the weight's masked entries.
+    """
+
+    former: Mask | None = None
+
+    def __init__(self, model: nn.Module, target: Target, mask: Mask):
+        super().__init__()
+        self.name = target.name
+        self.mask = mask.to(target.parameter.device)
+        # In a tuple, since a module kept as an attribute would become a child of its own child.
+        self._places = (model, target)
+        base = frozen_weight(*target.sites[0])
+        self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
+        base.attach(self.mask, self.values)
+        link(self.values, self)
+        self._remember()
+        self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
+        self._hooks += tap_target(target, self.values, self)
+
+    @property
+    def weight(self) -> Tensor:
+        """The model's parameter, frozen: the dense weight, or its codes.
+
+        Raises:
+            ValueError: the model holds another module, or a weight of another shape, where this one was attached.
+        """
+        if change := self._change():
+            raise ValueError(
+                f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
+                f"module, one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
+            )
+        return self._places[1].parameter
+
+    @property
+    def base(self) -> FrozenWeight:
+        """The weight, whatever holds it; raises as `weight` does."""
+        return frozen_weight(*self._places[1].sites[0]) if self.weight is not None else None
+
+    def _change(self) -> str | None:
+        """What became of the weight since it was attached to, if that makes an end of it."""
+        model, target = self._places
+        module, attribute = target.sites[0]
+        weight = module._parameters.get(attribute)
+        try:
+            found = model.get_submodule(self.name.rpartition(".")[0])
+        except AttributeError:
+            found = None
+        if found is not module or weight is None:
+            return "is no longer in the model"
+        if any(user._parameters.get(name) is not weight for user, name in target.sites[1:]):
+            return "is no longer shared by the modules that shared it"
+        if weight.is_meta:
+            return "was moved to the meta device (offloaded to CPU or disk?)"
+        if (shape := target.shape) != self.mask.shape:
+            return f"has shape {tuple(shape)}"
+        return "has values that were replaced" if linked(self.values) is not self else None
+
+    def synchronize(self) -> None:
+        """Let the newer of weight and values win: write changed values, or read entries changed in the weight."""
+        weight = self.weight
+        if _state(self.values) != self._values_seen:
+            self.write()
+        elif weight is not self._weight or _state(weight) != self._weight_seen:
+            self.read()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Round the values to the weight's dtype and write them into it."""
+        self.base.write(self._indices(), self.values)
+        self._remember()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over entries that differ in the weight; where it holds a value's rounding, the exact value stays."""
+        self.values.copy_(self.base.read(self._indices(), self.values))
+        self._remember()
+
+    @torch.no_grad()
+    def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Train other entries from now on. Those that leave keep their value; `values` stays the same Parameter.
+
+        Args:
+            mask: the new entries, of the same weight; their number may differ.
+
+        Returns:
+            For each new entry its place among the old ones, (k,) int64, and whether it has one, (k,) bool.
+        """
+        self.synchronize()
+        mask = mask.to(self.values.device)
+        if mask.shape != self.mask.shape:
+            raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
+        indices, base = mask.indices, self.base
+        places, stays = find(self._indices(), indices)
+        entries = base.gather(indices).to(torch.float32)
+        entries[stays] = self.values[places[stays]]
+        ever = self.ever_trained().to(self.values.device).indices
+        former = ever[~torch.isin(ever, indices, assume_unique=True)]
+        base.release(self.values)
+        self.values.grad = None
+        self.values.data = entries
+        self.mask, self.former = mask, Mask(former, mask.shape)
+        base.attach(mask, self.values)
+        self._remember()
+        return places, stays
+
+    def ever_trained(self) -> Mask:
+        """The entries that are or were trained."""
+        if self.former is None or not len(self.former):
+            return self.mask
+        both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
+        return Mask(torch.cat(both), self.mask.shape)
+
+    def _indices(self) -> Tensor:
+        # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.
+        if self.mask.device != self.values.device:
+            self.mask = self.mask.to(self.values.device)
+        return self.mask.indices
+
+    def _remember(self) -> None:
+        self._weight = self._places[1].parameter
+        self._weight_seen, self._values_seen = _state(self._weight), _state(self.values)
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        # Before forward and not after: once autograd has saved the weight for backward it must not be written.
+        # A compiled graph cannot look at version counters; `refresh_all` does it in front of the graph.
+        if not torch.compiler.is_compiling():
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Synchronize if something changed; costs next to nothing if not."""
+        if not self._weight_is_as_seen() or _state(self.values) != self._values_seen:
+            self.synchronize()
+
+    def from_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sampled gradient of a linear weight, (k,) fp32."""
+        if not len(self.mask):
+            return torch.zeros_like(self.values)
+        return sampled_gradient(left.flatten(0, -2), right.flatten(0, -2), self._indices())
+
+    def from_dense(self, gradient: Tensor) -> Tensor:
+        """Masked entries of a dense gradient, (k,) fp32."""
+        return gather_entries(gradient, self._indices()).to(torch.float32)
+
+    def detach_from_model(self) -> None:
+        """Take off all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
+        if self._change() is None:
+            self.synchronize()
+            self.base.release(self.values)
+        for hook in self._hooks:
+            hook.remove()
+        _, target = self._places
+        module, attribute = target.sites[0]
+        delattr(module, child_name(attribute))
+        unlink(self.values)
+        self._hooks, self._places, self._weight = [], (), None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        # The weight's entry shares memory with the weight, so a write now still reaches it.
+        self.synchronize()
+
+    def _load_from_state_dict(self, *args) -> None:
+        # If the weight beside was just loaded, what it holds now wins over values of before, also over newer ones.
+        if self._weight_is_as_seen():
+            self.synchronize()
+        else:
+            self.read()
+
+    def _weight_is_as_seen(self) -> bool:
+        module, attribute = self._places[1].sites[0]
+        weight = module._parameters.get(attribute)
+        return weight is self._weight and _state(weight) == self._weight_seen
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
+        if self._change() is None:
+            self.synchronize()
+        exact = self.values.detach()
+        super()._apply(fn, recurse)
+        if self.values.dtype != torch.float32:
+            self.values.data = exact.to(self.values.device)
+            if self.values.grad is not None:
+                self.values.grad.data = self.values.grad.data.to(torch.float32)
+        # Written again at the next use: a weight cast up from 16 bits would only hold their rounding.
+        self._values_seen = None
+        return self
+
+    def __getstate__(self):
+        """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
+        self.refresh()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        # Pickle makes a plain Parameter of it.
+        self.values.__class__ = CompactValues
+        link(self.values, self)
+        # Not through the model, of which this copy may be made before the rest. The weight may have been copied before
+        # `__getstate__` wrote to it. Codes are never written to.
+        if self._weight.is_floating_point():
+            scatter_entries_(self._weight.detach(), self.mask.indices, self.values.detach())
+        self._weight_seen, self._values_seen = _state(self._weight), _state(self.values)
+
+    def extra_repr(self) -> str:
+        """Entries and density, for printed models."""
+        return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
+
+
+def sparse_weights(model: nn.Module) -> list[SparseWeight]:
+    """The sparsified weights of a model, in the order of its parameters; none on a plain model."""
+    return [module for module in model.modules() if isinstance(module, SparseWeight)]
+
+
+def child_name(attribute: str) -> str:
+    """Name of the submodule that holds the values of a weight's attribute."""
+    return f"sparse_{attribute}"
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    """Changes with every in-place operation on the tensor and every exchange of its storage."""
+    return tensor._version, tensor.data_ptr(), getattr(tensor, "taken", 0)
