@@ -1,6 +1,8 @@
 """Tiny models of every architecture, batches for them, the reference optimizer, and one table of tolerances."""
 
+import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -72,6 +74,18 @@ def token_batch(seed=0, batch=3, length=9, ragged=False, side="right"):
     first = mask.cumsum(1) == 1
     labels = torch.where(mask.bool() & ~first, ids, -100)
     return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels}
+
+
+def live_tensors():
+    """One tensor for each storage alive, by its address; holding them keeps addresses from being used again."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            # What a compiler has traced, here or in another test, has no data behind it.
+            with contextlib.suppress(RuntimeError):
+                found[thing.untyped_storage().data_ptr()] = thing
+    return found
 
 
 class Reference:

@@ -1,12 +1,11 @@
 """Eight-bit moments, the bytes an optimizer holds, and steps with gradients that are not finite."""
 
 import copy
-import gc
 import logging
 
 import pytest
 import torch
-from conftest import Reference, assert_close, tiny_model, token_batch
+from conftest import Reference, assert_close, live_tensors, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -162,27 +161,20 @@ def test_damaged_moments_are_refused_and_nothing_changes():
 # Bytes
 
 
-def alive():
-    """Every tensor alive, by storage; holding them keeps addresses from being used again."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-
-
 @pytest.mark.parametrize("bits, limit", [(8, 8.5), (32, 14.5)])
 def test_memory_summary_is_what_is_alive(bits, limit):
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(3))}).bfloat16()
     masks = select_masks(model, salience="random", density=0.02, progress=False)
     dynamic_codes(True, CPU), dynamic_codes(False, CPU)
-    before = alive()
+    before = live_tensors()
     values = sparsify(model, masks)
     optimizer = SparseAdamW(values, state_bits=bits)
     for block in model["blocks"]:
         block(torch.randn(2, 512, dtype=torch.bfloat16)).float().sum().backward()
     optimizer.step()
     summary = optimizer.memory_summary()
-    new = sum(tensor.untyped_storage().nbytes() for address, tensor in alive().items() if address not in before)
+    new = sum(tensor.untyped_storage().nbytes() for address, tensor in live_tensors().items() if address not in before)
     steps = 4 * len(values)
     assert new == summary["total"] - summary["positions"] + steps
     assert summary["positions"] == sum(mask.nbytes for mask in masks.values())

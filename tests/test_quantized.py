@@ -1,14 +1,13 @@
 """Frozen base in 8 and 4 bits: everything that holds on a dense base holds on the dequantised weights."""
 
 import copy
-import gc
 import io
 import pickle
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import Reference, assert_close, tiny_model, token_batch
+from conftest import Reference, assert_close, live_tensors, tiny_model, token_batch
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
@@ -460,11 +459,7 @@ def test_loading_peaks_at_the_quantised_size_and_one_shard(tmp_path, monkeypatch
 
 
 def live_bytes():
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, nn.Parameter, bnb.nn.Params4bit, bnb.nn.Int8Params) and not thing.is_meta:
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in live_tensors().values() if not tensor.is_meta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
