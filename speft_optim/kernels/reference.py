@@ -47,10 +47,8 @@ def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 def sampled_gradient(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: int = PANEL_BYTES) -> Tensor:
     """Entries of `left.T @ right` at flat positions `indices`, without ever holding the whole product.
 
-    The product is formed in panels of rows of at most `panel_bytes` in fp32 and gathered from. On a CPU only the rows
-    and columns that have entries are multiplied: less than half of the work of a gradient mask at 1 % density, whose
-    entries lie close together. For nn.Linear `left` is the output gradient and `right` the
-    input; for a transposed weight (GPT-2's Conv1D) they change places.
+    The product is formed in panels of rows of at most `panel_bytes` in fp32 and gathered from. For nn.Linear `left`
+    is the output gradient and `right` the input; for a transposed weight (GPT-2's Conv1D) they change places.
 
     Args:
         left: (T, R), a floating dtype.
@@ -63,11 +61,8 @@ def sampled_gradient(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: 
     """
     rows, columns = left.shape[1], right.shape[1]
     panel_rows = max(1, panel_bytes // (4 * max(1, columns)))
-    # Which rows and columns these are has to be known on the host: a wait for a card, and no part of a compiled graph.
-    select = not left.is_cuda and not torch.compiler.is_compiling()
-    entries_of = _entries_where_needed if select else _entries_of_product
     if panel_rows >= rows:
-        return entries_of(left, right, indices)
+        return product(left, right).view(-1).index_select(0, indices)
     starts = torch.arange(0, rows + panel_rows, panel_rows, device=indices.device).clamp_(max=rows)
     bounds = torch.searchsorted(indices, (starts * columns).to(indices.dtype)).tolist()
     out = torch.empty(indices.numel(), dtype=torch.float32, device=left.device)
@@ -75,29 +70,9 @@ def sampled_gradient(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: 
         if first == last:
             continue
         row = panel * panel_rows
-        part, local = left[:, row : row + panel_rows], indices[first:last] - row * columns
-        out[first:last] = entries_of(part, right, local)
+        dense = product(left[:, row : row + panel_rows], right).view(-1)
+        out[first:last] = dense.index_select(0, indices[first:last] - row * columns)
     return out
-
-
-def _entries_of_product(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
-    """Entries of `left.T @ right` at flat positions, from the whole product."""
-    return product(left, right).view(-1).index_select(0, indices)
-
-
-def _entries_where_needed(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
-    """Entries of `left.T @ right` at flat positions, from the rows and columns that have entries alone."""
-    rows, row_of = _used(indices // right.shape[1], left.shape[1])
-    columns, column_of = _used(indices % right.shape[1], right.shape[1])
-    block = product(left.index_select(1, rows), right.index_select(1, columns))
-    return block.view(-1).index_select(0, row_of * len(columns) + column_of)
-
-
-def _used(coordinates: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The rising coordinates that occur, and the place of each given one among them."""
-    occurs = torch.zeros(size, dtype=torch.bool, device=coordinates.device)
-    occurs[coordinates.long()] = True
-    return occurs.nonzero().squeeze(1), (occurs.cumsum(0) - 1)[coordinates.long()]
 
 
 def adamw_(
