@@ -140,33 +140,34 @@ def _tensor_files(folder: str | Path) -> dict[str, Path]:
 
 
 def draw(losses: list[float], held_out: tuple[float, float], masks: Masks | None, path: str | Path, title: str) -> None:
-    """Draw the loss curve and, where there is a mask, its density per layer and projection, to a PNG.
+    """Draw the loss curve and, where there is a mask, its density and its concentration, to a PNG.
 
     Args:
         losses: training loss of each step; NaN where a step was skipped.
         held_out: loss on held-out answers before and after.
         masks: the mask, or None.
         path: the PNG.
-        title: above both pictures.
+        title: above the pictures.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from speft_optim.plots import draw_density
+    from speft_optim.plots import draw_concentration, draw_density
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(8 if masks is None else 17, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    curve, *rest = figure.subplots(1, 1 if masks is None else 2, squeeze=False)[0]
+    curve, *rest = figure.subplots(1, 1 if masks is None else 3, squeeze=False)[0]
     curve.plot(range(1, len(losses) + 1), losses, color="C0", linewidth=1, label="training, each step")
     curve.plot([0, len(losses)], held_out, "o", color="C3", label="held-out answers")
-    for step, loss, side in zip((0, len(losses)), held_out, ("left", "right"), strict=True):
-        curve.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 7), textcoords="offset points", color="C3", ha=side)
+    for step, loss, place, side in ((0, held_out[0], (9, -4), "left"), (len(losses), held_out[1], (0, 7), "right")):
+        curve.annotate(f"{loss:.3f}", (step, loss), xytext=place, textcoords="offset points", color="C3", ha=side)
     curve.set(xlabel="optimizer step", ylabel="loss a label token", title="loss")
     curve.set_ylim(bottom=0)
     curve.legend()
     if rest:
         draw_density(rest[0], masks)
         rest[0].set_title("density of the mask, %")
+        draw_concentration(rest[1], masks)  # a local mask is equally dense everywhere; this shows its structure
     figure.suptitle(title)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
