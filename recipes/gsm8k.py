@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> dict:
         files = {"checkpoint": str(out / "checkpoint")}
         save_checkpoint(model, tokenizer, out / "checkpoint")
         if masks:
-            save_adapter(model, out / "adapter.safetensors")
+            save_adapter(model, out / "adapter.safetensors", details={"measure": args.salience})
             files |= {"adapter": str(out / "adapter.safetensors"), "masks": str(out / "masks.safetensors")}
             record["adapter_sha256"] = report.sha256(out / "adapter.safetensors")
         record["moved"] = report.moved_share(base, out / "checkpoint", masks)

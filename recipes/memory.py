@@ -8,9 +8,6 @@ read off runs of Llama, Qwen2 and Gemma 2 shapes.
 from dataclasses import dataclass
 
 GIB = 2**30
-CARDS = (8, 12, 16, 24, 40, 48, 80)
-# The driver, the CUDA context and the fragmentation of the allocator take about this much beside what is allocated.
-OVERHEAD = 0.8 * GIB
 
 
 @dataclass(frozen=True)
@@ -111,11 +108,3 @@ def _activations(shape: Shape, tokens: int, length: int, checkpointing: bool, bi
         block += 2 * max(rows * columns for rows, columns in shape.projections.values())
     kept = 2 * tokens * shape.width * (shape.layers + 2)
     return kept + block if checkpointing else block * shape.layers * 0.75 + kept
-
-
-def describe(parts: dict[str, float]) -> str:
-    """The estimate in one line each part, and the smallest usual card that holds it."""
-    lines = [f"{name:<22}{size / GIB:8.2f} GiB" for name, size in parts.items()]
-    card = next((card for card in CARDS if parts["peak"] + OVERHEAD <= 0.98 * card * 10**9), None)
-    lines.append(f"fits a card of {card} GB" if card else f"fits no card of up to {CARDS[-1]} GB")
-    return "\n".join(lines)

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from speft_optim import Masks
-from speft_optim.files import write_atomically
+from speft_optim.files import tensor_files, write_atomically
 
 PACKAGES = ("speft-optim", "torch", "transformers", "safetensors", "numpy", "datasets", "lm-eval")
 
@@ -109,7 +109,7 @@ def moved_share(base: str | Path, tuned: str | Path, masks: Masks | None) -> dic
         `entries` of the model, how many `moved`, how many of these lie outside the mask (`stray`, to be 0), and the
         `share`.
     """
-    before, after = _tensor_files(base), _tensor_files(tuned)
+    before, after = tensor_files(base), tensor_files(tuned)
     missing = sorted(after.keys() - before.keys())
     if missing:
         raise ValueError(
@@ -127,16 +127,6 @@ def moved_share(base: str | Path, tuned: str | Path, masks: Masks | None) -> dic
                 differs[masks[name].indices.to("cpu", torch.int64)] = False
             stray += int(differs.sum())
     return {"moved": moved, "stray": stray, "entries": total, "share": moved / total}
-
-
-def _tensor_files(folder: str | Path) -> dict[str, Path]:
-    files = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    if not files:
-        raise ValueError(f"{folder} holds no safetensors file; save the checkpoint as safetensors")
-    return files
 
 
 def draw(losses: list[float], held_out: tuple[float, float], masks: Masks | None, path: str | Path, title: str) -> None:

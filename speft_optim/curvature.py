@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speft_optim.batches import BatchReader, LossFunction, check_loss, model_loss, plain_implementation
 from speft_optim.distributed import average_, together
+from speft_optim.linear import input_of, shadow
 from speft_optim.pieces import Piece
 from speft_optim.quantized import differentiable
-from speft_optim.targets import Target, is_linear, is_transposed_linear
+from speft_optim.targets import Target, is_linear, is_product
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +59,14 @@ class GradientStore:
         """A target's gradient in the weight's shape, on its device."""
         return self._flat[target.name].view(target.shape).to(target.device, dtype)
 
-    def close(self) -> None:
-        """Free the memory or remove the file."""
-        self._flat = {}
-        if self._folder is not None:
-            self._folder.cleanup()
-
     def __enter__(self) -> "GradientStore":
         return self
 
     def __exit__(self, *exception) -> None:
-        self.close()
+        """Free the memory or remove the file."""
+        self._flat = {}
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def hessian_gradient(
@@ -140,22 +138,18 @@ def _move_along(
     target: Target, module: nn.Module, attribute: str, step: Tensor, store: GradientStore, stack: contextlib.ExitStack
 ) -> None:
     """Let the module compute with its weight moved by `step` times the stored gradient, while the stack is open."""
-    if is_linear(module, attribute) or is_transposed_linear(module, attribute):
+    if is_product(module, attribute):
 
         def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-            x = (args[0] if args else next(iter(kwargs.values()))).to(output.dtype)
+            x = input_of(args, kwargs).to(output.dtype)
             moved = _Times.apply(x, lambda: store.get(target, output.dtype), is_linear(module, attribute))
             return output + step.to(output) * moved
 
         stack.callback(module.register_forward_hook(add, with_kwargs=True).remove)
     else:
 
-        def shadow(module: nn.Module, args: tuple) -> None:
+        def moved_weight() -> dict[str, Tensor]:
             weight = module._parameters[attribute]
-            module.__dict__[attribute] = weight + step.to(weight) * store.get(target, weight.dtype)
+            return {attribute: weight + step.to(weight) * store.get(target, weight.dtype)}
 
-        def unshadow(module: nn.Module, args: tuple, output: object) -> None:
-            module.__dict__.pop(attribute, None)
-
-        stack.callback(module.register_forward_pre_hook(shadow).remove)
-        stack.callback(module.register_forward_hook(unshadow, always_call=True).remove)
+        shadow(module, moved_weight, stack)

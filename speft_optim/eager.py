@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from speft_optim.compact import sparse_weights
+from speft_optim.sparsify import attached
 
 
 @torch.compiler.disable(recursive=True)
 def refresh_all(model: nn.Module, args: tuple) -> None:
     """Forward pre-hook of a sparsified model: bring all weights and values into step."""
-    for weight in sparse_weights(model):
+    # Not by a search of the model, which each forward would pay for.
+    for weight in attached(model):
         weight.refresh()

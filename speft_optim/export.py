@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from speft_optim.files import tensor_files
 from speft_optim.frozen import QuantizedWeight, frozen_weight
 from speft_optim.kernels import scatter_entries_
 from speft_optim.optim import linked
@@ -112,7 +113,9 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, max_shard_s
 def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> None:
     """The tensors of the original checkpoint with the trained entries written into them, and its other files."""
     _flush(model)
-    files = _tensor_files(base)
+    files = tensor_files(base)
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{base} has no config.json; give the original checkpoint's folder.")
     trained = dict(_trained_weights(model))
     if missing := [name for name in trained if name not in files]:
         raise ValueError(
@@ -168,7 +171,7 @@ def original_entries(base: str | Path, names: dict[str, tuple[torch.Size, Tensor
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    files, entries = _tensor_files(Path(base)), {}
+    files, entries = tensor_files(base), {}
     for name, (shape, indices) in names.items():
         if name not in files:
             raise ValueError(f"{base} has no tensor {name}; give the original checkpoint's folder.")
@@ -177,16 +180,6 @@ def original_entries(base: str | Path, names: dict[str, tuple[torch.Size, Tensor
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} in {base}, {tuple(shape)} in the model.")
         entries[name] = tensor.reshape(-1)[indices.cpu().long()].float()
     return entries
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as opened:
-            files.update(dict.fromkeys(opened.keys(), path))
-    if not files or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no safetensors checkpoint with a config.json; give such a folder.")
-    return files
 
 
 def _read_tensor(file: Path, name: str) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,3 +38,18 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata:
         contiguous[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
         memory.add(contiguous[name].untyped_storage().data_ptr())
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
+
+
+def tensor_files(folder: str | Path) -> dict[str, Path]:
+    """The file of each tensor in a folder's safetensors files, by the tensor's name.
+
+    Raises:
+        ValueError: the folder holds no safetensors file.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors file; pass a checkpoint's folder, saved as safetensors.")
+    return files

@@ -18,6 +18,7 @@ modules' forward methods.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 
 from speft_optim.batches import BatchReader, LossFunction, plain_implementation
 from speft_optim.frozen import frozen_weight
+from speft_optim.linear import replace_forward, shadow
 from speft_optim.pieces import Piece
 from speft_optim.signals import tapped
-from speft_optim.targets import Target, all_targets, is_linear, is_transposed_linear
+from speft_optim.targets import Target, all_targets, is_product, is_transposed_linear
 
 _PANEL_ENTRIES = 2**22
 
@@ -73,31 +75,21 @@ def linearised(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             own = [attribute for attribute, parameter in module._parameters.items() if parameter is not None]
-            if is_linear(module, "weight") or is_transposed_linear(module, "weight"):
-                _replace_forward(module, _AbsoluteLinear(module, targets[module, "weight"]), stack)
+            if is_product(module, "weight"):
+                _replace(module, _AbsoluteLinear(module, targets[module, "weight"]), stack)
             elif type(module).__name__.endswith("Norm"):
-                _replace_forward(module, _scale_of_layer_norm if isinstance(module, nn.LayerNorm) else _scale, stack)
+                _replace(module, _scale_of_layer_norm if isinstance(module, nn.LayerNorm) else _scale, stack)
             elif _is_activation(module):
-                _replace_forward(module, lambda module, original, x: x, stack)
+                _replace(module, lambda module, original, x: x, stack)
             elif own:
                 _shadow_absolute(module, own, stack)
         stack.enter_context(_NoActivations())
         yield
 
 
-def _replace_forward(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) -> None:
-    """Let `forward(module, original forward, x)` stand in for the module's own, as an instance attribute."""
-    original = module.forward
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = lambda x: forward(module, original, x)
-
-    def restore() -> None:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
-
-    stack.callback(restore)
+def _replace(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) -> None:
+    """Let `forward(module, original forward, x)` stand in for the module's own."""
+    replace_forward(module, functools.partial(forward, module, module.forward), stack)
 
 
 class _AbsoluteLinear:
@@ -171,18 +163,12 @@ def _is_activation(module: nn.Module) -> bool:
 def _shadow_absolute(module: nn.Module, attributes: list[str], stack: contextlib.ExitStack) -> None:
     """Let a module that uses its weights in its own way see their absolute values in fp64."""
 
-    def shadow(module: nn.Module, args: tuple) -> None:
-        for attribute in attributes:
-            weight = module.__dict__.get(attribute, module._parameters[attribute])
-            if weight.is_floating_point():
-                module.__dict__[attribute] = weight.abs().double()
+    def absolute() -> dict[str, Tensor]:
+        # By getattr, for a tap or a copy on another device may stand before the parameter already.
+        weights = {attribute: getattr(module, attribute) for attribute in attributes}
+        return {name: weight.abs().double() for name, weight in weights.items() if weight.is_floating_point()}
 
-    def unshadow(module: nn.Module, args: tuple, output: object) -> None:
-        for attribute in attributes:
-            module.__dict__.pop(attribute, None)
-
-    stack.callback(module.register_forward_pre_hook(shadow).remove)
-    stack.callback(module.register_forward_hook(unshadow, always_call=True).remove)
+    shadow(module, absolute, stack)
 
 
 class _NoActivations(TorchFunctionMode):

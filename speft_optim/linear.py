@@ -10,13 +10,15 @@ Replacing the layer class (as LoRA libraries do) was rejected: it changes names,
 has to be undone before saving.
 """
 
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from speft_optim.targets import Target, is_linear, is_transposed_linear
+from speft_optim.targets import Target, is_product, is_transposed_linear
 
 
 class Sink(Protocol):
@@ -84,7 +86,7 @@ class Tap:
     def __init__(self, module: nn.Module, attribute: str, anchor: Tensor, sink: Sink):
         self.attribute, self.anchor, self.sink = attribute, anchor, sink
         self.transposed = is_transposed_linear(module, attribute)
-        if self.transposed or is_linear(module, attribute):
+        if is_product(module, attribute):
             # First among the forward hooks: it must see what the layer itself returned.
             hooks = [module.register_forward_hook(self.tap_output, prepend=True, with_kwargs=True)]
         else:
@@ -103,7 +105,7 @@ class Tap:
         """Forward hook of linear layers."""
         if not torch.is_grad_enabled():
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(args, kwargs)
         return _TapOutput.apply(output, x, self.anchor, self.sink, self.transposed)
 
     def shadow_weight(self, module: nn.Module, args: tuple) -> None:
@@ -121,3 +123,48 @@ class Tap:
 def tap_target(target: Target, anchor: Tensor, sink: Sink) -> list[Tap]:
     """Tap every use of a weight; their gradients add up in the anchor or in the sink."""
     return [Tap(module, attribute, anchor, sink) for module, attribute in target.sites]
+
+
+def input_of(args: tuple, kwargs: dict) -> Tensor:
+    """A linear layer's input as its hooks see it, passed by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def shadow(
+    module: nn.Module,
+    make: Callable[[], Mapping[str, Tensor]],
+    stack: contextlib.ExitStack,
+    *,
+    prepend: bool = False,
+) -> None:
+    """While the stack is open, let tensors newly made for each forward stand before the module's own of these names.
+
+    Args:
+        module: the module.
+        make: from nothing to tensors by attribute; called before each forward.
+        stack: undoes it.
+        prepend: before hooks that are there already, which then see the shadows.
+    """
+    shadows: list[str] = []
+
+    def before(module: nn.Module, args: tuple) -> None:
+        made = make()
+        shadows[:] = made
+        module.__dict__.update(made)
+
+    def after(module: nn.Module, args: tuple, output: object) -> None:
+        for name in shadows:
+            module.__dict__.pop(name, None)
+
+    stack.callback(module.register_forward_pre_hook(before, prepend=prepend).remove)
+    stack.callback(module.register_forward_hook(after, always_call=True).remove)
+
+
+def replace_forward(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) -> None:
+    """While the stack is open, let `forward` stand in for the module's own, as an instance attribute."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    if before is None:
+        stack.callback(module.__dict__.pop, "forward")
+    else:
+        stack.callback(module.__dict__.__setitem__, "forward", before)

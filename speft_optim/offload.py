@@ -12,7 +12,6 @@ before backward, where the weights are needed again.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from speft_optim.files import tensor_files
 from speft_optim.frozen import STREAMED, quantized_linears
+from speft_optim.linear import replace_forward, shadow
 from speft_optim.targets import Target, all_targets
 
 
@@ -58,22 +59,15 @@ class Shards:
     """The tensors of a checkpoint folder, read one at a time.
 
     Args:
-        folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+        folder: holds safetensors files.
 
     Raises:
-        ValueError: it holds neither.
+        ValueError: it holds none.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if index.is_file():
-            self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif single.is_file():
-            with safe_open(single, "pt") as file:
-                self._files = dict.fromkeys(file.keys(), single.name)
-        else:
-            raise ValueError(f"{folder} holds no model.safetensors and no {index.name}; pass a checkpoint's folder.")
+        self._files = tensor_files(self.folder)
 
     def check(self, target: Target) -> None:
         """Refuse a weight that the checkpoint does not hold in this shape.
@@ -83,7 +77,7 @@ class Shards:
         """
         if target.name not in self._files:
             raise ValueError(f"{target.name} is on the meta device and {self.folder} has no tensor of that name.")
-        with safe_open(self.folder / self._files[target.name], "pt") as file:
+        with safe_open(self._files[target.name], "pt") as file:
             shape = tuple(file.get_slice(target.name).get_shape())
         if shape != tuple(target.parameter.shape):
             here = tuple(target.parameter.shape)
@@ -91,7 +85,7 @@ class Shards:
 
     def read(self, name: str, rows: slice) -> Tensor:
         """Some rows of a tensor, or all."""
-        with safe_open(self.folder / self._files[name], "pt") as file:
+        with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
 
 
@@ -141,21 +135,14 @@ def _visit(
     if not own and not buffers:
         return
 
-    def shadow(module: nn.Module, args: tuple) -> None:
-        for attribute, weight in own.items():
-            module.__dict__[attribute] = weight.whole()
-        for name in buffers:
-            module.__dict__[name] = module._buffers[name].to(device)
-
-    def unshadow(module: nn.Module, args: tuple, output: object) -> None:
-        for name in (*own, *buffers):
-            module.__dict__.pop(name, None)
+    def copies() -> dict[str, Tensor]:
+        weights = {attribute: weight.whole() for attribute, weight in own.items()}
+        return weights | {name: module._buffers[name].to(device) for name in buffers}
 
     module.__dict__[STREAMED] = own
     stack.callback(module.__dict__.pop, STREAMED)
     # Before any other hook, so that these see the weights on the device.
-    stack.callback(module.register_forward_pre_hook(shadow, prepend=True).remove)
-    stack.callback(module.register_forward_hook(unshadow, always_call=True).remove)
+    shadow(module, copies, stack, prepend=True)
 
 
 def _recompute(block: nn.Module, device: torch.device, stack: contextlib.ExitStack) -> None:
@@ -166,12 +153,7 @@ def _recompute(block: nn.Module, device: torch.device, stack: contextlib.ExitSta
         with save_on_cpu(pin_memory=device.type == "cuda"):
             return checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    before = block.__dict__.get("forward")
-    block.__dict__["forward"] = forward
-    if before is None:
-        stack.callback(block.__dict__.pop, "forward")
-    else:
-        stack.callback(block.__dict__.__setitem__, "forward", before)
+    replace_forward(block, forward, stack)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from speft_optim.batches import IGNORED_LABEL, Batch, BatchReader, LossFunction, check_loss, loss_of, model_loss
 from speft_optim.distributed import average_, together
 from speft_optim.kernels import product
-from speft_optim.linear import Sink, tap_target
+from speft_optim.linear import Sink, input_of, tap_target
 from speft_optim.pieces import Piece
-from speft_optim.targets import is_linear, is_transposed_linear
+from speft_optim.targets import is_product, is_transposed_linear
 
 
 def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
@@ -125,7 +125,7 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for sink in sinks:
             for module, attribute in sink.piece.target.sites:
-                linear = is_linear(module, attribute) or is_transposed_linear(module, attribute)
+                linear = is_product(module, attribute)
 
                 def note(module, args, kwargs, output, uses=sink.uses, linear=linear):
                     uses.append(output.shape if linear else None)
@@ -243,18 +243,19 @@ def squared_input(model: nn.Module, reader: BatchReader, group: list[Piece], los
 def _watch_inputs(piece: Piece, attention: _Attention, stack: contextlib.ExitStack) -> None:
     """Hook every use of the piece's weight: each forward adds to its accumulator, which columns or rows share."""
     for module, attribute in piece.target.sites:
-        if not (is_linear(module, attribute) or is_transposed_linear(module, attribute)):
+        if not is_product(module, attribute):
             raise ValueError(
                 f"salience='activation' needs linear weights, {piece.target.name} is none; choose targets=[...]."
             )
     # Of a transposed weight the rows are the input features, and the piece holds some of them.
-    features = slice(piece.first, piece.last) if is_transposed_linear(module, attribute) else slice(None)
-    count = piece.last - piece.first if is_transposed_linear(module, attribute) else piece.columns
+    transposed = is_transposed_linear(module, attribute)
+    features = slice(piece.first, piece.last) if transposed else slice(None)
+    count = piece.last - piece.first if transposed else piece.columns
     sums = torch.zeros(count, dtype=torch.float32, device=piece.target.device)
-    piece.accumulator = sums[:, None] if is_transposed_linear(module, attribute) else sums[None]
+    piece.accumulator = sums[:, None] if transposed else sums[None]
 
     def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()[..., features].float()
+        x = input_of(args, kwargs).detach()[..., features].float()
         if attention.mask is not None and x.shape[:-1] == attention.mask.shape:
             x = x * attention.mask.unsqueeze(-1)
         sums.add_(x.flatten(0, -2).square().sum(0))

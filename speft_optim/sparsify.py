@@ -112,6 +112,11 @@ def desparsify(model: nn.Module) -> None:
         hand_back(root)
 
 
+def attached(root: nn.Module) -> list[SparseWeight]:
+    """What `sparsify(root, ...)` attached, as it was called on this very module."""
+    return root.__dict__[_BEFORE][0]
+
+
 def _sparsified(model: nn.Module) -> list[nn.Module]:
     """The modules in the model, itself included, that `sparsify` was called on."""
     return [module for module in model.modules() if _BEFORE in module.__dict__]

@@ -165,6 +165,11 @@ def _is_block_matrix(model: nn.Module, target: Target) -> bool:
     return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
 
 
+def is_product(module: nn.Module, attribute: str) -> bool:
+    """Whether the module's forward is a product of its input with the weight, either way round."""
+    return is_linear(module, attribute) or is_transposed_linear(module, attribute)
+
+
 def is_linear(module: nn.Module, attribute: str) -> bool:
     """Whether the module's own forward uses the weight as `x @ W.T`, so that a tap on the output sees its whole use."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

@@ -76,6 +76,17 @@ def token_batch(seed=0, batch=3, length=9, ragged=False, side="right"):
     return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels}
 
 
+def equal_states(left, right):
+    """Whether two state dicts, however nested, are equal bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal_states(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(equal_states, left, right))
+    return type(left) is type(right) and left == right
+
+
 def live_tensors():
     """One tensor for each storage alive, by its address; holding them keeps addresses from being used again."""
     gc.collect()

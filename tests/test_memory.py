@@ -9,7 +9,7 @@ from torch import nn
 
 from recipes import benchmark
 from recipes.loss import linear_cross_entropy
-from recipes.memory import GIB, Shape, describe, estimate
+from recipes.memory import GIB, Shape, estimate
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -59,12 +59,11 @@ def test_estimate_counts_weights_and_entries_exactly(precision):
     held = 4 * masks.count + sum(mask.nbytes for mask in masks.values())
     assert parts["values and positions"] == pytest.approx(held, rel=0.05)
     assert parts["moments"] == 8 * masks.count
-    assert "fits a card of 8 GB" in describe(parts)
 
 
 @pytest.mark.parametrize(
     ("name", "bits", "low", "high"),
-    [("llama3-8b", 16, 16.4, 17.4), ("llama3-8b", 4, 6.8, 7.8), ("qwen2-7b", 16, 15, 17)],
+    [("llama3-8b", 16, 16.4, 17.4), ("llama3-8b", 8, 9.9, 10.9), ("llama3-8b", 4, 6.8, 7.8)],
 )
 def test_estimate_of_frozen_models_is_near_what_was_measured(name, bits, low, high):
     family, sizes = benchmark.SHAPES[name]

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import Reference, assert_close, tiny_model, token_batch
+from conftest import Reference, assert_close, equal_states, tiny_model, token_batch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler
@@ -51,17 +51,6 @@ def single(weight, masked=None):
     positions = torch.arange(weight.numel()) if masked is None else torch.tensor(masked)
     (values,) = sparsify(layer, {"weight": Mask(positions, weight.shape)})
     return layer, values
-
-
-def equal_states(left, right):
-    """Whether two state dicts, however nested, are equal bit for bit."""
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal_states(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(equal_states, left, right))
-    return type(left) is type(right) and left == right
 
 
 # Against dense optimizers

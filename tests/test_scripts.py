@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import VOCABULARY, Reference, assert_close, tiny_model, token_batch
+from conftest import VOCABULARY, Reference, assert_close, equal_states, tiny_model, token_batch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -50,17 +50,6 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         return {key: part[item] for key, part in self.batch.items()}
-
-
-def equal_states(left, right):
-    """Whether two state dicts, however nested, are equal bit for bit."""
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal_states(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(equal_states, left, right))
-    return left == right
 
 
 # Plain loop
