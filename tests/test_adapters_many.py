@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from speft_optim import (
+    Mask,
     Masks,
     SparseAdamW,
     desparsify,
@@ -279,10 +280,10 @@ def flat(function):
     """Replace the positions by flat ones."""
 
     def change(metadata, tensors):
-        pointers, columns = tensors.pop(f"{NAME}:pointers", None), tensors.pop(f"{NAME}:columns", None)
-        if pointers is not None:
-            rows = torch.arange(24).repeat_interleave(pointers.diff().long())
-            tensors[f"{NAME}:indices"] = (rows * 24 + columns.long()).int()
+        keys = [f"{NAME}:{part}" for part in ("group_starts", "row_starts", "columns")]
+        if keys[0] in tensors:
+            parts = {key.removeprefix(f"{NAME}:"): tensors.pop(key) for key in keys}
+            tensors[f"{NAME}:indices"] = Mask.unpack(parts, (24, 24)).indices
         tensors[f"{NAME}:indices"] = function(tensors[f"{NAME}:indices"])
 
     return change
