@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.frozen import FrozenWeight, find, frozen_weight
-from speft_optim.kernels import gather_entries, sampled_gradient, scatter_entries_
+from speft_optim.kernels import gather_entries, launches, sampled_gradient, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
 from speft_optim.optim import link, linked, unlink
@@ -113,13 +113,23 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def write(self) -> None:
         """Round the values to the weight's dtype and write them into it."""
-        self.base.write(self._indices(), self.values)
+        self.base.write(self._placed_mask(), self.values)
+        self._remember()
+
+    def writable(self) -> Tensor | None:
+        """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
+        weight = self.weight
+        packed = "columns" in self._placed_mask().packed()
+        return weight.detach() if packed and weight.is_floating_point() and launches(weight) else None
+
+    def written(self) -> None:
+        """A kernel wrote the values into `writable()`."""
         self._remember()
 
     @torch.no_grad()
     def read(self) -> None:
         """Take over entries that differ in the weight; where it holds a value's rounding, the exact value stays."""
-        self.values.copy_(self.base.read(self._indices(), self.values))
+        self.values.copy_(self.base.read(self._placed_mask().indices, self.values))
         self._remember()
 
     @torch.no_grad()
@@ -137,7 +147,7 @@ class SparseWeight(nn.Module):
         if mask.shape != self.mask.shape:
             raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
         indices, base = mask.indices, self.base
-        places, stays = find(self._indices(), indices)
+        places, stays = find(self._placed_mask().indices, indices)
         entries = base.gather(indices).to(torch.float32)
         entries[stays] = self.values[places[stays]]
         ever = self.ever_trained().to(self.values.device).indices
@@ -157,11 +167,12 @@ class SparseWeight(nn.Module):
         both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
         return Mask(torch.cat(both), self.mask.shape)
 
-    def _indices(self) -> Tensor:
+    def _placed_mask(self) -> Mask:
+        """The mask, beside the values."""
         # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.
         if self.mask.device != self.values.device:
             self.mask = self.mask.to(self.values.device)
-        return self.mask.indices
+        return self.mask
 
     def _remember(self) -> None:
         self._weight = self._places[1].parameter
@@ -182,11 +193,11 @@ class SparseWeight(nn.Module):
         """Sampled gradient of a linear weight, (k,) fp32."""
         if not len(self.mask):
             return torch.zeros_like(self.values)
-        return sampled_gradient(left.flatten(0, -2), right.flatten(0, -2), self._indices())
+        return sampled_gradient(left.flatten(0, -2), right.flatten(0, -2), self._placed_mask())
 
     def from_dense(self, gradient: Tensor) -> Tensor:
         """Masked entries of a dense gradient, (k,) fp32."""
-        return gather_entries(gradient, self._indices()).to(torch.float32)
+        return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
 
     def detach_from_model(self) -> None:
         """Take off all hooks and this module; the weight keeps the values, unless it was resized or replaced."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from speft_optim.kernels import gather_entries, scatter_entries_
+from speft_optim.kernels import gather_entries, lay_over_, scatter_entries_
 from speft_optim.masks import Mask
 
 _CHUNK = 2**22
@@ -57,9 +57,9 @@ class DenseWeight:
     def release(self, values: Tensor) -> None:
         """`values` will change no more and may be forgotten, the weight keeps what they are now."""
 
-    def write(self, indices: Tensor, values: Tensor) -> None:
-        """Bring what the weight holds at `indices` up to the attached `values`."""
-        scatter_entries_(self.tensor, indices, values)
+    def write(self, mask: Mask, values: Tensor) -> None:
+        """Bring what the weight holds at `mask` up to the attached `values`."""
+        lay_over_(self.tensor, mask, values)
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:
         """What attached `values` have to be, given what the weight holds: where it is their rounding, they stand."""
@@ -68,7 +68,7 @@ class DenseWeight:
 
     def put(self, mask: Mask, values: Tensor) -> None:
         """Set entries for good, from outside."""
-        self.write(mask.indices.to(self.device), values.to(self.device))
+        self.write(mask.to(self.device), values.to(self.device))
 
     def entries(self, mask: Mask) -> tuple[Mask, Tensor]:
         """What an adapter must hold for this weight when `mask` is trained."""
@@ -93,7 +93,7 @@ class QuantizedWeight:
         """The whole weight in `dtype`, newly made."""
         weight = self._dequantize(dtype)
         for mask, values in self.overlays:
-            scatter_entries_(weight, mask.to(weight.device).indices, values.detach().to(weight.device))
+            lay_over_(weight, mask.to(weight.device), values.detach().to(weight.device))
         return weight
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -136,7 +136,7 @@ class QuantizedWeight:
         if bool(moved.any()):
             self.attach(Mask(indices[moved], self.shape), entries[moved])
 
-    def write(self, indices: Tensor, values: Tensor) -> None:
+    def write(self, mask: Mask, values: Tensor) -> None:
         """Nothing to do: the overlay is the attached values themselves."""
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:

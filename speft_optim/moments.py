@@ -37,6 +37,12 @@ def unpack_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def stored_moments(state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The two moments as they are kept, fp32 or codes, and the scales of the codes."""
+    keys = ("exp_avg", "exp_avg_sq")
+    return [state[key] for key in keys], [state[f"{key}_scale"] for key in keys if f"{key}_scale" in state]
+
+
 def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
     """Put back what `unpack_moments` gave, in the form the state has."""
     if "exp_avg_scale" in state:

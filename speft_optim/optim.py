@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from speft_optim.kernels import adamw_
+from speft_optim.kernels import Update, adamw_, fused_adamw_, launches
 from speft_optim.masks import Mask
-from speft_optim.moments import STATE_BITS, moment_bytes, moments_fit, new_moments_, store_moments_, unpack_moments
+from speft_optim.moments import (
+    STATE_BITS,
+    moment_bytes,
+    moments_fit,
+    new_moments_,
+    store_moments_,
+    stored_moments,
+    unpack_moments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +45,12 @@ class WriteThrough(Protocol):
 
     def write(self) -> None:
         """Write the values into the weight."""
+
+    def writable(self) -> Tensor | None:
+        """The weight as a kernel can write it, or None where only `write` can."""
+
+    def written(self) -> None:
+        """A kernel wrote the values into `writable()`."""
 
 
 class Schedule(Protocol):
@@ -167,24 +181,12 @@ class SparseAdamW(Optimizer):
             _warn_of_missing_gradients(weights)
             self._stepped = True
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, weights[parameter], group)
+            self._update(group, weights)
         return loss
 
-    def _update(self, parameter: Tensor, weight: WriteThrough | None, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            new_moments_(state, parameter, group["state_bits"])
-        state["step"] += 1
-        exp_avg, exp_avg_sq = unpack_moments(state)
-        adamw_(
-            parameter,
-            parameter.grad,
-            exp_avg,
-            exp_avg_sq,
-            step=int(state["step"]),
+    def _update(self, group: dict[str, Any], weights: dict[Tensor, WriteThrough | None]) -> None:
+        """Update the parameters of a group that have a gradient: together where kernels run, else one by one."""
+        options = dict(
             lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -192,9 +194,30 @@ class SparseAdamW(Optimizer):
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
         )
-        store_moments_(state, exp_avg, exp_avg_sq)
-        if weight is not None:
-            weight.write()
+        updates: dict[Tensor, Update] = {}
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in trained:
+            state, weight = self.state[parameter], weights[parameter]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                new_moments_(state, parameter, group["state_bits"])
+            state["step"] += 1
+            step = int(state["step"])
+            if all(launches(part) and part.dtype == torch.float32 for part in (parameter, parameter.grad)):
+                writable = None if weight is None else weight.writable()
+                mask = None if writable is None else weight.mask
+                update = Update(parameter.detach(), parameter.grad, *stored_moments(state), step, writable, mask)
+                updates[parameter] = update
+            else:
+                exp_avg, exp_avg_sq = unpack_moments(state)
+                adamw_(parameter, parameter.grad, exp_avg, exp_avg_sq, step=step, **options)
+                store_moments_(state, exp_avg, exp_avg_sq)
+        if updates:
+            fused_adamw_(updates.values(), **{**options, "lr": float(options["lr"])})
+        for parameter in trained:
+            if (weight := weights[parameter]) is not None:
+                update = updates.get(parameter)
+                weight.write() if update is None or update.weight is None else weight.written()
 
     def _gradients_are_finite(self) -> bool:
         """Whether a step may be taken; if not it is counted, or refused."""

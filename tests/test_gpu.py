@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import tiny_model, token_batch
+from kernel_checks import *  # noqa: F403 - each is run here too, on the card
 from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
-from speft_optim.kernels import accumulate_product_, sampled_gradient
+from speft_optim.kernels.reference import accumulate_product_, sampled_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

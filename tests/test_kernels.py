@@ -7,7 +7,13 @@ import torch
 from conftest import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim.kernels import accumulate_product_, adamw_, gather_entries, sampled_gradient, scatter_entries_
+from speft_optim.kernels.reference import (
+    accumulate_product_,
+    adamw_,
+    gather_entries,
+    sampled_gradient,
+    scatter_entries_,
+)
 
 
 def draw(*shape, dtype=torch.float32, seed=0):

@@ -1,0 +1,173 @@
+"""Each kernel against its plain PyTorch twin; run by test_triton.py under the interpreter, by test_gpu.py on a card."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from speft_optim import Mask, Masks, SparseAdamW, compact, kernels, optim, sparsify
+from speft_optim.kernels import Update, fused_adamw_, launches, lay_over_, reference, sampled_gradient
+from speft_optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# (shape, share of entries): short and long rows, empty and full ones, more rows than entries, row groups below 64.
+MATRICES = [((7, 40), 0.3), ((130, 33), 0.05), ((3, 700), 0.9), ((1, 300), 1.0), ((200, 5), 0.5)]
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def mask_of(shape, share, seed=0):
+    count = torch.Size(shape).numel()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    mask = Mask(order[: round(share * count)].to(DEVICE), shape)
+    assert "columns" in mask.packed()
+    return mask
+
+
+def assert_written(weight, expected):
+    """Equal; but the interpreter cuts bf16 off where a card rounds, so that there the last bit is not looked at."""
+    if weight.dtype == torch.bfloat16 and not weight.is_cuda:
+        torch.testing.assert_close(weight, expected, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(weight, expected)
+
+
+def test_kernels_run_here():
+    assert launches(draw(3)) and not launches(draw(3, 4).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, share", MATRICES)
+def test_lay_over_is_scatter(shape, share, dtype):
+    mask, weight = mask_of(shape, share), draw(*shape, dtype=dtype)
+    values, expected, version = draw(len(mask), seed=1), weight.clone(), weight._version
+    reference.scatter_entries_(expected, mask.indices, values)
+    lay_over_(weight, mask, values)
+    assert_written(weight, expected)
+    assert weight._version > version
+
+
+def test_an_uneven_mask_with_empty_rows():
+    """All entries in two rows of 150, in the last group of rows among them."""
+    positions = torch.cat([torch.arange(5 * 60, 6 * 60), torch.arange(149 * 60, 150 * 60, 2)])
+    mask, weight = Mask(positions.to(DEVICE), (300, 60)), draw(300, 60)
+    assert "columns" not in mask.packed()
+    mask = Mask(torch.cat([positions, torch.arange(200 * 60, 207 * 60)]).to(DEVICE), (300, 60))
+    assert "columns" in mask.packed()
+    values, expected = draw(len(mask), seed=1), weight.clone()
+    reference.scatter_entries_(expected, mask.indices, values)
+    lay_over_(weight, mask, values)
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, share", MATRICES)
+@pytest.mark.parametrize("panel_bytes", [1, 4 * 33 * 50, 2**27])
+def test_sampled_gradient_is_the_product_looked_up(shape, share, dtype, panel_bytes):
+    from speft_optim.kernels.sampled_gradient import sampled_gradient as by_kernel
+
+    mask = mask_of(shape, share)
+    left, right = draw(19, shape[0], dtype=dtype), draw(19, shape[1], dtype=dtype, seed=1)
+    expected = (left.double().T @ right.double()).view(-1)[mask.indices.long()]
+    for actual in (by_kernel(left, right, mask, panel_bytes), sampled_gradient(left, right, mask)):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def state_of(values, bits):
+    state = {}
+    new_moments_(state, values, bits)
+    return state
+
+
+@pytest.mark.parametrize(
+    "bits, dtype, maximize",
+    [
+        (32, None, True),
+        (32, torch.float32, False),
+        (32, torch.bfloat16, False),
+        (8, None, True),
+        (8, torch.float16, False),
+        (8, torch.bfloat16, False),
+    ],
+)
+def test_one_launch_steps_many_weights_as_the_reference_does(bits, dtype, maximize):
+    """Weights of several sizes and step counts in one call; compared over six steps, moments and weight included."""
+    options = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, maximize=maximize)
+    cases = []
+    for number, (shape, share) in enumerate(MATRICES):
+        mask = mask_of(shape, share, seed=number)
+        values = draw(len(mask), seed=number)
+        weight = None if dtype is None else draw(*shape, dtype=dtype, seed=number)
+        cases.append((mask, values, state_of(values, bits), weight))
+    twins = copy.deepcopy([case[1:] for case in cases])
+    for step in range(1, 7):
+        gradients = [draw(len(case[0]), seed=100 * step + n) * 10.0 ** (n - 2) for n, case in enumerate(cases)]
+        updates = [
+            Update(values, gradient, *stored_moments(state), step + number, weight, mask)
+            for number, ((mask, values, state, weight), gradient) in enumerate(zip(cases, gradients, strict=True))
+        ]
+        fused_adamw_(updates, **options)
+        for number, ((values, state, _), gradient) in enumerate(zip(twins, gradients, strict=True)):
+            first, second = unpack_moments(state)
+            reference.adamw_(values, gradient, first, second, step=step + number, **options)
+            store_moments_(state, first, second)
+    for (mask, values, state, weight), (expected, expected_state, expected_weight) in zip(cases, twins, strict=True):
+        if bits == 32:
+            pairs = [(values, expected), *zip(unpack_moments(state), unpack_moments(expected_state), strict=True)]
+            for ours, theirs in pairs:
+                # Where gradients cancel, the last bits of the summands are more than those of the sum.
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+        else:
+            # A moment on the border of two codes may fall to either side.
+            for ours, theirs in zip(stored_moments(state)[0], stored_moments(expected_state)[0], strict=True):
+                assert float(((ours.int() - theirs.int()).abs() > 0).float().mean()) < 0.02
+            assert float(((values - expected).abs() > 1e-4 * expected.abs() + 1e-5).float().mean()) < 0.02
+        if weight is not None:
+            reference.scatter_entries_(expected_weight, mask.indices, values)
+            assert_written(weight, expected_weight)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_blocks_of_zeros_and_of_one_entry_stay_finite(bits):
+    mask = Mask(torch.arange(0, 770, 3).to(DEVICE), (7, 110))
+    values = draw(len(mask))
+    kept, state = values.clone(), state_of(values, bits)
+    assert len(mask) == 257
+    options = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, maximize=False)
+    for step in (1, 2):
+        fused_adamw_([Update(values, torch.zeros_like(values), *stored_moments(state), step)], **options)
+    assert torch.equal(values, kept)
+    assert all(not moment.any() for moment in unpack_moments(state))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_model_trains_by_kernels_as_without_them(bits, monkeypatch):
+    """Taps, sampled gradients, clipping, the step and what it writes, over six steps."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(40, 60), nn.Linear(60, 30)])}).to(DEVICE)
+    twin = copy.deepcopy(model)
+    masks = Masks({f"blocks.{n}.weight": mask_of(shape, 0.2) for n, shape in enumerate([(60, 40), (30, 60)])})
+    losses = []
+    for trained in (model, twin):
+        if trained is twin:
+            for module in (kernels, compact, optim):
+                monkeypatch.setattr(module, "launches", lambda tensor: False)
+        optimizer = SparseAdamW(sparsify(trained, masks), lr=1e-2, weight_decay=0.1, state_bits=bits)
+        for step in range(6):
+            x = draw(9, 40, seed=step)
+            for layer in trained["blocks"]:
+                x = layer(x).tanh()
+            loss = (x - 0.5).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if bits == 32 else 1e-2)
+    if bits == 32:
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
