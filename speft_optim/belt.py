@@ -124,7 +124,9 @@ def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextli
     for first, last in _page_runs(tensors):
         code = int(cudart.cudaHostRegister(first, last - first, 0))
         if code:
-            logger.warning("CUDA error %d: no %d bytes of host memory locked; offloading is slow.", code, last - first)
+            logger.warning(
+                "CUDA error %d: host memory cannot be locked (%d bytes); offload is slow.", code, last - first
+            )
             # The runtime hands its last error to the next launch, so let one be spent on it.
             with contextlib.suppress(RuntimeError):
                 torch.zeros((), device=device)
