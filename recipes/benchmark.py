@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     )
     args = parser.parse_args(argv)
     if args.command == "salience":
+        limit_memory(args.memory_limit)
         return salience_cost.run(args, build)
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
@@ -133,9 +134,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
     """Build the model of a mode, take a few steps, and count."""
     method, precision = mode.split("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.memory_limit and device.type == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 10**9 / total))
+    limit_memory(args.memory_limit)
     torch.manual_seed(0)
     model = build(args.shape, precision, device, args.layers)
     weights = allocated(device, model)
@@ -209,6 +208,13 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     softcap = getattr(model.config, "final_logit_softcapping", None)
     flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     return linear_cross_entropy(flat, model.lm_head.weight, targets, softcap=softcap) / targets.numel()
+
+
+def limit_memory(gigabytes: float | None) -> None:
+    """Let this process use so many GB of the card only."""
+    if gigabytes and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 10**9 / total))
 
 
 def settle(device: torch.device) -> None:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from speft_optim.batches import BatchReader, LossFunction, plain_implementation
 from speft_optim.frozen import frozen_weight
-from speft_optim.linear import replace_forward, shadow
+from speft_optim.linear import replace_method, shadow
 from speft_optim.pieces import Piece
 from speft_optim.signals import tapped
 from speft_optim.targets import Target, all_targets, is_product, is_transposed_linear
@@ -89,7 +89,7 @@ def linearised(model: nn.Module) -> Iterator[None]:
 
 def _replace(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) -> None:
     """Let `forward(module, original forward, x)` stand in for the module's own."""
-    replace_forward(module, functools.partial(forward, module, module.forward), stack)
+    replace_method(module, "forward", functools.partial(forward, module, module.forward), stack)
 
 
 class _AbsoluteLinear:

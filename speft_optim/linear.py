@@ -160,11 +160,11 @@ def shadow(
     stack.callback(module.register_forward_hook(after, always_call=True).remove)
 
 
-def replace_forward(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) -> None:
-    """While the stack is open, let `forward` stand in for the module's own, as an instance attribute."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+def replace_method(module: nn.Module, name: str, method: Callable, stack: contextlib.ExitStack) -> None:
+    """While the stack is open, let `method` stand in for the module's own of this name, as an instance attribute."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = method
     if before is None:
-        stack.callback(module.__dict__.pop, "forward")
+        stack.callback(module.__dict__.pop, name)
     else:
-        stack.callback(module.__dict__.__setitem__, "forward", before)
+        stack.callback(module.__dict__.__setitem__, name, before)

@@ -1,18 +1,20 @@
 """Estimation on a model that is larger than the accelerator: weights stay where they are and visit it in turn.
 
-A module that owns parameters gets copies of them on the device for the time of its forward, as instance attributes that
-shadow the parameters. Each block of the model (an element of an `nn.ModuleList`) is recomputed in backward, so that the
-copies of one block at a time are alive; what a block started from is kept off the device. So a pass needs the device
-for one block, its activations, the embeddings or head, and the accumulators.
+Each block of the model (an element of an `nn.ModuleList`) is recomputed in backward, so that its weights are wanted
+only while it is at work. A belt (`belt.py`) brings them, two blocks' at most; what a block started from is kept off the
+device. A module outside the blocks gets copies of its parameters for the time of its forward. Either way they come as
+instance attributes that shadow the parameters. So a pass needs the device for two blocks, the activations of one, the
+embeddings or head, and the accumulators. A batch moves each block once in forward and, down to the lowest with a weight
+that is scored, once more in backward.
 
 Weights may lie in CPU memory, or on disk: then the model is on the meta device and its tensors are read from a
-checkpoint's
-safetensors shards as they are needed. Moving whole models with accelerate's hooks was rejected: its copies are gone
-before backward, where the weights are needed again.
+checkpoint's safetensors shards as they are needed. Moving whole models with accelerate's hooks was rejected: its copies
+are gone before backward, where the weights are needed again.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,9 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from speft_optim.belt import Belt, Site, lock_pages
 from speft_optim.files import tensor_files
 from speft_optim.frozen import STREAMED, quantized_linears
-from speft_optim.linear import replace_forward, shadow
+from speft_optim.linear import replace_method, shadow
 from speft_optim.targets import Target, all_targets
 
 
@@ -37,22 +40,23 @@ class StreamedWeight:
     """
 
     def __init__(self, target: Target, device: torch.device, shards: "Shards | None"):
-        self.shape, self.device = target.parameter.shape, device
+        self.shape, self.dtype, self.device = target.parameter.shape, target.parameter.dtype, device
         self._name, self._parameter, self._shards = target.name, target.parameter, shards
+
+    def source(self, rows: slice = slice(None)) -> Tensor:
+        """The weight where it lies, or some rows of it; from disk in the dtype of the checkpoint."""
+        if self._parameter.is_meta:
+            return self._shards.read(self._name, rows)
+        whole = self._parameter.detach()
+        return whole if rows == slice(None) else whole[rows]
 
     def whole(self) -> Tensor:
         """The weight on the device, in the model's dtype."""
-        if self._parameter.is_meta:
-            return self._shards.read(self._name, slice(None)).to(self.device, self._parameter.dtype)
-        return self._parameter.detach().to(self.device)
+        return self.source().to(self.device, self.dtype, non_blocking=True)
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows `first` to `last` (exclusive), the first dimension by all others, on the device."""
-        if self._parameter.is_meta:
-            part = self._shards.read(self._name, slice(first, last))
-        else:
-            part = self._parameter.detach()[first:last]
-        return part.to(self.device, self._parameter.dtype).reshape(last - first, -1)
+        return self.source(slice(first, last)).to(self.device, self.dtype).reshape(last - first, -1)
 
 
 class Shards:
@@ -91,7 +95,7 @@ class Shards:
 
 @contextlib.contextmanager
 def streaming(
-    model: nn.Module, device: str | torch.device, folder: str | Path | None = None, *, recompute: bool = True
+    model: nn.Module, device: str | torch.device, folder: str | Path | None = None, *, by_block: bool = True
 ) -> Iterator[None]:
     """Let the model compute on `device`, with weights and buffers that visit it; as before afterwards.
 
@@ -99,7 +103,8 @@ def streaming(
         model: a model in CPU memory or, with `folder`, on the meta device (buffers in memory).
         device: where to compute.
         folder: checkpoint with the tensors of parameters that are on the meta device.
-        recompute: whether blocks are recomputed in backward; not needed where the graph keeps no weights.
+        by_block: whether batches will pass through the model, with blocks on the belt and recomputed in backward;
+            without, each module's weights come for its own forward, and stay for as long as a graph keeps them.
 
     Raises:
         ValueError: a parameter is on the meta device without a tensor in `folder`, a buffer is on the meta device, or
@@ -119,16 +124,24 @@ def streaming(
         raise ValueError("A quantised model cannot be offloaded during estimation; it is small enough to be resident.")
     _check_buffers(model)
     with contextlib.ExitStack() as stack:
+        blocks = list(dict.fromkeys(_blocks(model))) if by_block else []
+        if blocks and device.type == "cuda":
+            lock_pages([p for p in model.parameters() if p.device.type == "cpu"], device, stack)
+        cargo = [{site: weights[site] for part in block.modules() for site in _sites(part)} for block in blocks]
+        belt = Belt(cargo, device, stack)
         for module in model.modules():
-            own = {name: weights[module, name] for name, p in module._parameters.items() if p is not None}
-            _visit(module, own, device, stack)
-        for block in _blocks(model) if recompute else ():
-            _recompute(block, device, stack)
+            _visit(module, {name: weights[module, name] for _, name in _sites(module)}, belt, device, stack)
+        for number, block in enumerate(blocks):
+            _put_on(belt, block, number, min(number + 1, len(blocks) - 1), device, stack)
         yield
 
 
+def _sites(module: nn.Module) -> list[Site]:
+    return [(module, name) for name, parameter in module._parameters.items() if parameter is not None]
+
+
 def _visit(
-    module: nn.Module, own: dict[str, StreamedWeight], device: torch.device, stack: contextlib.ExitStack
+    module: nn.Module, own: dict[str, StreamedWeight], belt: Belt, device: torch.device, stack: contextlib.ExitStack
 ) -> None:
     """Shadow the module's parameters and buffers by copies on the device during each forward."""
     buffers = [name for name, buffer in module._buffers.items() if buffer is not None]
@@ -136,7 +149,9 @@ def _visit(
         return
 
     def copies() -> dict[str, Tensor]:
-        weights = {attribute: weight.whole() for attribute, weight in own.items()}
+        # A part of a block may also be called from outside of it, when the belt has another block's weights.
+        here = belt.at_hand
+        weights = {name: here[module, name] if (module, name) in here else own[name].whole() for name in own}
         return weights | {name: module._buffers[name].to(device) for name in buffers}
 
     module.__dict__[STREAMED] = own
@@ -145,15 +160,27 @@ def _visit(
     shadow(module, copies, stack, prepend=True)
 
 
-def _recompute(block: nn.Module, device: torch.device, stack: contextlib.ExitStack) -> None:
-    """Checkpoint the block's forward, its inputs kept in CPU memory."""
-    original: Callable = block.forward
+def _put_on(
+    belt: Belt, block: nn.Module, number: int, above: int, device: torch.device, stack: contextlib.ExitStack
+) -> None:
+    """Let the block run with weights from the belt, checkpointed, its inputs kept in CPU memory."""
 
-    def forward(*args, **kwargs):
+    def call(*args, **kwargs):
+        # Where no input requires a gradient backward ends here, and block 0 of the next batch follows.
+        goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+        below = max(0, number - 1) if goes_on else 0
+        # First in forward, later in backward.
+        following = itertools.chain([above], itertools.repeat(below))
+
+        def work(*args, **kwargs):
+            with belt.visit(number, next(following)):
+                return block._call_impl(*args, **kwargs)
+
         with save_on_cpu(pin_memory=device.type == "cuda"):
-            return checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return checkpoint(work, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    replace_forward(block, forward, stack)
+    # As `Module.compile` stands in for a call: hooks of the block itself, as taps are, run in the recomputation too.
+    replace_method(block, "_compiled_call_impl", call, stack)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -120,8 +120,8 @@ def select_masks(
     with contextlib.ExitStack() as stack:
         if offload is not None:
             # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
-            recompute = MEASURES[salience].signal != "flow"
-            stack.enter_context(streaming(model, offload, checkpoint, recompute=recompute))
+            by_block = MEASURES[salience].signal not in ("none", "random", "flow")
+            stack.enter_context(streaming(model, offload, checkpoint, by_block=by_block))
         found = find_targets(model, targets)
         sizes = {name: target.shape.numel() for name, target in found.items()}
         if isinstance(budget, Mapping):

@@ -1,6 +1,7 @@
 """What only a card can show: fp32 sums of 16-bit products, loss scaling, memory, streaming, quantised layers."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -61,12 +62,35 @@ def test_training_equals_training_on_the_cpu():
 
 @pytest.mark.parametrize("salience", ["gradient", "fisher", "synflow", "activation", "magnitude"])
 def test_streamed_masks_equal_resident_ones(salience):
-    model = tiny_model("qwen2", torch.bfloat16)
+    model = tiny_model("qwen2", torch.bfloat16, num_hidden_layers=5)
     choose = dict(salience=salience, density=0.1, scope="global", progress=False)
     batches = [token_batch(seed, ragged=True) for seed in range(2)]
     streamed = select_masks(model, batches, offload=CUDA, **choose)
     assert all(not parameter.is_cuda for parameter in model.parameters())
     assert select_masks(copy.deepcopy(model).to(CUDA), batches, **choose) == streamed
+
+
+@pytest.mark.parametrize("salience", ["gradient", "activation"])
+def test_two_blocks_are_on_the_card_and_the_model_stays_as_it_is(salience):
+    """Blocks so large that a copy takes longer than the work it runs beside: a lost wait would show in the masks."""
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12)
+    model = tiny_model("llama", torch.bfloat16, **sizes)
+    batches = [token_batch(seed) for seed in range(2)]
+    block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    choose = dict(salience=salience, density=0.01, memory_budget=4 * block, progress=False)
+    resident = select_masks(copy.deepcopy(model).to(CUDA), batches, **choose)
+    before = [(parameter.data_ptr(), parameter.detach().clone()) for parameter in model.parameters()]
+    # Libraries take their workspaces in a first run.
+    assert select_masks(model, batches, offload=CUDA, **choose) == resident
+    gc.collect()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert select_masks(model, batches, offload=CUDA, **choose) == resident
+    assert torch.cuda.max_memory_allocated() - start < (2 + 4 + 1) * block
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= start
+    for parameter, (place, values) in zip(model.parameters(), before, strict=True):
+        assert parameter.data_ptr() == place and torch.equal(parameter, values) and not parameter.is_pinned()
 
 
 def test_loss_scaling_skips_a_step_that_overflows():

@@ -1,10 +1,16 @@
 """Streaming blocks through a device gives the masks of a resident model, from memory and from a checkpoint on disk."""
 
+import contextlib
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_model, token_batch
+from torch import nn
 
 from speft_optim import select_masks
+from speft_optim.belt import Belt, lock_pages
 from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES
 
@@ -58,6 +64,123 @@ def test_embeddings_and_norms_can_be_targets_of_a_streamed_model():
     model = tiny_model("qwen2")
     choose = dict(density=0.2, targets=lambda name, p: "norm" in name or "embed" in name, progress=False)
     assert select_masks(model, batches(), offload="cpu", **choose) == select_masks(model, batches(), **choose)
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "activation"])
+def test_masks_of_many_blocks_are_equal_at_any_budget(salience):
+    model = tiny_model("llama", num_hidden_layers=6)
+    choose = dict(salience=salience, density=0.1, progress=False)
+    resident = select_masks(model, batches(), **choose)
+    for budget in (20_000, 60_000, 2**30):
+        assert select_masks(model, batches(), offload="cpu", memory_budget=budget, **choose) == resident
+
+
+class OfBlocks(nn.Module):
+    """A model whose blocks are linear layers themselves, or have a parameter beside their layers."""
+
+    class Scaled(nn.Module):
+        """A linear layer and a scale of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8, bias=False)
+            self.scale = nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            return torch.tanh(self.inner(x) * self.scale)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), self.Scaled(), nn.Linear(8, 8), self.Scaled()])
+
+    def forward(self, x, labels):
+        for block in self.blocks:
+            x = block(x)
+        return {"loss": (x - labels).square().mean()}
+
+
+@pytest.mark.parametrize("targets", [None, lambda name, p: True])
+def test_blocks_may_own_weights_themselves(targets):
+    model = OfBlocks()
+    data = [{"x": torch.randn(3, 8), "labels": torch.randn(3, 8)} for _ in range(3)]
+    choose = dict(density=0.3, targets=targets, progress=False)
+    resident = select_masks(model, data, **choose)
+    shadowed = []
+    with contextlib.ExitStack() as stack:
+        for block in model.blocks[::2]:
+            hook = block.register_forward_pre_hook(lambda m, a: shadowed.append("weight" in m.__dict__))
+            stack.callback(hook.remove)
+        assert select_masks(model, data, offload="cpu", **choose) == resident
+    assert len(shadowed) == 3 * 2 * 2 and all(shadowed), "in forward and in the recomputation"
+
+
+def test_part_of_a_block_may_be_called_from_outside():
+    model = tiny_model("llama", num_hidden_layers=3)
+    x = torch.randn(2, 24)
+    expected = model.model.layers[0].mlp(x)
+    with streaming(model, "cpu"):
+        model(**token_batch())
+        assert torch.equal(model.model.layers[0].mlp(x), expected)
+
+
+def test_a_batch_moves_each_block_at_most_twice(monkeypatch):
+    """Of five blocks: up, then down to those two that are still there; the next batch finds the lowest two there."""
+    model = tiny_model("llama", num_hidden_layers=5)
+    moved, fill = [], Belt._fill
+
+    def note(belt, buffer, block):
+        moved.append(block)
+        fill(belt, buffer, block)
+
+    monkeypatch.setattr(Belt, "_fill", note)
+    choose = dict(density=0.1, offload="cpu", progress=False)
+    select_masks(model, batches()[:2], **choose)
+    assert moved == [0, 1, 2, 3, 4, 2, 1, 0, 2, 3, 4, 2, 1, 0]
+    moved.clear()
+    select_masks(model, batches()[:2], targets=lambda name, p: "layers.2.mlp" in name, **choose)
+    # Backward ends above the blocks that nobody scores, and the first of the next batch is sent for at once.
+    assert moved == [0, 1, 2, 3, 4, 2, 0, 1, 2, 3, 4, 2, 0]
+    moved.clear()
+    select_masks(model, salience="magnitude", **choose)
+    assert moved == []
+
+
+def test_pages_are_locked_once_and_released(monkeypatch):
+    class Runtime:
+        def __init__(self, room):
+            self.room, self.locked = room, {}
+
+        def cudaHostRegister(self, first, size, flags):
+            if len(self.locked) == self.room:
+                return 2
+            assert all(first + size <= other or other + length <= first for other, length in self.locked.items())
+            self.locked[first] = size
+            return 0
+
+        def cudaHostUnregister(self, first):
+            del self.locked[first]
+            return 0
+
+    large = torch.zeros(2**20)
+    tensors = [large[5:900], large[1000:].t(), torch.zeros(0), *(torch.zeros(n) for n in range(1, 400, 40))]
+    runtime = Runtime(room=100)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with contextlib.ExitStack() as stack:
+        lock_pages(tensors, torch.device("cpu"), stack)
+        for tensor in tensors:
+            first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            assert any(run <= first and last <= run + size for run, size in runtime.locked.items()) or first == last
+        page = os.sysconf("SC_PAGE_SIZE")
+        assert all(run % page == 0 and size % page == 0 for run, size in runtime.locked.items())
+    assert not runtime.locked
+
+
+def test_pages_that_cannot_be_locked_are_left_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *arguments: 2))
+    with contextlib.ExitStack() as stack:
+        lock_pages([torch.zeros(2**20), torch.zeros(2**21)], torch.device("cpu"), stack)
+    assert [record.getMessage()[:12] for record in caplog.records] == ["CUDA error 2"]
 
 
 def test_one_block_at_a_time_has_copies_of_its_weights():

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from byte_tokenizer import VOCABULARY, byte_tokenizer
 from conftest import tiny_model
 
@@ -34,5 +35,8 @@ def test_cost_benchmark_counts_passes(tmp_path):
     assert [row["passes"] for row in rows] == [1, 1, 2]
     lines = (tmp_path / "salience_cost.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
-    (offloaded,) = benchmark.main([*command.replace("plain gradient grasp", "gradient").split(), "--offload"])
-    assert offloaded["offload"] and offloaded["passes"] == 1
+    offload = [*command.replace(" --measures plain gradient grasp", "").split(), "--offload", "--memory-limit", "24"]
+    (offloaded,) = benchmark.main([*offload, "--memory-budget", "0.0004"])
+    assert offloaded["measure"] == "gradient" and offloaded["passes"] == 5
+    with pytest.raises(ValueError, match="leave plain or --offload out"):
+        benchmark.main([*offload, "--measures", "plain"])
