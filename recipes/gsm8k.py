@@ -286,7 +286,8 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
         budget=args.budget,
         scope=args.scope,
         targets=args.targets,
-        loss=loop.mean_loss,
+        # Second derivatives need the logits, which the model's own loss forms.
+        loss=None if args.salience == "grasp" else loop.mean_loss,
         seed=args.seed,
     )
     masks.save(path)

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from recipes.data import IGNORED, Sample, collate, make_batches, sample_windows
+from recipes.loss import frozen_head, linear_cross_entropy
 from speft_optim.files import write_atomically
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -69,24 +70,23 @@ def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Cross-entropy summed over the label tokens of a batch, and their number.
 
-    Logits are computed from the first labelled position on: with a large vocabulary they are a good part of the work
-    and most of the memory, and no prompt position needs them.
+    Logits are a good part of the work and most of the memory with a large vocabulary. Where the head is frozen they are
+    made for label tokens only, a chunk at a time; else from the first labelled position on.
     """
     targets = batch["labels"][:, 1:]
-    first = int((targets != IGNORED).any(0).int().argmax())
+    counted = targets != IGNORED
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    if (head := frozen_head(model)) is not None:
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        loss = linear_cross_entropy(hidden[counted], head, targets[counted], softcap=softcap)
+        return loss, int(counted.sum())
+    first = int(counted.any(0).int().argmax())
     # Position i predicts token i + 1. A tensor of positions, not a count from the end: a count leaves a view with gaps
     # of the hidden states, for which torch copies the whole vocabulary matrix once per row of the batch.
     positions = torch.arange(first, targets.shape[1], device=targets.device)
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=positions,
-        use_cache=False,
-    )
-    targets = targets[:, first:].flatten()
-    logits = output.logits.flatten(0, 1)
-    counted = targets != IGNORED
-    loss = functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits[counted[:, first:]]
+    loss = functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
     return loss, int(counted.sum())
 
 

@@ -2,14 +2,29 @@
 
 The logits of 2 x 2048 tokens over 128,256 words take 1 GiB in bf16, twice that in fp32, and as much again for their
 gradient: they would set the peak of a checkpointed run. Here a chunk's logits give its loss and its input gradient at
-once, in forward, and are gone. The head is frozen, as everywhere in these recipes.
+once, in forward, and are gone. The head must be frozen, and the loss can be differentiated once.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
 CHUNK_BYTES = 128 * 2**20
+# Architectures of transformers whose logits are the head's product and at most a cap, with no factor or bias behind it.
+DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+
+
+def frozen_head(model: nn.Module) -> Tensor | None:
+    """The head's weight (vocabulary, width) where `linear_cross_entropy` can stand for it, else None.
+
+    None for an architecture it does not know, a head that is trained, and one with hooks, whose owner wants to see it
+    called.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) not in DECODERS:
+        return None
+    head = model.get_output_embeddings()
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return None if hooked or head.weight.requires_grad else head.weight
 
 
 def linear_cross_entropy(
@@ -22,7 +37,7 @@ def linear_cross_entropy(
         head: (vocabulary, width), frozen.
         targets: (tokens,) class numbers; -100 does not count.
         softcap: cap the logits to `softcap * tanh(logits / softcap)`, as Gemma 2 does.
-        chunk_bytes: largest fp32 chunk of logits; about three times this is alive at once.
+        chunk_bytes: largest fp32 chunk of logits; twice this is alive at once, with a cap three times.
 
     Returns:
         The sum, a scalar in fp32.
@@ -33,33 +48,40 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, chunk_bytes: int) -> Tensor:
-        wanted = hidden.requires_grad
-        gradient = torch.empty_like(hidden) if wanted else None
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         step = max(1, chunk_bytes // (4 * head.shape[0]))
         for first in range(0, len(targets), step):
-            rows, target = slice(first, first + step), targets[first : first + step]
-            counted = target != IGNORED
-            place = target.clamp(min=0)[:, None]
-            logits = (hidden[rows] @ head.t()).float()
-            slope = None
-            if softcap is not None:
-                tanh = logits.div_(softcap).tanh_()
-                slope = 1 - tanh.square() if wanted else None
-                logits = tanh * softcap
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += ((normaliser - logits.gather(1, place)).squeeze(1) * counted).sum()
-            if wanted:
-                # d loss / d logits = softmax(logits) - one-hot(target), times the slope of the cap
-                logits.sub_(normaliser).exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logits.dtype))
-                logits.mul_(counted[:, None])
-                if slope is not None:
-                    logits.mul_(slope)
-                torch.mm(logits.to(head.dtype), head, out=gradient[rows])
-        ctx.save_for_backward(*([gradient] if wanted else []))
+            rows = slice(first, first + step)
+            out = None if gradient is None else gradient[rows]
+            total += _chunk_loss(hidden[rows], head, targets[rows], softcap, out)
+        ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        # What was computed in forward has no graph: a second derivative would silently lack this function's part.
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy has no second derivative; take the loss from the model's logits")
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None, None
+
+
+def _chunk_loss(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, out: Tensor | None) -> Tensor:
+    """The summed loss of one chunk of tokens; its gradient goes to `out` (tokens, width). Its tensors end with it."""
+    counted, place, slope = targets != IGNORED, targets.clamp(min=0)[:, None], None
+    logits = (hidden @ head.t()).float()
+    if softcap is not None:
+        tanh = logits.div_(softcap).tanh_()
+        slope = None if out is None else tanh.square().neg_().add_(1)
+        logits = tanh.mul_(softcap)
+    normaliser = logits.logsumexp(1, keepdim=True)
+    loss = ((normaliser - logits.gather(1, place)).squeeze(1) * counted).sum()
+    if out is not None:
+        # d loss / d logits = softmax(logits) - one-hot(target), times the slope of the cap
+        logits.sub_(normaliser).exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logits.dtype))
+        logits.mul_(counted[:, None])
+        if slope is not None:
+            logits.mul_(slope)
+        torch.mm(logits.to(head.dtype), head, out=out)
+    return loss
