@@ -1,7 +1,7 @@
 """Memory and step time of sparse fine-tuning beside its peers, on one card: each mode in a process of its own.
 
     python -m recipes.benchmark memory --shape llama3-8b
-    python -m recipes.benchmark memory --shape qwen2-7b --modes frozen-bf16,ours-bf16 --batch 1
+    python -m recipes.benchmark memory --shape qwen2-7b --modes ours-int8,ours-nf4 --batch 1 --card 12
     python -m recipes.benchmark memory --shape llama3-8b --layers 2 --batch 1 --seq 64     # a trial, also on a CPU
 
 Random weights of the model's shape, built tensor by tensor: neither memory nor time depends on their values. Masks are
@@ -13,7 +13,9 @@ chunks (`recipes.loss`), for every mode alike.
     ours-bf16, -int8, -nf4     SparseAdamW on the seven projections of each block at --density
     lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
 
-Prints one JSON line a mode, then a table; writes `memory.json` and a stacked-bar `memory.png` to --out.
+`--card` gives each mode as much of the card as a smaller one has; running out of memory is then a result like others.
+Prints one JSON line a mode, then a table with the estimate of `recipes.memory` beside each peak; writes `memory.json`
+and a stacked-bar `memory.png` to --out.
 """
 
 import argparse
@@ -33,30 +35,8 @@ from torch import Tensor, nn
 
 from recipes import salience_cost
 from recipes.loss import linear_cross_entropy
-from recipes.memory import GIB, Shape, estimate
+from recipes.memory import CARDS, GIB, SHAPES, Shape, configuration, estimate, peak_bytes, usable_bytes
 
-SHAPES = {
-    "llama3-8b": (
-        "llama",
-        dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
-        | dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
-    ),
-    "qwen2-7b": (
-        "qwen2",
-        dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
-        | dict(num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
-    ),
-    "gemma2-2b": (
-        "gemma2",
-        dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, head_dim=256)
-        | dict(num_key_value_heads=4, vocab_size=256000, tie_word_embeddings=True),
-    ),
-    "tiny": (
-        "llama",
-        dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
-        | dict(num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False),
-    ),
-}
 MODES = [
     "frozen-bf16",
     "ours-bf16",
@@ -85,7 +65,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     memory.add_argument("--state-bits", type=int, choices=[8, 32], default=8, help="moments (default %(default)s)")
     memory.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
     memory.add_argument("--steps", type=int, default=6, help="timed steps after two more (default %(default)s)")
-    memory.add_argument("--memory-limit", type=float, help="let the process use so many GB of the card only")
+    memory.add_argument("--card", type=int, choices=CARDS, help="simulate a card of so many GB")
     memory.add_argument("--out", default="out/benchmark", help="folder for JSON and PNG (default %(default)s)")
     memory.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     salience_cost.add_arguments(
@@ -93,8 +73,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     )
     args = parser.parse_args(argv)
     if args.command == "salience":
-        limit_memory(args.memory_limit)
+        if args.memory_limit:
+            limit_memory(args.memory_limit * 10**9)
         return salience_cost.run(args, build)
+    if args.card and not torch.cuda.is_available():
+        parser.error(f"--card {args.card} simulates a small card on a larger one, but there is no CUDA device")
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(MODES)}")
@@ -118,7 +101,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def run_apart(mode: str, argv: list[str]) -> dict:
-    """One mode in a fresh process, whose peak is its own; an error becomes a row too, so that the others still run."""
+    """One mode in a fresh process, whose peak is its own; an error becomes a row, so that the others still run."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--modes", mode, "--in-process"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -131,10 +114,26 @@ def run_apart(mode: str, argv: list[str]) -> dict:
 
 
 def measure(mode: str, args: argparse.Namespace) -> dict:
-    """Build the model of a mode, take a few steps, and count."""
+    """What one mode needs and takes; on a card that is too small, a row that says so."""
     method, precision = mode.split("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limit_memory(args.memory_limit)
+    row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.card}
+    if method in ("ours", "frozen"):
+        shape = Shape.of(shaped(args.shape, args.layers))
+        entries = round(args.density * sum(rows * columns for rows, columns in shape.linears.values()))
+        sizes = dict(batch=args.batch, length=args.seq, state_bits=args.state_bits)
+        moments = estimate(shape, bits=BITS[precision], entries=entries if method == "ours" else 0, **sizes)
+        row["estimate_gib"] = round(peak_bytes(moments) / GIB, 3)
+    if args.card:
+        limit_memory(usable_bytes(args.card))
+    try:
+        return row | run_steps(method, precision, args, device)
+    except torch.OutOfMemoryError:
+        return row | {"error": "out of memory"}
+
+
+def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
+    """Build the model of a mode, take a few steps, and count."""
     torch.manual_seed(0)
     model = build(args.shape, precision, device, args.layers)
     weights = allocated(device, model)
@@ -154,28 +153,15 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state = sum(_bytes_of(value) for entry in optimizer.state.values() for value in entry.values())
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    config = model.config
-    expected = estimate(
-        Shape.of(config),
-        bits=BITS[precision],
-        entries=trained if method == "ours" else 0,
-        batch=args.batch,
-        length=args.seq,
-        state_bits=args.state_bits,
-    )
     import transformers
 
     return {
-        "mode": mode,
-        "shape": args.shape,
-        "layers": config.num_hidden_layers,
-        "tokens": [args.batch, args.seq],
+        "layers": model.config.num_hidden_layers,
         "trained": trained,
         "step_ms": round(statistics.median(step_ms), 1),
         "optimizer_ms": round(statistics.median(optimizer_ms), 2),
         "peak_gib": None if peak is None else round(peak / GIB, 3),
         "reserved_gib": None if peak is None else round(torch.cuda.max_memory_reserved() / GIB, 3),
-        "estimate_gib": round(expected["peak"] / GIB, 3) if method in ("ours", "frozen") else None,
         "parts_gib": {
             "weights": round(weights / GIB, 3),
             "values and positions" if method == "ours" else "adapters": round(held / GIB, 3),
@@ -210,11 +196,11 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return linear_cross_entropy(flat, model.lm_head.weight, targets, softcap=softcap) / targets.numel()
 
 
-def limit_memory(gigabytes: float | None) -> None:
-    """Let this process use so many GB of the card only."""
-    if gigabytes and torch.cuda.is_available():
+def limit_memory(most_bytes: float) -> None:
+    """Let this process use so many bytes of the card only; does nothing without a card."""
+    if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 10**9 / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most_bytes / total))
 
 
 def settle(device: torch.device) -> None:
@@ -243,19 +229,24 @@ def _bytes_of(value) -> int:
 # Models and methods
 
 
+def shaped(name: str, layers: int | None = None):
+    """The configuration of a shape, with fewer blocks where asked for."""
+    config = configuration(name, max_position_embeddings=8192, use_cache=False)
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
+
+
 def build(name: str, precision: str, device: torch.device, layers: int | None = None) -> nn.Module:
     """A random model of a shape, laid out without data and then made on the card one tensor at a time."""
     import accelerate
     import transformers
 
-    family, sizes = SHAPES[name]
-    config = transformers.AutoConfig.for_model(family, **sizes, max_position_embeddings=8192, use_cache=False)
-    if layers:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    config = shaped(name, layers)
     # Gemma 2 caps its attention scores, which the fused kernels leave out.
-    attention = "eager" if family == "gemma2" else "sdpa"
+    attention = "eager" if config.model_type == "gemma2" else "sdpa"
     # Parameters without data, but buffers with it: tables and scales that only their constructors fill.
     with accelerate.init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -367,13 +358,13 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        sizes = [f"{row[key]:.2f}" if row.get(key) else "-" for key in ("peak_gib", "estimate_gib")]
         if "error" in row:
-            lines.append(f"| {row['mode']} | {row['error']} |")
-            continue
-        ratio = f"{row['step_ms'] / floor:.2f}" if floor else "-"
-        cells = [row["mode"], f"{row['trained']:,}", f"{row['step_ms']:.0f}", ratio, f"{row['optimizer_ms']:.1f}"]
-        sizes = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("peak_gib", "estimate_gib")]
-        lines.append("| " + " | ".join([*cells, *sizes]) + " |")
+            cells = ["-", "-", "-", "-", row["error"], sizes[1]]
+        else:
+            ratio = f"{row['step_ms'] / floor:.2f}" if floor else "-"
+            cells = [f"{row['trained']:,}", f"{row['step_ms']:.0f}", ratio, f"{row['optimizer_ms']:.1f}", *sizes]
+        lines.append("| " + " | ".join([row["mode"], *cells]) + " |")
     return "\n".join(lines)
 
 

@@ -1,18 +1,62 @@
 """What a sparse run will need on the card, from the model's configuration alone.
 
-The parts are counted, not fitted: weights and codes by their bytes, compact values and moments by theirs, checkpointed
-activations by the layers' inputs. Only the activations of the one layer that is being recomputed are a rule of thumb,
-read off runs of Llama, Qwen2 and Gemma 2 shapes.
+Weights and what belongs to the trained entries are counted to the byte on a model without data. Activations are counted
+from what a block keeps for its backward, in bf16 with norms in fp32, at the three moments that can set the peak: the
+loss, the backward of the last block (all boundaries between blocks are still there), and that of the first one (all
+gradients are there already).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from recipes.loss import CHUNK_BYTES, DECODERS
+from speft_optim.kernels.reference import PANEL_BYTES
+
 GIB = 2**30
+# Sold sizes, taken as 10^9 bytes a GB: cards with error correction have little more than that to give.
+CARDS = (8, 12, 16, 24, 40, 48, 80)
+# The CUDA context with its kernels, a few hundred MiB by card and driver, and gaps between the allocator's blocks.
+OVERHEAD_BYTES = 3 * 2**28
+# Of cuBLAS, on an H100; other cards take less.
+WORKSPACE_BYTES = 64 * 2**20
+
+SHAPES = {
+    "llama3-8b": (
+        "llama",
+        dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+        | dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
+    ),
+    "qwen2-7b": (
+        "qwen2",
+        dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
+        | dict(num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+    ),
+    "gemma2-2b": (
+        "gemma2",
+        dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, head_dim=256)
+        | dict(num_key_value_heads=4, vocab_size=256000, tie_word_embeddings=True),
+    ),
+    "tiny": (
+        "llama",
+        dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+        | dict(num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False),
+    ),
+}
+
+
+def configuration(shape: str, **options) -> PretrainedConfig:
+    """The transformers configuration of a key of `SHAPES`."""
+    family, sizes = SHAPES[shape]
+    return AutoConfig.for_model(family, **sizes, **options)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder, from its configuration.
+    """Sizes of a decoder.
 
     Attributes:
         layers: number of blocks.
@@ -21,9 +65,12 @@ class Shape:
         heads: query width, heads times their size.
         keys: key (and value) width.
         vocabulary: words.
-        tied: whether input embedding and head are one tensor.
-        eager: whether attention scores are formed whole, (batch, heads, length, length).
-        head_count: number of query heads.
+        norms: norms over the width in a block: two, or four with norms behind attention and feed-forward too.
+        head_norms: whether queries and keys have norms of their own.
+        score_heads: query heads whose scores are formed whole, (batch, heads, length, length); 0 for fused attention.
+        capped: whether logits are capped.
+        linears: from name to (rows, columns), the linear weights of the blocks.
+        others: numbers in all other parameters.
     """
 
     layers: int
@@ -32,14 +79,34 @@ class Shape:
     heads: int
     keys: int
     vocabulary: int
-    tied: bool
-    eager: bool
-    head_count: int
+    norms: int
+    head_norms: bool
+    score_heads: int
+    capped: bool
+    linears: Mapping[str, tuple[int, int]]
+    others: int
 
     @classmethod
-    def of(cls, config) -> "Shape":
-        """The sizes in a transformers configuration."""
+    def of(cls, config: PretrainedConfig) -> "Shape":
+        """The sizes behind a transformers configuration.
+
+        Raises:
+            ValueError: the architecture is none of those that were counted.
+        """
+        if config.model_type not in DECODERS:
+            raise ValueError(
+                f"memory of a {config.model_type!r} model cannot be estimated, only of {', '.join(DECODERS)}; "
+                "start the run and watch its first steps"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        linears = {name: tuple(module.weight.shape) for name, module in found.items()}
+        block = model.get_decoder().layers[0]
+        norms = [module.weight.numel() for module in block.modules() if type(module).__name__.endswith("RMSNorm")]
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        scores_whole = getattr(config, "attn_logit_softcapping", None) is not None
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
@@ -47,28 +114,46 @@ class Shape:
             heads=size * config.num_attention_heads,
             keys=size * config.num_key_value_heads,
             vocabulary=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            eager=getattr(config, "attn_logit_softcapping", None) is not None,
-            head_count=config.num_attention_heads,
+            norms=norms.count(config.hidden_size),
+            head_norms=any(name.endswith("q_norm") for name, _ in block.named_modules()),
+            score_heads=config.num_attention_heads if scores_whole else 0,
+            capped=getattr(config, "final_logit_softcapping", None) is not None,
+            linears=linears,
+            others=sum(p.numel() for p in model.parameters())
+            - sum(rows * columns for rows, columns in linears.values()),
         )
 
-    @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the seven linear weights of a block."""
-        w, i = self.width, self.inner
-        attention = dict(q_proj=(self.heads, w), k_proj=(self.keys, w), v_proj=(self.keys, w), o_proj=(w, self.heads))
-        return attention | dict(gate_proj=(i, w), up_proj=(i, w), down_proj=(w, i))
+    def targets(self, suffixes: Sequence[str] | None = None) -> list[tuple[int, int]]:
+        """(rows, columns) of the linear weights that end with one of `suffixes`, or of all of them.
 
-    @property
-    def linear_entries(self) -> int:
-        """Entries of all linear weights of the blocks."""
-        return self.layers * sum(rows * columns for rows, columns in self.projections.values())
+        Raises:
+            ValueError: a suffix matches none.
+        """
+        for suffix in suffixes or ():
+            if not any(f".{name}".endswith(f".{suffix}") for name in self.linears):
+                raise ValueError(
+                    f"--targets {suffix} is no linear weight of the blocks, of which alone memory is known"
+                )
+        return [
+            shape
+            for name, shape in self.linears.items()
+            if suffixes is None or any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
+        ]
 
 
 def estimate(
-    shape: Shape, *, bits: int, entries: int, batch: int, length: int, checkpointing: bool = True, state_bits: int = 32
-) -> dict[str, float]:
-    """Bytes of each part at the peak of a training step.
+    shape: Shape,
+    *,
+    bits: int,
+    entries: int,
+    batch: int,
+    length: int,
+    targets: Sequence[str] | None = None,
+    state_bits: int = 32,
+    accumulation: int = 1,
+    checkpointing: bool = True,
+) -> dict[str, dict[str, int]]:
+    """Bytes of each part at the moments that can set the peak of a training step; see `peak_bytes`.
 
     Args:
         shape: the model's sizes.
@@ -76,35 +161,113 @@ def estimate(
         entries: trained entries; 0 for a frozen model.
         batch: sequences in a forward pass.
         length: tokens in each.
-        checkpointing: whether blocks are recomputed in backward.
+        targets: suffixes of the names of the weights that share the entries by size; None for all linear weights.
         state_bits: of the optimizer's two moments.
+        accumulation: forward passes in a step; gradients of the first are there during the others.
+        checkpointing: whether blocks are recomputed in backward.
 
     Returns:
-        Bytes by part, and their sum under "peak". The loss is taken in chunks (`recipes.loss`).
+        By moment (`loss`, `last block`, `first block`) the bytes by part. The loss is taken in chunks (`recipes.loss`).
     """
-    tokens = batch * length
-    rows = shape.layers * sum(rows for rows, _ in shape.projections.values())
-    per_entry = {16: 2.0, 8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}[bits]
-    rest = (1 if shape.tied else 2) * shape.vocabulary * shape.width
-    parts = {
-        "weights": shape.linear_entries * per_entry + (4 * rows if bits == 8 else 0) + 2 * rest,
-        "values and positions": entries * 6 + (4 * rows if entries else 0),
-        "moments": entries * 2 * state_bits / 8,
-        "activations": _activations(shape, tokens, length, checkpointing, bits, bool(entries)),
+    held = {"weights": _weight_bytes(shape, bits), **_entry_bytes(shape.targets(targets), entries, state_bits)}
+    gradients, block, saved = 4 * entries, *_block_bytes(shape, batch, length, bits, entries > 0)
+    row = batch * length * shape.width  # numbers in the hidden states
+    # Where scores are formed whole, the masks of full and of sliding attention are too.
+    masks = 4 * batch * length * length if shape.score_heads else 0
+    boundary = 2 * row if checkpointing else saved
+    chunk = min(CHUNK_BYTES, 4 * batch * length * shape.vocabulary)
+    # Hidden states, their gradient, those that have a label, and the last norm's fp32 input; logits, the temporary of a
+    # sum of exponentials, and the slope of a cap.
+    loss = 10 * row + chunk * (3 if shape.capped else 2)
+    earlier = gradients if accumulation > 1 else 0
+    # Positions are unpacked and values cast where they are used, one weight at a time.
+    largest = max(rows * columns for rows, columns in shape.targets(targets))
+    unpacked = 16 * entries * largest // sum(rows * columns for rows, columns in shape.targets(targets))
+    held["workspace"] = WORKSPACE_BYTES + unpacked
+    kept = boundary * shape.layers + masks
+    recomputed = block if checkpointing else block - saved
+    return {
+        "loss": held | {"gradients": earlier, "kept activations": kept, "loss chunk": loss},
+        "last block": held | {"gradients": earlier, "kept activations": kept, "one block": recomputed},
+        "first block": held | {"gradients": gradients, "kept activations": boundary + masks, "one block": recomputed},
     }
-    return parts | {"peak": sum(parts.values())}
 
 
-def _activations(shape: Shape, tokens: int, length: int, checkpointing: bool, bits: int, trains: bool) -> float:
-    # Of one block in backward: gate, its activation, up and three gradients of that width in bf16; two norms with fp32
-    # inputs; queries, keys, values (repeated for every head), attention's output and their gradients.
-    block = tokens * (12 * shape.inner + 16 * shape.width + 8 * shape.heads + 8 * shape.keys)
-    if shape.eager:
-        block += 3 * 4 * tokens * length * shape.head_count
-    if trains:
-        # The inputs of the linear layers, which frozen ones do not keep, and one panel of the sampled gradient.
-        block += tokens * 2 * (2 * shape.width + shape.heads + shape.inner) + 128 * 2**20
-    if bits != 16:
-        block += 2 * max(rows * columns for rows, columns in shape.projections.values())
-    kept = 2 * tokens * shape.width * (shape.layers + 2)
-    return kept + block if checkpointing else block * shape.layers * 0.75 + kept
+def peak_bytes(moments: Mapping[str, Mapping[str, int]]) -> int:
+    """The bytes of the largest moment of an estimate."""
+    return max(sum(parts.values()) for parts in moments.values())
+
+
+def smallest_card(needed: int) -> int | None:
+    """The smallest of the common cards, in GB, on which so many bytes of tensors fit beside the CUDA context."""
+    return next((card for card in CARDS if usable_bytes(card) >= needed), None)
+
+
+def usable_bytes(card: int) -> int:
+    """Bytes that a card of so many GB has for tensors."""
+    return card * 10**9 - OVERHEAD_BYTES
+
+
+def describe(moments: Mapping[str, Mapping[str, int]]) -> str:
+    """An estimate for people: GiB of each part at each moment, the peak, and the card that it fits."""
+    kinds = list(dict.fromkeys(kind for parts in moments.values() for kind in parts))
+    lines = ["GiB".ljust(18) + "".join(moment.rjust(13) for moment in moments)]
+    for kind in kinds:
+        lines.append(kind.ljust(18) + "".join(f"{parts.get(kind, 0) / GIB:13.3f}" for parts in moments.values()))
+    lines.append("together".ljust(18) + "".join(f"{sum(parts.values()) / GIB:13.3f}" for parts in moments.values()))
+    needed = peak_bytes(moments)
+    card = smallest_card(needed)
+    fits = f"fits a card of {card} GB" if card else f"fits none of the common cards, up to {CARDS[-1]} GB"
+    overhead = f"with {OVERHEAD_BYTES / GIB:.2f} GiB for the CUDA context and gaps"
+    return "\n".join([*lines, f"expected peak {needed / GIB:.2f} GiB; {overhead} it {fits}"])
+
+
+def _weight_bytes(shape: Shape, bits: int) -> int:
+    total = 2 * shape.others
+    for rows, columns in shape.linears.values():
+        entries = rows * columns
+        if bits == 16:
+            total += 2 * entries
+        elif bits == 8:
+            total += entries + 4 * rows
+        else:
+            # Two codes a byte, and a one-byte scale for each 64, themselves scaled by an fp32 number for each 256. Each
+            # weight carries its tables, of 16 and 256 fp32 numbers, and the mean of its scales.
+            blocks = -(-entries // 64)
+            total += -(-entries // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+    return total
+
+
+def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: int) -> dict[str, int]:
+    """Bytes of values, positions and moments, with the entries shared by the weights according to their size."""
+    whole = sum(rows * columns for rows, columns in targets)
+    positions = moments = 0
+    for rows, columns in targets:
+        own = round(entries * rows * columns / whole)
+        positions += min(4 * own, 2 * own + 4 * (rows + 1))
+        moments += 8 * own if state_bits == 32 else 2 * own + 8 * -(-own // 256)
+    return {"values": 4 * entries, "positions": positions, "moments": moments}
+
+
+def _block_bytes(shape: Shape, batch: int, length: int, bits: int, trains: bool) -> tuple[int, int]:
+    """Bytes of a block's activations at the peak of its backward, and of those that its forward saved for it."""
+    tokens = batch * length
+    scores = tokens * length * shape.score_heads
+    # Queries and attention's output, keys and values; with norms of their own two of them in fp32 too.
+    attention = tokens * (4 + 4 * shape.head_norms) * (shape.heads + shape.keys)
+    # Scores behind the cap and the softmax in bf16, the softmax in fp32 as well.
+    attention += 8 * scores
+    norm, inner = 4 * tokens * shape.width, 2 * tokens * shape.inner
+    # Only trained layers save their input: the two normed ones here, the product of the feed-forward part below.
+    normed = norm * trains
+    # Gate, its activation and up.
+    saved = attention + shape.norms * norm + normed + 3 * inner
+    panel = PANEL_BYTES if trains else 0
+    dense = 2 * max(rows * columns for rows, columns in shape.linears.values()) if bits < 16 else 0
+    at_product = saved + max(3 * inner, inner * (1 + trains) + max(panel, dense))
+    # A norm behind the feed-forward part goes first, with five fp32 temporaries.
+    at_last_norm = saved + inner * trains + (5 * norm if shape.norms > 2 else 0)
+    # The feed-forward part is gone; the cap and the softmax are saved, its gradient comes and one goes, all in fp32.
+    at_scores = attention + norm + normed + 6 * scores
+    residual = 2 * tokens * shape.width
+    return residual + max(at_product, at_last_norm, at_scores), saved + inner * trains

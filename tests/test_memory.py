@@ -1,15 +1,39 @@
-"""The loss without logits, the estimate against counts, and the benchmark's own plumbing."""
+"""The loss without logits, the estimate against counts and measurements, and the benchmark's own plumbing."""
 
 import json
+import weakref
 
 import pytest
 import torch
-from conftest import assert_close
+import transformers
+from conftest import assert_close, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from recipes import benchmark
-from recipes.loss import linear_cross_entropy
-from recipes.memory import GIB, Shape, estimate
+from recipes import benchmark, memory
+from recipes.loss import frozen_head, linear_cross_entropy
+from recipes.memory import GIB, Shape, estimate, peak_bytes
+from speft_optim import SparseAdamW, select_masks, sparsify
+from speft_optim.frozen import quantized_linears
+
+SMALL = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+FAMILIES = {
+    "llama": dict(vocab_size=128, tie_word_embeddings=False),
+    "qwen2": dict(vocab_size=128, tie_word_embeddings=True),
+    "gemma2": dict(vocab_size=128, head_dim=32, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture
+def family(request, monkeypatch):
+    """The name of a small shape of the family."""
+    monkeypatch.setitem(memory.SHAPES, "small", (request.param, SMALL | FAMILIES[request.param]))
+    return "small"
+
+
+def every_family(function):
+    return pytest.mark.parametrize("family", FAMILIES, indirect=True)(function)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -40,47 +64,151 @@ def test_linear_cross_entropy_in_bf16_and_without_gradients():
     assert linear_cross_entropy(hidden, head, torch.full((9,), -100)).item() == 0
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
-def test_estimate_counts_weights_and_entries_exactly(precision):
-    from speft_optim import select_masks
-    from speft_optim.frozen import quantized_linears
+def test_loss_cannot_be_differentiated_twice_in_silence():
+    hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1, 2]))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
-    model = benchmark.build("tiny", precision, torch.device("cpu"))
-    masks = select_masks(model, salience="random", density=0.05, targets=benchmark.PROJECTIONS)
-    parts = estimate(Shape.of(model.config), bits=benchmark.BITS[precision], entries=masks.count, batch=1, length=8)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+
+def test_head_is_left_out_only_where_nobody_needs_it_called():
+    model = tiny_model("llama").requires_grad_(False)
+    assert frozen_head(model) is model.lm_head.weight
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    assert frozen_head(model) is None
+    hook.remove()
+    model.lm_head.weight.requires_grad_(True)
+    assert frozen_head(model) is None
+    assert frozen_head(tiny_model("gpt2").requires_grad_(False)) is None
+    masks = select_masks(model, salience="random", density=0.1, targets=["lm_head"])
+    sparsify(model, masks)
+    assert frozen_head(model) is None
+
+
+# --- the estimate
+
+
+def stored_bytes(model):
+    """Bytes of all parameters and of what bitsandbytes keeps beside its codes."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
     for _, module in quantized_linears(model):
-        if precision == "int8":
-            weights += module.weight.SCB.nbytes
+        if hasattr(module.weight, "SCB"):
+            total += module.weight.SCB.nbytes
         else:
             state = module.weight.quant_state
-            weights += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert parts["weights"] == pytest.approx(weights, rel=0.01)
-    held = 4 * masks.count + sum(mask.nbytes for mask in masks.values())
-    assert parts["values and positions"] == pytest.approx(held, rel=0.05)
-    assert parts["moments"] == 8 * masks.count
+            second = (state.offset, state.state2.absmax, state.state2.code)
+            total += sum(tensor.nbytes for tensor in (state.absmax, state.code, *second))
+    return total
+
+
+@every_family
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "mlp.down_proj"]])
+def test_estimate_counts_weights_and_entries_to_the_byte(family, precision, state_bits, targets):
+    model = benchmark.build(family, precision, torch.device("cpu"))
+    shape, before = Shape.of(benchmark.shaped(family)), stored_bytes(model)
+    density = 1 / 64
+    entries = round(density * sum(rows * columns for rows, columns in shape.targets(targets)))
+    sizes = dict(batch=1, length=8, targets=targets, state_bits=state_bits)
+    moments = estimate(shape, bits=benchmark.BITS[precision], entries=entries, **sizes)
+    masks = select_masks(model, salience="random", density=density, targets=targets or benchmark.PROJECTIONS)
+    optimizer = SparseAdamW(sparsify(model, masks), state_bits=state_bits)
+    assert masks.count == entries
+    benchmark.loss_of(model, torch.randint(0, 128, (1, 8))).backward()
+    optimizer.step()
+    held = optimizer.memory_summary()
+    assert moments["first block"]["weights"] == before
+    for part in ("values", "positions", "moments", "gradients"):
+        assert moments["first block"][part] == held[part], part
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, while they live, and the most there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.sizes:
+                self.sizes[key] = tensor.untyped_storage().nbytes()
+                self.now += self.sizes[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self.forget, key)
+        return made
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+@every_family
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_estimate_of_activations_is_near_what_lives(family, checkpointing):
+    model = benchmark.build(family, "bf16", torch.device("cpu")).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    ids = torch.randint(0, 128, (4, 256))
+    existing = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), ids)}
+    with LiveBytes() as live:
+        live.sizes = dict.fromkeys(existing, 0)
+        benchmark.loss_of(model, ids).backward()
+    sizes = dict(bits=16, entries=0, batch=4, length=256, checkpointing=checkpointing)
+    moments = estimate(Shape.of(model.config), **sizes)
+    held = moments["loss"]["weights"] + moments["loss"]["workspace"]
+    assert peak_bytes(moments) - held == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "low", "high"),
-    [("llama3-8b", 16, 16.4, 17.4), ("llama3-8b", 8, 9.9, 10.9), ("llama3-8b", 4, 6.8, 7.8)],
+    ("bits", "density", "measured_gib"),
+    [(16, 0, 16.91), (16, 0.01, 17.53), (8, 0, 10.42), (8, 0.01, 11.01), (4, 0, 7.27), (4, 0.01, 7.87)],
 )
-def test_estimate_of_frozen_models_is_near_what_was_measured(name, bits, low, high):
-    family, sizes = benchmark.SHAPES[name]
-    import transformers
-
-    config = transformers.AutoConfig.for_model(family, **sizes)
-    parts = estimate(Shape.of(config), bits=bits, entries=0, batch=2, length=2048)
-    assert low < parts["peak"] / GIB < high
+def test_estimate_is_what_an_h100_measured(bits, density, measured_gib):
+    """The table in the README: Llama-3-8B shape, 2 x 2048 tokens."""
+    shape = Shape.of(memory.configuration("llama3-8b"))
+    entries = round(density * sum(rows * columns for rows, columns in shape.targets()))
+    moments = estimate(shape, bits=bits, entries=entries, batch=2, length=2048, state_bits=8)
+    assert peak_bytes(moments) / GIB == pytest.approx(measured_gib, rel=0.01)
 
 
 def test_estimate_grows_with_everything():
-    shape = Shape(2, 128, 192, 128, 64, 512, False, False, 4)
-    base = dict(bits=16, entries=1000, batch=2, length=64)
-    small = estimate(shape, **base)["peak"]
-    for change in (dict(entries=2000), dict(batch=4), dict(length=128), dict(checkpointing=False)):
-        assert estimate(shape, **{**base, **change})["peak"] > small
-    assert estimate(shape, **base, state_bits=8)["peak"] < small
+    shape = Shape.of(memory.configuration("gemma2-2b"))
+    base = dict(bits=4, entries=10**8, batch=2, length=1024)
+    small = peak_bytes(estimate(shape, **base))
+    larger = [dict(entries=2 * 10**8), dict(batch=4), dict(length=2048), dict(checkpointing=False), dict(bits=8)]
+    for change in [*larger, dict(accumulation=2)]:
+        assert peak_bytes(estimate(shape, **{**base, **change})) > small
+    assert peak_bytes(estimate(shape, **base, state_bits=8)) < small
+
+
+def test_estimate_of_head_norms_and_of_unknown_architectures():
+    config = transformers.Qwen3Config(**SMALL, head_dim=32, vocab_size=512)
+    shape = Shape.of(config)
+    assert shape.head_norms and shape.norms == 2 and not Shape.of(memory.configuration("tiny")).head_norms
+    with pytest.raises(ValueError, match="'gpt2' model cannot be estimated, only of .*llama"):
+        Shape.of(transformers.GPT2Config())
+    with pytest.raises(ValueError, match="--targets lm_head is no linear weight of the blocks"):
+        shape.targets(["q_proj", "lm_head"])
+
+
+def test_description_names_every_part_the_peak_and_a_card():
+    moments = estimate(Shape.of(memory.configuration("llama3-8b")), bits=8, entries=10**7, batch=1, length=2048)
+    text = memory.describe(moments)
+    assert all(part in text for parts in moments.values() for part in parts)
+    assert f"expected peak {peak_bytes(moments) / GIB:.2f} GiB" in text and "fits a card of 12 GB" in text
+    assert (
+        memory.smallest_card(memory.usable_bytes(16)) == 16 and memory.smallest_card(memory.usable_bytes(16) + 1) == 24
+    )
+    huge = {"loss": {"weights": 10**12}}
+    assert memory.smallest_card(10**12) is None and "fits none of the common cards, up to 80 GB" in memory.describe(
+        huge
+    )
+
+
+# --- the benchmark
 
 
 def test_benchmark_reports_every_mode_also_one_that_fails(tmp_path, capsys):
@@ -94,6 +222,29 @@ def test_benchmark_reports_every_mode_also_one_that_fails(tmp_path, capsys):
     assert "invalid choice" in failed["error"] and failed["error"] in benchmark.table([failed, row])
     with pytest.raises(SystemExit):
         benchmark.main(["memory", "--modes", "none"])
+
+
+def test_a_card_that_is_too_small_is_a_result(monkeypatch):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(benchmark, "run_steps", fill)
+    arguments = type("Arguments", (), dict(shape="tiny", layers=None, batch=1, seq=16, density=0.02, state_bits=8))
+    arguments.card = None
+    row = benchmark.measure("ours-int8", arguments)
+    assert row["error"] == "out of memory" and row["estimate_gib"] > 0
+    assert f"| ours-int8 | - | - | - | - | out of memory | {row['estimate_gib']:.2f} |" in benchmark.table([row])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            benchmark.main(["memory", "--card", "12"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="simulates a small card on a large one")
+def test_a_simulated_card_sets_the_limit(tmp_path):
+    command = ["memory", "--shape", "llama3-8b", "--modes", "frozen-bf16", "--card", "12", "--out", str(tmp_path)]
+    (row,) = benchmark.main(command)
+    assert row["error"] == "out of memory" and row["simulated_gb"] == 12
 
 
 @pytest.mark.parametrize("method", ["frozen", "lora", "ours"])
