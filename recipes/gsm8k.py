@@ -4,6 +4,8 @@
     python -m recipes.gsm8k --preset gemma2-2b --score gsm8k
     python -m recipes.gsm8k --model FOLDER --data FOLDER --density 0.01 --epochs 3 --score gsm8k_local
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method full
+    python -m recipes.gsm8k --preset llama3-8b --base-bits 4 --dry-run
+    python -m recipes.gsm8k --list-presets
 
 Under `--out` a run leaves `checkpoint/` (an ordinary checkpoint), `adapter.safetensors` and `masks.safetensors` (sparse
 only), `run.json` and `report.png`. The same command with `--resume` goes on after an interruption.
@@ -37,10 +39,11 @@ if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
 
 import torch
 
-from recipes import data, loop, models, report
+from recipes import data, loop, memory, models, report
 from speft_optim import Masks, SparseAdamW, save_adapter, select_masks, sparsify
+from speft_optim.frozen import frozen_weight
 
-METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True}
+METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
 PRESETS = {
     "gemma2-2b": {"model": "google/gemma-2-2b", "budget": 25_559_040, **METAMATH},
     "qwen2-7b": {"model": "Qwen/Qwen2-7B", "budget": 40_370_176, **METAMATH},
@@ -83,6 +86,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m recipes.gsm8k", description=__doc__.split("\n")[0])
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="defaults for a known job")
+    run.add_argument("--list-presets", action=ListPresets, help="print which card each preset fits, and stop")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the expected peak on a card, from the configuration alone, and stop",
+    )
     run.add_argument(
         "--paper", action="store_true", help="defaults of the SPEFT paper: lr 2e-5, 1 epoch, batch 4 x 4, length 1024"
     )
@@ -100,6 +109,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["auto", *DTYPES],
         default="auto",
         help="of the weights; auto is float32 for --method full, else bfloat16 on a card and the faster one on a CPU",
+    )
+    model.add_argument(
+        "--base-bits",
+        type=int,
+        choices=[16, 8, 4],
+        default=16,
+        help="let bitsandbytes keep the frozen weights of the blocks in 8 or 4 bits (default %(default)s). The bf16 "
+        "checkpoint is then of the dequantised weights and not of the original ones: it is the very model that was "
+        "trained, with its held-out loss",
     )
 
     source = parser.add_argument_group("data")
@@ -153,6 +171,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--weight-decay", type=float, default=0.0, help="of the trained entries (default %(default)s)"
     )
     training.add_argument(
+        "--state-bits", type=int, choices=[32, 8], help="of the optimizer's two moments, each (default 32)"
+    )
+    training.add_argument(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
         default=False,
@@ -184,9 +205,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             defaults.pop(one, None)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    for flag in ("density", "budget", "targets"):
+    for flag in ("density", "budget", "targets", "state_bits"):
         if args.method == "full" and getattr(chosen, flag) is not None:
-            parser.error(f"--{flag} belongs to a mask, and --method full trains all weights; leave out one of the two")
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} belongs to a mask, and --method full trains all weights; leave out one of the two")
+    if args.state_bits is None:
+        args.state_bits = 32
     if args.density is None and args.budget is None:
         args.density = 0.01
     if args.steps is None and args.epochs is None:
@@ -210,6 +234,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("lr", "epochs", "clip"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
+    if args.method == "full" and args.base_bits != 16:
+        parser.error(
+            f"--base-bits {args.base_bits} freezes the weights, and --method full trains them; leave out one of the two"
+        )
+    if args.dry_run and (args.method == "full" or args.dtype == "float32"):
+        parser.error("--dry-run counts sparse training in bfloat16; leave out --method full and --dtype float32")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
 
@@ -229,9 +259,9 @@ def default_rate(method: str, density: float, weight_size: float) -> float:
 def linear_weight_size(model: torch.nn.Module) -> float:
     """Root mean square over all linear weights but the head's."""
     head = model.get_output_embeddings()
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    squares = sum(weight.detach().float().square().sum().item() for weight in weights)
-    return (squares / sum(weight.numel() for weight in weights)) ** 0.5
+    weights = [frozen_weight(m) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    squares = sum(weight.dense(torch.float32).square().sum().item() for weight in weights)
+    return (squares / sum(weight.shape.numel() for weight in weights)) ** 0.5
 
 
 def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
@@ -241,6 +271,52 @@ def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     if args.dtype != "auto":
         return DTYPES[args.dtype]
     return torch.float32 if args.method == "full" else models.fastest_dtype(device)
+
+
+class ListPresets(argparse.Action):
+    """Prints which card each preset fits, and ends the program, as `--help` does."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Print and exit."""
+        print(preset_table())
+        parser.exit()
+
+
+def preset_table() -> str:
+    """Expected peaks of the presets whose shapes are known, and the smallest common card for each."""
+    lines = ["| preset | entries | 16 bits | 8 bits | 4 bits |", "|---|---|---|---|---|"]
+    for name in [name for name in PRESETS if name in memory.SHAPES]:
+        cells = []
+        for bits in (16, 8, 4):
+            args = parse(["--preset", name, "--base-bits", str(bits)])
+            needed = memory.peak_bytes(expected_memory(args))
+            cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_card(needed)} GB")
+        lines.append(f"| {name} | {args.budget:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Bytes by part at the moments that can set the peak of training (see `recipes.memory`), for the longest batch."""
+    if args.preset in memory.SHAPES and args.model == PRESETS[args.preset]["model"]:
+        config = memory.configuration(args.preset)  # needs no network and no accepted licence
+    else:
+        config = models.configuration(args.model, cache=args.cache)
+    shape = memory.Shape.of(config)
+    entries = args.budget or round(args.density * sum(rows * columns for rows, columns in shape.targets(args.targets)))
+    return memory.estimate(
+        shape,
+        bits=args.base_bits,
+        entries=entries,
+        batch=args.batch_size,
+        length=args.max_length,
+        targets=args.targets,
+        state_bits=args.state_bits,
+        accumulation=args.accumulation,
+        checkpointing=args.checkpointing,
+    )
 
 
 def read_data(args: argparse.Namespace) -> tuple[list[data.Example], list[data.Example], str | None]:
@@ -323,8 +399,12 @@ def earlier_record(args: argparse.Namespace, path: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Load, calibrate, select, attach, train, save, report; returns what it wrote to run.json."""
+    """Load, calibrate, select, attach, train, save, report; returns what it wrote to run.json, or what a run needs."""
     args = parse(argv)
+    if args.dry_run:
+        moments = expected_memory(args)
+        print(memory.describe(moments))
+        return moments
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -355,7 +435,7 @@ def main(argv: list[str] | None = None) -> dict:
         torch.manual_seed(args.seed)
         dtype = DTYPES[record["dtype"]] if "dtype" in record else choose_dtype(args, device)
         record["dtype"] = str(dtype).removeprefix("torch.")
-        model, tokenizer = models.load(base, dtype=dtype, device=device)
+        model, tokenizer = models.load(base, dtype=dtype, device=device, bits=args.base_bits)
         pad_id = tokenizer.pad_token_id
         samples = data.tokenize(tokenizer, train_examples, max_length=args.max_length)
         held_out = data.tokenize(tokenizer, test_examples[: args.held_out], max_length=args.max_length)
@@ -377,8 +457,11 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         parameters, record["mask"] = list(model.parameters()), None
     lr = args.lr or default_rate(args.method, masks.density if masks else 1.0, linear_weight_size(model))
-    optimizer_class = SparseAdamW if masks else torch.optim.AdamW
-    optimizer = optimizer_class(parameters, lr=lr, weight_decay=args.weight_decay)
+    options = dict(lr=lr, weight_decay=args.weight_decay)
+    if masks:
+        optimizer = SparseAdamW(parameters, state_bits=args.state_bits, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **options)
 
     with stage("train"), models.products_of(dtype):
         history = loop.train(
@@ -412,7 +495,7 @@ def main(argv: list[str] | None = None) -> dict:
             save_adapter(model, out / "adapter.safetensors", details={"measure": args.salience})
             files |= {"adapter": str(out / "adapter.safetensors"), "masks": str(out / "masks.safetensors")}
             record["adapter_sha256"] = report.sha256(out / "adapter.safetensors")
-        record["moved"] = report.moved_share(base, out / "checkpoint", masks)
+        record["moved"] = report.moved_share(base, out / "checkpoint", masks, model)
         loop.remove_checkpoints(out / "resume")
     del model, optimizer, parameters
 

@@ -18,10 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PretrainedConfig,
+)
 from transformers.utils import logging
 
 from recipes.data import begins_with_bos
+from speft_optim.quantized import take_over
 
 
 @dataclass(frozen=True)
@@ -78,22 +86,14 @@ def unpack(key: str, cache: str | Path) -> Path:
     Returns:
         The checkpoint folder. It appears complete or not at all: it is written under a temporary name and renamed.
     """
-    model = PACKAGED[key]
-    folder = Path(cache) / model.name.split("/")[-1]
+    folder = _unpacked(key, cache)
     if (folder / "config.json").is_file():
         return folder
-    pieces = [_piece_path(model, *piece) for piece in model.pieces]
+    pieces = _pieces(key)
     Path(cache).mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
     try:
-        source = pieces[0]
-        if len(pieces) > 1:
-            source = temporary / "joined.gguf"
-            with source.open("wb") as joined:
-                for piece in pieces:
-                    with piece.open("rb") as part:
-                        shutil.copyfileobj(part, joined, 1 << 20)
-        _convert(source, temporary / "checkpoint")
+        _convert(_join(pieces, temporary), temporary / "checkpoint")
         os.replace(temporary / "checkpoint", folder)
     except OSError:
         if not (folder / "config.json").is_file():  # else another process finished the same folder first
@@ -101,6 +101,25 @@ def unpack(key: str, cache: str | Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _unpacked(key: str, cache: str | Path) -> Path:
+    return Path(cache) / PACKAGED[key].name.split("/")[-1]
+
+
+def _pieces(key: str) -> list[Path]:
+    return [_piece_path(PACKAGED[key], *piece) for piece in PACKAGED[key].pieces]
+
+
+def _join(pieces: list[Path], folder: Path) -> Path:
+    """One file of all pieces: the piece itself where it is the only one, else a new file in `folder`."""
+    if len(pieces) == 1:
+        return pieces[0]
+    with (folder / "joined.gguf").open("wb") as joined:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, joined, 1 << 20)
+    return folder / "joined.gguf"
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -148,13 +167,34 @@ def resolve(name: str, *, cache: str | Path = "models") -> Path:
         ) from error
 
 
-def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"):
+def configuration(name: str, *, cache: str | Path = "models") -> PretrainedConfig:
+    """The configuration of a model, by the names that `resolve` takes; nothing else is fetched, unpacked or loaded.
+
+    Raises:
+        ValueError: there is no such folder, package or name on the hub.
+    """
+    if name in PACKAGED and not (_unpacked(name, cache) / "config.json").is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            gguf = _join(_pieces(name), Path(temporary))
+            return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    try:
+        return AutoConfig.from_pretrained(_unpacked(name, cache) if name in PACKAGED else name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r} is neither a folder with a config.json, nor one of {sorted(PACKAGED)}, "
+            f"nor could its configuration be fetched from the hub ({error})"
+        ) from error
+
+
+def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", bits: int = 16):
     """Load a checkpoint folder for training.
 
     Args:
         folder: a local checkpoint.
-        dtype: of the weights.
+        dtype: of the weights; of a quantised base, of the others and of all products.
         device: where the model goes.
+        bits: 16 leaves the weights in `dtype`. With 8, or 4 (nf4, double quantisation), bitsandbytes quantises the
+            linear weights of the blocks as they are read, so that the dense model never exists.
 
     Returns:
         The model, in training mode, and its tokenizer, which always has a pad token.
@@ -170,10 +210,26 @@ def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str =
         tokenizer.add_bos_token = (
             True  # Gemma models fail without BOS, and conversions of tokenizers can lose the setting
         )
+    options = dict(dtype=dtype, attn_implementation=attention_backend(config, device))
+    if bits == 16:
+        return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).train(), tokenizer
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention_backend(config, device)
+        folder, quantization_config=_quantisation(bits, dtype), device_map={"": device}, **options
     )
-    return model.to(device).train(), tokenizer
+    # From the start, so that the loss before training is of the same products as the one after.
+    take_over(model)
+    return model.train(), tokenizer
+
+
+def _quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,  # its default is float32, at the price of fp32 products
+    )
 
 
 def attention_backend(config, device: torch.device | str) -> str | None:

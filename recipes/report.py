@@ -18,8 +18,10 @@ from safetensors import safe_open
 
 from speft_optim import Masks
 from speft_optim.files import tensor_files, write_atomically
+from speft_optim.frozen import frozen_weight, quantized_linears
+from speft_optim.targets import all_targets
 
-PACKAGES = ("speft-optim", "torch", "transformers", "safetensors", "numpy", "datasets", "lm-eval")
+PACKAGES = ("speft-optim", "torch", "transformers", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
 
 
 def write_json(record: dict, path: str | Path) -> None:
@@ -92,11 +94,13 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> in
 
 def adamw_bytes(model: torch.nn.Module, masks: Masks | None) -> int:
     """Bytes of two fp32 moments for every weight of the model: what AdamW holds."""
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(target.shape.numel() for target in all_targets(model).values())
     return 8 * (count - (masks.count if masks is not None else 0))  # compact values are not weights of their own
 
 
-def moved_share(base: str | Path, tuned: str | Path, masks: Masks | None) -> dict[str, int | float]:
+def moved_share(
+    base: str | Path, tuned: str | Path, masks: Masks | None, model: torch.nn.Module
+) -> dict[str, int | float]:
     """How many entries of a saved checkpoint differ from its base, tensor by tensor from the files.
 
     Args:
@@ -104,6 +108,7 @@ def moved_share(base: str | Path, tuned: str | Path, masks: Masks | None) -> dic
         tuned: folder of the trained one. Where the dtypes differ, the base is rounded to this one's, as loading it
             does.
         masks: which entries were trained; None for all of them.
+        model: the trained model; the base of a weight that it holds as codes is what these codes give.
 
     Returns:
         `entries` of the model, how many `moved`, how many of these lie outside the mask (`stray`, to be 0), and the
@@ -115,11 +120,13 @@ def moved_share(base: str | Path, tuned: str | Path, masks: Masks | None) -> dic
         raise ValueError(
             f"{base} has no tensor called {missing[0]}, which {tuned} has; the folders hold different models"
         )
+    codes = {f"{name}.weight": frozen_weight(module) for name, module in quantized_linears(model)}
     moved = stray = total = 0
     for name in after:
         with safe_open(before[name], "pt") as old, safe_open(after[name], "pt") as new:
             trained = new.get_tensor(name)
-            differs = (old.get_tensor(name).to(trained.dtype) != trained).flatten()
+            start = codes[name].dense_base(trained.dtype).cpu() if name in codes else old.get_tensor(name)
+            differs = (start.to(trained.dtype) != trained).flatten()
         moved += int(differs.sum())
         total += trained.numel()
         if masks is not None:

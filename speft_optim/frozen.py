@@ -96,6 +96,10 @@ class QuantizedWeight:
             lay_over_(weight, mask.to(weight.device), values.detach().to(weight.device))
         return weight
 
+    def dense_base(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight in `dtype` as its codes give it, newly made."""
+        return self._dequantize(dtype)
+
     def rows(self, first: int, last: int) -> Tensor:
         """Rows `first` to `last` (exclusive) in fp32, newly made."""
         panel, columns = self._panel(first, last), self.shape[1]

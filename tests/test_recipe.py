@@ -15,12 +15,15 @@ import pytest
 import torch
 import transformers
 from byte_tokenizer import VOCABULARY, byte_tokenizer
-from conftest import tiny_model
-from safetensors.torch import load_file
+from conftest import live_tensors, tiny_model
+from quantized_models import SIZES
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import data, gsm8k, loop, models, report
+from recipes import data, gsm8k, loop, memory, models, report
+from recipes.loss import frozen_head
 from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
+from speft_optim.frozen import frozen_weight, quantized_linears
 
 ROOT = Path(__file__).parent.parent
 PAD = 3
@@ -64,8 +67,10 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_loss_equals_the_models_own_on_either_padding_side(kind, side, samples):
-    model = tiny(kind)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_loss_equals_the_models_own_on_either_padding_side(kind, side, frozen, samples):
+    model = tiny(kind).requires_grad_(not frozen)
+    assert (frozen_head(model) is not None) is frozen
     batch = data.collate(samples[:5], pad_id=PAD, side=side)
     loss, count = loop.summed_loss(model, batch)
     assert count == sum(label != data.IGNORED for sample in samples[:5] for label in sample.labels)
@@ -391,8 +396,10 @@ def test_unpacking_joins_the_pieces_appears_whole_and_happens_once(tmp_path, mon
 def folders(tmp_path_factory):
     """A checkpoint folder of each architecture with the tiny tokenizer, and a folder of problems."""
     root = tmp_path_factory.mktemp("job")
-    for kind, template in (("gemma2", "<s> $A"), ("qwen2", "$A"), ("llama", "<s> $A")):
-        tiny(kind, bos_token_id=1, eos_token_id=2, pad_token_id=PAD).save_pretrained(root / kind)
+    for kind, template in (("gemma2", "<s> $A"), ("qwen2", "$A"), ("llama", "<s> $A"), ("wide", "$A")):
+        sizes = SIZES if kind == "wide" else {}
+        model = tiny("qwen2" if kind == "wide" else kind, bos_token_id=1, eos_token_id=2, pad_token_id=PAD, **sizes)
+        model.save_pretrained(root / kind)
         byte_tokenizer(template=template, pad=None if kind == "llama" else "<pad>").save_pretrained(root / kind)
     data.write(root / "problems", train=40, test=12)
     return root
@@ -528,6 +535,180 @@ def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, mo
         gsm8k.main(command(folders, "llama", out, *more, "--resume"))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_job_on_a_quantised_base(bits, folders, tmp_path):
+    out = tmp_path / "run"
+    more = ["--base-bits", bits, "--steps", 6, "--lr", 1e-2, "--density", 0.1, "--state-bits", 8, "--checkpointing"]
+    record = gsm8k.main(command(folders, "wide", out, *more))
+    assert record["arguments"]["base_bits"] == bits
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
+    dense = AutoModelForCausalLM.from_pretrained(folders / "wide")
+    count = sum(parameter.numel() for parameter in dense.parameters())
+    held = record["optimizer_bytes"]
+    assert held["adamw"] == 8 * count
+    assert held["held"] < 9 * record["mask"]["count"]  # values in 4 bytes, moments in 2, positions in 2 and pointers
+
+    # An ordinary bf16 checkpoint, which is the model that was trained.
+    tuned = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    assert not hasattr(tuned.config, "quantization_config") and tuned.dtype is torch.bfloat16
+    assert weights(tuned).keys() == weights(dense).keys()
+    held_out = data.tokenize(
+        byte_tokenizer(template="$A"), data.load_examples(folders / "problems")[1][:8], max_length=512
+    )
+    after = loop.evaluate(tuned.float(), held_out, batch_size=4, pad_id=PAD)
+    assert after == pytest.approx(record["held_out_loss"]["after"], abs=0.02)
+    assert record["moved"]["entries"] == count and record["moved"]["stray"] == 0
+    assert 0.5 * record["mask"]["count"] < record["moved"]["moved"] <= record["mask"]["count"]
+
+    # The adapter on the base, loaded anew, is the same function.
+    adapted, _ = models.load(folders / "wide", dtype=torch.float32, bits=bits)
+    load_adapter(adapted, out / "adapter.safetensors")
+    for name, module in quantized_linears(adapted):
+        merged = tuned.get_submodule(name).weight.bfloat16()
+        assert torch.equal(frozen_weight(module).dense(torch.bfloat16), merged), name
+
+
+def test_quantised_job_resumes_bit_equal(folders, tmp_path, monkeypatch):
+    more = ["--base-bits", 4, "--steps", 5, "--density", 0.1, "--checkpoint-every", 2, "--state-bits", 8]
+    whole = gsm8k.main(command(folders, "wide", tmp_path / "whole", *more))
+    step, taken = SparseAdamW.step, []
+
+    def step_or_die(self, closure=None):
+        taken.append(0)
+        if len(taken) == 4:
+            raise Killed
+        return step(self, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAdamW, "step", step_or_die)
+        with pytest.raises(Killed):
+            gsm8k.main(command(folders, "wide", tmp_path / "killed", *more))
+    with pytest.raises(ValueError, match="--resume with --base-bits 8, but the run in .* had 4"):
+        gsm8k.main(command(folders, "wide", tmp_path / "killed", *more, "--resume", "--base-bits", 8))
+    resumed = gsm8k.main(command(folders, "wide", tmp_path / "killed", *more, "--resume"))
+    assert resumed["history"]["loss"] == whole["history"]["loss"]
+    for file in ("adapter.safetensors", "checkpoint/model.safetensors"):
+        assert_equal(*[load_file(tmp_path / run / file) for run in ("whole", "killed")])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_loading_holds_the_quantised_model_and_one_shard(bits, tmp_path, monkeypatch):
+    """Counted when each twelfth weight has just been quantised."""
+    import bitsandbytes
+
+    shard = 300_000
+    whole = tiny("llama", **SIZES, num_hidden_layers=12).bfloat16()
+    whole.save_pretrained(tmp_path, max_shard_size=shard)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert sum(parameter.nbytes for parameter in whole.parameters()) > 4 * shard
+    del whole
+    parameter = bitsandbytes.nn.Int8Params if bits == 8 else bitsandbytes.nn.Params4bit
+    real, calls, peaks = parameter._quantize, [], []
+
+    def live_bytes():
+        return sum(tensor.untyped_storage().nbytes() for tensor in live_tensors().values() if not tensor.is_meta)
+
+    def watched(self, device):
+        result = real(self, device)
+        calls.append(0)
+        if len(calls) % 12 == 5:
+            peaks.append(live_bytes() - before)
+        return result
+
+    before = live_bytes()
+    monkeypatch.setattr(parameter, "_quantize", watched)
+    model, _ = models.load(tmp_path, dtype=torch.bfloat16, bits=bits)
+    assert len(peaks) == 7 and max(peaks) <= live_bytes() - before + shard
+    assert next(model.parameters()).dtype is torch.bfloat16
+
+
+def test_moved_share_sees_a_stray_entry_of_a_quantised_base(folders, tmp_path):
+    model, _ = models.load(folders / "wide", dtype=torch.float32, bits=8)
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    sparsify(model, masks)
+    name = next(iter(masks))
+    outside = next(i for i in range(100) if i not in masks[name].indices)
+    model.save_pretrained(tmp_path)
+    assert report.moved_share(folders / "wide", tmp_path, masks, model)["moved"] == 0
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name].view(-1)[outside] += 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    moved = report.moved_share(folders / "wide", tmp_path, masks, model)
+    assert (moved["moved"], moved["stray"]) == (1, 1)
+
+
+def test_grasp_takes_second_derivatives_of_the_models_own_loss(folders, tmp_path):
+    record = gsm8k.main(command(folders, "qwen2", tmp_path, "--steps", 1, "--salience", "grasp", "--budget", 200))
+    model, tokenizer = models.load(folders / "qwen2", dtype=torch.float32)
+    samples = data.tokenize(tokenizer, data.load_examples(folders / "problems")[0], max_length=512)
+    drawn = random.Random(0).sample(samples, 8)
+    batches = data.make_batches(drawn, 4, pad_id=tokenizer.pad_token_id)
+    masks = select_masks(model, batches, salience="grasp", budget=200, progress=False)
+    assert record["mask"]["fingerprint"] == masks.fingerprint()
+
+
+# --- what a run will need
+
+
+def test_dry_run_loads_and_writes_nothing(folders, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    for module, name in ((models, "load"), (models, "unpack"), (AutoModelForCausalLM, "from_pretrained")):
+        monkeypatch.setattr(module, name, refuse)
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    bare.mkdir()
+    shutil.copy(folders / "wide" / "config.json", bare)
+    arguments = ["--model", str(bare), "--data", "none", "--out", str(out), "--dry-run", "--base-bits", "4"]
+    arguments += [
+        "--targets",
+        "q_proj",
+        "--budget",
+        "100",
+        "--state-bits",
+        "8",
+        "--checkpointing",
+        "--accumulation",
+        "1",
+    ]
+    moments = gsm8k.main(arguments)
+    shape = memory.Shape.of(transformers.AutoConfig.from_pretrained(bare))
+    sizes = dict(batch=4, length=512, targets=["q_proj"], state_bits=8, accumulation=1, checkpointing=True)
+    assert moments == memory.estimate(shape, bits=4, entries=100, **sizes)
+    assert memory.describe(moments) in capsys.readouterr().out
+    assert not out.exists() and [path.name for path in bare.iterdir()] == ["config.json"]
+
+
+def test_dry_run_of_presets_packages_and_unknown_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    moments = gsm8k.main(["--preset", "qwen2-7b", "--dry-run"])
+    shape = memory.Shape.of(memory.configuration("qwen2-7b"))
+    assert moments["loss"]["weights"] == 2 * 7_615_616_512 and moments["loss"]["values"] == 4 * 40_370_176
+    assert (
+        moments["loss"]["moments"] < 2.1 * 40_370_176
+        and shape.others + sum(rows * columns for rows, columns in shape.linears.values()) == 7_615_616_512
+    )
+    with pytest.raises(ValueError, match="'no/such' is neither a folder with a config.json"):
+        gsm8k.main(["--preset", "qwen2-7b", "--model", "no/such", "--dry-run"])
+    with pytest.raises(ValueError, match="--targets c_attn is no linear weight"):
+        gsm8k.main(["--preset", "qwen2-7b", "--targets", "c_attn", "--dry-run"])
+    try:
+        config = models.configuration("smollm2", cache=tmp_path)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert (config.model_type, config.hidden_size, list(tmp_path.iterdir())) == ("llama", 576, [])
+
+
+def test_presets_say_in_help_and_readme_which_card_they_fit(capsys):
+    with pytest.raises(SystemExit) as end:
+        gsm8k.main(["--list-presets"])
+    printed = capsys.readouterr().out.strip()
+    assert end.value.code == 0 and printed in (ROOT / "README.md").read_text()
+    assert all(name in printed for name in ("gemma2-2b", "qwen2-7b", "llama3-8b"))
+    llama = gsm8k.expected_memory(gsm8k.parse(["--preset", "llama3-8b"]))
+    assert f"{memory.peak_bytes(llama) / memory.GIB:.1f} GiB: 24 GB" in printed
+
+
 def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, monkeypatch, capsys):
     asked = []
 
@@ -556,6 +737,11 @@ def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, mon
         (["--preset", "demo", "--warmup", "3"], "warmup is 3.0"),
         (["--preset", "demo", "--method", "full", "--budget", "9"], "--method full trains all weights"),
         (["--preset", "demo", "--steps", "1", "--epochs", "1"], "not allowed with"),
+        (["--preset", "demo", "--method", "full", "--base-bits", "8"], "--base-bits 8 freezes the weights"),
+        (["--preset", "demo", "--method", "full", "--state-bits", "8"], "--state-bits belongs to a mask"),
+        (["--preset", "demo", "--method", "full", "--dry-run"], "--dry-run counts sparse training in bfloat16"),
+        (["--preset", "demo", "--dtype", "float32", "--dry-run"], "--dry-run counts sparse training in bfloat16"),
+        (["--preset", "demo", "--base-bits", "2"], "invalid choice: 2"),
     ],
 )
 def test_bad_commands_are_refused_at_once(arguments, message, capsys):
@@ -573,6 +759,7 @@ def test_presets_and_paper_give_defaults_that_typed_options_override():
         None,
     )
     assert args.lr is None and args.train_limit == 100_000
+    assert args.state_bits == 8 and gsm8k.parse(["--preset", "demo"]).state_bits == 32
     args = gsm8k.parse(["--preset", "llama3-8b", "--paper", "--max-length", "700"])
     assert (args.lr, args.epochs, args.batch_size, args.accumulation, args.warmup) == (2e-5, 1.0, 4, 4, 0.03)
     assert (args.budget, args.max_length) == (54_525_952, 700)
@@ -613,11 +800,11 @@ def test_moved_share_notices_strays_and_other_models(folders, tmp_path):
         weight[inside] += 1
         weight[outside] += 1
     model.save_pretrained(tmp_path / "tuned")
-    moved = report.moved_share(folders / "qwen2", tmp_path / "tuned", masks)
+    moved = report.moved_share(folders / "qwen2", tmp_path / "tuned", masks, model)
     assert (moved["moved"], moved["stray"]) == (3, 1)
-    assert report.moved_share(folders / "qwen2", tmp_path / "tuned", None)["stray"] == 0
+    assert report.moved_share(folders / "qwen2", tmp_path / "tuned", None, model)["stray"] == 0
     with pytest.raises(ValueError, match="the folders hold different models"):
-        report.moved_share(folders / "gemma2", folders / "qwen2", None)
+        report.moved_share(folders / "gemma2", folders / "qwen2", None, model)
 
 
 GSM8K = Path(os.environ.get("SPEFT_GSM8K", ROOT.parent / "shared" / "data" / "gsm8k"))
