@@ -20,6 +20,7 @@ paper instead.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -238,6 +239,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--base-bits {args.base_bits} freezes the weights, and --method full trains them; leave out one of the two"
         )
+    if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
     if args.dry_run and (args.method == "full" or args.dtype == "float32"):
         parser.error("--dry-run counts sparse training in bfloat16; leave out --method full and --dtype float32")
     if not 0 <= args.warmup <= 1:

@@ -18,7 +18,7 @@ from speft_optim.kernels.reference import PANEL_BYTES
 
 GIB = 2**30
 # Sold sizes, taken as 10^9 bytes a GB: cards with error correction have little more than that to give.
-CARDS = (8, 12, 16, 24, 40, 48, 80)
+CARDS = (12, 16, 24, 40, 48, 80)
 # The CUDA context with its kernels, a few hundred MiB by card and driver, and gaps between the allocator's blocks.
 OVERHEAD_BYTES = 3 * 2**28
 # Of cuBLAS, on an H100; other cards take less.
@@ -244,7 +244,8 @@ def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: i
     positions = moments = 0
     for rows, columns in targets:
         own = round(entries * rows * columns / whole)
-        positions += min(4 * own, 2 * own + 4 * (rows + 1))
+        # Columns and row starts in 16 bits, in groups of 64 rows (fewer where rows are very full), or flat positions.
+        positions += min(4 * own, 2 * own + 2 * (rows + 1) + 4 * -(-(rows + 1) // 64))
         moments += 8 * own if state_bits == 32 else 2 * own + 8 * -(-own // 256)
     return {"values": 4 * entries, "positions": positions, "moments": moments}
 

@@ -1,17 +1,20 @@
 """Calibration batches: which of them count, their losses, and a model put in order for them and back.
 
-The model is in eval mode meanwhile: no dropout, no activation checkpointing. Afterwards it is exactly as before.
+The model is in eval mode meanwhile, without dropout. Afterwards it is exactly as before.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from speft_optim.linear import replace_method
 from speft_optim.quantized import frozen_forwards
 
 logger = logging.getLogger(__name__)
@@ -147,13 +150,22 @@ def plain_implementation(model: nn.Module, attention: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without cache and with nothing that requires gradients; all as before afterwards."""
+    """The model in eval mode, without cache and with nothing that requires gradients; all as before afterwards.
+
+    Blocks whose activations transformers checkpoints in training, and in training only, are checkpointed here too.
+    """
     training = [module for module in model.modules() if module.training]
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), frozen_forwards(model):
+    with torch.random.fork_rng(devices=list(devices)), frozen_forwards(model), contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
+                # What stands in for a block's call streams its weights, and recomputes it already.
+                if module.gradient_checkpointing and module._compiled_call_impl is None:
+                    again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+                    replace_method(module, "forward", again, stack)
         try:
             model.eval()
             for parameter in required:

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from conftest import assert_close, tiny_model
+from conftest import assert_close, tiny_model, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -160,6 +160,27 @@ def test_estimate_of_activations_is_near_what_lives(family, checkpointing):
     moments = estimate(Shape.of(model.config), **sizes)
     held = moments["loss"]["weights"] + moments["loss"]["workspace"]
     assert peak_bytes(moments) - held == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "grasp", "activation", "synflow"])
+def test_calibration_keeps_to_checkpointed_blocks(salience):
+    """It would set the peak otherwise. The masks are the same, and the model is as before."""
+    model = tiny_model("llama", num_hidden_layers=6, hidden_size=64).train()
+    batches = [token_batch(seed, batch=8, length=32) for seed in range(2)]
+    choose = dict(salience=salience, density=0.05, memory_budget=2**22, progress=False)
+    peaks, masks = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with LiveBytes() as live:
+            masks.append(select_masks(model, batches, **choose))
+        peaks.append(live.peak)
+        assert model.training and not any("forward" in module.__dict__ for module in model.modules())
+        if salience != "grasp":  # which offload refuses
+            masks.append(select_masks(model, batches, offload="cpu", **choose))
+    assert all(found == masks[0] for found in masks)
+    if salience == "gradient":
+        assert peaks[1] < 0.6 * peaks[0]
 
 
 @pytest.mark.parametrize(

@@ -750,6 +750,13 @@ def test_bad_commands_are_refused_at_once(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_base_bits_without_bitsandbytes_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(gsm8k.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        gsm8k.parse(["--preset", "demo", "--base-bits", "4"])
+    assert "--base-bits 4 needs bitsandbytes" in capsys.readouterr().err
+
+
 def test_presets_and_paper_give_defaults_that_typed_options_override():
     args = gsm8k.parse(["--preset", "gemma2-2b"])
     assert (args.model, args.data, args.budget, args.density) == (
