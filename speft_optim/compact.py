@@ -157,6 +157,15 @@ class SparseWeight(nn.Module):
         both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
         return Mask(torch.cat(both), self.mask.shape)
 
+    def former_entries(self) -> Tensor:
+        """What the entries of `former` hold, (k,): on codes it stands nowhere but beside them."""
+        return self.base.gather(self.former.indices)
+
+    def restore_former(self, former: Mask, entries: Tensor) -> None:
+        """Let the entries of `former` hold what `former_entries` gave."""
+        self.former = former.to(self.values.device)
+        self.base.put(self.former, entries)
+
     def _indices(self) -> Tensor:
         # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.
         if self.mask.device != self.values.device:

@@ -32,6 +32,12 @@ class WriteThrough(Protocol):
     def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Train other entries from now on."""
 
+    def former_entries(self) -> Tensor:
+        """What the entries of `former` hold."""
+
+    def restore_former(self, former: Mask, entries: Tensor) -> None:
+        """Let the entries of `former` hold these."""
+
     def synchronize(self) -> None:
         """Let the newer of weight and values win."""
 
@@ -254,7 +260,8 @@ class SparseAdamW(Optimizer):
                     name=weight.name,
                 )
                 if weight.former is not None:
-                    packed["state"][key]["former"] = weight.former.indices
+                    former = dict(former=weight.former.indices, former_values=weight.former_entries())
+                    packed["state"][key].update(former)
         if self.schedule is not None:
             packed["schedule"] = self.schedule.state_dict()
         return packed
@@ -310,7 +317,9 @@ class SparseAdamW(Optimizer):
             mask = Mask(saved["indices"], saved["shape"])
             if weight.mask != mask:
                 weight.change_mask(mask)
-            weight.former = Mask(saved["former"], saved["shape"]) if "former" in saved else None
+            weight.former = None
+            if "former" in saved:
+                weight.restore_former(Mask(saved["former"], saved["shape"]), saved["former_values"])
             parameter.copy_(saved["values"])
             weight.write()
 
@@ -372,8 +381,8 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> No
         raise ValueError(f"The saved values of {name} are of {saved['values'].dtype}, not of torch.float32.")
     try:
         saved_mask = Mask(saved["indices"], saved["shape"])
-        if "former" in saved:
-            Mask(saved["former"], saved["shape"])
+        if "former" in saved and saved["former_values"].shape != (len(Mask(saved["former"], saved["shape"])),):
+            raise ValueError("the entries that left the mask and their values differ in number")
     except (TypeError, ValueError) as error:
         raise ValueError(f"The saved mask of {name} is damaged: {error}") from error
     if any_mask:
