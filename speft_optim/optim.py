@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from speft_optim.distributed import check_equal_masks
 from speft_optim.kernels import adamw_
 from speft_optim.masks import Mask
 from speft_optim.moments import STATE_BITS, moment_bytes, moments_fit, new_moments_, store_moments_, unpack_moments
@@ -167,11 +168,14 @@ class SparseAdamW(Optimizer):
         for weight in weights.values():
             if weight is not None:
                 weight.synchronize()
-        if self._on_nonfinite != "ignore" and not self._gradients_are_finite():
-            return loss
         if not self._stepped:
+            # Not only in `sparsify`, which may have run before there were other processes: DistributedDataParallel lays
+            # the values of one over the positions of another.
+            check_equal_masks({weight.name: weight.mask for weight in weights.values() if weight is not None})
             _warn_of_missing_gradients(weights)
             self._stepped = True
+        if self._on_nonfinite != "ignore" and not self._gradients_are_finite():
+            return loss
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
