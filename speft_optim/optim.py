@@ -5,6 +5,7 @@ and moments all have the length of the mask; the weight itself is written at the
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, Protocol
@@ -114,6 +115,7 @@ class SparseAdamW(Optimizer):
     """
 
     _stepped = False
+    _told_of_zeros = False
     skipped_steps = 0
     schedule: Schedule | None = None
 
@@ -209,9 +211,16 @@ class SparseAdamW(Optimizer):
     def _gradients_are_finite(self) -> bool:
         """Whether a step may be taken; if not it is counted, or refused."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]
+        if not gradients:
+            return True
         # The largest magnitude of each, since a sum of squares can overflow; NaN passes through a maximum.
-        largest = torch._foreach_norm(gradients, float("inf")) if gradients else []
-        if not largest or bool(torch.stack([norm.float().to(largest[0].device) for norm in largest]).isfinite().all()):
+        norms = [norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]
+        largest = float(torch.stack([norm.to(norms[0].device) for norm in norms]).max())
+        if largest == 0 and not self._told_of_zeros:
+            # What comes of a loss over no label: the loss is NaN, but its gradient is not.
+            logger.warning("All gradients of a step are zero: a batch whose labels are all ignored? Told of once.")
+            self._told_of_zeros = True
+        if math.isfinite(largest):
             return True
         if self._on_nonfinite == "raise":
             raise FloatingPointError(
@@ -284,7 +293,7 @@ class SparseAdamW(Optimizer):
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"The saved optimizer state is damaged: {type(error).__name__}: {error}.") from error
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self.skipped_steps = skipped_steps
+        self.skipped_steps, self._stepped = skipped_steps, False
         for parameter, saved in pairs:
             self._restore(parameter, saved)
         if self.schedule is not None and "schedule" in state_dict:

@@ -19,7 +19,7 @@ from speft_optim.distributed import check_equal, smallest, together
 from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES
-from speft_optim.targets import Target, Targets, find_targets
+from speft_optim.targets import Target, Targets, find_targets, uncompiled
 
 
 class BestEntries:
@@ -110,6 +110,7 @@ def select_masks(
         ValueError: an argument is out of range, the data cannot be used, or scores are not finite.
         TypeError: an argument is of the wrong kind.
     """
+    model = uncompiled(model)
     with contextlib.ExitStack() as stack:
         with together():
             _check_choice(salience, scope, offload, checkpoint)

@@ -24,7 +24,7 @@ from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
 from speft_optim.quantized import declare_trainable, hand_back, take_over
-from speft_optim.targets import Target, all_targets, check_called, check_in_memory
+from speft_optim.targets import Target, all_targets, check_called, check_in_memory, uncompiled
 
 
 def sparsify(
@@ -62,6 +62,7 @@ def sparsify(
     # Not at import: its decorator loads the compiler, and Triton with it.
     from speft_optim.eager import refresh_all
 
+    model = uncompiled(model)
     with together():
         targets = all_targets(model)
         _check_masks(model, masks, targets)
