@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from speft_optim import Mask, SparseAdamW, distributed, select_masks, sparsify
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
-STEPS = 3
+STEPS = 5
 # Where both processes find the same files, once they run.
 FOLDER: list[str] = []
 
@@ -40,7 +40,7 @@ def assert_replicas_equal(model):
         assert torch.equal(*other)
 
 
-def data_parallel_equals_one_process(rank):
+def replicas_do_not_drift_apart(rank):
     model, values, optimizer, reference = attach()
     parallel = DistributedDataParallel(model)
     sent = []
@@ -63,7 +63,7 @@ def data_parallel_equals_one_process(rank):
     assert_replicas_equal(model)
 
 
-def accumulation_without_synchronising(rank):
+def replicas_do_not_drift_apart_under_no_sync(rank):
     model, values, optimizer, reference = attach()
     parallel = DistributedDataParallel(model)
     for step in range(STEPS):
@@ -217,7 +217,7 @@ def masks_that_differ_although_sparsified_alone(rank):
     assert all(torch.equal(before[key], part) for key, part in model.state_dict().items())
 
 
-def fully_sharded_before(rank):
+def weights_of_fully_shard_are_refused_before(rank):
     from torch.distributed.fsdp import fully_shard
 
     model = tiny_model()
@@ -227,7 +227,7 @@ def fully_sharded_before(rank):
         sparsify(model, masks)
 
 
-def fully_sharded_after(rank):
+def weights_of_fully_shard_are_refused_after(rank):
     from torch.distributed.fsdp import fully_shard
 
     model, *_ = attach()
@@ -239,7 +239,7 @@ def fully_sharded_after(rank):
         model(**token_batch())
 
 
-def flattened_before(rank):
+def weights_of_fsdp_are_refused_before(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = tiny_model()
@@ -249,7 +249,7 @@ def flattened_before(rank):
         sparsify(wrapped, masks)
 
 
-def flattened_after(rank):
+def weights_of_fsdp_are_refused_after(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model, *_ = attach()
@@ -262,8 +262,8 @@ def flattened_after(rank):
 
 
 SCENARIOS = [
-    data_parallel_equals_one_process,
-    accumulation_without_synchronising,
+    replicas_do_not_drift_apart,
+    replicas_do_not_drift_apart_under_no_sync,
     accelerate_on_two_processes,
     masks_that_differ_between_processes,
     data_that_differs_between_processes_gives_one_mask,
@@ -273,10 +273,10 @@ SCENARIOS = [
     a_memory_budget_of_its_own_changes_no_mask,
     sparsify_that_fails_in_one_process_ends_all,
     masks_that_differ_although_sparsified_alone,
-    fully_sharded_before,
-    fully_sharded_after,
-    flattened_before,
-    flattened_after,
+    weights_of_fully_shard_are_refused_before,
+    weights_of_fully_shard_are_refused_after,
+    weights_of_fsdp_are_refused_before,
+    weights_of_fsdp_are_refused_after,
 ]
 
 
