@@ -696,6 +696,37 @@ def test_offloaded_weights_are_refused(tmp_path):
         cpu_offload(model)(**token_batch())
 
 
+def test_layers_dispatched_by_accelerate_train_as_the_reference():
+    """As `device_map` does over several devices, each module's forward within accelerate's own: here all on one."""
+    from accelerate import dispatch_model
+
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+    model = dispatch_model(tiny_model(), dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    assert all("_old_forward" in model.get_submodule(part).__dict__ for part in parts)
+    options = dict(density=0.05, scope="global", progress=False)
+    masks = select_masks(model, [token_batch(9)], **options)
+    assert masks == select_masks(tiny_model(), [token_batch(9)], **options)
+    reference = Reference(tiny_model(), masks, **OPTIONS)
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    for step in range(STEPS):
+        model(**token_batch(step)).loss.backward()
+        clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference_step(reference, token_batch(step), clip=0.05)
+    reference.assert_agrees(model, optimizer, values)
+
+
+def test_weights_of_deepspeed_are_refused():
+    """ZeRO-3 leaves empty parameters, marked with an id, and trains another copy of them."""
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    model.model.norm.weight.ds_id = 0
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+        sparsify(model, masks)
+
+
 @pytest.mark.parametrize("change", ["resize", "replace", "reshape"])
 def test_a_parameter_replaced_after_attaching_is_named_at_the_first_step(change):
     model, _, values, optimizer, _ = attach("qwen2", targets=["embed_tokens", "mlp.up_proj"])
