@@ -34,6 +34,9 @@ class WriteThrough(Protocol):
     def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Train other entries from now on."""
 
+    def bytes_held(self) -> tuple[int, int]:
+        """Bytes of values and of positions."""
+
     def former_entries(self) -> Tensor:
         """What the entries of `former` hold."""
 
@@ -240,10 +243,10 @@ class SparseAdamW(Optimizer):
             with moments and gradients only.
         """
         parameters = self._parameters()
-        weights = {parameter: weight for parameter in parameters if (weight := linked(parameter)) is not None}
+        held = [weight.bytes_held() for parameter in parameters if (weight := linked(parameter)) is not None]
         kinds = {
-            "values": sum(parameter.nbytes for parameter in weights),
-            "positions": sum(w.mask.nbytes + (w.former.nbytes if w.former else 0) for w in weights.values()),
+            "values": sum(values for values, _ in held),
+            "positions": sum(positions for _, positions in held),
             "moments": sum(moment_bytes(self.state[p]) for p in parameters if p in self.state),
             "gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
         }

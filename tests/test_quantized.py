@@ -1,6 +1,7 @@
 """Frozen base in 8 and 4 bits: everything that holds on a dense base holds on the dequantised weights."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -373,6 +374,19 @@ def test_masks_chosen_again_are_those_of_the_dequantised_model(model):
         chosen = Masks({weight.name: weight.mask for weight in sparse_weights(model)})
         assert chosen.overlap(select_masks(twin, batches, **options)) > 0.99
     assert all(event["overlap"] < 1 for event in schedule.history)
+
+
+def test_memory_summary_counts_entries_that_left(model):
+    optimizer, _ = scheduled(model)
+    train(model, optimizer, 1)
+    gc.collect()
+    before, summary = live_bytes(), optimizer.memory_summary()
+    train(model, optimizer, 4, start=1)
+    gc.collect()
+    now = optimizer.memory_summary()
+    entries = sum(len(weight.former) for weight in sparse_weights(model))
+    assert entries > 0 and now["values"] - summary["values"] >= 4 * entries
+    assert live_bytes() - before == now["total"] - summary["total"]
 
 
 @pytest.mark.parametrize("loads", [["optimizer"], ["model", "optimizer"], ["optimizer", "model"]])

@@ -250,8 +250,11 @@ def test_trainer_logs_no_grad_norm_of_zero(tmp_path):
     trainer = Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, halving(optimizer)))
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert len(logged) == 10
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == len(losses) == 10
     for step in range(10):
+        # The loss of an accumulated batch is that of the batch: it does not grow with the number of parts.
+        assert losses[step] == pytest.approx(reference.model(**Samples().batch).loss.item(), rel=1e-3)
         norm = reference_step(reference, Samples().batch, clip=0.05)
         assert 0 < logged[step] == pytest.approx(norm.item(), rel=1e-3)
         scheduler.step()
