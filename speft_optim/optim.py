@@ -106,7 +106,8 @@ class SparseAdamW(Optimizer):
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
         on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
             and count it in `skipped_steps`, "raise" a FloatingPointError before anything changed, or "ignore" it, as
-            torch's AdamW does. The first two read one number back from the device per step.
+            torch's AdamW does. The first two read one number back from the device per step; they also tell once of a
+            step whose gradients are all zero, as those of a batch without labels may be.
 
     Attributes:
         skipped_steps: steps left out because of a gradient that was not finite; saved in `state_dict()`.
@@ -163,6 +164,10 @@ class SparseAdamW(Optimizer):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            ValueError: a masked weight was replaced, or at the first step the masks differ between processes.
+            FloatingPointError: a gradient is not finite, with `on_nonfinite="raise"`.
         """
         loss = None
         if closure is not None:

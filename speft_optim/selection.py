@@ -109,6 +109,7 @@ def select_masks(
     Raises:
         ValueError: an argument is out of range, the data cannot be used, or scores are not finite.
         TypeError: an argument is of the wrong kind.
+        RuntimeError: another process of the group failed.
     """
     model = uncompiled(model)
     with contextlib.ExitStack() as stack:

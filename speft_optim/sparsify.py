@@ -55,9 +55,10 @@ def sparsify(
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
 
     Raises:
-        ValueError: a name or shape does not fit the model, the masks are empty, or the model is sparsified already;
-            the model is then as it was.
+        ValueError: a name or shape does not fit the model, the masks are empty or differ between processes, or the
+            model is sparsified already; the model is then as it was.
         TypeError: a masked weight is not floating, or `masks` is no mapping to `Mask`.
+        RuntimeError: another process of the group failed; the model is as it was.
     """
     # Not at import: its decorator loads the compiler, and Triton with it.
     from speft_optim.eager import refresh_all
