@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from speft_optim import signals
 from speft_optim.batches import Batches, BatchReader, LossFunction, calibrating, check_batches
 from speft_optim.curvature import GradientStore, hessian_gradient
-from speft_optim.distributed import smallest
+from speft_optim.distributed import together
 from speft_optim.flow import flow
 from speft_optim.pieces import Piece, cut_into_groups
 from speft_optim.salience import Measure
@@ -39,14 +39,14 @@ _SIGNALS = {
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Half of the memory that is free on `device` now, in bytes; the least of it over all processes."""
+    """Half of the memory that is free on `device` now, in bytes."""
     if device.type == "cuda":
         # What the allocator holds but nobody uses is as good as free.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return smallest(free // 2)
+    return free // 2
 
 
 def stream_scores(
@@ -89,7 +89,8 @@ def stream_scores(
         stack.enter_context(calibrating(model))
         reader = None
         if fill not in (None, flow):
-            check_batches(batches, len(groups) * (2 if second_order else 1))
+            with together():
+                check_batches(batches, len(groups) * (2 if second_order else 1))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
             device = next(iter(targets.values())).device
             reader = BatchReader(batches, device, bar, labelled=measure.signal != "squared_input")

@@ -167,6 +167,21 @@ class SparseWeight(nn.Module):
         both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
         return Mask(torch.cat(both), self.mask.shape)
 
+    def bytes_held(self) -> tuple[int, int]:
+        """Bytes of values and of positions, with those that are laid over codes for entries that left."""
+        beside = [(mask, values) for mask, values in self.base.overlays if values is not self.values]
+        masks = [self.mask, *(mask for mask, _ in beside), *([] if self.former is None else [self.former])]
+        return sum(v.nbytes for v in [self.values, *(v for _, v in beside)]), sum(mask.nbytes for mask in masks)
+
+    def former_entries(self) -> Tensor:
+        """What the entries of `former` hold, (k,): on codes it stands nowhere but beside them."""
+        return self.base.gather(self.former.indices)
+
+    def restore_former(self, former: Mask, entries: Tensor) -> None:
+        """Let the entries of `former` hold what `former_entries` gave."""
+        self.former = former.to(self.values.device)
+        self.base.put(self.former, entries)
+
     def _placed_mask(self) -> Mask:
         """The mask, beside the values."""
         # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speft_optim.batches import BatchReader, LossFunction, check_loss, model_loss, plain_implementation
-from speft_optim.distributed import average_, together
+from speft_optim.distributed import average_, together, total
 from speft_optim.linear import input_of, shadow
 from speft_optim.pieces import Piece
 from speft_optim.quantized import differentiable
@@ -82,15 +82,6 @@ def hessian_gradient(
     for piece in group:
         piece.allocate()
 
-    def work() -> int:
-        for batch in reader:
-            value = (loss or model_loss)(model, batch)
-            check_loss(value, reader.used)
-            (along,) = torch.autograd.grad(value, step, create_graph=True, allow_unused=True)
-            if along is not None and along.requires_grad:
-                along.backward(inputs=leaves)
-        return reader.used
-
     with contextlib.ExitStack() as stack:
         logger.info("Attention runs unfused during this pass, since it is differentiated twice.")
         stack.enter_context(plain_implementation(model, attention=True))
@@ -100,8 +91,14 @@ def hessian_gradient(
             for module, attribute in target.sites:
                 _move_along(target, module, attribute, step, store, stack)
         leaves = [stack.enter_context(_gradient_to(piece)) for piece in group]
-        count = together(work)
-    average_([piece.accumulator for piece in group], count)
+        stack.enter_context(together())
+        for batch in reader:
+            value = (loss or model_loss)(model, batch)
+            check_loss(value, reader.used)
+            (along,) = torch.autograd.grad(value, step, create_graph=True, allow_unused=True)
+            if along is not None and along.requires_grad:
+                along.backward(inputs=leaves)
+    average_([piece.accumulator for piece in group], total(reader.used))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,16 @@
-"""Estimation over several processes: each sees its own batches, all end with the same averages and the same masks."""
+"""Several processes: each sees its own batches, all end with the same averages and masks, and none waits for another.
 
-from collections.abc import Callable, Iterable
+A process that failed no longer takes part in exchanges, and the others would wait for it until a timeout ends them
+with a message about something else. So errors are exchanged too.
+"""
 
-import torch
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
 import torch.distributed as dist
 from torch import Tensor
+
+from speft_optim.masks import Mask, Masks
 
 
 def is_distributed() -> bool:
@@ -12,30 +18,64 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def together(work: Callable[[], int]) -> int:
-    """Run `work` in every process and sum what it returns; an error in one is an error in all, so that none hangs.
+@contextmanager
+def together() -> Iterator[None]:
+    """An error inside, in one process, is an error in all. There must be no exchange inside.
 
     Raises:
         RuntimeError: another process failed.
     """
-    if not is_distributed():
-        return work()
-    error, count = None, 0
+    error = None
     try:
-        count = work()
-    except Exception as raised:  # noqa: BLE001 - handed on below, after the others know
+        yield
+    except Exception as raised:
+        if not is_distributed():
+            raise
         error = raised
-    failed, total = _reduced([int(error is not None), count], dist.ReduceOp.SUM)
+    for rank, message in enumerate(_by_rank("" if error is None else f"{type(error).__name__}: {error}")):
+        if message and error is None:
+            raise RuntimeError(f"Process {rank} failed, so that this one cannot go on. {message}")
     if error is not None:
         raise error
-    if failed:
-        raise RuntimeError(f"Salience estimation failed in {failed} other processes; their messages say why.")
-    return total
+
+
+def check_equal(text: str, what: str, remedy: str) -> None:
+    """Refuse to go on with something that differs between processes.
+
+    Args:
+        text: what it is here.
+        what: what is compared, a plural.
+        remedy: what to do about it.
+
+    Raises:
+        ValueError: it differs.
+    """
+    texts = _by_rank(text)
+    if len(set(texts)) > 1:
+        raise ValueError(f"{what} differ between processes (by rank: {', '.join(texts)}); {remedy}")
+
+
+def check_equal_masks(masks: Mapping[str, Mask]) -> None:
+    """Replicas whose masks differ would average gradients of different entries, and nothing would say so.
+
+    Raises:
+        ValueError: they differ.
+    """
+    remedy = (
+        "select them once and share the file (Masks.save, Masks.load), or let all processes calibrate on the same "
+        "batches and seed."
+    )
+    check_equal(Masks(masks).fingerprint() if is_distributed() else "", "The masks", remedy)
 
 
 def smallest(number: int) -> int:
     """The least of the processes' numbers."""
-    return _reduced([number], dist.ReduceOp.MIN)[0] if is_distributed() else number
+    return min(_by_rank(number))
+
+
+def total(number: int) -> int:
+    """The sum of the processes' numbers."""
+    return sum(_by_rank(number))
 
 
 def average_(accumulators: Iterable[Tensor], count: int) -> None:
@@ -46,8 +86,10 @@ def average_(accumulators: Iterable[Tensor], count: int) -> None:
         accumulator /= count
 
 
-def _reduced(numbers: list[int], operation) -> list[int]:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(numbers, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor, op=operation)
-    return tensor.tolist()
+def _by_rank(thing: int | str) -> list:
+    """What each process passed, by rank."""
+    if not is_distributed():
+        return [thing]
+    things: list = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things

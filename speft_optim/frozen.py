@@ -30,6 +30,9 @@ STREAMED = "_streamed_weights"
 class DenseWeight:
     """A floating parameter of a module."""
 
+    # It holds its trained entries itself.
+    overlays: tuple[()] = ()
+
     def __init__(self, module: nn.Module, attribute: str):
         self.tensor = module._parameters[attribute].detach()
         self.shape, self.device = self.tensor.shape, self.tensor.device

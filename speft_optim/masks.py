@@ -104,14 +104,20 @@ class Mask:
         columns = self._packed["columns"].to(dtype)
         return row_starts.repeat_interleave(counts, output_size=self._length).add_(columns)
 
-    def packed(self) -> dict[str, Tensor]:
-        """The positions as held: `indices`, or where rows begin and their columns.
+    def packed(self) -> Mapping[str, Tensor]:
+        """The positions as held: `indices`, or where rows begin and their columns; not to be changed.
 
         The latter are `columns` (len(self), uint16), `group_starts` (groups, int32), `row_starts` (rows + 1, uint16):
-        row r begins at entry `group_starts[r // g] + row_starts[r]`, for groups of g = 64 rows, or the largest smaller
-        power of two at which all fits (`row_group`).
+        row r begins at entry `group_starts[r // g] + row_starts[r]`, for groups of g = `row_group` rows.
         """
-        return dict(self._packed)
+        return self._packed
+
+    @property
+    def row_group(self) -> int | None:
+        """Rows that share a group start: 64, or the largest smaller power of two at which all fits; None if flat."""
+        if "indices" in self._packed:
+            return None
+        return _row_group(self._packed["group_starts"], self._packed["row_starts"])
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":
@@ -339,7 +345,7 @@ def _fractions(counts: Iterable[Tensor], share: float) -> Iterator[float]:
             yield (int((covered < share * total).sum()) + 1) / count.numel()
 
 
-def row_group(group_starts: Tensor, row_starts: Tensor) -> int:
+def _row_group(group_starts: Tensor, row_starts: Tensor) -> int:
     """How many rows share one of the group starts of a packed mask; a power of two."""
     return next(group for group in _GROUPS if len(group_starts) == -(-len(row_starts) // group))
 
@@ -347,7 +353,7 @@ def row_group(group_starts: Tensor, row_starts: Tensor) -> int:
 def _pointers(packed: Mapping[str, Tensor]) -> Tensor:
     """Row pointers (rows + 1,) int32 of packed positions."""
     groups, offsets = packed["group_starts"], packed["row_starts"]
-    return _spread(groups, row_group(groups, offsets), len(offsets)) + offsets.int()
+    return _spread(groups, _row_group(groups, offsets), len(offsets)) + offsets.int()
 
 
 def _spread(group_starts: Tensor, group: int, length: int) -> Tensor:

@@ -5,6 +5,7 @@ and moments all have the length of the mask; the weight itself is written at the
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, Protocol
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from speft_optim.distributed import check_equal_masks
 from speft_optim.kernels import Update, adamw_, fused_adamw_, launches
 from speft_optim.masks import Mask
 from speft_optim.moments import (
@@ -39,6 +41,15 @@ class WriteThrough(Protocol):
 
     def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Train other entries from now on."""
+
+    def bytes_held(self) -> tuple[int, int]:
+        """Bytes of values and of positions."""
+
+    def former_entries(self) -> Tensor:
+        """What the entries of `former` hold."""
+
+    def restore_former(self, former: Mask, entries: Tensor) -> None:
+        """Let the entries of `former` hold these."""
 
     def synchronize(self) -> None:
         """Let the newer of weight and values win."""
@@ -109,7 +120,8 @@ class SparseAdamW(Optimizer):
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
         on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
             and count it in `skipped_steps`, "raise" a FloatingPointError before anything changed, or "ignore" it, as
-            torch's AdamW does. The first two read one number back from the device per step.
+            torch's AdamW does. The first two read one number back from the device per step; they also tell once of a
+            step whose gradients are all zero, as those of a batch without labels may be.
 
     Attributes:
         skipped_steps: steps left out because of a gradient that was not finite; saved in `state_dict()`.
@@ -121,6 +133,7 @@ class SparseAdamW(Optimizer):
     """
 
     _stepped = False
+    _told_of_zeros = False
     skipped_steps = 0
     schedule: Schedule | None = None
 
@@ -165,6 +178,10 @@ class SparseAdamW(Optimizer):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            ValueError: a masked weight was replaced, or at the first step the masks differ between processes.
+            FloatingPointError: a gradient is not finite, with `on_nonfinite="raise"`.
         """
         loss = None
         if closure is not None:
@@ -175,11 +192,14 @@ class SparseAdamW(Optimizer):
         for weight in weights.values():
             if weight is not None:
                 weight.synchronize()
-        if self._on_nonfinite != "ignore" and not self._gradients_are_finite():
-            return loss
         if not self._stepped:
+            # Not only in `sparsify`, which may have run before there were other processes: DistributedDataParallel lays
+            # the values of one over the positions of another.
+            check_equal_masks({weight.name: weight.mask for weight in weights.values() if weight is not None})
             _warn_of_missing_gradients(weights)
             self._stepped = True
+        if self._on_nonfinite != "ignore" and not self._gradients_are_finite():
+            return loss
         for group in self.param_groups:
             self._update(group, weights)
         return loss
@@ -222,9 +242,16 @@ class SparseAdamW(Optimizer):
     def _gradients_are_finite(self) -> bool:
         """Whether a step may be taken; if not it is counted, or refused."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]
+        if not gradients:
+            return True
         # The largest magnitude of each, since a sum of squares can overflow; NaN passes through a maximum.
-        largest = torch._foreach_norm(gradients, float("inf")) if gradients else []
-        if not largest or bool(torch.stack([norm.float().to(largest[0].device) for norm in largest]).isfinite().all()):
+        norms = [norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]
+        largest = float(torch.stack([norm.to(norms[0].device) for norm in norms]).max())
+        if largest == 0 and not self._told_of_zeros:
+            # What comes of a loss over no label: the loss is NaN, but its gradient is not.
+            logger.warning("All gradients of a step are zero: a batch whose labels are all ignored? Told of once.")
+            self._told_of_zeros = True
+        if math.isfinite(largest):
             return True
         if self._on_nonfinite == "raise":
             raise FloatingPointError(
@@ -244,10 +271,10 @@ class SparseAdamW(Optimizer):
             with moments and gradients only.
         """
         parameters = self._parameters()
-        weights = {parameter: weight for parameter in parameters if (weight := linked(parameter)) is not None}
+        held = [weight.bytes_held() for parameter in parameters if (weight := linked(parameter)) is not None]
         kinds = {
-            "values": sum(parameter.nbytes for parameter in weights),
-            "positions": sum(w.mask.nbytes + (w.former.nbytes if w.former else 0) for w in weights.values()),
+            "values": sum(values for values, _ in held),
+            "positions": sum(positions for _, positions in held),
             "moments": sum(moment_bytes(self.state[p]) for p in parameters if p in self.state),
             "gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
         }
@@ -277,7 +304,8 @@ class SparseAdamW(Optimizer):
                     name=weight.name,
                 )
                 if weight.former is not None:
-                    packed["state"][key]["former"] = weight.former.indices
+                    former = dict(former=weight.former.indices, former_values=weight.former_entries())
+                    packed["state"][key].update(former)
         if self.schedule is not None:
             packed["schedule"] = self.schedule.state_dict()
         return packed
@@ -296,7 +324,7 @@ class SparseAdamW(Optimizer):
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"The saved optimizer state is damaged: {type(error).__name__}: {error}.") from error
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self.skipped_steps = skipped_steps
+        self.skipped_steps, self._stepped = skipped_steps, False
         for parameter, saved in pairs:
             self._restore(parameter, saved)
         if self.schedule is not None and "schedule" in state_dict:
@@ -333,7 +361,9 @@ class SparseAdamW(Optimizer):
             mask = Mask(saved["indices"], saved["shape"])
             if weight.mask != mask:
                 weight.change_mask(mask)
-            weight.former = Mask(saved["former"], saved["shape"]) if "former" in saved else None
+            weight.former = None
+            if "former" in saved:
+                weight.restore_former(Mask(saved["former"], saved["shape"]), saved["former_values"])
             parameter.copy_(saved["values"])
             weight.write()
 
@@ -395,8 +425,8 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> No
         raise ValueError(f"The saved values of {name} are of {saved['values'].dtype}, not of torch.float32.")
     try:
         saved_mask = Mask(saved["indices"], saved["shape"])
-        if "former" in saved:
-            Mask(saved["former"], saved["shape"])
+        if "former" in saved and saved["former_values"].shape != (len(Mask(saved["former"], saved["shape"])),):
+            raise ValueError("the entries that left the mask and their values differ in number")
     except (TypeError, ValueError) as error:
         raise ValueError(f"The saved mask of {name} is damaged: {error}") from error
     if any_mask:

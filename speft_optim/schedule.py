@@ -17,12 +17,11 @@ from torch import nn
 
 from speft_optim.batches import Batches
 from speft_optim.compact import SparseWeight, sparse_weights
-from speft_optim.distributed import is_distributed
+from speft_optim.distributed import check_equal_masks, is_distributed
 from speft_optim.masks import Masks
 from speft_optim.moments import carry_moments_
 from speft_optim.optim import SparseAdamW
 from speft_optim.selection import select_masks
-from speft_optim.sparsify import check_equal_on_all_ranks
 
 
 class MaskSchedule:
@@ -89,7 +88,7 @@ class MaskSchedule:
         """
         masks = self._select(self.batches)
         self._note(masks)
-        check_equal_on_all_ranks(masks)
+        check_equal_masks(masks)
         for weight in self._weights():
             places, stays = weight.change_mask(masks[weight.name])
             state = self.optimizer.state.get(weight.values, {})

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from speft_optim.batches import Batches, LossFunction
 from speft_optim.calibration import default_memory_budget, stream_scores
+from speft_optim.distributed import check_equal, smallest, together
 from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES
-from speft_optim.targets import Target, Targets, find_targets
+from speft_optim.targets import Target, Targets, find_targets, uncompiled
 
 
 class BestEntries:
@@ -108,7 +109,42 @@ def select_masks(
     Raises:
         ValueError: an argument is out of range, the data cannot be used, or scores are not finite.
         TypeError: an argument is of the wrong kind.
+        RuntimeError: another process of the group failed.
     """
+    model = uncompiled(model)
+    with contextlib.ExitStack() as stack:
+        with together():
+            _check_choice(salience, scope, offload, checkpoint)
+            if offload is not None:
+                # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
+                by_block = MEASURES[salience].signal not in ("none", "random", "flow")
+                stack.enter_context(streaming(model, offload, checkpoint, by_block=by_block))
+            found = find_targets(model, targets)
+            sizes = {name: target.shape.numel() for name, target in found.items()}
+            if isinstance(budget, Mapping):
+                _check_shares(budget, sizes, scope, density)
+            else:
+                _check_amount(density, budget, sum(sizes.values()))
+            if memory_budget is None:
+                memory_budget = default_memory_budget(next(iter(found.values())).device)
+            if not isinstance(memory_budget, int) or memory_budget <= 0:
+                raise ValueError(
+                    f"memory_budget={memory_budget!r} must be a positive number of bytes, such as 2 * 2**30."
+                )
+        # Processes that measure other things, or cut the weights into other groups, would exchange what does not match.
+        choice = f"{salience} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
+        check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
+        memory_budget = smallest(memory_budget)
+        options = dict(memory_budget=memory_budget, loss=loss, seed=seed, progress=progress)
+        scores = stream_scores(model, batches, found, MEASURES[salience], **options)
+        # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
+        stack.enter_context(contextlib.closing(scores))
+        if scope == "local":
+            return _select_local(scores, found, _shares(sizes, density, budget))
+        return _select_global(scores, found, budget or round(density * sum(sizes.values())))
+
+
+def _check_choice(salience: str, scope: str, offload: str | torch.device | None, checkpoint: str | Path | None) -> None:
     if salience not in MEASURES:
         raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
     if scope not in ("local", "global"):
@@ -117,28 +153,6 @@ def select_masks(
         raise ValueError("checkpoint is read only with offload; pass offload='cuda' too, or load the model.")
     if offload is not None and salience == "grasp":
         raise ValueError("salience='grasp' differentiates twice, which offload does not support; choose another.")
-    with contextlib.ExitStack() as stack:
-        if offload is not None:
-            # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
-            by_block = MEASURES[salience].signal not in ("none", "random", "flow")
-            stack.enter_context(streaming(model, offload, checkpoint, by_block=by_block))
-        found = find_targets(model, targets)
-        sizes = {name: target.shape.numel() for name, target in found.items()}
-        if isinstance(budget, Mapping):
-            _check_shares(budget, sizes, scope, density)
-        else:
-            _check_amount(density, budget, sum(sizes.values()))
-        if memory_budget is None:
-            memory_budget = default_memory_budget(next(iter(found.values())).device)
-        if not isinstance(memory_budget, int) or memory_budget <= 0:
-            raise ValueError(f"memory_budget={memory_budget!r} must be a positive number of bytes, such as 2 * 2**30.")
-        options = dict(memory_budget=memory_budget, loss=loss, seed=seed, progress=progress)
-        scores = stream_scores(model, batches, found, MEASURES[salience], **options)
-        # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
-        stack.enter_context(contextlib.closing(scores))
-        if scope == "local":
-            return _select_local(scores, found, _shares(sizes, density, budget))
-        return _select_global(scores, found, budget or round(density * sum(sizes.values())))
 
 
 def _select_local(

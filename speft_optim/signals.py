@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.batches import IGNORED_LABEL, Batch, BatchReader, LossFunction, check_loss, loss_of, model_loss
-from speft_optim.distributed import average_, together
+from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
 from speft_optim.linear import Sink, input_of, tap_target
 from speft_optim.pieces import Piece
@@ -23,14 +23,10 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: Lo
     for piece in group:
         piece.allocate()
 
-    def work() -> int:
+    with tapped(group, {piece: piece for piece in group}), together():
         for batch in reader:
             backward(model, batch, loss or model_loss, reader.used)
-        return reader.used
-
-    with tapped(group, {piece: piece for piece in group}):
-        count = together(work)
-    average_([piece.accumulator for piece in group], count)
+    average_([piece.accumulator for piece in group], total(reader.used))
 
 
 @contextlib.contextmanager
@@ -63,9 +59,8 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     their own; at no time is there a copy of the gradients per example.
     """
     sinks = {piece: _ExampleSquares(piece) for piece in group}
-
-    def work() -> int:
-        examples = 0
+    examples = 0
+    with tapped(group, sinks), _counted_uses(sinks.values()), together():
         for batch in reader:
             counting = _counting_examples(batch["labels"])
             examples += len(counting)
@@ -73,11 +68,7 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
             rest = [sink for sink in sinks.values() if sink not in done]
             if rest:
                 _backward_by_example(model, batch, counting, rest, loss or model_loss, reader.used)
-        return examples
-
-    with tapped(group, sinks), _counted_uses(sinks.values()):
-        count = together(work)
-    average_([piece.accumulator for piece in group], count)
+    average_([piece.accumulator for piece in group], total(examples))
 
 
 class _ExampleSquares:
@@ -225,18 +216,12 @@ def squared_input(model: nn.Module, reader: BatchReader, group: list[Piece], los
         ValueError: a weight is no linear one, so that its entries have no input feature.
     """
     attention = _Attention()
-
-    def work() -> int:
-        for batch in reader:
-            attention.mask = batch.get("attention_mask")
-            with torch.no_grad():
-                model(**batch)
-        return reader.used
-
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, together(), torch.no_grad():
         for piece in group:
             _watch_inputs(piece, attention, stack)
-        together(work)
+        for batch in reader:
+            attention.mask = batch.get("attention_mask")
+            model(**batch)
     average_([piece.accumulator for piece in group], 1)
 
 

@@ -14,18 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from speft_optim.compact import SparseWeight, child_name, sparse_weights
-from speft_optim.distributed import is_distributed
+from speft_optim.distributed import check_equal_masks, together
 from speft_optim.export import original_entries
 from speft_optim.frozen import frozen_weight, is_quantized_linear
-from speft_optim.masks import Mask, Masks
+from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
 from speft_optim.quantized import declare_trainable, hand_back, take_over
-from speft_optim.targets import Target, all_targets, check_called, check_in_memory
+from speft_optim.targets import Target, all_targets, check_called, check_in_memory, uncompiled
 
 
 def sparsify(
@@ -56,20 +55,23 @@ def sparsify(
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
 
     Raises:
-        ValueError: a name or shape does not fit the model, the masks are empty, or the model is sparsified already;
-            the model is then as it was.
+        ValueError: a name or shape does not fit the model, the masks are empty or differ between processes, or the
+            model is sparsified already; the model is then as it was.
         TypeError: a masked weight is not floating, or `masks` is no mapping to `Mask`.
+        RuntimeError: another process of the group failed; the model is as it was.
     """
     # Not at import: its decorator loads the compiler, and Triton with it.
     from speft_optim.eager import refresh_all
 
-    targets = all_targets(model)
-    _check_masks(model, masks, targets)
-    check_equal_on_all_ranks(masks)
+    model = uncompiled(model)
+    with together():
+        targets = all_targets(model)
+        _check_masks(model, masks, targets)
+        found = {n: (m.shape, m.indices) for n, m in masks.items() if len(m)}
+        entries = {} if original is None else original_entries(original, found)
+    check_equal_masks(masks)
     _follow_optimizers()
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    found = {n: (m.shape, m.indices) for n, m in masks.items() if len(m)}
-    entries = {} if original is None else original_entries(original, found)
     model.requires_grad_(False)
     take_over(model)
     declare_trainable(model)
@@ -169,23 +171,6 @@ def _sharding_wrapper(model: nn.Module) -> str | None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3"
     return "a device mesh (DTensor)" if any(hasattr(p, "device_mesh") for p in model.parameters()) else None
-
-
-def check_equal_on_all_ranks(masks: Mapping[str, Mask]) -> None:
-    """Replicas whose masks differ would average gradients of different entries, and nothing would say so.
-
-    Raises:
-        ValueError: they differ.
-    """
-    if not is_distributed():
-        return
-    fingerprints: list = [None] * dist.get_world_size()
-    dist.all_gather_object(fingerprints, Masks(masks).fingerprint())
-    if len(set(fingerprints)) > 1:
-        raise ValueError(
-            f"The masks differ between processes (fingerprints by rank: {', '.join(fingerprints)}); select them once "
-            "and share the file (Masks.save, Masks.load), or let all processes calibrate on the same batches and seed."
-        )
 
 
 def _follow_optimizers() -> None:

@@ -58,12 +58,17 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
     """Every floating or quantised weight of the model by its first name, shared ones once, in the model's order."""
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[int, str] = {}
-    for path, module in model.named_modules():
+    for path, module in uncompiled(model).named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
                 sites.setdefault(id(parameter), []).append((module, attribute))
     return {name: Target(name, tuple(sites[key])) for key, name in names.items()}
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper of `torch.compile`, which shows its names with a prefix."""
+    return getattr(model, "_orig_mod", model)
 
 
 def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:

@@ -126,11 +126,20 @@ class Reference:
         self.mask_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip) if clip else None
         self.optimizer.step()
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(torch.where(self.dense[name], parameter, self.start[name]))
+        self.put_back()
         self.optimizer.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def put_back(self):
+        for name, parameter in self.parameters.items():
+            parameter.copy_(torch.where(self.dense[name], parameter, self.start[name]))
+
+    def stand_alone(self):
+        """Mask gradients as they come and put entries back after each step, so that any script can train it."""
+        for name, parameter in self.parameters.items():
+            parameter.register_hook(lambda gradient, inside=self.dense[name]: gradient * inside)
+        self.optimizer.register_step_post_hook(lambda *_: self.put_back())
 
     def assert_agrees(self, model, optimizer, values):
         """Weights, values and both moments agree inside the masks; outside, weights are bit-identical to the start."""

@@ -1,6 +1,8 @@
 """Two processes with gloo: replicas stay equal, only compact gradients travel, and what cannot work says so."""
 
+import contextlib
 import copy
+import datetime
 import socket
 import traceback
 
@@ -11,10 +13,12 @@ from conftest import Reference, assert_close, tiny_model, token_batch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from speft_optim import SparseAdamW, distributed, select_masks, sparsify
+from speft_optim import Mask, SparseAdamW, distributed, select_masks, sparsify
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
-STEPS = 3
+STEPS = 5
+# Where both processes find the same files, once they run.
+FOLDER: list[str] = []
 
 
 def attach():
@@ -36,7 +40,7 @@ def assert_replicas_equal(model):
         assert torch.equal(*other)
 
 
-def data_parallel_equals_one_process(rank):
+def replicas_do_not_drift_apart(rank):
     model, values, optimizer, reference = attach()
     parallel = DistributedDataParallel(model)
     sent = []
@@ -59,7 +63,7 @@ def data_parallel_equals_one_process(rank):
     assert_replicas_equal(model)
 
 
-def accumulation_without_synchronising(rank):
+def replicas_do_not_drift_apart_under_no_sync(rank):
     model, values, optimizer, reference = attach()
     parallel = DistributedDataParallel(model)
     for step in range(STEPS):
@@ -132,21 +136,88 @@ def each_measure_averages_over_the_processes(rank):
 
 
 def alone_with(batches, salience, scope):
-    """The masks that one process alone selects: estimation asks this one function whether there are others."""
+    """The masks that one process alone selects."""
+    with alone():
+        return select_masks(tiny_model(), batches, salience=salience, density=0.1, scope=scope, progress=False)
+
+
+@contextlib.contextmanager
+def alone():
+    """As before there was a process group: the library asks this one function whether there are others."""
     before, distributed.is_distributed = distributed.is_distributed, lambda: False
     try:
-        return select_masks(tiny_model(), batches, salience=salience, density=0.1, scope=scope, progress=False)
+        yield
     finally:
         distributed.is_distributed = before
 
 
 def a_failure_in_one_process_ends_all(rank):
     bad = [{key: value for key, value in token_batch().items() if key != "labels"}]
-    with pytest.raises((ValueError, RuntimeError), match="no labels" if rank else "failed in 1 other"):
+    with pytest.raises((ValueError, RuntimeError), match="no labels" if rank else "Process 1 failed.*no labels"):
         select_masks(tiny_model(), bad if rank else [token_batch()], density=0.1, progress=False)
 
 
-def fully_sharded_before(rank):
+def wrong_arguments_in_one_process_end_all(rank):
+    """Before the first exchange of scores, at which the others would wait."""
+    good = {"batches": [token_batch()], "density": 0.1, "memory_budget": 2**20, "progress": False}
+    for wrong, message in (
+        ({"density": 2.0}, "density=2.0 is outside"),
+        ({"targets": ["nowhere"]}, "'nowhere', which no parameter ends with"),
+        ({"batches": None}, "needs calibration batches"),
+        ({"batches": iter([token_batch()]), "memory_budget": 20_000}, "passes are needed"),
+    ):
+        # The iterator is too few for the small budget, which is the smallest and so that of both.
+        options = {**good, **wrong} if rank else good
+        with pytest.raises((ValueError, RuntimeError), match=message if rank else f"Process 1 failed.*{message}"):
+            select_masks(tiny_model(), **options)
+    with pytest.raises(ValueError, match="differ between processes .*gradient of .*, snip of"):
+        select_masks(tiny_model(), salience="snip" if rank else "gradient", **good)
+
+
+def a_memory_budget_of_its_own_changes_no_mask(rank):
+    options = {"density": 0.1, "progress": False}
+    expected = select_masks(tiny_model(), [token_batch(rank)], **options)
+    assert select_masks(tiny_model(), [token_batch(rank)], memory_budget=10_000 * 9**rank, **options) == expected
+
+
+def sparsify_that_fails_in_one_process_ends_all(rank):
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    name = next(iter(masks))
+    folder = f"{FOLDER[0]}/original"
+    if rank == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    for wrong, options, message in (
+        ({**masks, name: Mask(torch.tensor([0]), (3, 3))}, {}, "is for shape"),
+        ({}, {}, "hold no entry"),
+        ([], {}, "a dict from parameter names"),
+        (masks, {"original": f"{FOLDER[0]}/nowhere"}, "holds no safetensors"),
+    ):
+        before = copy.deepcopy(dict(model.state_dict()))
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message if rank else "Process 1 failed"):
+            sparsify(model, wrong if rank else masks, **(options if rank else {"original": folder}))
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert all(torch.equal(before[key], part) for key, part in model.state_dict().items())
+    assert len(sparsify(model, masks)) == len(masks)
+
+
+def masks_that_differ_although_sparsified_alone(rank):
+    """Sparsified before the processes met, as where a script starts the process group late."""
+    model = tiny_model()
+    with alone():
+        masks = select_masks(model, salience="random", density=0.05, seed=rank, progress=False)
+        optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+    parallel = DistributedDataParallel(model)
+    parallel(**token_batch(rank)).loss.backward()
+    before = copy.deepcopy(dict(model.state_dict()))
+    with pytest.raises(ValueError, match="masks differ between processes.*Masks.load"):
+        optimizer.step()
+    assert not optimizer.state
+    assert all(torch.equal(before[key], part) for key, part in model.state_dict().items())
+
+
+def weights_of_fully_shard_are_refused_before(rank):
     from torch.distributed.fsdp import fully_shard
 
     model = tiny_model()
@@ -156,7 +227,7 @@ def fully_sharded_before(rank):
         sparsify(model, masks)
 
 
-def fully_sharded_after(rank):
+def weights_of_fully_shard_are_refused_after(rank):
     from torch.distributed.fsdp import fully_shard
 
     model, *_ = attach()
@@ -168,7 +239,7 @@ def fully_sharded_after(rank):
         model(**token_batch())
 
 
-def flattened_before(rank):
+def weights_of_fsdp_are_refused_before(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = tiny_model()
@@ -178,7 +249,7 @@ def flattened_before(rank):
         sparsify(wrapped, masks)
 
 
-def flattened_after(rank):
+def weights_of_fsdp_are_refused_after(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model, *_ = attach()
@@ -191,17 +262,21 @@ def flattened_after(rank):
 
 
 SCENARIOS = [
-    data_parallel_equals_one_process,
-    accumulation_without_synchronising,
+    replicas_do_not_drift_apart,
+    replicas_do_not_drift_apart_under_no_sync,
     accelerate_on_two_processes,
     masks_that_differ_between_processes,
     data_that_differs_between_processes_gives_one_mask,
     each_measure_averages_over_the_processes,
     a_failure_in_one_process_ends_all,
-    fully_sharded_before,
-    fully_sharded_after,
-    flattened_before,
-    flattened_after,
+    wrong_arguments_in_one_process_end_all,
+    a_memory_budget_of_its_own_changes_no_mask,
+    sparsify_that_fails_in_one_process_ends_all,
+    masks_that_differ_although_sparsified_alone,
+    weights_of_fully_shard_are_refused_before,
+    weights_of_fully_shard_are_refused_after,
+    weights_of_fsdp_are_refused_before,
+    weights_of_fsdp_are_refused_after,
 ]
 
 
@@ -214,7 +289,9 @@ def run_all(rank, port, folder):
     )
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    # A process that waits for another in vain is a failure and not a test that never ends.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    FOLDER.append(folder)
     failures = {}
     for scenario in SCENARIOS:
         try:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,6 +85,40 @@ def test_same_top_token(kind, original, tmp_path):
     export_merged(train(model), tmp_path / "out")
     with torch.no_grad():
         assert agreement(model, reload(tmp_path / "out", torch.bfloat16)) >= 0.99
+
+
+NEW_PROCESS = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from conftest import token_batch
+from quantized_models import load_quantized
+from speft_optim import load_adapter
+from transformers import AutoModelForCausalLM
+batch = token_batch(7, batch=8, length=32)
+based = load_quantized("original", {kind!r}, torch.bfloat16, **{options})
+load_adapter(based, "adapter.safetensors")
+merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.bfloat16)
+with torch.no_grad():
+    torch.save([model.eval()(**batch).logits for model in (based, merged)], "logits.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_saved_quantised_model_comes_back_in_a_new_process(kind, tmp_path):
+    """The adapter on the quantised base, and the merged checkpoint by ordinary calls."""
+    options = "{}" if kind == "int8" else "dict(compute=torch.bfloat16)"
+    save_original(tmp_path / "original", initializer_range=0.3)
+    compute = {} if kind == "int8" else {"compute": torch.bfloat16}
+    model = train(load_quantized(tmp_path / "original", kind, torch.bfloat16, **compute), density=0.005)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    export_merged(model, tmp_path / "merged")
+    script = NEW_PROCESS.format(paths=sys.path, kind=kind, options=options)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    based, merged = torch.load(tmp_path / "logits.pt", weights_only=True)
+    with torch.no_grad():
+        expected = model.eval()(**token_batch(7, batch=8, length=32)).logits
+    assert (based - expected).abs().max() <= 1e-3
+    assert (merged.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.99
 
 
 def test_full_precision_export_is_exact(trained, tmp_path):

@@ -8,8 +8,10 @@ import torch
 from conftest import tiny_model, token_batch
 from kernel_checks import *  # noqa: F403 - each is run here too, on the card
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
+from speft_optim.compact import sparse_weights
 from speft_optim.kernels.reference import accumulate_product_, sampled_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -174,3 +176,70 @@ def test_a_quantised_base_trains_and_its_codes_stay(tmp_path, kind):
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(a, b) for a, b in zip(before, stored(model), strict=True))
+
+
+class LargestCopy(TorchDispatchMode):
+    """The most elements that one operation moved between two cards."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if function is torch.ops.aten.copy_.default else args[0]
+            if source.is_cuda and out.is_cuda and source.device != out.device:
+                self.elements = max(self.elements, source.numel())
+        return out
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_over_two_cards_mixes_no_devices(tmp_path):
+    """Global selection, five clipped steps, save and resume, as on one card; no whole weight moves between them."""
+    import transformers
+
+    tiny_model().save_pretrained(tmp_path)
+    parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
+    parts.update(dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1))
+    batches = [on_card(token_batch(seed, batch=1, length=5)) for seed in range(5)]
+
+    def load(device_map):
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map=device_map)
+
+    def train(model, optimizer, first, last):
+        norms = []
+        for step in range(first, last):
+            model(**batches[step]).loss.backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.01).cpu())
+            optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    runs = []
+    for device_map in ({"": 0}, parts):
+        model = load(device_map)
+        with LargestCopy() as copies:
+            masks = select_masks(model, batches, density=0.02, scope="global", progress=False)
+            values = sparsify(model, masks)
+            optimizer = SparseAdamW(values, lr=1e-2, weight_decay=0.1)
+            norms = train(model, optimizer, 0, 3)
+        torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+        norms += train(model, optimizer, 3, 5)
+        resumed = load(device_map)
+        resumed_values = sparsify(resumed, masks)
+        resumed_optimizer = SparseAdamW(resumed_values)
+        for part, state in zip((resumed, resumed_optimizer), torch.load(tmp_path / "state.pt"), strict=True):
+            part.load_state_dict(state)
+        train(resumed, resumed_optimizer, 3, 5)
+        assert all(map(torch.equal, values, resumed_values))
+        for weight in sparse_weights(model):
+            state = optimizer.state[weight.values]
+            beside = (weight.values, weight.mask, state["exp_avg"], state["exp_avg_sq"])
+            assert {part.device for part in beside} == {weight.weight.device}
+        assert copies.elements < min(mask.shape.numel() for mask in masks.values())
+        assert len({value.device for value in values}) == len(set(device_map.values()))
+        runs.append((masks, torch.stack(norms), torch.cat([value.detach().cpu() for value in values])))
+    (masks, norms, values), (other_masks, other_norms, other_values) = runs
+    assert masks == other_masks and norms.min() > 0.01
+    assert relative(other_norms, norms) < 1e-5 and relative(other_values, values) < 1e-5

@@ -141,15 +141,53 @@ def test_every_weight_of_every_architecture_trains_as_the_reference(kind):
     reference.assert_agrees(model, optimizer, used)
 
 
-def test_tied_embeddings_share_one_buffer_and_one_share():
+def test_tied_embeddings_are_not_two_parameters(tmp_path):
+    """One buffer, one share of the budget, the gradient of both uses, and one tensor after step, save and load."""
     model = tiny_model("qwen2")
     masks = select_masks(model, salience="random", density=0.1, targets=every, progress=False)
     assert "lm_head.weight" not in masks and "model.embed_tokens.weight" in masks
     tied = sum(parameter.numel() for parameter in model.parameters())
     assert abs(masks.count - 0.1 * tied) <= len(masks)
-    sparsify(model, masks)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
     assert len({id(weight.values) for weight in sparse_weights(model)}) == len(masks)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    optimizer = SparseAdamW(values, **OPTIONS)
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    reference.model(**token_batch()).loss.backward()
+    reference.step()
+    reference.assert_agrees(model, optimizer, values)
+    model.save_pretrained(tmp_path)
+    for one in (model, type(model).from_pretrained(tmp_path)):
+        assert one.lm_head.weight is one.model.embed_tokens.weight
+        assert torch.equal(one.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_stacked_experts_are_not_left_out(scope):
+    """Their share is counted by entries, and what is left out of the default targets is what they say."""
+    model = tiny_model("mixtral")
+    masks = select_masks(model, [token_batch(1)], density=0.01, scope=scope, targets=every, progress=False)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    assert len(stacked) == 4 and masks.keys() == sizes.keys()
+    if scope == "local":
+        assert all(len(masks[name]) == round(0.01 * size) for name, size in sizes.items())
+    else:
+        assert masks.count == round(0.01 * sum(sizes.values()))
+    assert all(projection in masks.summary() for projection in ("gate_up_proj", "down_proj"))
+    left_out = sizes.keys() - select_masks(model, salience="random", density=0.01, progress=False).keys()
+    assert all("norm" in name or name in ("model.embed_tokens.weight", "lm_head.weight") for name in left_out)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    for step in range(5):
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.model(**token_batch(step)).loss.backward()
+        reference.step()
+    reference.assert_agrees(model, optimizer, values)
 
 
 def test_an_idle_expert_does_not_move_without_decay():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from speft_optim import Mask, Masks
 from speft_optim.files import write_atomically
-from speft_optim.masks import concentration, density_grid, row_group, split_name
+from speft_optim.masks import concentration, density_grid, split_name
 
 examples = settings(max_examples=40, deadline=None, database=None)
 
@@ -164,7 +164,7 @@ def test_groups_of_rows_are_as_large_as_sixteen_bits_allow(share, group):
     positions = (order[:, : round(share * columns)] + torch.arange(rows)[:, None] * columns).flatten()
     mask = Mask(positions, (rows, columns))
     parts = mask.packed()
-    assert row_group(parts["group_starts"], parts["row_starts"]) == group
+    assert mask.row_group == group
     assert torch.equal(mask.indices.long(), positions.sort().values)
     assert Mask.unpack(parts, mask.shape) == mask and pickle.loads(pickle.dumps(mask)) == mask
 

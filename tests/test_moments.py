@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from speft_optim.moments import new_moments_, store_moments_, unpack_moments
 from speft_optim.optim import linked
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 def attach(dtype=torch.float32, density=0.05, targets=None, **options):
@@ -99,6 +101,52 @@ def test_eight_bits_reach_the_loss_of_32():
     start = sum(tiny_model()(**batch).loss.item() for batch in data) / 12
     assert losses[32] < 0.7 * start
     assert losses[8] == pytest.approx(losses[32], rel=0.01)
+
+
+@pytest.mark.slow
+def test_eight_bits_reach_the_loss_of_32_on_a_real_model():
+    """Its last four blocks for 300 steps: backward ends there, which leaves minutes of it."""
+    from recipes import data, models
+
+    try:
+        folder = models.resolve("smollm2", cache=ROOT / "models")
+    except ValueError as error:
+        pytest.skip(str(error))
+    losses = {}
+    for bits in (32, 8):
+        model, tokenizer = models.load(folder, dtype=torch.bfloat16)
+        batches = {}
+        for split, count in (("train", 600), ("test", 64)):
+            samples = data.tokenize(tokenizer, data.generate(count, split=split), max_length=200)
+            batches[split] = data.make_batches(samples, 2, pad_id=tokenizer.pad_token_id)
+            for batch in batches[split]:
+                # Of all tokens: the answers alone are soon known by heart, and a share of nothing says nothing.
+                batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        last = [f"layers.{layer}.{part}" for layer in range(26, 30) for part in PROJECTIONS]
+        with models.products_of(torch.bfloat16):
+            masks = select_masks(model, batches["train"][:8], density=0.02, targets=last, progress=False)
+            optimizer = SparseAdamW(sparsify(model, masks), lr=2e-3, state_bits=bits)
+            scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=300)
+            losses["start"] = held_out_loss(model, batches["test"])
+            for batch in batches["train"]:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+            losses[bits] = held_out_loss(model, batches["test"])
+    assert losses[32] < 0.5 * losses["start"]
+    assert losses[8] == pytest.approx(losses[32], rel=0.01)
+
+
+PROJECTIONS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+
+
+@torch.no_grad()
+def held_out_loss(model, batches):
+    model.eval()
+    loss = sum(model(**batch).loss.item() for batch in batches) / len(batches)
+    model.train()
+    return loss
 
 
 def test_a_small_gradient_beside_a_large_one_does_not_explode():
@@ -192,7 +240,7 @@ def test_memory_summary_is_what_is_alive(bits, limit):
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("bits", [8, 32])
-def test_one_bad_gradient_skips_one_step(bad, bits, caplog):
+def test_one_bad_gradient_does_not_ruin_the_run(bad, bits, caplog):
     results = []
     for spoiled in (True, False):
         model, values, optimizer = attach(torch.bfloat16, lr=1e-2, state_bits=bits)
@@ -254,6 +302,7 @@ def test_a_bad_gradient_outside_the_mask_is_never_read():
     values = sparsify(model, {"weight": Mask(torch.tensor([0, 2]), (4,))})
     optimizer = SparseAdamW(values, lr=1e-2)
     model(torch.tensor([1.0, float("inf"), 1.0, float("nan")])).backward()
+    assert nn.utils.clip_grad_norm_(model.parameters(), 10.0).item() == pytest.approx(2**0.5)
     optimizer.step()
     assert optimizer.skipped_steps == 0 and torch.equal(model.weight[1::2], torch.ones(2)) and model.weight[0] < 1
 

@@ -103,6 +103,34 @@ def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batch_size(samples):
 # --- the loop
 
 
+def test_a_model_learns_to_stop_although_its_pad_token_is_eos():
+    """Eight samples by heart: it ends each of them by itself."""
+    tokenizer = byte_tokenizer(pad="</s>")
+    examples = [
+        data.Example(f"{first}+{second}", f"{first + second}" * first) for first in (1, 2) for second in range(4)
+    ]
+    learned = data.tokenize(tokenizer, examples, max_length=100)
+    torch.manual_seed(0)
+    model = tiny(hidden_size=64, intermediate_size=128)
+    optimizer = attach(model, density=0.5, lr=1e-2)
+    loop.train(model, optimizer, learned, steps=120, batch_size=8, pad_id=tokenizer.pad_token_id)
+    ended = 0
+    for sample in learned:
+        prompt = [token for token, label in zip(sample.input_ids, sample.labels, strict=True) if label == data.IGNORED]
+        limit = len(sample.input_ids) - len(prompt) + 10
+        ids = torch.tensor([prompt])
+        answer = model.eval().generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=limit,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        ended += answer[0].tolist() == sample.input_ids
+    assert ended >= 7
+
+
 @pytest.mark.parametrize("method", ATTACH)
 def test_accumulation_changes_nothing(method, samples):
     results = []

@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import tiny_model, token_batch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim import select_masks
+from speft_optim import desparsify, select_masks, sparsify
 from speft_optim.batches import BatchReader
-from speft_optim.calibration import _SIGNALS, random_draws
+from speft_optim.calibration import _SIGNALS, random_draws, stream_scores
 from speft_optim.pieces import cut_into_groups
 from speft_optim.salience import MEASURES
 from speft_optim.targets import find_targets
@@ -117,6 +118,30 @@ def test_scores_do_not_depend_on_padding_side_or_amount(salience):
     right = select_masks(model, ragged_batches(side="right"), **choose)
     left = select_masks(model, ragged_batches(side="left"), **choose)
     assert right.overlap(left) > 0.995
+
+
+@pytest.mark.parametrize("attention", ["eager", None])
+def test_padding_makes_no_nan_and_no_difference_in_gemma2(attention):
+    """With lengths far apart, whichever attention transformers chooses."""
+    model = tiny_model("gemma2", attn_implementation=attention)
+    rows = [token_batch(length, batch=1, length=length)["input_ids"][0] for length in (5, 40)]
+    found = {}
+    for side in ("right", "left"):
+        ids = pad_sequence(rows, batch_first=True, padding_side=side)
+        mask = ids.ne(0).long()
+        # A first real token has no label: under left padding a pad token would predict it.
+        labels = ids.masked_fill(mask.cumsum(1) <= 1, -100).masked_fill(mask == 0, -100)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        targets = find_targets(model)
+        scores = stream_scores(model, [batch], targets, MEASURES["gradient"], memory_budget=2**28, progress=False)
+        found[side] = torch.cat([part for _, _, part in scores])
+        values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+        loss = model(**batch).loss
+        loss.backward()
+        assert loss.isfinite() and all(value.grad.isfinite().all() for value in values)
+        desparsify(model)
+    assert found["right"].isfinite().all()
+    torch.testing.assert_close(found["left"], found["right"], rtol=1e-4, atol=1e-5 * found["right"].max().item())
 
 
 def test_tied_embeddings_are_one_weight_with_the_gradient_of_both_uses():

@@ -233,7 +233,7 @@ def test_without_a_schedule_changed_masks_are_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key", ["values", "indices", "former", "exp_avg"])
+@pytest.mark.parametrize("key", ["values", "indices", "former", "former_values", "exp_avg"])
 def test_damaged_state_is_refused_whole(key):
     model, optimizer, _ = attach()
     train(model, optimizer, 4)

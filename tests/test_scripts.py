@@ -10,6 +10,8 @@ import warnings
 import pytest
 import torch
 from conftest import VOCABULARY, Reference, assert_close, equal_states, tiny_model, token_batch
+from safetensors import safe_open
+from safetensors.torch import load_model
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -41,15 +43,51 @@ def reference_step(reference, batch, clip=None, loss_scale=1.0):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Four samples of equal length, so that every order of them makes the same accumulated batch."""
+    """Samples of equal length; those of one step make the same accumulated batch in every order."""
 
-    batch = token_batch(0, batch=4)
+    def __init__(self, count=4):
+        self.batch = token_batch(0, batch=count)
 
     def __len__(self):
-        return 4
+        return len(self.batch["input_ids"])
 
     def __getitem__(self, item):
         return {key: part[item] for key, part in self.batch.items()}
+
+
+def through(how, folder, model, optimizer, batch_size, accumulation, clip, samples):
+    """One update by the named kind of script; the norm that it reports."""
+    if how == "plain":
+        for part in micro_batches(samples.batch, accumulation):
+            (model(**part).loss / accumulation).backward()
+        norm = clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm.item()
+    if how == "accelerate":
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        loader = torch.utils.data.DataLoader(samples, batch_size=batch_size)
+        prepared, prepared_optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        for batch in loader:
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(**batch).loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(prepared.parameters(), clip)
+                prepared_optimizer.step()
+                prepared_optimizer.zero_grad()
+        return norm.item()
+    from transformers import Trainer
+
+    sizes = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    arguments = trainer_arguments(folder, max_steps=1, max_grad_norm=clip, **sizes)
+    trainer = Trainer(model, arguments, train_dataset=samples, optimizers=(optimizer, halving(optimizer)))
+    trainer.train()
+    return trainer.state.log_history[0]["grad_norm"]
+
+
+SCRIPTS = ["plain", "accelerate", "Trainer"]
 
 
 # Plain loop
@@ -78,14 +116,57 @@ def test_plain_loop_with_accumulation_clipping_and_scheduler(kind):
     assert all(int(optimizer.state[parameter]["step"]) == STEPS for parameter in values)
 
 
-def test_clipping_bounds_the_first_moment():
+@pytest.mark.parametrize("how", SCRIPTS)
+def test_gradient_accumulation_steps_once(how, tmp_path):
+    """Four micro-batches are one update on their sum, and the moments are those of one batch of all."""
     model, _, values, optimizer, reference = attach()
-    (model(**token_batch()).loss * 1e3).backward()
-    norm = clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    samples = Samples(8)
+    through(how, tmp_path, model, optimizer, batch_size=2, accumulation=4, clip=1e9, samples=samples)
+    reference_step(reference, samples.batch)
+    reference.assert_agrees(model, optimizer, values)
+    assert all(int(optimizer.state[parameter]["step"]) == 1 for parameter in values)
+
+
+@pytest.mark.parametrize("how", SCRIPTS)
+def test_clipping_is_no_silent_no_op(how, tmp_path):
+    """With a gradient norm of about 100 and a limit of 1, the first moment has norm 0.1 x 1."""
+    model, _, values, optimizer, reference = attach()
+
+    def scale(module, args, output):
+        output.loss = 1e3 * output.loss
+
+    model.register_forward_hook(scale)
+    norm = through(how, tmp_path, model, optimizer, batch_size=4, accumulation=1, clip=1.0, samples=Samples())
+    expected = reference_step(reference, Samples().batch, clip=1.0, loss_scale=1e3)
+    assert norm == pytest.approx(expected.item(), rel=1e-4) and norm > 50
+    reference.assert_agrees(model, optimizer, values)
     moments = torch.cat([optimizer.state[parameter]["exp_avg"] for parameter in values])
-    assert_close(norm, reference_step(reference, token_batch(), clip=1.0, loss_scale=1e3), rtol=1e-4)
-    assert norm > 50 and moments.norm().item() == pytest.approx(0.1, rel=1e-4)
+    assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["plain", "Trainer"])
+def test_batches_whose_labels_are_all_ignored_poison_nothing_and_are_told_of_once(how, tmp_path, caplog):
+    samples = [{key: part[0] for key, part in token_batch(seed, batch=1).items()} for seed in range(6)]
+    for bad in (2, 4):
+        samples[bad] = {**samples[bad], "labels": torch.full_like(samples[bad]["labels"], -100)}
+    model, _, values, optimizer, reference = attach()
+    with caplog.at_level("WARNING", logger="speft_optim"):
+        if how == "plain":
+            for sample in samples:
+                batch = {key: part[None] for key, part in sample.items()}
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                reference_step(reference, batch)
+            reference.assert_agrees(model, optimizer, values)
+        else:
+            from transformers import Trainer
+
+            arguments = trainer_arguments(tmp_path, max_steps=6, gradient_accumulation_steps=1)
+            Trainer(model, arguments, train_dataset=samples, optimizers=(optimizer, None)).train()
+    state = [part for parameter in values for part in optimizer.state[parameter].values()]
+    assert all(part.isfinite().all() for part in [*state, *values, *model.parameters()])
+    assert len([record for record in caplog.records if record.name.startswith("speft_optim")]) == 1
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -160,21 +241,24 @@ def halving(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
 
 
-def test_trainer_equals_the_reference_and_logs_its_norm(tmp_path):
+def test_trainer_logs_no_grad_norm_of_zero(tmp_path):
     from transformers import Trainer
 
     model, _, values, optimizer, reference = attach()
     scheduler = halving(reference.optimizer)
-    arguments = trainer_arguments(tmp_path, max_grad_norm=0.05)
+    arguments = trainer_arguments(tmp_path, max_steps=10, max_grad_norm=0.05)
     trainer = Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, halving(optimizer)))
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    for step in range(STEPS):
-        norm = reference_step(reference, Samples.batch, clip=0.05)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == len(losses) == 10
+    for step in range(10):
+        # The loss of an accumulated batch is that of the batch: it does not grow with the number of parts.
+        assert losses[step] == pytest.approx(reference.model(**Samples().batch).loss.item(), rel=1e-3)
+        norm = reference_step(reference, Samples().batch, clip=0.05)
         assert 0 < logged[step] == pytest.approx(norm.item(), rel=1e-3)
         scheduler.step()
     reference.assert_agrees(model, optimizer, values)
-    assert "eval_loss" in Trainer(model, arguments, eval_dataset=Samples()).evaluate()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -194,7 +278,7 @@ def test_trainer_resumes_bit_equal(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_trainer_with_checkpointing_and_frozen_embeddings(tmp_path, use_reentrant):
+def test_trainer_loses_no_gradient_to_checkpointing_with_frozen_embeddings(tmp_path, use_reentrant):
     from transformers import Trainer
 
     model, _, values, optimizer, reference = attach("qwen2")
@@ -205,30 +289,33 @@ def test_trainer_with_checkpointing_and_frozen_embeddings(tmp_path, use_reentran
     # Trainer's own schedule falls linearly to zero.
     scheduler = torch.optim.lr_scheduler.LambdaLR(reference.optimizer, lambda step: 1 - step / STEPS)
     for _ in range(STEPS):
-        reference_step(reference, Samples.batch, clip=1.0)
+        reference_step(reference, Samples().batch, clip=1.0)
         scheduler.step()
     reference.assert_agrees(model, optimizer, values)
 
 
-def test_trainer_saves_names_and_shapes_of_the_base(tmp_path):
-    from transformers import AutoModelForCausalLM, Trainer
+def test_eval_loss_is_present_and_the_best_model_is_loaded_at_the_end(tmp_path):
+    from transformers import Trainer
 
-    model, _, values, optimizer, _ = attach("qwen2", targets=lambda name, parameter: True)
-    before = {name: part.shape for name, part in tiny_model("qwen2").state_dict().items()}
-    trainer = Trainer(model, trainer_arguments(tmp_path), train_dataset=Samples(), optimizers=(optimizer, None))
+    model, _, values, _, _ = attach()
+    # Uphill, so that the best model is not the last.
+    optimizer = SparseAdamW(values, lr=1e-2, maximize=True)
+    each_step = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    arguments = trainer_arguments(tmp_path, max_steps=6, load_best_model_at_end=True, **each_step)
+    datasets = dict(train_dataset=Samples(), eval_dataset=Samples())
+    trainer = Trainer(model, arguments, **datasets, optimizers=(optimizer, halving(optimizer)))
     trainer.train()
-    trainer.save_model(tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert {name: part.shape for name, part in loaded.state_dict().items()} == before
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    batch = token_batch()
-    assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 6 and min(losses) < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == min(losses)
+    for weight in sparse_weights(model):
+        assert torch.equal(weight.weight.flatten()[weight.mask.indices], weight.values)
 
 
 # TRL
 
 
-def test_sft_trainer_equals_the_reference_and_logs_its_norm(tmp_path):
+def test_sft_trainer_logs_no_grad_norm_of_zero(tmp_path):
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -238,10 +325,10 @@ def test_sft_trainer_equals_the_reference_and_logs_its_norm(tmp_path):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
     arguments = SFTConfig(
-        **{**trainer_arguments(tmp_path).to_dict(), "gradient_checkpointing": False},
+        **{**trainer_arguments(tmp_path, max_steps=10).to_dict(), "gradient_checkpointing": False},
         max_length=16,
     )
-    ids = Samples.batch["input_ids"]
+    ids = Samples().batch["input_ids"]
     trainer = SFTTrainer(
         model,
         args=arguments,
@@ -252,7 +339,8 @@ def test_sft_trainer_equals_the_reference_and_logs_its_norm(tmp_path):
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     scheduler = halving(reference.optimizer)
-    for step in range(STEPS):
+    assert len(logged) == 10
+    for step in range(10):
         norm = reference_step(reference, {"input_ids": ids, "labels": ids}, clip=1.0)
         assert 0 < logged[step] == pytest.approx(norm.item(), rel=1e-3)
         scheduler.step()
@@ -262,35 +350,35 @@ def test_sft_trainer_equals_the_reference_and_logs_its_norm(tmp_path):
 # accelerate
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("zero_grad_first", [True, False])
-def test_accelerate_accumulates_and_clips(zero_grad_first):
+def test_zero_grad_may_stand_anywhere_in_an_accelerate_loop(zero_grad_first, set_to_none):
+    """As with torch's AdamW in the same script, also in the last window of an epoch, which is shorter."""
     from accelerate import Accelerator
 
     model, _, values, optimizer, reference = attach()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    loader = torch.utils.data.DataLoader(Samples(), batch_size=2)
-    prepared, prepared_optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, halving(optimizer))
-    reference_scheduler = halving(reference.optimizer)
-    for _ in range(STEPS):
-        for batch in loader:
-            with accelerator.accumulate(prepared):
-                if zero_grad_first:
-                    prepared_optimizer.zero_grad()
-                accelerator.backward(prepared(**batch).loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(prepared.parameters(), 0.05)
-                prepared_optimizer.step()
-                scheduler.step()
-                if not zero_grad_first:
-                    prepared_optimizer.zero_grad()
-        if zero_grad_first:
-            # accelerate clears gradients only where it synchronises: the first half is lost, for every optimizer.
-            half = {key: part[2:] for key, part in Samples.batch.items()}
-            expected = reference_step(reference, half, clip=0.05, loss_scale=0.5)
-        else:
-            expected = reference_step(reference, Samples.batch, clip=0.05)
-        assert_close(norm, expected, rtol=1e-4)
-        reference_scheduler.step()
+    reference.stand_alone()
+    norms = []
+    for trained, its_optimizer in ((model, optimizer), (reference.model, reference.optimizer)):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        loader = torch.utils.data.DataLoader(Samples(6), batch_size=2)
+        prepared, prepared_optimizer, loader, scheduler = accelerator.prepare(
+            trained, its_optimizer, loader, halving(its_optimizer)
+        )
+        for _ in range(STEPS):
+            for batch in loader:
+                with accelerator.accumulate(prepared):
+                    if zero_grad_first:
+                        prepared_optimizer.zero_grad(set_to_none=set_to_none)
+                    accelerator.backward(prepared(**batch).loss)
+                    if accelerator.sync_gradients:
+                        norms.append(accelerator.clip_grad_norm_(prepared.parameters(), 0.05))
+                    prepared_optimizer.step()
+                    scheduler.step()
+                    if not zero_grad_first:
+                        prepared_optimizer.zero_grad(set_to_none=set_to_none)
+    assert len(norms) == 4 * STEPS
+    assert_close(torch.stack(norms[: 2 * STEPS]), torch.stack(norms[2 * STEPS :]), rtol=1e-4)
     reference.assert_agrees(model, optimizer, values)
 
 
@@ -313,6 +401,44 @@ def test_accelerate_save_state_and_load_state_are_bit_equal(tmp_path, dtype):
                 accelerator.save_state(str(tmp_path / "state"))
         results.append({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
     assert equal_states(*results)
+
+
+# Saving
+
+
+def save(how, model, folder):
+    if how == "save_pretrained":
+        model.save_pretrained(folder)
+    elif how == "Trainer":
+        from transformers import Trainer
+
+        Trainer(model, trainer_arguments(folder)).save_model(folder)
+    else:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(model)
+        accelerator.save_state(str(folder))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "Trainer", "accelerate"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_saving_drops_no_tensor_that_shares_memory(kind, how, tmp_path):
+    """Names and shapes are those of before, tied weights stay tied, and the logits come back bit for bit."""
+    before = save(how, tiny_model(kind), tmp_path / "before")
+    model, _, values, optimizer, _ = attach(kind, targets=lambda name, parameter: True)
+    for step in range(2):
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert save(how, model, tmp_path / "after") == before
+    loaded = tiny_model(kind, seed=1)
+    assert load_model(loaded, tmp_path / "after" / "model.safetensors") == (set(), [])
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (kind == "qwen2")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind == "qwen2")
+    assert torch.equal(loaded(**token_batch()).logits, model.eval()(**token_batch()).logits)
 
 
 # Lightning
@@ -464,7 +590,7 @@ def test_swapping_averaged_values_in_and_out_reaches_the_weights():
     assert torch.equal(model(**token_batch()).logits, before)
 
 
-def test_loss_scaler_skips_an_infinite_step_and_equals_the_reference_in_the_others():
+def test_a_loss_scaler_lets_no_infinite_gradient_through():
     model, _, values, optimizer, reference = attach()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(6):
@@ -510,16 +636,23 @@ def test_copies_of_a_model_train_on_their_own(how):
     assert len(sparse_weights(model)) == len(values)
 
 
+@pytest.mark.parametrize("order", ["sparsified first", "compiled first", "compiled and run first"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_compiled_model_is_one_graph_and_equals_eager(kind):
-    every = (lambda name, parameter: True) if kind == "qwen2" else None
-    model, _, values, optimizer, reference = attach(kind, targets=every)
+def test_compiling_ignores_no_hook(kind, order):
+    """In whichever order: one graph, and equal to eager."""
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(model)(**token_batch())
-    assert explained.graph_break_count == 0, [str(reason.reason) for reason in explained.break_reasons]
-    torch._dynamo.reset()
+    model = tiny_model(kind)
     compiled = torch.compile(model, backend="aot_eager")
-    for step in range(STEPS):
+    if order == "compiled and run first":
+        compiled(**token_batch()).loss.backward()
+        model.zero_grad()
+    part = model if order == "sparsified first" else compiled
+    every = (lambda name, parameter: True) if kind == "qwen2" else None
+    masks = select_masks(part, salience="random", density=0.05, targets=every, progress=False)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(part, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    for step in range(5):
         compiled(**token_batch(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -529,6 +662,11 @@ def test_compiled_model_is_one_graph_and_equals_eager(kind):
         for parameter in values:
             parameter.mul_(3)
     assert_close(compiled(**token_batch()).logits, model(**token_batch()).logits)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(**token_batch())
+    assert explained.graph_break_count == 0, [str(reason.reason) for reason in explained.break_reasons]
+    desparsify(part)
+    assert not sparse_weights(model)
 
 
 @pytest.mark.slow
@@ -561,8 +699,39 @@ def test_offloaded_weights_are_refused(tmp_path):
         cpu_offload(model)(**token_batch())
 
 
+def test_layers_dispatched_by_accelerate_train_as_the_reference():
+    """As `device_map` does over several devices, each module's forward within accelerate's own: here all on one."""
+    from accelerate import dispatch_model
+
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+    model = dispatch_model(tiny_model(), dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    assert all("_old_forward" in model.get_submodule(part).__dict__ for part in parts)
+    options = dict(density=0.05, scope="global", progress=False)
+    masks = select_masks(model, [token_batch(9)], **options)
+    assert masks == select_masks(tiny_model(), [token_batch(9)], **options)
+    reference = Reference(tiny_model(), masks, **OPTIONS)
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    for step in range(STEPS):
+        model(**token_batch(step)).loss.backward()
+        clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference_step(reference, token_batch(step), clip=0.05)
+    reference.assert_agrees(model, optimizer, values)
+
+
+def test_weights_of_deepspeed_are_refused():
+    """ZeRO-3 leaves empty parameters, marked with an id, and trains another copy of them."""
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    model.model.norm.weight.ds_id = 0
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+        sparsify(model, masks)
+
+
 @pytest.mark.parametrize("change", ["resize", "replace", "reshape"])
-def test_parameters_replaced_after_attaching_are_named(change):
+def test_a_parameter_replaced_after_attaching_is_named_at_the_first_step(change):
     model, _, values, optimizer, _ = attach("qwen2", targets=["embed_tokens", "mlp.up_proj"])
     if change == "resize":
         model.resize_token_embeddings(VOCABULARY + 8)

@@ -1,12 +1,11 @@
 """What kernels take: tensors, in groups. No Triton here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from speft_optim.masks import row_group
 
 
 class Positions(Protocol):
@@ -18,15 +17,18 @@ class Positions(Protocol):
     def indices(self) -> Tensor:
         """Sorted flat positions, (k,) int32 or int64."""
 
-    def packed(self) -> dict[str, Tensor]:
+    @property
+    def row_group(self) -> int | None:
+        """How many rows share one of the `group_starts`; None if the positions are not packed by rows."""
+
+    def packed(self) -> Mapping[str, Tensor]:
         """`indices`, or `group_starts`, `row_starts` and `columns`."""
 
 
 def row_starts_of(positions: Positions) -> tuple[Tensor, Tensor, Tensor, int]:
     """`group_starts`, `row_starts` and `columns` of packed positions, and the number of rows in a group."""
     parts = positions.packed()
-    groups, starts = parts["group_starts"], parts["row_starts"]
-    return groups, starts, parts["columns"], row_group(groups, starts)
+    return parts["group_starts"], parts["row_starts"], parts["columns"], positions.row_group
 
 
 @dataclass
