@@ -110,7 +110,7 @@ class Belt:
             for site, weight in self._blocks[block].items():
                 room = buffer.memory[start : start + _bytes(weight)]
                 buffer.weights[site] = room.view(weight.dtype).view(weight.shape)
-                buffer.weights[site].copy_(weight.source(), non_blocking=True)
+                copy_pages_(buffer.weights[site], weight.source())
                 start += _aligned(_bytes(weight))
         buffer.block, buffer.filled = block, self._stream.record_event()
 
@@ -118,10 +118,12 @@ class Belt:
 def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextlib.ExitStack) -> None:
     """Let a CUDA device read the host memory of `tensors` by itself, until the stack closes; it stays where it is.
 
-    Where the system refuses, copies are as right and slower, and one warning says so.
+    Only pages that lie whole inside a tensor's storage: CUDA refuses a copy that runs over the edge of what is locked,
+    so that none may be locked that holds a piece of something else, and `copy_pages_` stops at such edges. Where the
+    system refuses, copies are as right and slower, and one warning says so.
     """
     cudart = torch.cuda.cudart()
-    for first, last in _page_runs(tensors):
+    for first, last in _whole_pages(tensors):
         code = int(cudart.cudaHostRegister(first, last - first, 0))
         if code:
             logger.warning(
@@ -134,21 +136,38 @@ def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextli
         stack.callback(cudart.cudaHostUnregister, first)
 
 
-def _page_runs(tensors: Iterable[Tensor]) -> list[list[int]]:
-    """The pages, as disjoint runs of addresses, under the storages of `tensors`: a page can be locked only once."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    spans = set()
+def copy_pages_(out: Tensor, source: Tensor) -> None:
+    """Copy host memory to contiguous `out`: the part before its first whole page, whole pages, and the rest."""
+    source = source.contiguous().view(-1)
+    before, pages = _pages(source.data_ptr(), source.nbytes)
+    size = source.element_size()
+    # Alignment to elements makes a page begin with one.
+    cuts = [before // size, pages // size]
+    cuts.append(source.numel() - sum(cuts))
+    for part, piece in zip(out.view(-1).split(cuts), source.split(cuts), strict=True):
+        part.copy_(piece, non_blocking=True)
+
+
+def _whole_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Address ranges of the pages that lie whole inside the storages of `tensors`."""
+    storages = {}
     for tensor in tensors:
-        first, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        if size and not tensor.is_pinned():
-            spans.add((first // page * page, -(-(first + size) // page) * page))
-    runs: list[list[int]] = []
-    for first, last in sorted(spans):
-        if runs and first < runs[-1][1]:
-            runs[-1][1] = max(runs[-1][1], last)
-        else:
-            runs.append([first, last])
-    return runs
+        storage = tensor.untyped_storage()
+        if not tensor.is_pinned():
+            storages[storage.data_ptr()] = storage.nbytes()
+    ranges = []
+    for address, size in storages.items():
+        before, pages = _pages(address, size)
+        if pages:
+            ranges.append((address + before, address + before + pages))
+    return ranges
+
+
+def _pages(address: int, size: int) -> tuple[int, int]:
+    """Of `size` bytes from `address`: how many lie before the first page that is whole inside, and in whole pages."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    before = min(size, -address % page)
+    return before, (size - before) // page * page
 
 
 def _bytes(weight: Cargo) -> int:

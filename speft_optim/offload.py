@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from speft_optim.belt import Belt, Site, lock_pages
+from speft_optim.belt import Belt, Site, copy_pages_, lock_pages
 from speft_optim.files import tensor_files
 from speft_optim.frozen import STREAMED, quantized_linears
 from speft_optim.linear import replace_method, shadow
@@ -52,11 +52,18 @@ class StreamedWeight:
 
     def whole(self) -> Tensor:
         """The weight on the device, in the model's dtype."""
-        return self.source().to(self.device, self.dtype, non_blocking=True)
+        return self._bring(self.source())
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows `first` to `last` (exclusive), the first dimension by all others, on the device."""
-        return self.source(slice(first, last)).to(self.device, self.dtype).reshape(last - first, -1)
+        return self._bring(self.source(slice(first, last))).reshape(last - first, -1)
+
+    def _bring(self, source: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return source.to(self.dtype)
+        out = torch.empty(source.shape, dtype=self.dtype, device=self.device)
+        copy_pages_(out, source)
+        return out
 
 
 class Shards:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import tiny_model, token_batch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import select_masks
-from speft_optim.belt import Belt, lock_pages
+from speft_optim.belt import Belt, copy_pages_, lock_pages
 from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES
 
@@ -146,7 +147,22 @@ def test_a_batch_moves_each_block_at_most_twice(monkeypatch):
     assert moved == []
 
 
-def test_pages_are_locked_once_and_released(monkeypatch):
+class Copies(TorchDispatchMode):
+    """Notes where the source of each copy lies, and how long it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default:
+            self.made.append((args[1].data_ptr(), args[1].nbytes))
+        return function(*args, **(kwargs or {}))
+
+
+def test_locked_pages_hold_nothing_else_and_no_copy_crosses_their_edge(monkeypatch):
+    """CUDA error: invalid argument, at the copy of a batch that shared its first page with a weight."""
+
     class Runtime:
         def __init__(self, room):
             self.room, self.locked = room, {}
@@ -162,17 +178,27 @@ def test_pages_are_locked_once_and_released(monkeypatch):
             del self.locked[first]
             return 0
 
-    large = torch.zeros(2**20)
-    tensors = [large[5:900], large[1000:].t(), torch.zeros(0), *(torch.zeros(n) for n in range(1, 400, 40))]
-    runtime = Runtime(room=100)
+    large = torch.randn(2**20)
+    tensors = [large[5:9000], large[1000:], torch.randn(0), torch.randn(3), torch.randn(999, 77).t()]
+    tensors += [torch.randn(4000 + 40 * n).to(torch.float16) for n in range(9)]
+    page, runtime = os.sysconf("SC_PAGE_SIZE"), Runtime(room=100)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     with contextlib.ExitStack() as stack:
         lock_pages(tensors, torch.device("cpu"), stack)
+        inside = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        for run, size in runtime.locked.items():
+            assert run % page == 0 and size % page == 0
+            assert any(first <= run and run + size <= first + length for first, length in inside.items())
+        assert sum(runtime.locked.values()) > 0.98 * large.nbytes
         for tensor in tensors:
-            first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-            assert any(run <= first and last <= run + size for run, size in runtime.locked.items()) or first == last
-        page = os.sysconf("SC_PAGE_SIZE")
-        assert all(run % page == 0 and size % page == 0 for run, size in runtime.locked.items())
+            out = torch.empty(tensor.shape, dtype=tensor.dtype)
+            with Copies() as copies:
+                copy_pages_(out, tensor)
+            assert torch.equal(out, tensor)
+            for first, size in copies.made:
+                for run, length in runtime.locked.items():
+                    within = run <= first and first + size <= run + length
+                    assert within or first + size <= run or run + length <= first
     assert not runtime.locked
 
 
