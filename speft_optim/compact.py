@@ -64,9 +64,8 @@ class SparseWeight(nn.Module):
         self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
         self._hooks += tap_target(target, self.values, self)
 
-    @property
-    def weight(self) -> Tensor:
-        """The model's parameter, frozen: the dense weight, or its codes.
+    def check(self) -> None:
+        """Refuse to go on without the weight.
 
         Raises:
             ValueError: the model holds another module, or a weight of another shape, where this one was attached.
@@ -76,12 +75,17 @@ class SparseWeight(nn.Module):
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
                 f"module, one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
             )
+
+    @property
+    def weight(self) -> Tensor:
+        """The model's parameter, frozen: the dense weight, or its codes; raises as `check` does."""
+        self.check()
         return self._places[1].parameter
 
     @property
     def base(self) -> FrozenWeight:
-        """The weight, whatever holds it; raises as `weight` does."""
-        return frozen_weight(*self._places[1].sites[0]) if self.weight is not None else None
+        """The weight, whatever holds it, as `check` found it."""
+        return frozen_weight(*self._places[1].sites[0])
 
     def _change(self) -> str | None:
         """What became of the weight since it was attached to, if that makes an end of it."""
@@ -103,11 +107,16 @@ class SparseWeight(nn.Module):
         return "has values that were replaced" if linked(self.values) is not self else None
 
     def synchronize(self) -> None:
-        """Let the newer of weight and values win: write changed values, or read entries changed in the weight."""
+        """Let the newer of weight and values win: write changed values, or read entries changed in the weight.
+
+        Raises:
+            ValueError: see `check`.
+        """
         weight = self.weight
-        if _state(self.values) != self._values_seen:
+        seen, weight_seen, values_seen = self._seen
+        if _state(self.values) != values_seen:
             self.write()
-        elif weight is not self._weight or _state(weight) != self._weight_seen:
+        elif weight is not seen or _state(weight) != weight_seen:
             self.read()
 
     @torch.no_grad()
@@ -118,9 +127,9 @@ class SparseWeight(nn.Module):
 
     def writable(self) -> Tensor | None:
         """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
-        weight = self.weight
-        packed = "columns" in self._placed_mask().packed()
-        return weight.detach() if packed and weight.is_floating_point() and launches(weight) else None
+        weight = self._places[1].parameter
+        writable = weight.is_floating_point() and launches(weight) and self._placed_mask().row_group is not None
+        return weight.detach() if writable else None
 
     def written(self) -> None:
         """A kernel wrote the values into `writable()`."""
@@ -190,8 +199,9 @@ class SparseWeight(nn.Module):
         return self.mask
 
     def _remember(self) -> None:
-        self._weight = self._places[1].parameter
-        self._weight_seen, self._values_seen = _state(self._weight), _state(self.values)
+        weight = self._places[1].parameter
+        # In a tuple, as else the weight would become a parameter of this module too.
+        self._seen = weight, _state(weight), _state(self.values)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # Before forward and not after: once autograd has saved the weight for backward it must not be written.
@@ -201,7 +211,7 @@ class SparseWeight(nn.Module):
 
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
-        if not self._weight_is_as_seen() or _state(self.values) != self._values_seen:
+        if not self._weight_is_as_seen() or _state(self.values) != self._seen[2]:
             self.synchronize()
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -225,7 +235,7 @@ class SparseWeight(nn.Module):
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
         unlink(self.values)
-        self._hooks, self._places, self._weight = [], (), None
+        self._hooks, self._places, self._seen = [], (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         # The weight's entry shares memory with the weight, so a write now still reaches it.
@@ -240,8 +250,8 @@ class SparseWeight(nn.Module):
 
     def _weight_is_as_seen(self) -> bool:
         module, attribute = self._places[1].sites[0]
-        weight = module._parameters.get(attribute)
-        return weight is self._weight and _state(weight) == self._weight_seen
+        weight, (seen, weight_seen, _) = module._parameters.get(attribute), self._seen
+        return weight is seen and _state(weight) == weight_seen
 
     def _apply(self, fn, recurse=True):
         """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
@@ -254,7 +264,7 @@ class SparseWeight(nn.Module):
             if self.values.grad is not None:
                 self.values.grad.data = self.values.grad.data.to(torch.float32)
         # Written again at the next use: a weight cast up from 16 bits would only hold their rounding.
-        self._values_seen = None
+        self._seen = *self._seen[:2], None
         return self
 
     def __getstate__(self):
@@ -269,9 +279,10 @@ class SparseWeight(nn.Module):
         link(self.values, self)
         # Not through the model, of which this copy may be made before the rest. The weight may have been copied before
         # `__getstate__` wrote to it. Codes are never written to.
-        if self._weight.is_floating_point():
-            scatter_entries_(self._weight.detach(), self.mask.indices, self.values.detach())
-        self._weight_seen, self._values_seen = _state(self._weight), _state(self.values)
+        weight = self._seen[0]
+        if weight.is_floating_point():
+            scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
+        self._seen = weight, _state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""

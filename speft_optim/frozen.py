@@ -8,17 +8,26 @@ with exact fp32 values, and *is* the dequantised codes with the overlays laid ov
             double quantisation the scales are codes themselves
 
 Each product is fp32 and rounded once to the dtype asked for, so that all ways to read an entry agree to the bit.
-bitsandbytes is imported for its kernel that dequantises a whole 4-bit weight. Everything else is plain PyTorch: the
-layout is small and stable, and no kernel reads single rows or positions.
+On a card one kernel of ours makes the whole weight, overlay and all. Elsewhere bitsandbytes is imported for its kernel
+that dequantises a whole 4-bit weight; everything else is plain PyTorch: the layout is small and stable, and no kernel
+reads single rows or positions.
 """
 
 import copy
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from speft_optim.kernels import gather_entries, lay_over_, scatter_entries_
+from speft_optim.kernels import (
+    dequantize_4bit,
+    dequantize_int8,
+    gather_entries,
+    launches,
+    lay_over_,
+    scatter_entries_,
+)
 from speft_optim.masks import Mask
 
 _CHUNK = 2**22
@@ -81,7 +90,7 @@ class DenseWeight:
 class QuantizedWeight:
     """The weight of a bitsandbytes linear layer: codes, scales, and overlays of exact values.
 
-    Subclasses read the codes: `_dequantize` all, `_panel` of rows, `_at` flat positions.
+    Subclasses read the codes: `_launch` and `_dequantize` all, `_panel` of rows, `_at` flat positions.
     """
 
     def __init__(self, module: nn.Module):
@@ -94,9 +103,13 @@ class QuantizedWeight:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in `dtype`, newly made."""
-        weight = self._dequantize(dtype)
-        for mask, values in self.overlays:
-            lay_over_(weight, mask.to(weight.device), values.detach().to(weight.device))
+        overlays = [(mask.to(self.device), values.detach().to(self.device)) for mask, values in self.overlays]
+        fused = bool(overlays) and overlays[0][0].row_group is not None
+        weight = self._launch(dtype, *(overlays[0] if fused else (None, None)))
+        if weight is None:
+            weight, fused = self._dequantize(dtype), False
+        for mask, values in overlays[fused:]:
+            lay_over_(weight, mask, values)
         return weight
 
     def dense_base(self, dtype: torch.dtype) -> Tensor:
@@ -182,6 +195,10 @@ class Int8Weight(QuantizedWeight):
         self.codes, self.scales = weight.detach(), scales
         self.shape, self.device = self.codes.shape, self.codes.device
 
+    def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
+        """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
+        return dequantize_int8(self.codes, self.scales, dtype, mask, values) if launches(self.codes) else None
+
     def _row_scales(self) -> Tensor:
         return self.scales.float() * (1 / 127)
 
@@ -206,19 +223,35 @@ class FourBitWeight(QuantizedWeight):
         if getattr(state, "packing_format_for_cpu", False):
             _unpack_cpu_layout(module)
             state = _quantisation_state(module)
-        self.state, self.packed = state, module.weight.detach()
-        self.shape, self.device = torch.Size(state.shape), self.packed.device
+        self.state = state
+        self.shape, self.device = torch.Size(state.shape), module._parameters["weight"].device
+
+    @property
+    def packed(self) -> Tensor:
+        """The codes as bitsandbytes holds them."""
+        return self.module._parameters["weight"].detach()
+
+    def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
+        """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
+        state, codes = self.state, self._bytes()
+        if self.shape[1] % state.blocksize or not launches(codes):
+            return None
+        twice, second = state.state2, None
+        if state.nested:
+            second = twice.code, twice.absmax, twice.blocksize, state.offset
+        scales = codes, state.code, state.absmax, state.blocksize, second
+        return dequantize_4bit(*scales, self.shape, dtype, mask, values)
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
         count, size = self.shape.numel(), self.state.blocksize
         if count % size:
             return self._run(0, count).view(self.shape).to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit as by_bitsandbytes
 
         # As if each block were a row: the CPU kernel is wrong where a row is no whole number of blocks.
         state = copy.copy(self.state)
         state.shape, state.dtype = torch.Size((count // size, size)), dtype
-        return dequantize_4bit(self.packed, state).view(self.shape)
+        return by_bitsandbytes(self.packed, state).view(self.shape)
 
     def _panel(self, first: int, last: int) -> Tensor:
         return self._run(first * self.shape[1], last * self.shape[1]).view(last - first, self.shape[1])
@@ -268,14 +301,15 @@ def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
         return module.__dict__[STREAMED][attribute]
     if attribute != "weight" or not is_quantized_linear(module):
         return DenseWeight(module, attribute)
-    return Int8Weight(module) if _has_class(module, "Linear8bitLt") else FourBitWeight(module)
+    return Int8Weight(module) if _layer_kind(type(module)) == "Linear8bitLt" else FourBitWeight(module)
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
     """Whether the module is a bitsandbytes linear layer whose weight is stored as codes."""
-    if _has_class(module, "Linear8bitLt"):
+    kind = _layer_kind(type(module))
+    if kind == "Linear8bitLt":
         return not module.state.has_fp16_weights and module.weight.dtype == torch.int8
-    return _has_class(module, "Linear4bit") and _quantisation_state(module) is not None
+    return kind == "Linear4bit" and _quantisation_state(module) is not None
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -293,14 +327,17 @@ def find(sorted_positions: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return place, sorted_positions[place] == wanted
 
 
-def _has_class(module: nn.Module, name: str) -> bool:
-    # By name, so that the question does not import bitsandbytes.
-    return any(cls.__name__ == name and cls.__module__.startswith("bitsandbytes") for cls in type(module).__mro__)
+@functools.cache
+def _layer_kind(cls: type) -> str | None:
+    """Which layer of bitsandbytes a class is or derives from, if any."""
+    # By name, so that the question does not import bitsandbytes; remembered, since every forward asks it.
+    names = {parent.__name__ for parent in cls.__mro__ if parent.__module__.startswith("bitsandbytes")}
+    return next((kind for kind in ("Linear8bitLt", "Linear4bit") if kind in names), None)
 
 
 def _quantisation_state(module: nn.Module):
     """Scales, table and shape of a 4-bit layer; on the module alone where a copy or wrapper lost the weight's."""
-    state = getattr(module.weight, "quant_state", None)
+    state = getattr(module._parameters["weight"], "quant_state", None)
     return state if state is not None else module.quant_state
 
 

@@ -51,8 +51,11 @@ class WriteThrough(Protocol):
     def restore_former(self, former: Mask, entries: Tensor) -> None:
         """Let the entries of `former` hold these."""
 
+    def check(self) -> None:
+        """Raise a ValueError if the weight is gone."""
+
     def synchronize(self) -> None:
-        """Let the newer of weight and values win."""
+        """Let the newer of weight and values win; checks first."""
 
     def write(self) -> None:
         """Write the values into the weight."""
@@ -93,9 +96,10 @@ def linked(values: Tensor) -> WriteThrough | None:
     Raises:
         ValueError: there was a masked weight, but it is gone.
     """
-    if values not in _weights:
+    found = _weights.get(values)
+    if found is None:
         return None
-    name, reference = _weights[values]
+    name, reference = found
     weight = reference()
     if weight is None:
         raise ValueError(
@@ -416,6 +420,7 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> No
         raise ValueError(f"The saved moments of {name} are incomplete or damaged; its keys are {sorted(saved)}.")
     if weight is None:
         return
+    weight.check()
     if missing := {"values", "indices", "shape", "name"} - saved.keys():
         raise ValueError(
             f"The saved state of {name} has no {' and '.join(sorted(missing))}; it was not saved by SparseAdamW over "

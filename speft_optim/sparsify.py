@@ -191,6 +191,8 @@ def _write_after_step(optimizer, args, kwargs) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if (weight := linked(parameter)) is not None:
+                weight.check()
+                # Written without looking where it was trained: some optimizers write past the version counter.
                 weight.synchronize() if parameter.grad is None else weight.write()
 
 

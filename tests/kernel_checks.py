@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, compact, kernels, optim, sparsify
-from speft_optim.kernels import Update, fused_adamw_, launches, lay_over_, reference, sampled_gradient
+from speft_optim.kernels import (
+    Update,
+    dequantize_4bit,
+    dequantize_int8,
+    fused_adamw_,
+    launches,
+    lay_over_,
+    reference,
+    sampled_gradient,
+)
 from speft_optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +70,45 @@ def test_an_uneven_mask_with_empty_rows():
     reference.scatter_entries_(expected, mask.indices, values)
     lay_over_(weight, mask, values)
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("laid_over", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, share", MATRICES)
+def test_int8_codes_with_values_laid_over(shape, share, dtype, laid_over):
+    codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int8)
+    scales, mask = draw(shape[0], seed=1).abs(), mask_of(shape, share)
+    values = draw(len(mask), seed=2)
+    expected = (codes.float() * (scales * (1 / 127))[:, None]).to(dtype)
+    if laid_over:
+        reference.scatter_entries_(expected, mask.indices, values)
+    overlay = (mask, values) if laid_over else (None, None)
+    assert_written(dequantize_int8(codes, scales, dtype, *overlay), expected)
+
+
+@pytest.mark.parametrize("laid_over", [True, False])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, share, size", [((9, 64), 0.2, 64), ((5, 4480), 0.02, 64), ((70, 256), 0.1, 128)])
+def test_4bit_codes_with_values_laid_over(shape, share, size, dtype, double, laid_over):
+    """The longest rows take more than one turn of the kernel's loop, the last not a whole one."""
+    runs, source = torch.Size(shape).numel() // size, torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (runs * size // 2, 1), generator=source).to(DEVICE, torch.uint8)
+    table, mask = draw(16, seed=1), mask_of(shape, share)
+    values = draw(len(mask), seed=2)
+    scales, second = draw(runs, seed=3).abs(), None
+    exact = scales
+    if double:
+        scales = torch.randint(0, 256, (runs,), generator=source).to(DEVICE, torch.uint8)
+        second = draw(256, seed=4), draw(-(-runs // 8), seed=5), 8, draw(1, seed=6)[0]
+        exact = second[0][scales.int()] * second[1][torch.arange(runs, device=DEVICE) // 8] + second[3]
+    pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten()
+    expected = (table[pairs.int()].view(runs, size) * exact[:, None]).to(dtype).view(shape)
+    if laid_over:
+        reference.scatter_entries_(expected, mask.indices, values)
+    overlay = (mask, values) if laid_over else (None, None)
+    actual = dequantize_4bit(codes, table, scales, size, second, torch.Size(shape), dtype, *overlay)
+    assert_written(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,7 +20,9 @@ __all__ = [
     "Update",
     "accumulate_product_",
     "adamw_",
+    "dequantize_4bit",
     "dequantize_blockwise",
+    "dequantize_int8",
     "fused_adamw_",
     "gather_entries",
     "launches",
@@ -42,7 +44,7 @@ def launches(tensor: Tensor) -> bool:
 
 def lay_over_(weight: Tensor, positions: Positions, values: Tensor) -> None:
     """Write `values` (k,) fp32, rounded to the weight's dtype, at `positions` of `weight`, in place."""
-    if launches(weight) and "columns" in positions.packed():
+    if launches(weight) and positions.row_group is not None:
         from speft_optim.kernels import rows
 
         rows.lay_over_(weight, positions, values)
@@ -58,6 +60,20 @@ def sampled_gradient(left: Tensor, right: Tensor, positions: Positions) -> Tenso
     from speft_optim.kernels.sampled_gradient import sampled_gradient as by_kernel
 
     return by_kernel(left, right, positions)
+
+
+def dequantize_int8(*arguments) -> Tensor:
+    """See `kernels.dequantize`; for codes that `launches`."""
+    from speft_optim.kernels import dequantize
+
+    return dequantize.dequantize_int8(*arguments)
+
+
+def dequantize_4bit(*arguments) -> Tensor:
+    """See `kernels.dequantize`; for codes that `launches`."""
+    from speft_optim.kernels import dequantize
+
+    return dequantize.dequantize_4bit(*arguments)
 
 
 def fused_adamw_(updates: Iterable[Update], **options: float) -> None:

@@ -3,10 +3,13 @@
 Flat positions are sorted, unique, row-major, int32 or int64. All arithmetic is fp32; casts happen once, at the store.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-PANEL_BYTES = 128 * 2**20
+PANEL_BYTES = 64 * 2**20
+_TILE = 128
 
 
 def gather_entries(weight: Tensor, indices: Tensor) -> Tensor:
@@ -26,10 +29,16 @@ def scatter_entries_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return weight
 
 
+def _exactly(device: str) -> contextlib.AbstractContextManager:
+    """Backward may run inside the user's autocast block, which would round the operands."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """`left.T @ right` with an fp32 result, for (T, R) and (T, C) operands of one dtype."""
-    # Backward may run inside the user's autocast block, which would round the operands.
-    with torch.autocast(left.device.type, enabled=False):
+    with _exactly(left.device.type):
         if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
             return torch.mm(left.t(), right, out_dtype=torch.float32)
         return left.t().float() @ right.float()
@@ -40,8 +49,17 @@ def accumulate_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
-        with torch.autocast(left.device.type, enabled=False):
+        with _exactly(left.device.type):
             total.addmm_(left.t().float(), right.float())
+
+
+def panel_rows(columns: int, panel_bytes: int = PANEL_BYTES) -> int:
+    """Rows of an fp32 panel of so many columns and at most so many bytes, at least one; whole tiles of 128 if it can.
+
+    Where a panel begins off the grid of a matrix product's tiles, cards fall back to kernels of half the speed.
+    """
+    rows = max(1, panel_bytes // (4 * max(1, columns)))
+    return rows // _TILE * _TILE or rows
 
 
 def sampled_gradient(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: int = PANEL_BYTES) -> Tensor:
@@ -60,17 +78,17 @@ def sampled_gradient(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: 
         (k,) fp32.
     """
     rows, columns = left.shape[1], right.shape[1]
-    panel_rows = max(1, panel_bytes // (4 * max(1, columns)))
-    if panel_rows >= rows:
+    step = panel_rows(columns, panel_bytes)
+    if step >= rows:
         return product(left, right).view(-1).index_select(0, indices)
-    starts = torch.arange(0, rows + panel_rows, panel_rows, device=indices.device).clamp_(max=rows)
+    starts = torch.arange(0, rows + step, step, device=indices.device).clamp_(max=rows)
     bounds = torch.searchsorted(indices, (starts * columns).to(indices.dtype)).tolist()
     out = torch.empty(indices.numel(), dtype=torch.float32, device=left.device)
     for panel, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         if first == last:
             continue
-        row = panel * panel_rows
-        dense = product(left[:, row : row + panel_rows], right).view(-1)
+        row = panel * step
+        dense = product(left[:, row : row + step], right).view(-1)
         out[first:last] = dense.index_select(0, indices[first:last] - row * columns)
     return out
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from speft_optim.kernels.operands import Positions, row_starts_of
 
-_BLOCK = 128
+BLOCK = 128
 
 
 @triton.jit
@@ -21,15 +21,20 @@ def row_start(group_starts, row_starts, row, group):
 
 
 @triton.jit
-def _lay_over(values, group_starts, row_starts, columns, group, weight, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
+def lay_over_row(line, row, values, group_starts, row_starts, columns, group, BLOCK: tl.constexpr):
+    """Write the values of `row` at their columns of the `line` in memory that holds it."""
     end = row_start(group_starts, row_starts, row + 1, group)
-    line = weight + row.to(tl.int64) * width
     for first in range(row_start(group_starts, row_starts, row, group), end, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         column = tl.load(columns + entry, entry < end, other=0).to(tl.int32)
         value = tl.load(values + entry, entry < end)
-        tl.store(line + column, value.to(weight.dtype.element_ty), entry < end)
+        tl.store(line + column, value.to(line.dtype.element_ty), entry < end)
+
+
+@triton.jit
+def _lay_over(values, group_starts, row_starts, columns, group, weight, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    lay_over_row(weight + row.to(tl.int64) * width, row, values, group_starts, row_starts, columns, group, BLOCK)
 
 
 @triton.jit
@@ -49,7 +54,7 @@ def lay_over_(weight: Tensor, positions: Positions, values: Tensor) -> None:
     rows = positions.shape.numel() // width
     # Triton launches on the current device, which need not be the weight's where a model lies on several.
     with torch.cuda.device_of(weight):
-        _lay_over[(rows,)](values, *row_starts_of(positions), weight, width, BLOCK=_BLOCK, num_warps=1)
+        _lay_over[(rows,)](values, *row_starts_of(positions), weight, width, BLOCK=BLOCK, num_warps=1)
     # Autograd and the model's own bookkeeping tell by the counter that a tensor was written.
     torch.autograd.graph.increment_version(weight)
 
@@ -60,4 +65,4 @@ def pick_(out: Tensor, panel: Tensor, positions: Positions, first_row: int) -> N
     Called in backward, where autograd has made the tensors' device the current one.
     """
     rows, width = panel.shape
-    _pick[(rows,)](panel, *row_starts_of(positions), first_row, width, out, BLOCK=_BLOCK, num_warps=1)
+    _pick[(rows,)](panel, *row_starts_of(positions), first_row, width, out, BLOCK=BLOCK, num_warps=1)

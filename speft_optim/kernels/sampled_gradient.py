@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from speft_optim.kernels.operands import Positions
-from speft_optim.kernels.reference import PANEL_BYTES, product
+from speft_optim.kernels.reference import PANEL_BYTES, panel_rows, product
 from speft_optim.kernels.rows import pick_
 
 
 def sampled_gradient(left: Tensor, right: Tensor, positions: Positions, panel_bytes: int = PANEL_BYTES) -> Tensor:
     """As `reference.sampled_gradient`, for packed positions; the host waits for nothing."""
     rows, columns = positions.shape
-    panel_rows = max(1, panel_bytes // (4 * columns))
+    step = panel_rows(columns, panel_bytes)
     out = torch.empty(len(positions.packed()["columns"]), dtype=torch.float32, device=left.device)
-    for row in range(0, rows, panel_rows):
-        pick_(out, product(left[:, row : row + panel_rows], right), positions, row)
+    for row in range(0, rows, step):
+        pick_(out, product(left[:, row : row + step], right), positions, row)
     return out
