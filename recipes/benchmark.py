@@ -13,6 +13,9 @@ chunks (`recipes.loss`), for every mode alike.
     ours-bf16, -int8, -nf4     SparseAdamW on the seven projections of each block at --density
     lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
 
+`--liger` puts Liger's kernels for norms, rotary embedding and gated activation into every mode alike
+(`pip install liger-kernel`); the estimate is that of transformers' own, which keep a little more for backward.
+
 `--card` gives each mode as much of the card as a smaller one has; running out of memory is then a result like others.
 Prints one JSON line a mode, then a table with the estimate of `recipes.memory` beside each peak; writes `memory.json`
 and a stacked-bar `memory.png` to --out.
@@ -20,6 +23,7 @@ and a stacked-bar `memory.png` to --out.
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -65,6 +69,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     memory.add_argument("--state-bits", type=int, choices=[8, 32], default=8, help="moments (default %(default)s)")
     memory.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
     memory.add_argument("--steps", type=int, default=6, help="timed steps after two more (default %(default)s)")
+    memory.add_argument("--liger", action="store_true", help="Liger's norms, rotary embedding and gated activation")
     memory.add_argument("--card", type=int, choices=CARDS, help="simulate a card of so many GB")
     memory.add_argument("--out", default="out/benchmark", help="folder for JSON and PNG (default %(default)s)")
     memory.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
@@ -78,6 +83,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return salience_cost.run(args, build)
     if args.card and not torch.cuda.is_available():
         parser.error(f"--card {args.card} simulates a small card on a larger one, but there is no CUDA device")
+    if args.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
+        parser.error("--liger needs a CUDA device and the package: pip install liger-kernel")
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(MODES)}")
@@ -95,7 +102,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(table(rows))
     good = [row for row in rows if "error" not in row]
     if good:
-        draw(good, out / "memory.png", f"{args.shape}, {args.batch} x {args.seq} tokens, {good[0]['card']}")
+        liger = ", Liger" if args.liger else ""
+        draw(good, out / "memory.png", f"{args.shape}, {args.batch} x {args.seq} tokens{liger}, {good[0]['card']}")
         print(out / "memory.png")
     return rows
 
@@ -136,6 +144,8 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
     """Build the model of a mode, take a few steps, and count."""
     torch.manual_seed(0)
     model = build(args.shape, precision, device, args.layers)
+    if args.liger:
+        use_liger(model)
     weights = allocated(device, model)
     optimizer, held = ATTACH[method](model, args)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -265,6 +275,13 @@ def build(name: str, precision: str, device: torch.device, layers: int | None = 
     if lost := [key for key, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
         raise RuntimeError(f"{lost[0]} has no data; this version of transformers lays the model out in another way")
     return model.requires_grad_(False)
+
+
+def use_liger(model: nn.Module) -> None:
+    """Liger's kernels for what lies between the linear layers; the loss stays `loss_of`."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def random_parameter(shape: torch.Size, device: torch.device) -> nn.Parameter:

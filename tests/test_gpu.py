@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
 from speft_optim.compact import sparse_weights
+from speft_optim.frozen import frozen_weight
 from speft_optim.kernels.reference import accumulate_product_, sampled_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -176,6 +177,42 @@ def test_a_quantised_base_trains_and_its_codes_stay(tmp_path, kind):
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(a, b) for a, b in zip(before, stored(model), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_all_ways_to_read_a_quantised_weight_agree(tmp_path, kind):
+    """The kernel that makes the whole weight, bitsandbytes' own, and the entries read one by one."""
+    pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
+    from recipes.benchmark import quantized_linear
+
+    module = quantized_linear(nn.Linear(256, 300, bias=False), kind, torch.device(CUDA))
+    weight = frozen_weight(module)
+    entries = weight.gather(torch.arange(300 * 256, device=CUDA)).view(300, 256)
+    assert torch.equal(weight.dense(torch.float32), entries)
+    assert torch.equal(weight.dense(torch.bfloat16), entries.bfloat16())
+    assert torch.equal(weight.rows(10, 90), entries[10:90])
+    if kind == "nf4":
+        theirs = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(weight.dense(torch.bfloat16), theirs)
+
+
+def test_gradients_under_liger_are_those_of_transformers():
+    """Its kernels overwrite what they saved, in backward; what a tap saved must not be among that."""
+    pytest.importorskip("liger_kernel")
+    from recipes.benchmark import use_liger
+
+    gradients = []
+    for liger in (False, True):
+        model = tiny_model("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).to(CUDA)
+        masks = select_masks(model, salience="random", density=0.2, progress=False)
+        if liger:
+            use_liger(model)
+        values = sparsify(model, masks)
+        model(**on_card(token_batch(1))).loss.backward()
+        gradients.append(torch.cat([value.grad for value in values]))
+    assert relative(gradients[1], gradients[0]) < 0.03
 
 
 class LargestCopy(TorchDispatchMode):

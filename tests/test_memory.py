@@ -256,8 +256,9 @@ def test_a_card_that_is_too_small_is_a_result(monkeypatch):
     assert row["error"] == "out of memory" and row["estimate_gib"] > 0
     assert f"| ours-int8 | - | - | - | - | out of memory | {row['estimate_gib']:.2f} |" in benchmark.table([row])
     if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            benchmark.main(["memory", "--card", "12"])
+        for option in (["--card", "12"], ["--liger"]):
+            with pytest.raises(SystemExit):
+                benchmark.main(["memory", *option])
 
 
 @pytest.mark.gpu
