@@ -39,7 +39,18 @@ from torch import Tensor, nn
 
 from recipes import salience_cost
 from recipes.loss import linear_cross_entropy
-from recipes.memory import CARDS, GIB, SHAPES, Shape, configuration, estimate, peak_bytes, usable_bytes
+from recipes.memory import (
+    CARDS,
+    GIB,
+    SHAPES,
+    Shape,
+    configuration,
+    estimate,
+    let_segments_grow,
+    peak_bytes,
+    usable_bytes,
+)
+from recipes.report import write_json
 
 MODES = [
     "frozen-bf16",
@@ -77,6 +88,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         commands.add_parser("salience", help=salience_cost.__doc__.split("\n")[0]), list(SHAPES)
     )
     args = parser.parse_args(argv)
+    let_segments_grow()
     if args.command == "salience":
         if args.memory_limit:
             limit_memory(args.memory_limit * 10**9)
@@ -92,13 +104,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
         rows = [measure(mode, args) for mode in modes]
         print(json.dumps(rows[0]), flush=True)
         return rows
-    rows = []
+    rows, out = [], Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     for mode in modes:
         rows.append(run_apart(mode, sys.argv[1:] if argv is None else argv))
         print(json.dumps(rows[-1]), flush=True)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps({"arguments": vars(args), "rows": rows}, indent=2) + "\n")
+        write_json({"arguments": vars(args), "rows": rows}, out / "memory.json")
     print(table(rows))
     good = [row for row in rows if "error" not in row]
     if good:

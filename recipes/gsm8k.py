@@ -410,12 +410,12 @@ def main(argv: list[str] | None = None) -> dict:
         return moments
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    memory.let_segments_grow()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {"scores": {}, "held_out_loss": {}, "seconds": {}} | earlier_record(args, out / "run.json")
     if not args.resume:
-        loop.remove_checkpoints(
-            out / "resume"
-        )  # of an earlier run, which a later --resume must not take for this one's
+        # Of an earlier run, which a later --resume must not take for this one's.
+        loop.remove_checkpoints(out / "resume")
     record["arguments"] = {key: value for key, value in vars(args).items() if key != "resume"}
     record |= {"base": args.model, "seed": args.seed, "machine": report.machine()}
 

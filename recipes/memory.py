@@ -6,6 +6,7 @@ loss, the backward of the last block (all boundaries between blocks are still th
 gradients are there already).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,14 @@ SHAPES = {
         | dict(num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False),
     ),
 }
+
+
+def let_segments_grow() -> None:
+    """Let torch's allocator cut its blocks to size, unless the user has set it up; to be called before CUDA is used.
+
+    By default up to 1 MB behind a tensor of more than 1 MB is lost; measured, 20 MiB in training an 8B model at 1 %.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def configuration(shape: str, **options) -> PretrainedConfig:

@@ -56,6 +56,7 @@ class SparseWeight(nn.Module):
         self.mask = mask.to(target.parameter.device)
         # In a tuple, since a module kept as an attribute would become a child of its own child.
         self._places = (model, target)
+        self._path = _path_to(model, self.name)
         base = frozen_weight(*target.sites[0])
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
@@ -89,20 +90,16 @@ class SparseWeight(nn.Module):
 
     def _change(self) -> str | None:
         """What became of the weight since it was attached to, if that makes an end of it."""
-        model, target = self._places
+        target = self._places[1]
         module, attribute = target.sites[0]
         weight = module._parameters.get(attribute)
-        try:
-            found = model.get_submodule(self.name.rpartition(".")[0])
-        except AttributeError:
-            found = None
-        if found is not module or weight is None:
+        if weight is None or any(parent._modules.get(name) is not child for parent, name, child in self._path):
             return "is no longer in the model"
         if any(user._parameters.get(name) is not weight for user, name in target.sites[1:]):
             return "is no longer shared by the modules that shared it"
         if weight.is_meta:
             return "was moved to the meta device (offloaded to CPU or disk?)"
-        if (shape := target.shape) != self.mask.shape:
+        if not self._weight_is_as_seen() and (shape := target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
         return "has values that were replaced" if linked(self.values) is not self else None
 
@@ -122,7 +119,8 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def write(self) -> None:
         """Round the values to the weight's dtype and write them into it."""
-        self.base.write(self._placed_mask(), self.values)
+        if self._places[1].parameter.is_floating_point():
+            self.base.write(self._placed_mask(), self.values)
         self._remember()
 
     def writable(self) -> Tensor | None:
@@ -235,7 +233,7 @@ class SparseWeight(nn.Module):
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
         unlink(self.values)
-        self._hooks, self._places, self._seen = [], (), ()
+        self._hooks, self._places, self._path, self._seen = [], (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         # The weight's entry shares memory with the weight, so a write now still reaches it.
@@ -292,6 +290,16 @@ class SparseWeight(nn.Module):
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
     """The sparsified weights of a model, in the order of its parameters; none on a plain model."""
     return [module for module in model.modules() if isinstance(module, SparseWeight)]
+
+
+def _path_to(model: nn.Module, name: str) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
+    """The (parent, name, child) that lead from the model to the module of a parameter."""
+    steps, parent = [], model
+    for part in name.split(".")[:-1]:
+        child = parent._modules[part]
+        steps.append((parent, part, child))
+        parent = child
+    return tuple(steps)
 
 
 def child_name(attribute: str) -> str:

@@ -7,6 +7,7 @@ of use. A row's beginning takes 16 bits too, counted from an int32 one of its gr
 int32 row pointers would add 0.7 bytes to each entry.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -112,12 +113,11 @@ class Mask:
         """
         return self._packed
 
-    @property
+    @functools.cached_property
     def row_group(self) -> int | None:
         """Rows that share a group start: 64, or the largest smaller power of two at which all fits; None if flat."""
-        if "indices" in self._packed:
-            return None
-        return _row_group(self._packed["group_starts"], self._packed["row_starts"])
+        packed = self._packed
+        return None if "indices" in packed else _row_group(packed["group_starts"], packed["row_starts"])
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":

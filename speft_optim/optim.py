@@ -221,11 +221,13 @@ class SparseAdamW(Optimizer):
         updates: dict[Tensor, Update] = {}
         trained = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in trained:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+                new_moments_(self.state[parameter], parameter, group["state_bits"])
+        if trained:
+            torch._foreach_add_([self.state[parameter]["step"] for parameter in trained], 1)
+        for parameter in trained:
             state, weight = self.state[parameter], weights[parameter]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                new_moments_(state, parameter, group["state_bits"])
-            state["step"] += 1
             step = int(state["step"])
             if all(launches(part) and part.dtype == torch.float32 for part in (parameter, parameter.grad)):
                 writable = None if weight is None else weight.writable()

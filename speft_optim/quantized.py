@@ -36,8 +36,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed
         ctx.save_for_backward(*(() if leaf is None else (x, leaf)))
-        dense = weight.dense(x.dtype)
-        return x @ dense if transposed else nn.functional.linear(x, dense)
+        return _product(x, weight, transposed)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -46,8 +45,17 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             left, right = (x, gradient) if ctx.transposed else (gradient, x)
             leaf_gradient = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(leaf.dtype)
-        back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed) if ctx.needs_input_grad[0] else None
+        back = None
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
+            back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed)
+        elif ctx.needs_input_grad[0]:
+            back = _product(gradient, ctx.weight, not ctx.transposed)
         return back, leaf_gradient, None, None
+
+
+def _product(x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
+    dense = weight.dense(x.dtype)
+    return x @ dense if transposed else nn.functional.linear(x, dense)
 
 
 class FrozenForward:

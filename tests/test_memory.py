@@ -185,10 +185,10 @@ def test_calibration_keeps_to_checkpointed_blocks(salience):
 
 @pytest.mark.parametrize(
     ("bits", "density", "measured_gib"),
-    [(16, 0, 16.91), (16, 0.01, 17.53), (8, 0, 10.42), (8, 0.01, 11.01), (4, 0, 7.27), (4, 0.01, 7.87)],
+    [(16, 0, 16.91), (16, 0.01, 17.50), (8, 0, 10.42), (8, 0.01, 11.01), (4, 0, 7.27), (4, 0.01, 7.86)],
 )
 def test_estimate_is_what_an_h100_measured(bits, density, measured_gib):
-    """The table in the README: Llama-3-8B shape, 2 x 2048 tokens."""
+    """Llama-3-8B shape, 2 x 2048 tokens, without Liger."""
     shape = Shape.of(memory.configuration("llama3-8b"))
     entries = round(density * sum(rows * columns for rows, columns in shape.targets()))
     moments = estimate(shape, bits=bits, entries=entries, batch=2, length=2048, state_bits=8)
