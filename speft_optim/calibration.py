@@ -39,11 +39,12 @@ _SIGNALS = {
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Half of the memory that is free on `device` now, in bytes."""
+    """Half of the memory that is free on `device` now, in bytes; of what this process may use of it."""
     if device.type == "cuda":
+        used, (free, total) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
         # What the allocator holds but nobody uses is as good as free.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
+        free += torch.cuda.memory_reserved(device) - used
+        free = min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - used)
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return free // 2

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from speft_optim import select_masks, sparsify
+from speft_optim.calibration import default_memory_budget
 from speft_optim.compact import sparse_weights
 from speft_optim.selection import BestEntries, _shares
 from speft_optim.targets import find_targets
@@ -444,3 +445,16 @@ def test_a_loss_that_is_no_scalar_tensor_is_refused():
         select_masks(model, batch, density=0.1, loss=lambda model, batch: model(**batch).logits.sum(-1), progress=False)
     with pytest.raises(TypeError, match="is a float"):
         select_masks(model, batch, density=0.1, loss=lambda model, batch: 1.0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "half"),
+    [(1.0, (30 + 20 - 12) // 2), (0.25, (20 - 12) // 2)],
+)
+def test_the_default_budget_is_half_of_what_this_process_may_use(monkeypatch, fraction, half):
+    """Of 80 GiB 30 are free, 20 are the allocator's, 12 of them in use."""
+    gib = 2**30
+    card = dict(memory_allocated=12 * gib, memory_reserved=20 * gib, mem_get_info=(30 * gib, 80 * gib))
+    for name, value in dict(card, get_per_process_memory_fraction=fraction).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert default_memory_budget(torch.device("cuda")) == half * gib
