@@ -8,11 +8,12 @@ before the weight is used or saved; a weight that was loaded or written from out
 import torch
 from torch import Tensor, nn
 
-from speft_optim.frozen import FrozenWeight, find, frozen_weight
+from speft_optim.frozen import FrozenWeight, QuantizedWeight, find, frozen_weight
 from speft_optim.kernels import gather_entries, launches, sampled_gradient, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
 from speft_optim.optim import link, linked, unlink
+from speft_optim.quantized import forward_of
 from speft_optim.targets import Target
 
 _REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
@@ -62,8 +63,13 @@ class SparseWeight(nn.Module):
         base.attach(self.mask, self.values)
         link(self.values, self)
         self._remember()
-        self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
-        self._hooks += tap_target(target, self.values, self)
+        if isinstance(base, QuantizedWeight):
+            # The layer's stand-in reads the values anew in each product, and knows both factors of the gradient: one
+            # node in the graph instead of two, and no hook.
+            self._hooks = [forward_of(module).feed(self.values, self) for module, _ in target.sites]
+        else:
+            self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
+            self._hooks += tap_target(target, self.values, self)
 
     def check(self) -> None:
         """Refuse to go on without the weight.

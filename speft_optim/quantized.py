@@ -12,6 +12,7 @@ autocast asks for, else that of the input. The output has the dtype of the input
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from speft_optim.export import save_merged
 from speft_optim.frozen import QuantizedWeight, frozen_weight, quantized_linears
 from speft_optim.masks import Mask
+
+if TYPE_CHECKING:
+    from speft_optim.linear import Sink
 
 # What transformers and trl read as "a purely quantised model, which cannot train" and act upon: Trainer refuses the
 # model, SFTTrainer casts whatever trains to bf16.
@@ -29,28 +33,38 @@ _FLAGS_BEFORE = "_quantised_flags_before_sparsify"
 class _Product(torch.autograd.Function):
     """`x @ W.T`, or `x @ W`, with W made anew for each product; differentiable any number of times.
 
-    `leaf` is None, or a tensor of W's shape that stands for it in the graph and gets its gradient.
+    `leaf` is None, or a tensor of W's shape that stands for it in the graph and gets its gradient. To each of `anchors`
+    belongs a sink (see `linear.Sink`), which takes W's gradient as its two factors; that can be done once only.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool) -> Tensor:
-        ctx.weight, ctx.transposed = weight, transposed
-        ctx.save_for_backward(*(() if leaf is None else (x, leaf)))
+    def forward(
+        ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool, sinks: tuple, *anchors: Tensor
+    ) -> Tensor:
+        ctx.weight, ctx.transposed, ctx.sinks = weight, transposed, sinks
+        ctx.save_for_backward(*((x, leaf) if sinks or leaf is not None else ()))
         return _product(x, weight, transposed)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x, leaf = ctx.saved_tensors or (None, None)
-        leaf_gradient = None
+        left, right = (x, gradient) if ctx.transposed else (gradient, x)
+        leaf_gradient = back = None
         if ctx.needs_input_grad[1]:
-            left, right = (x, gradient) if ctx.transposed else (gradient, x)
             leaf_gradient = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(leaf.dtype)
-        back = None
         if ctx.needs_input_grad[0] and torch.is_grad_enabled():
-            back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed)
+            back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed, ())
         elif ctx.needs_input_grad[0]:
             back = _product(gradient, ctx.weight, not ctx.transposed)
-        return back, leaf_gradient, None, None
+        return back, leaf_gradient, None, None, None, *_feed(ctx.sinks, ctx.needs_input_grad[5:], left, right)
+
+
+def _feed(sinks: tuple, needed: tuple[bool, ...], left: Tensor, right: Tensor) -> list[Tensor | None]:
+    """What the sinks that are asked make of a gradient `left.T @ right`."""
+    if any(needed) and torch.is_grad_enabled():
+        raise RuntimeError("The values of a quantised weight can be differentiated once only; leave create_graph out.")
+    factors = [torch.atleast_2d(factor) for factor in (left, right)] if any(needed) else ()
+    return [sink.from_product(*factors) if asked else None for sink, asked in zip(sinks, needed, strict=True)]
 
 
 def _product(x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
@@ -72,6 +86,7 @@ class FrozenForward:
         self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.before = module.__dict__.get(self.attribute)
         self.leaf: Tensor | None = None
+        self.feeds: list[Feed] = []
         module.__dict__[self.attribute] = self
         self.hooks = [
             module.register_state_dict_post_hook(_save_entries),
@@ -81,7 +96,9 @@ class FrozenForward:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
         dtype = self.compute_dtype(x)
-        output = _Product.apply(x.to(dtype), self.leaf, frozen_weight(self.module), False)
+        feeds = self.feeds if torch.is_grad_enabled() else ()
+        sinks, anchors = tuple(feed.sink for feed in feeds), (feed.anchor for feed in feeds)
+        output = _Product.apply(x.to(dtype), self.leaf, frozen_weight(self.module), False, sinks, *anchors)
         if self.module.bias is not None:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)
@@ -93,6 +110,10 @@ class FrozenForward:
         device = x.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
+    def feed(self, anchor: Tensor, sink: "Sink") -> "Feed":
+        """From now on let the weight's gradient of each product go to `sink`, whose answer is that of `anchor`."""
+        return Feed(self, anchor, sink)
+
     def remove(self) -> None:
         """Give the layer its own forward back."""
         for hook in self.hooks:
@@ -100,6 +121,18 @@ class FrozenForward:
         del self.module.__dict__[self.attribute]
         if self.before is not None:
             self.module.__dict__[self.attribute] = self.before
+
+
+class Feed:
+    """What a layer's product feeds; `remove` ends it, as that of a hook."""
+
+    def __init__(self, forward: FrozenForward, anchor: Tensor, sink: "Sink"):
+        self.forward, self.anchor, self.sink = forward, anchor, sink
+        forward.feeds.append(self)
+
+    def remove(self) -> None:
+        """Feed the sink no more."""
+        self.forward.feeds.remove(self)
 
 
 def _save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
@@ -125,7 +158,7 @@ def take_over(model: nn.Module) -> None:
     """Compute every bitsandbytes linear of the model, masked or not, as a frozen linear layer. Does nothing twice."""
     layers = [module for _, module in quantized_linears(model)]
     for module in layers:
-        if _forward_of(module) is None:
+        if forward_of(module) is None:
             FrozenForward(module)
     if layers and hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = _SaveMerged(model)
@@ -145,7 +178,7 @@ def hand_back(model: nn.Module) -> None:
     for _, module in quantized_linears(model):
         if frozen_weight(module).overlays:
             kept = True
-        elif (forward := _forward_of(module)) is not None:
+        elif (forward := forward_of(module)) is not None:
             forward.remove()
     for name, value in model.__dict__.pop(_FLAGS_BEFORE, {}).items():
         setattr(model, name, value)
@@ -156,7 +189,7 @@ def hand_back(model: nn.Module) -> None:
 @contextmanager
 def frozen_forwards(model: nn.Module) -> Iterator[None]:
     """The model's bitsandbytes linears compute meanwhile as they do once it is sparsified, also without gradients."""
-    added = [FrozenForward(module) for _, module in quantized_linears(model) if _forward_of(module) is None]
+    added = [FrozenForward(module) for _, module in quantized_linears(model) if forward_of(module) is None]
     try:
         yield
     finally:
@@ -170,7 +203,7 @@ def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
 
     A quantised layer must be computed by `frozen_forwards` or `take_over`.
     """
-    if (forward := _forward_of(module)) is not None and attribute == "weight":
+    if (forward := forward_of(module)) is not None and attribute == "weight":
         weight = frozen_weight(module)
         forward.leaf = torch.zeros((), device=weight.device).expand(weight.shape).requires_grad_()
         try:
@@ -188,7 +221,8 @@ def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
         parameter.grad = kept
 
 
-def _forward_of(module: nn.Module) -> FrozenForward | None:
+def forward_of(module: nn.Module) -> FrozenForward | None:
+    """What stands in for a layer's forward since `take_over`."""
     found = (module.__dict__.get(attribute) for attribute in ("_old_forward", "forward"))
     return next((forward for forward in found if isinstance(forward, FrozenForward)), None)
 
