@@ -172,7 +172,7 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
             step_ms.append(whole)
             optimizer_ms.append(last)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    state = sum(_bytes_of(value) for entry in optimizer.state.values() for value in entry.values())
+    state = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     import transformers
 
@@ -187,7 +187,7 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
             "weights": round(weights / GIB, 3),
             "values and positions" if method == "ours" else "adapters": round(held / GIB, 3),
             "moments": round(state / GIB, 3),
-            "activations": round(max(0, (peak or 0) - weights - held - state) / GIB, 3),
+            "activations and gradients": round(max(0, (peak or 0) - weights - held - state) / GIB, 3),
         },
         "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -237,13 +237,6 @@ def allocated(device: torch.device, model: nn.Module) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _bytes_of(value) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    parts = vars(value).values() if hasattr(value, "__dict__") else ()
-    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +397,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = ["weights", "values and positions", "adapters", "moments", "activations"]
+    names = ["weights", "values and positions", "adapters", "moments", "activations and gradients"]
     bottom = [0.0] * len(rows)
     for number, name in enumerate(names):
         sizes = [row["parts_gib"].get(name, 0.0) for row in rows]

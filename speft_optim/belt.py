@@ -141,7 +141,9 @@ def copy_pages_(out: Tensor, source: Tensor) -> None:
     source = source.contiguous().view(-1)
     before, pages = _pages(source.data_ptr(), source.nbytes)
     size = source.element_size()
-    # Alignment to elements makes a page begin with one.
+    if before % size:
+        # An element lies over the edge of a page, as in views of foreign buffers: by way of a copy.
+        return copy_pages_(out, source.clone())
     cuts = [before // size, pages // size]
     cuts.append(source.numel() - sum(cuts))
     for part, piece in zip(out.view(-1).split(cuts), source.split(cuts), strict=True):

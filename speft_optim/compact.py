@@ -8,7 +8,7 @@ before the weight is used or saved; a weight that was loaded or written from out
 import torch
 from torch import Tensor, nn
 
-from speft_optim.frozen import FrozenWeight, QuantizedWeight, find, frozen_weight
+from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight
 from speft_optim.kernels import gather_entries, launches, sampled_gradient, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
@@ -59,17 +59,19 @@ class SparseWeight(nn.Module):
         self._places = (model, target)
         self._path = _path_to(model, self.name)
         base = frozen_weight(*target.sites[0])
+        # Codes may be stored under a floating dtype, so that a look at the tensor does not tell.
+        self._dense = isinstance(base, DenseWeight)
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         link(self.values, self)
         self._remember()
-        if isinstance(base, QuantizedWeight):
+        if self._dense:
+            self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
+            self._hooks += tap_target(target, self.values, self)
+        else:
             # The layer's stand-in reads the values anew in each product, and knows both factors of the gradient: one
             # node in the graph instead of two, and no hook.
             self._hooks = [forward_of(module).feed(self.values, self) for module, _ in target.sites]
-        else:
-            self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
-            self._hooks += tap_target(target, self.values, self)
 
     def check(self) -> None:
         """Refuse to go on without the weight.
@@ -99,7 +101,7 @@ class SparseWeight(nn.Module):
         target = self._places[1]
         module, attribute = target.sites[0]
         weight = module._parameters.get(attribute)
-        if weight is None or any(parent._modules.get(name) is not child for parent, name, child in self._path):
+        if weight is None or not self._is_in_model(module):
             return "is no longer in the model"
         if any(user._parameters.get(name) is not weight for user, name in target.sites[1:]):
             return "is no longer shared by the modules that shared it"
@@ -108,6 +110,16 @@ class SparseWeight(nn.Module):
         if not self._weight_is_as_seen() and (shape := target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
         return "has values that were replaced" if linked(self.values) is not self else None
+
+    def _is_in_model(self, module: nn.Module) -> bool:
+        """Whether the module is still found under its name, at once along the way it was found before."""
+        if all(parent._modules.get(name) is child for parent, name, child in self._path):
+            return True
+        try:
+            # By attributes, which the wrappers of compiled and checkpointed blocks hand through.
+            return self._places[0].get_submodule(self.name.rpartition(".")[0]) is module
+        except AttributeError:
+            return False
 
     def synchronize(self) -> None:
         """Let the newer of weight and values win: write changed values, or read entries changed in the weight.
@@ -124,16 +136,16 @@ class SparseWeight(nn.Module):
 
     @torch.no_grad()
     def write(self) -> None:
-        """Round the values to the weight's dtype and write them into it."""
-        if self._places[1].parameter.is_floating_point():
+        """Round the values to the weight's dtype and write them into it; codes read them where they are."""
+        if self._dense:
             self.base.write(self._placed_mask(), self.values)
         self._remember()
 
     def writable(self) -> Tensor | None:
         """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
         weight = self._places[1].parameter
-        writable = weight.is_floating_point() and launches(weight) and self._placed_mask().row_group is not None
-        return weight.detach() if writable else None
+        writable = self._dense and weight.device == self.values.device and launches(weight)
+        return weight.detach() if writable and self._placed_mask().row_group is not None else None
 
     def written(self) -> None:
         """A kernel wrote the values into `writable()`."""
@@ -284,7 +296,7 @@ class SparseWeight(nn.Module):
         # Not through the model, of which this copy may be made before the rest. The weight may have been copied before
         # `__getstate__` wrote to it. Codes are never written to.
         weight = self._seen[0]
-        if weight.is_floating_point():
+        if self._dense:
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
         self._seen = weight, _state(weight), _state(self.values)
 
@@ -313,6 +325,6 @@ def child_name(attribute: str) -> str:
     return f"sparse_{attribute}"
 
 
-def _state(tensor: Tensor) -> tuple[int, int, int]:
-    """Changes with every in-place operation on the tensor and every exchange of its storage."""
-    return tensor._version, tensor.data_ptr(), getattr(tensor, "taken", 0)
+def _state(tensor: Tensor) -> tuple:
+    """Changes with every in-place operation on the tensor and every exchange of its storage or of its part in it."""
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "taken", 0)

@@ -8,9 +8,9 @@ with exact fp32 values, and *is* the dequantised codes with the overlays laid ov
             double quantisation the scales are codes themselves
 
 Each product is fp32 and rounded once to the dtype asked for, so that all ways to read an entry agree to the bit.
-On a card one kernel of ours makes the whole weight, overlay and all. Elsewhere bitsandbytes is imported for its kernel
-that dequantises a whole 4-bit weight; everything else is plain PyTorch: the layout is small and stable, and no kernel
-reads single rows or positions.
+On a card one kernel of ours makes the whole weight, overlay and all. Elsewhere, and for rows of a length that it does
+not take, bitsandbytes is imported for its kernel that dequantises a whole 4-bit weight; everything else is plain
+PyTorch: the layout is small and stable, and no kernel reads single rows or positions.
 """
 
 import copy
@@ -155,9 +155,6 @@ class QuantizedWeight:
         self.module.__dict__.pop(_OVERLAYS, None)
         if bool(moved.any()):
             self.attach(Mask(indices[moved], self.shape), entries[moved])
-
-    def write(self, mask: Mask, values: Tensor) -> None:
-        """Nothing to do: the overlay is the attached values themselves."""
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:
         """The attached values: codes have no say in them."""

@@ -7,7 +7,6 @@ of use. A row's beginning takes 16 bits too, counted from an int32 one of its gr
 int32 row pointers would add 0.7 bytes to each entry.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -34,10 +33,16 @@ class Mask:
         indices: 1-D integer tensor of unique flat (row-major) positions, in any order.
         shape: shape of the weight they refer to.
 
+    Attributes:
+        row_group: of packed positions, how many rows share a group start (see `packed`): 64, or the largest smaller
+            power of two at which all fits; None where positions are held flat.
+
     Raises:
         TypeError: `indices` is not a 1-D integer tensor.
         ValueError: a position lies outside the weight or occurs twice, or the shape is none.
     """
+
+    row_group: int | None = None
 
     def __init__(self, indices: Tensor, shape: Sequence[int]):
         self.shape = _checked_shape(shape)
@@ -66,6 +71,8 @@ class Mask:
         indices = indices.to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
         self._length = indices.numel()
         self._packed = self._pack(indices)
+        if "columns" in self._packed:
+            self.row_group = _row_group(self._packed["group_starts"], self._packed["row_starts"])
 
     def _pack(self, indices: Tensor) -> dict[str, Tensor]:
         columns = self._columns
@@ -112,12 +119,6 @@ class Mask:
         row r begins at entry `group_starts[r // g] + row_starts[r]`, for groups of g = `row_group` rows.
         """
         return self._packed
-
-    @functools.cached_property
-    def row_group(self) -> int | None:
-        """Rows that share a group start: 64, or the largest smaller power of two at which all fits; None if flat."""
-        packed = self._packed
-        return None if "indices" in packed else _row_group(packed["group_starts"], packed["row_starts"])
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":
@@ -175,7 +176,7 @@ class Mask:
         if torch.device(device) == self.device:
             return self
         other = object.__new__(Mask)
-        other.shape, other._length = self.shape, self._length
+        other.shape, other.row_group, other._length = self.shape, self.row_group, self._length
         other._packed = {key: part.to(device) for key, part in self._packed.items()}
         return other
 

@@ -229,17 +229,18 @@ class SparseAdamW(Optimizer):
         for parameter in trained:
             state, weight = self.state[parameter], weights[parameter]
             step = int(state["step"])
-            if all(launches(part) and part.dtype == torch.float32 for part in (parameter, parameter.grad)):
+            moments, scales = stored_moments(state)
+            if _can_launch(parameter, moments, scales):
                 writable = None if weight is None else weight.writable()
                 mask = None if writable is None else weight.mask
-                update = Update(parameter.detach(), parameter.grad, *stored_moments(state), step, writable, mask)
+                update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, mask)
                 updates[parameter] = update
             else:
                 exp_avg, exp_avg_sq = unpack_moments(state)
                 adamw_(parameter, parameter.grad, exp_avg, exp_avg_sq, step=step, **options)
                 store_moments_(state, exp_avg, exp_avg_sq)
         if updates:
-            fused_adamw_(updates.values(), **{**options, "lr": float(options["lr"])})
+            fused_adamw_(updates.values(), **{key: float(option) for key, option in options.items()})
         for parameter in trained:
             if (weight := weights[parameter]) is not None:
                 update = updates.get(parameter)
@@ -357,9 +358,10 @@ class SparseAdamW(Optimizer):
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
         moments = {key: part for key, part in saved.items() if key == "step" or key.startswith("exp_avg")}
         if moments:
-            # torch's own loader would cast the moments to the parameter's dtype and move the step to its device.
+            # torch's own loader would cast the moments to the parameter's dtype. The step is read at each step, which
+            # on a card would wait for it.
             self.state[parameter] = {
-                key: value.detach().clone() if key == "step" else value.to(parameter.device, copy=True)
+                key: value.detach().to("cpu" if key == "step" else parameter.device, copy=True)
                 for key, value in moments.items()
             }
         weight = linked(parameter)
@@ -375,6 +377,17 @@ class SparseAdamW(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
+    """Whether a kernel, which gets addresses and looks at nothing, may step the parameter."""
+    device, gradient = parameter.device, parameter.grad
+    kind = torch.uint8 if scales else torch.float32
+    return all(
+        part.dtype == dtype and part.device == device and launches(part)
+        for dtype, parts in ((torch.float32, (parameter, gradient, *scales)), (kind, moments))
+        for part in parts
+    )
 
 
 def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:

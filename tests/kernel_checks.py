@@ -20,7 +20,7 @@ from speft_optim.kernels import (
 from speft_optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# (shape, share of entries): short and long rows, empty and full ones, more rows than entries, row groups below 64.
+# (shape, share of entries): short and long rows, empty and full ones, more rows than entries.
 MATRICES = [((7, 40), 0.3), ((130, 33), 0.05), ((3, 700), 0.9), ((1, 300), 1.0), ((200, 5), 0.5)]
 
 
@@ -115,7 +115,7 @@ def test_4bit_codes_with_values_laid_over(shape, share, size, dtype, double, lai
 @pytest.mark.parametrize("shape, share", MATRICES)
 @pytest.mark.parametrize("panel_bytes", [1, 4 * 33 * 50, 2**27])
 def test_sampled_gradient_is_the_product_looked_up(shape, share, dtype, panel_bytes):
-    from speft_optim.kernels.sampled_gradient import sampled_gradient as by_kernel
+    from speft_optim.kernels.panels import sampled_gradient as by_kernel
 
     mask = mask_of(shape, share)
     left, right = draw(19, shape[0], dtype=dtype), draw(19, shape[1], dtype=dtype, seed=1)
@@ -123,6 +123,37 @@ def test_sampled_gradient_is_the_product_looked_up(shape, share, dtype, panel_by
     for actual in (by_kernel(left, right, mask, panel_bytes), sampled_gradient(left, right, mask)):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_so_full_that_fewer_share_a_start():
+    """108,000 entries in 40 rows: a group of 64 could not count them in 16 bits."""
+    mask = mask_of((40, 3000), 0.9)
+    assert mask.row_group == 16
+    values, weight = draw(len(mask), seed=1), draw(40, 3000)
+    expected = weight.clone()
+    reference.scatter_entries_(expected, mask.indices, values)
+    lay_over_(weight, mask, values)
+    assert torch.equal(weight, expected)
+    codes = torch.ones(40, 3000, dtype=torch.int8, device=DEVICE)
+    laid = dequantize_int8(codes, torch.full((40,), 127.0, device=DEVICE), torch.float32, mask, values)
+    assert torch.equal(laid, reference.scatter_entries_(torch.ones_like(laid), mask.indices, values))
+    left, right = draw(3, 40), draw(3, 3000, seed=1)
+    picked = sampled_gradient(left, right, mask)
+    torch.testing.assert_close(picked, (left.T @ right).view(-1)[mask.indices.long()], rtol=1e-4, atol=1e-4)
+    state, gradient = state_of(values, 32), torch.ones_like(values)
+    options = dict(lr=0.5, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, maximize=False)
+    before = values.clone()
+    fused_adamw_([Update(values, gradient, *stored_moments(state), 1, weight, mask)], **options)
+    torch.testing.assert_close(values, before - 0.5, rtol=0, atol=1e-6)
+    assert torch.equal(weight, reference.scatter_entries_(expected, mask.indices, values))
+
+
+def test_strided_values_are_laid_over_as_scatter_does():
+    mask, weight = mask_of((7, 40), 0.3), draw(7, 40)
+    values, expected = draw(2 * len(mask), seed=1)[::2], weight.clone()
+    reference.scatter_entries_(expected, mask.indices, values)
+    lay_over_(weight, mask, values)
+    assert torch.equal(weight, expected)
 
 
 def state_of(values, bits):
@@ -219,3 +250,71 @@ def test_a_model_trains_by_kernels_as_without_them(bits, monkeypatch):
     if bits == 32:
         for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_codes_stay_whatever_dtype_they_are_stored_in(storage):
+    """Codes under a floating dtype look like a dense weight, whose entries a step writes."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 128, bias=False, quant_type="nf4", compute_dtype=torch.float32, quant_storage=storage)
+    weight = draw(128, 64).cpu()
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", quant_storage=storage, module=layer)
+    model = nn.Sequential(layer).to(DEVICE)
+    codes = layer.weight.detach().clone().view(torch.uint8)
+    values = sparsify(model, Masks({"0.weight": Mask(torch.arange(0, 2000, 3), (128, 64))}))
+    optimizer, start = SparseAdamW(values, lr=1e-2), values[0].detach().clone()
+    for _ in range(2):
+        model(draw(5, 64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    copied = copy.deepcopy(model)
+    assert not torch.equal(values[0], start)
+    for other in (model, copied):
+        assert torch.equal(other[0].weight.detach().view(torch.uint8), codes)
+    assert torch.equal(copied(draw(5, 64)), model(draw(5, 64)))
+
+
+@pytest.mark.parametrize("change", ["layout", "dtype", "device"])
+def test_moments_that_no_longer_fit_are_no_business_of_a_kernel(change):
+    """It gets addresses, and would read and write past moments of another layout, dtype or device."""
+    parameter = nn.Parameter(draw(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    twin = nn.Parameter(parameter.detach().clone(memory_format=torch.preserve_format))
+    optimizers = SparseAdamW([parameter], lr=0.1), torch.optim.AdamW([twin], lr=0.1)
+
+    def step(seed):
+        for optimizer, trained in zip(optimizers, (parameter, twin), strict=True):
+            trained.grad = draw(2, 3, 4, 4, seed=seed).to(trained)
+            optimizer.step()
+
+    step(1)
+    if change == "layout":
+        parameter.data = parameter.data.contiguous()
+        step(2)
+        torch.testing.assert_close(parameter, twin)
+        return
+    state = optimizers[0].state[parameter]
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = state[key].to(torch.bfloat16) if change == "dtype" else state[key].to("meta")
+    with pytest.raises(RuntimeError):
+        step(2)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_hyper_parameters_may_be_tensors_and_a_bad_gradient_ignored(bits):
+    """As in plain PyTorch: a block with NaN is NaN in its moments from then on, and hides it in no code."""
+    number = torch.tensor
+    options = dict(betas=(number(0.9), number(0.99)), eps=number(1e-8), weight_decay=number(0.1), lr=number(0.1))
+    results = []
+    for kernels_run in (True, False):
+        values = nn.Parameter(draw(300))
+        optimizer = SparseAdamW([values], **options, state_bits=bits, on_nonfinite="ignore")
+        with pytest.MonkeyPatch.context() as patch:
+            if not kernels_run:
+                patch.setattr(optim, "launches", lambda tensor: False)
+            for step in range(3):
+                values.grad = draw(300, seed=step + 1)
+                if step == 1:
+                    values.grad[7] = float("nan")
+                optimizer.step()
+        results.append(values.detach().isfinite())
+    assert torch.equal(*results) and int(results[0].sum()) == (44 if bits == 8 else 299)

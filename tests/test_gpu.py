@@ -215,6 +215,21 @@ def test_gradients_under_liger_are_those_of_transformers():
     assert relative(gradients[1], gradients[0]) < 0.03
 
 
+def test_a_compiled_model_trains_as_an_eager_one():
+    results = []
+    for compiled in (False, True):
+        model = tiny_model("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).to(CUDA)
+        values = sparsify(model, select_masks(model, salience="random", density=0.2, progress=False))
+        optimizer = SparseAdamW(values, lr=1e-3)
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        for step in range(3):
+            called(**on_card(token_batch(step))).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(torch.cat([value.detach() for value in values]))
+    assert relative(*results) < 1e-3
+
+
 class LargestCopy(TorchDispatchMode):
     """The most elements that one operation moved between two cards."""
 

@@ -1,6 +1,7 @@
 """The loss without logits, the estimate against counts and measurements, and the benchmark's own plumbing."""
 
 import json
+import os
 import weakref
 
 import pytest
@@ -192,7 +193,7 @@ def test_estimate_is_what_an_h100_measured(bits, density, measured_gib):
     shape = Shape.of(memory.configuration("llama3-8b"))
     entries = round(density * sum(rows * columns for rows, columns in shape.targets()))
     moments = estimate(shape, bits=bits, entries=entries, batch=2, length=2048, state_bits=8)
-    assert peak_bytes(moments) / GIB == pytest.approx(measured_gib, rel=0.01)
+    assert peak_bytes(moments) / GIB == pytest.approx(measured_gib, abs=0.02)
 
 
 def test_estimate_grows_with_everything():
@@ -227,6 +228,18 @@ def test_description_names_every_part_the_peak_and_a_card():
     assert memory.smallest_card(10**12) is None and "fits none of the common cards, up to 80 GB" in memory.describe(
         huge
     )
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_own_setting_of_the_allocator_stays(monkeypatch, name):
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setenv(name, "backend:native")
+    memory.let_segments_grow()
+    assert {key: value for key, value in os.environ.items() if "ALLOC_CONF" in key} == {name: "backend:native"}
+    monkeypatch.delenv(name)
+    memory.let_segments_grow()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 # --- the benchmark

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Reference, assert_close, live_tensors, tiny_model, token_batch
+from conftest import assert_close, live_tensors, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -252,17 +252,21 @@ def test_one_bad_gradient_does_not_ruin_the_run(bad, bits, caplog):
                 values[3].grad[0] = bad
                 before = copy.deepcopy(optimizer.state_dict()["state"])
             optimizer.step()
+            if step == 4:
+                after = optimizer.state_dict()["state"]
+                for key, part in ((key, part) for key, state in before.items() for part in state if part != "name"):
+                    assert torch.equal(*(torch.as_tensor(state[key][part]) for state in (before, after))), (key, part)
             optimizer.zero_grad()
         results.append((model, optimizer))
-        assert len(before) == len(values)
     (model, optimizer), (other_model, other) = results
     skipped, clean = model.state_dict(), other_model.state_dict()
     assert optimizer.skipped_steps == 1 and other.skipped_steps == 0
     assert all(torch.equal(skipped[name], clean[name]) for name in clean)
     assert sum("skipped" in record.message for record in caplog.records) == 1
-    kept, _, fresh = attach(torch.bfloat16)
+    # The model is kept, as its values are gone with it.
+    _model, _, fresh = attach(torch.bfloat16)
     fresh.load_state_dict(optimizer.state_dict())
-    assert fresh.skipped_steps == copy.deepcopy(fresh).skipped_steps == 1 and kept is not model
+    assert fresh.skipped_steps == copy.deepcopy(fresh).skipped_steps == 1
 
 
 def test_a_bad_gradient_can_raise_or_be_ignored():
@@ -327,11 +331,9 @@ def test_wrong_options_are_refused(options):
 
 def test_bits_by_group():
     model, values, _ = attach()
-    reference = Reference(tiny_model(), {linked(values[1]).name: linked(values[1]).mask}, lr=1e-2)
     optimizer = SparseAdamW([{"params": values[:1], "state_bits": 8}, {"params": values[1:]}], lr=1e-2)
     for parameter in values:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert optimizer.state[values[0]]["exp_avg"].dtype == torch.uint8
     assert_close(optimizer.state[values[1]]["exp_avg"], torch.full_like(values[1], 0.1))
-    assert len(reference.parameters) == 1

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_model, token_batch
+from conftest import assert_close, tiny_model, token_batch
 from safetensors import safe_open
 from torch import nn
 
@@ -545,3 +545,34 @@ def test_dtypes_that_values_cannot_follow_are_refused(dtype):
     with pytest.raises(TypeError, match=f"weight has dtype {dtype}"):
         sparsify(layer, {"weight": Mask(torch.tensor([0]), (4, 3))})
     assert layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_a_block_may_be_wrapped_after_attaching(how):
+    """Wrappers that hand attributes through leave every name as it was."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    results = []
+    for wrapped in (False, True):
+        model, masks, values = attached(targets=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])
+        if wrapped:
+            block = model.model.layers[1]
+            model.model.layers[1] = (
+                torch.compile(block, backend="eager") if how == "compiled" else checkpoint_wrapper(block)
+            )
+        optimizer = SparseAdamW(values, lr=1e-2)
+        train(model, optimizer, 2)
+        results.append(torch.cat([value.detach() for value in values]))
+    assert_close(*results)
+
+
+def test_a_weight_cut_in_place_is_named():
+    """`.data` of another part of the same storage keeps version and address."""
+    model, masks, values = attached(targets=["layers.0.mlp.up_proj"])
+    optimizer = SparseAdamW(values, lr=1e-2)
+    train(model, optimizer, 1)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data[:20]
+    values[0].grad = torch.ones_like(values[0])
+    with pytest.raises(ValueError, match=r"up_proj\.weight has shape \(20, 24\)"):
+        optimizer.step()

@@ -57,9 +57,9 @@ def sampled_gradient(left: Tensor, right: Tensor, positions: Positions) -> Tenso
     columns = positions.packed().get("columns")
     if columns is None or not launches(columns):
         return reference.sampled_gradient(left, right, positions.indices)
-    from speft_optim.kernels.sampled_gradient import sampled_gradient as by_kernel
+    from speft_optim.kernels import panels
 
-    return by_kernel(left, right, positions)
+    return panels.sampled_gradient(left, right, positions)
 
 
 def dequantize_int8(*arguments) -> Tensor:

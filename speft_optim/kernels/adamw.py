@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from speft_optim.kernels.blockwise import BLOCK, dynamic_codes
+from speft_optim.kernels.blockwise import BLOCK, code_bounds, dynamic_codes
 from speft_optim.kernels.operands import Update
 from speft_optim.kernels.rows import row_start
 
-_FIELDS = tl.constexpr(14)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 def fused_adamw_(
@@ -36,15 +36,16 @@ def fused_adamw_(
     for (device, eight_bits, dtype), same in kinds.items():
         blocks = torch.tensor([0, *(-(-update.values.numel() // BLOCK) for update in same)]).cumsum(0)
         steps = [[lr / (1 - beta1**update.step), (1 - beta2**update.step) ** 0.5] for update in same]
-        books = [dynamic_codes(signed, device) for signed in (True, False)] if eight_bits else []
-        arguments = [book for codes in books for book in (codes, (codes[1:] + codes[:-1]) / 2)] or [None] * 4
+        table = torch.tensor([update.addresses() for update in same])
+        signs = (True, False) if eight_bits else ()
+        books = [book(signed, device) for signed in signs for book in (dynamic_codes, code_bounds)] or [None] * 4
         with torch.cuda.device_of(same[0].values):
             _adamw[(int(blocks[-1]),)](
-                torch.tensor([update.addresses() for update in same]).to(device, non_blocking=True),
+                table.to(device, non_blocking=True),
                 torch.tensor(steps, dtype=torch.float32).to(device, non_blocking=True),
                 blocks.to(device, torch.int32, non_blocking=True),
                 len(same),
-                *arguments,
+                *books,
                 beta1,
                 1 - beta1,
                 beta2,
@@ -54,6 +55,7 @@ def fused_adamw_(
                 -1.0 if maximize else 1.0,
                 EIGHT_BITS=eight_bits,
                 WEIGHT=None if dtype is None else getattr(tl, str(dtype).removeprefix("torch.")),
+                FIELDS=table.shape[1],
                 BLOCK=BLOCK,
             )
         # Autograd and the model's own bookkeeping tell by the counter that a tensor was written.
@@ -91,7 +93,7 @@ def _row_of(entry, group_starts, row_starts, group, rows):
 @triton.jit
 def _encode(numbers, scale, bounds):
     """The nearest code of each number: how many of the 255 midpoints between codes lie below its share of the scale."""
-    share = tl.div_rn(numbers, tl.zeros_like(numbers) + tl.maximum(scale, 1.1754943508222875e-38))
+    share = tl.div_rn(numbers, tl.zeros_like(numbers) + tl.maximum(scale, _TINY))
     code = tl.zeros_like(numbers).to(tl.int32)
     for bit in tl.static_range(7, -1, -1):
         probe = code + ((1 << bit) - 1)
@@ -118,11 +120,12 @@ def _adamw(
     sign,
     EIGHT_BITS: tl.constexpr,
     WEIGHT: tl.constexpr,
+    FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     number = _last_not_above(blocks, count, tl.program_id(0))
     block = tl.program_id(0) - tl.load(blocks + number)
-    fields = table + number * _FIELDS
+    fields = table + number * FIELDS
     entries = tl.load(fields)
     values = tl.load(fields + 1).to(tl.pointer_type(tl.float32))
     gradients = tl.load(fields + 2).to(tl.pointer_type(tl.float32))
@@ -132,7 +135,7 @@ def _adamw(
     rate = tl.load(steps + 2 * number)
     root_correction = tl.load(steps + 2 * number + 1)
 
-    entry = block * BLOCK + tl.arange(0, BLOCK)
+    entry = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < entries
     value = tl.load(values + entry, inside, other=0.0)
     gradient = sign * tl.load(gradients + entry, inside, other=0.0)
@@ -155,8 +158,10 @@ def _adamw(
         # Beyond the end a moment need not be zero: it was decoded from whatever code 0 stands for.
         first = tl.where(inside, first, 0.0)
         second = tl.where(inside, second, 0.0)
-        first_scale = tl.max(tl.abs(first), 0)
-        second_scale = tl.max(second, 0)
+        # As a maximum in PyTorch does, and one in Triton does not, a scale shows that a moment was no number.
+        spoiled = tl.where(tl.max((second != second).to(tl.int32), 0) > 0, float("nan"), 0.0)
+        first_scale = tl.max(tl.abs(first), 0) + spoiled
+        second_scale = tl.max(second, 0) + spoiled
         tl.store(first_scales + block, first_scale)
         tl.store(second_scales + block, second_scale)
         tl.store(firsts + entry, _encode(first, first_scale, first_bounds).to(tl.uint8), inside)

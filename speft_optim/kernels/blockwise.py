@@ -28,15 +28,21 @@ def dynamic_codes(signed: bool, device: torch.device) -> Tensor:
     return torch.tensor(sorted(numbers), dtype=torch.float32, device=device)
 
 
+@functools.cache
+def code_bounds(signed: bool, device: torch.device) -> Tensor:
+    """Half-way between neighbours of the code book: (255,) fp32, below which a number gets which code."""
+    codes = dynamic_codes(signed, device)
+    return (codes[1:] + codes[:-1]) / 2
+
+
 def quantize_blockwise(numbers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (k,) uint8 and scales (blocks,) fp32 of `numbers` (k,) fp32; a block's scale is its largest magnitude."""
     blocks = -(-numbers.numel() // BLOCK)
     padded = torch.nn.functional.pad(numbers, (0, blocks * BLOCK - numbers.numel())).view(blocks, BLOCK)
     scales = padded.abs().amax(dim=1)
-    codes = dynamic_codes(signed, numbers.device)
     # A block of zeros has scale 0, and any code times 0 is 0.
     share = padded / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-    nearest = torch.bucketize(share, (codes[1:] + codes[:-1]) / 2, out_int32=True)
+    nearest = torch.bucketize(share, code_bounds(signed, numbers.device), out_int32=True)
     return nearest.view(-1)[: numbers.numel()].to(torch.uint8), scales
 
 

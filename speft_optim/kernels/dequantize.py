@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speft_optim.kernels.operands import Positions, row_starts_of
-from speft_optim.kernels.rows import BLOCK, lay_over_row
+from speft_optim.kernels.rows import ENTRIES, lay_over_row
 
 _CHUNK = 2048
 
@@ -80,7 +80,7 @@ def dequantize_int8(
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows, width = codes.shape
     with torch.cuda.device_of(out):
-        _int8[(rows,)](codes, scales, values, *_laid(positions), out, width, CHUNK=_CHUNK, B=BLOCK)
+        _int8[(rows,)](codes, scales, *_laid(positions, values), out, width, CHUNK=_CHUNK, B=ENTRIES)
     return out
 
 
@@ -119,19 +119,18 @@ def dequantize_4bit(
             second_table,
             second_scales,
             offset,
-            values,
-            *_laid(positions),
+            *_laid(positions, values),
             out,
             width // size,
             SIZE=size,
             SECOND_SIZE=second_size,
             CHUNK=max(size, _CHUNK),
-            B=BLOCK,
+            B=ENTRIES,
             # A product and a sum rounded once would differ from those of the other ways to read an entry.
             enable_fp_fusion=False,
         )
     return out
 
 
-def _laid(positions: Positions | None) -> tuple:
-    return (None, None, None, 1) if positions is None else row_starts_of(positions)
+def _laid(positions: Positions | None, values: Tensor | None) -> tuple:
+    return (None, None, None, None, 1) if positions is None else (values.contiguous(), *row_starts_of(positions))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from speft_optim.kernels.operands import Positions, row_starts_of
 
-BLOCK = 128
+ENTRIES = 128
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def lay_over_(weight: Tensor, positions: Positions, values: Tensor) -> None:
     rows = positions.shape.numel() // width
     # Triton launches on the current device, which need not be the weight's where a model lies on several.
     with torch.cuda.device_of(weight):
-        _lay_over[(rows,)](values, *row_starts_of(positions), weight, width, BLOCK=BLOCK, num_warps=1)
+        _lay_over[(rows,)](values.contiguous(), *row_starts_of(positions), weight, width, BLOCK=ENTRIES, num_warps=1)
     # Autograd and the model's own bookkeeping tell by the counter that a tensor was written.
     torch.autograd.graph.increment_version(weight)
 
@@ -65,4 +65,4 @@ def pick_(out: Tensor, panel: Tensor, positions: Positions, first_row: int) -> N
     Called in backward, where autograd has made the tensors' device the current one.
     """
     rows, width = panel.shape
-    _pick[(rows,)](panel, *row_starts_of(positions), first_row, width, out, BLOCK=BLOCK, num_warps=1)
+    _pick[(rows,)](panel, *row_starts_of(positions), first_row, width, out, BLOCK=ENTRIES, num_warps=1)
