@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from speft_optim.export import save_merged
+from speft_optim.export import as_stored, save_merged
 from speft_optim.frozen import QuantizedWeight, frozen_weight, quantized_linears
+from speft_optim.kernels import gather_entries
 from speft_optim.masks import Mask
 
 if TYPE_CHECKING:
@@ -146,9 +147,12 @@ def _load_entries(module: nn.Module, state: dict, prefix: str, *_) -> None:
     if f"{prefix}trained_indices" in state:
         indices, values = state.pop(f"{prefix}trained_indices"), state.pop(f"{prefix}trained_values")
         weight.put(Mask(indices, weight.shape), values)
-    elif (merged := state.get(name)) is not None and merged.is_floating_point() and merged.shape == weight.shape:
+    elif (merged := state.get(name)) is not None and merged.is_floating_point():
+        merged = as_stored(module, merged)
+        if merged.shape != weight.shape:
+            return
         mask, values = weight.entries()
-        entries = merged.to(values.device).reshape(-1)[mask.indices.long()]
+        entries = gather_entries(merged.to(values.device), mask.indices)
         # A value that was only rounded on its way to the file keeps its exact form.
         weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
         state[name] = module.weight.detach()
