@@ -26,6 +26,8 @@ from speft_optim.optim import linked
 from speft_optim.targets import Target, all_targets
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# As safetensors calls the dtypes of weights. Its F8_E4M3 is none: with 8 bits go scales, which lie beside it.
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def export_merged(
@@ -48,7 +50,7 @@ def export_merged(
         max_shard_size: largest file, in bytes or as "5GB"; about what the export holds in memory.
 
     Raises:
-        ValueError: `out` holds files, or `base` is no checkpoint of this model.
+        ValueError: `out` holds files, or `base` is no checkpoint of this model, or a quantised one.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -170,7 +172,7 @@ def original_entries(base: str | Path, masks: Mapping[str, Mask], targets: Mappi
         targets: the weights of these names.
 
     Raises:
-        ValueError: a tensor is missing or has another shape.
+        ValueError: a tensor is missing, has another shape, or is a quantiser's codes.
     """
     files, entries = tensor_files(base), {}
     for name, mask in masks.items():
@@ -193,10 +195,20 @@ def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _check_is_weight(name: str, file: Path, target: Target) -> None:
-    """Refuse a checkpoint's tensor that cannot be the weight, before anything is read."""
+    """Refuse a checkpoint's tensor that cannot be the weight, before anything is read.
+
+    Raises:
+        ValueError: it is a quantiser's codes, or of another shape.
+    """
     with safe_open(file, "pt") as opened:
-        stored = torch.empty(opened.get_slice(name).get_shape(), device="meta")
-    shape = as_stored(target.sites[0][0], stored).shape
+        stored = opened.get_slice(name)
+        dtype, shape = stored.get_dtype(), stored.get_shape()
+    if dtype not in _FLOATING:
+        raise ValueError(
+            f"{name} has dtype {dtype} in {file.parent}, a quantiser's codes rather than weights; give the folder of "
+            f"the unquantised checkpoint, whose tensors are of {', '.join(_FLOATING)}."
+        )
+    shape = as_stored(target.sites[0][0], torch.empty(shape, device="meta")).shape
     if shape != target.shape:
         raise ValueError(f"{name} has shape {tuple(shape)} in {file.parent}, {tuple(target.shape)} in the model.")
 

@@ -358,3 +358,19 @@ def test_clear_errors(trained, original, tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
     export_merged(trained, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_checkpoint_is_no_base_and_no_original(kind, original, tmp_path):
+    """Its codes have names of weights, and int8 ones their shapes."""
+    model = load_quantized(original, kind)
+    model.save_pretrained(tmp_path / "codes")
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    refusal = rf"layers\.0\S+ has dtype [IU]8 in {tmp_path / 'codes'}, .*unquantised checkpoint"
+    with pytest.raises(ValueError, match=refusal):
+        sparsify(model, masks, original=tmp_path / "codes")
+    assert not sparse_weights(model) and model.is_quantized
+    sparsify(model, masks)
+    with pytest.raises(ValueError, match=refusal):
+        export_merged(model, tmp_path / "out", base=tmp_path / "codes")
+    assert not (tmp_path / "out").exists()
