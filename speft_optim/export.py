@@ -23,7 +23,7 @@ from speft_optim.frozen import QuantizedWeight, frozen_weight
 from speft_optim.kernels import gather_entries, scatter_entries_
 from speft_optim.masks import Mask
 from speft_optim.optim import linked
-from speft_optim.targets import Target, all_targets
+from speft_optim.targets import Target, all_targets, uncompiled
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # As safetensors calls the dtypes of weights. Its F8_E4M3 is none: with 8 bits go scales, which lie beside it.
@@ -52,7 +52,7 @@ def export_merged(
     Raises:
         ValueError: `out` holds files, or `base` is no checkpoint of this model, or a quantised one.
     """
-    out = Path(out)
+    model, out = uncompiled(model), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not empty; export into a new folder.")
     with _new_folder(out) as folder:

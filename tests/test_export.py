@@ -196,6 +196,18 @@ def test_dense_models_and_adapters_too(original, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def test_a_compiled_model_is_exported_as_the_model_within(tmp_path):
+    model = train(tiny_model("llama", **SIZES))
+    model.register_buffer("scale", torch.ones(1))
+    export_merged(model, tmp_path / "plain")
+    # A wrapper only: nothing is compiled before the first forward.
+    export_merged(torch.compile(model), tmp_path / "compiled")
+    plain, compiled = tensors(tmp_path / "plain"), tensors(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys() and all(torch.equal(plain[name], compiled[name]) for name in plain)
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("plain", "compiled")]
+    assert configs[0] == configs[1] and configs[1]["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_without_an_adapter_it_is_the_dequantised_model(original, tmp_path):
     model = load_quantized(original, "double")
     twin = dequantized_twin(model)
