@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # model, SFTTrainer casts whatever trains to bf16.
 _FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 _FLAGS_BEFORE = "_quantised_flags_before_sparsify"
+_REPLICA_HOOK = "_refuses_to_be_replicated"
 
 
 class _Product(torch.autograd.Function):
@@ -164,8 +165,23 @@ def take_over(model: nn.Module) -> None:
     for module in layers:
         if forward_of(module) is None:
             FrozenForward(module)
+    if layers and _REPLICA_HOOK not in model.__dict__:
+        model.__dict__[_REPLICA_HOOK] = model.register_forward_pre_hook(_refuse_replica, prepend=True)
     if layers and hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = _SaveMerged(model)
+
+
+def _refuse_replica(model: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of the whole model: a replica shares its layers' `forward`, which compute on the first card.
+
+    These cannot tell, since they know the layer that they stand in for and not its replica; a hook is called with it.
+    Trainer makes replicas of a model on several cards whose flags are lowered, as `declare_trainable` does.
+    """
+    if getattr(model, "_is_replica", False):
+        raise ValueError(
+            f"nn.DataParallel, which Trainer uses when one process sees several GPUs, cannot replicate the quantised "
+            f"layers of {type(model).__name__}; start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def declare_trainable(model: nn.Module) -> None:
@@ -186,7 +202,11 @@ def hand_back(model: nn.Module) -> None:
             forward.remove()
     for name, value in model.__dict__.pop(_FLAGS_BEFORE, {}).items():
         setattr(model, name, value)
-    if not kept and isinstance(model.__dict__.get("save_pretrained"), _SaveMerged):
+    if kept:
+        return
+    if _REPLICA_HOOK in model.__dict__:
+        model.__dict__.pop(_REPLICA_HOOK).remove()
+    if isinstance(model.__dict__.get("save_pretrained"), _SaveMerged):
         del model.__dict__["save_pretrained"]
 
 
