@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from speft_optim.files import tensor_files
 from speft_optim.frozen import QuantizedWeight, frozen_weight
-from speft_optim.kernels import scatter_entries_
+from speft_optim.kernels import gather_entries, scatter_entries_
+from speft_optim.masks import Mask
 from speft_optim.optim import linked
-from speft_optim.targets import all_targets
+from speft_optim.targets import Target, all_targets, uncompiled
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# As safetensors calls the dtypes of weights. Its F8_E4M3 is none: with 8 bits go scales, which lie beside it.
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def export_merged(
@@ -47,9 +50,9 @@ def export_merged(
         max_shard_size: largest file, in bytes or as "5GB"; about what the export holds in memory.
 
     Raises:
-        ValueError: `out` holds files, or `base` is no checkpoint of this model.
+        ValueError: `out` holds files, or `base` is no checkpoint of this model, or a quantised one.
     """
-    out = Path(out)
+    model, out = uncompiled(model), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not empty; export into a new folder.")
     with _new_folder(out) as folder:
@@ -93,8 +96,8 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, max_shard_s
     tensors: dict[str, tuple[torch.Size, Callable[[], Tensor]]] = {}
     for name, target in all_targets(model).items():
         if linked(target.parameter) is None:
-            weight = frozen_weight(*target.sites[0])
-            tensors[name] = (weight.shape, lambda weight=weight: weight.dense(dtype))
+            weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
+            tensors[name] = (weight.shape, lambda weight=weight, module=module: as_stored(module, weight.dense(dtype)))
     for path, module in model.named_modules():
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
@@ -123,12 +126,10 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
         )
     tensors = {}
     for name, file in files.items():
+        if name in trained:
+            _check_is_weight(name, file, trained[name][0])
         with safe_open(file, "pt") as opened:
             shape = torch.Size(opened.get_slice(name).get_shape())
-        if name in trained and shape != trained[name][0].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(shape)} in {base}, {tuple(trained[name][0].shape)} in the model."
-            )
         tensors[name] = (shape, lambda name=name, file=file: _merge(name, file, dtype, trained.get(name)))
     _write_shards(tensors, folder, dtype, max_shard_size)
     for file in base.iterdir():
@@ -140,46 +141,76 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _merge(name: str, file: Path, dtype: torch.dtype, trained: tuple | None) -> Tensor:
+def _merge(name: str, file: Path, dtype: torch.dtype, trained: tuple[Target, Mask | None] | None) -> Tensor:
     tensor = _read_tensor(file, name)
     if tensor.is_floating_point():
         tensor = tensor.to(dtype)
     if trained is not None:
-        mask, values = trained[0].entries(trained[1])
-        scatter_entries_(tensor, mask.indices.cpu(), values.cpu())
+        target, trained_mask = trained
+        mask, values = frozen_weight(*target.sites[0]).entries(trained_mask)
+        scatter_entries_(as_stored(target.sites[0][0], tensor), mask.indices.cpu(), values.cpu())
     return tensor
 
 
-def _trained_weights(model: nn.Module) -> Iterator[tuple[str, tuple]]:
-    """Name, weight and mask (None where overlays tell) of every weight with trained entries."""
+def _trained_weights(model: nn.Module) -> Iterator[tuple[str, tuple[Target, Mask | None]]]:
+    """Name, target and mask (None where overlays tell) of every weight with trained entries."""
     masks = {weight.name: weight.mask for parameter in model.parameters() if (weight := linked(parameter)) is not None}
     for name, target in all_targets(model).items():
         weight = frozen_weight(*target.sites[0])
         if isinstance(weight, QuantizedWeight) and weight.overlays:
-            yield name, (weight, None)
+            yield name, (target, None)
         elif name in masks:
-            yield name, (weight, masks[name])
+            yield name, (target, masks[name])
 
 
-def original_entries(base: str | Path, names: dict[str, tuple[torch.Size, Tensor]]) -> dict[str, Tensor]:
-    """Entries of an original checkpoint at flat positions, fp32, one weight in memory at a time.
+def original_entries(base: str | Path, masks: Mapping[str, Mask], targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """Entries of an original checkpoint at masks, fp32, one weight in memory at a time.
 
     Args:
         base: folder of the checkpoint.
-        names: from a tensor's name to the shape it must have and the positions (k,) wanted.
+        masks: by the tensors' names.
+        targets: the weights of these names.
 
     Raises:
-        ValueError: a tensor is missing or has another shape.
+        ValueError: a tensor is missing, has another shape, or is a quantiser's codes.
     """
     files, entries = tensor_files(base), {}
-    for name, (shape, indices) in names.items():
+    for name, mask in masks.items():
         if name not in files:
             raise ValueError(f"{base} has no tensor {name}; give the original checkpoint's folder.")
-        tensor = _read_tensor(files[name], name)
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} in {base}, {tuple(shape)} in the model.")
-        entries[name] = tensor.reshape(-1)[indices.cpu().long()].float()
+        _check_is_weight(name, files[name], targets[name])
+        tensor = as_stored(targets[name].sites[0][0], _read_tensor(files[name], name))
+        entries[name] = gather_entries(tensor, mask.indices.cpu()).float()
     return entries
+
+
+def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight (or bias) as checkpoints store it, or one of a checkpoint's as the layer does; always a view.
+
+    Both differ where transformers quantised a Conv1D (GPT-2): it does so to the transpose, and notes on the layer what
+    it replaced. Known by name, since transformers is not imported here.
+    """
+    replaced = {cls.__name__ for cls in getattr(module, "source_cls", object).__mro__}
+    return weight.t() if "Conv1D" in replaced and weight.dim() == 2 else weight
+
+
+def _check_is_weight(name: str, file: Path, target: Target) -> None:
+    """Refuse a checkpoint's tensor that cannot be the weight, before anything is read.
+
+    Raises:
+        ValueError: it is a quantiser's codes, or of another shape.
+    """
+    with safe_open(file, "pt") as opened:
+        stored = opened.get_slice(name)
+        dtype, shape = stored.get_dtype(), stored.get_shape()
+    if dtype not in _FLOATING:
+        raise ValueError(
+            f"{name} has dtype {dtype} in {file.parent}, a quantiser's codes rather than weights; give the folder of "
+            f"the unquantised checkpoint, whose tensors are of {', '.join(_FLOATING)}."
+        )
+    shape = as_stored(target.sites[0][0], torch.empty(shape, device="meta")).shape
+    if shape != target.shape:
+        raise ValueError(f"{name} has shape {tuple(shape)} in {file.parent}, {tuple(target.shape)} in the model.")
 
 
 def _read_tensor(file: Path, name: str) -> Tensor:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from speft_optim.export import save_merged
+from speft_optim.export import as_stored, save_merged
 from speft_optim.frozen import QuantizedWeight, frozen_weight, quantized_linears
+from speft_optim.kernels import gather_entries
 from speft_optim.masks import Mask
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # model, SFTTrainer casts whatever trains to bf16.
 _FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 _FLAGS_BEFORE = "_quantised_flags_before_sparsify"
+_REPLICA_HOOK = "_refuses_to_be_replicated"
 
 
 class _Product(torch.autograd.Function):
@@ -146,9 +148,12 @@ def _load_entries(module: nn.Module, state: dict, prefix: str, *_) -> None:
     if f"{prefix}trained_indices" in state:
         indices, values = state.pop(f"{prefix}trained_indices"), state.pop(f"{prefix}trained_values")
         weight.put(Mask(indices, weight.shape), values)
-    elif (merged := state.get(name)) is not None and merged.is_floating_point() and merged.shape == weight.shape:
+    elif (merged := state.get(name)) is not None and merged.is_floating_point():
+        merged = as_stored(module, merged)
+        if merged.shape != weight.shape:
+            return
         mask, values = weight.entries()
-        entries = merged.to(values.device).reshape(-1)[mask.indices.long()]
+        entries = gather_entries(merged.to(values.device), mask.indices)
         # A value that was only rounded on its way to the file keeps its exact form.
         weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
         state[name] = module.weight.detach()
@@ -160,8 +165,23 @@ def take_over(model: nn.Module) -> None:
     for module in layers:
         if forward_of(module) is None:
             FrozenForward(module)
+    if layers and _REPLICA_HOOK not in model.__dict__:
+        model.__dict__[_REPLICA_HOOK] = model.register_forward_pre_hook(_refuse_replica, prepend=True)
     if layers and hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = _SaveMerged(model)
+
+
+def _refuse_replica(model: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of the whole model: a replica shares its layers' `forward`, which compute on the first card.
+
+    These cannot tell, since they know the layer that they stand in for and not its replica; a hook is called with it.
+    Trainer makes replicas of a model on several cards whose flags are lowered, as `declare_trainable` does.
+    """
+    if getattr(model, "_is_replica", False):
+        raise ValueError(
+            f"nn.DataParallel, which Trainer uses when one process sees several GPUs, cannot replicate the quantised "
+            f"layers of {type(model).__name__}; start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def declare_trainable(model: nn.Module) -> None:
@@ -182,7 +202,11 @@ def hand_back(model: nn.Module) -> None:
             forward.remove()
     for name, value in model.__dict__.pop(_FLAGS_BEFORE, {}).items():
         setattr(model, name, value)
-    if not kept and isinstance(model.__dict__.get("save_pretrained"), _SaveMerged):
+    if kept:
+        return
+    if _REPLICA_HOOK in model.__dict__:
+        model.__dict__.pop(_REPLICA_HOOK).remove()
+    if isinstance(model.__dict__.get("save_pretrained"), _SaveMerged):
         del model.__dict__["save_pretrained"]
 
 

@@ -67,8 +67,8 @@ def sparsify(
     with together():
         targets = all_targets(model)
         _check_masks(model, masks, targets)
-        found = {n: (m.shape, m.indices) for n, m in masks.items() if len(m)}
-        entries = {} if original is None else original_entries(original, found)
+        found = {name: mask for name, mask in masks.items() if len(mask)}
+        entries = {} if original is None else original_entries(original, found, targets)
     check_equal_masks(masks)
     _follow_optimizers()
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

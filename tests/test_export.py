@@ -196,6 +196,18 @@ def test_dense_models_and_adapters_too(original, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def test_a_compiled_model_is_exported_as_the_model_within(tmp_path):
+    model = train(tiny_model("llama", **SIZES))
+    model.register_buffer("scale", torch.ones(1))
+    export_merged(model, tmp_path / "plain")
+    # A wrapper only: nothing is compiled before the first forward.
+    export_merged(torch.compile(model), tmp_path / "compiled")
+    plain, compiled = tensors(tmp_path / "plain"), tensors(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys() and all(torch.equal(plain[name], compiled[name]) for name in plain)
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("plain", "compiled")]
+    assert configs[0] == configs[1] and configs[1]["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_without_an_adapter_it_is_the_dequantised_model(original, tmp_path):
     model = load_quantized(original, "double")
     twin = dequantized_twin(model)
@@ -241,6 +253,87 @@ def test_merged_weights_load_into_the_quantised_model(trained, original, tmp_pat
         assert torch.equal(one.values, other.values)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2, whose Conv1D layers transformers transposes before it quantises them. Its attn.c_proj are square, so that no
+# shape would tell a mistake.
+
+
+@pytest.fixture(scope="module")
+def original_gpt2(tmp_path_factory):
+    sizes = dict(n_embd=128, hidden_size=128, initializer_range=0.3)
+    return save_original(tmp_path_factory.mktemp("base") / "gpt2", "gpt2", **sizes)
+
+
+@pytest.fixture(scope="module", params=["int8", "nf4"])
+def gpt2(request, original_gpt2):
+    """A quantised GPT-2 after a few steps; tests leave it as it is."""
+    return train(load_quantized(original_gpt2, request.param))
+
+
+def in_checkpoint(weight):
+    """Where in a checkpoint's Conv1D weight a quantised layer's trained entries are."""
+    rows, columns = torch.unravel_index(weight.mask.indices.long(), weight.mask.shape)
+    return columns, rows
+
+
+@pytest.mark.parametrize("by", ["export_merged", "save_pretrained"])
+def test_gpt2_is_exported_as_it_was_stored(by, gpt2, original_gpt2, tmp_path):
+    if by == "export_merged":
+        export_merged(gpt2, tmp_path / "out", dtype=torch.float32)
+    else:
+        copy.deepcopy(gpt2).save_pretrained(tmp_path / "out")
+    files, before = tensors(tmp_path / "out"), tensors(original_gpt2)
+    assert {name: tensor.shape for name, tensor in files.items()} == {n: t.shape for n, t in before.items()}
+    merged, batch = reload(tmp_path / "out"), token_batch(3)
+    for name, module in quantized_linears(gpt2):
+        dtype = files[f"{name}.weight"].dtype
+        assert torch.equal(merged.get_submodule(name).weight, frozen_weight(module).dense(dtype).t().float()), name
+    if by == "export_merged":
+        with torch.no_grad():
+            logits, expected = merged(**batch).logits, dequantized_twin(gpt2)(**batch).logits
+        # Products of a matrix and of its transpose may sum in another order.
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gpt2_onto_the_original_checkpoint(gpt2, original_gpt2, tmp_path):
+    export_merged(gpt2, tmp_path / "out", base=original_gpt2)
+    files, before = tensors(tmp_path / "out"), tensors(original_gpt2)
+    weights = {weight.name: weight for weight in sparse_weights(gpt2)}
+    assert any(len(set(before[name].shape)) == 1 for name in weights), "no square weight"
+    for name, tensor in files.items():
+        expected = before[name].clone()
+        if name in weights:
+            expected[in_checkpoint(weights[name])] = weights[name].values.detach().to(torch.bfloat16)
+        assert torch.equal(tensor, expected), name
+    reload(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_gpt2_starts_from_the_original_entries(kind, original_gpt2):
+    model, before = load_quantized(original_gpt2, kind), tensors(original_gpt2)
+    targets = ["attn.c_proj", "mlp.c_fc", "attn.c_attn.bias"]
+    masks = select_masks(model, salience="random", density=0.05, targets=targets, progress=False)
+    sparsify(model, masks, original=original_gpt2)
+    for weight in sparse_weights(model):
+        stored = before[weight.name].float()
+        inside = in_checkpoint(weight) if stored.dim() == 2 else weight.mask.indices.long()
+        assert torch.equal(weight.values, stored[inside]), weight.name
+
+
+def test_gpt2_takes_merged_weights_back(gpt2, tmp_path):
+    export_merged(gpt2, tmp_path / "out")
+    model = copy.deepcopy(gpt2)
+    for weight in sparse_weights(model):
+        weight.values.data.zero_()
+    model.load_state_dict(tensors(tmp_path / "out"), strict=False)
+    for one, other in zip(sparse_weights(model), sparse_weights(gpt2), strict=True):
+        assert torch.equal(one.values, other.values.to(torch.bfloat16).float()), one.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures
+
+
 def test_a_failed_export_leaves_nothing(trained, tmp_path, monkeypatch):
     calls = []
 
@@ -277,3 +370,19 @@ def test_clear_errors(trained, original, tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
     export_merged(trained, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_checkpoint_is_no_base_and_no_original(kind, original, tmp_path):
+    """Its codes have names of weights, and int8 ones their shapes."""
+    model = load_quantized(original, kind)
+    model.save_pretrained(tmp_path / "codes")
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    refusal = rf"layers\.0\S+ has dtype [IU]8 in {tmp_path / 'codes'}, .*unquantised checkpoint"
+    with pytest.raises(ValueError, match=refusal):
+        sparsify(model, masks, original=tmp_path / "codes")
+    assert not sparse_weights(model) and model.is_quantized
+    sparsify(model, masks)
+    with pytest.raises(ValueError, match=refusal):
+        export_merged(model, tmp_path / "out", base=tmp_path / "codes")
+    assert not (tmp_path / "out").exists()

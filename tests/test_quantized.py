@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 
 import bitsandbytes as bnb
 import pytest
@@ -644,6 +645,30 @@ def test_the_best_quantised_model_is_loaded_at_the_end(model, tmp_path):
     # The checkpoint is the merged model in bf16.
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=2e-3)
     assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True))
+
+
+def test_replicas_of_data_parallel_are_refused(model, monkeypatch):
+    """By torch's own `replicate`, which asks for cards only where it copies tensors to them."""
+    replicating = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(replicating, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(
+        replicating, "_broadcast_coalesced_reshape", lambda tensors, devices, detach: [tensors for _ in devices]
+    )
+    masks = random_masks(model)
+    twin = copy.deepcopy(model)
+    sparsify(model, masks)
+    for trained in (model, copy.deepcopy(model)):
+        for replica in nn.parallel.replicate(trained, [0, 1]):
+            with pytest.raises(ValueError, match=r"DataParallel.*LlamaForCausalLM.*torchrun.*CUDA_VISIBLE_DEVICES=0"):
+                replica(**token_batch())
+        trained(**token_batch())
+    desparsify(model)
+    assert not model._forward_pre_hooks
+    # As long as entries are laid over, the layers are computed by us.
+    train(twin, SparseAdamW(sparsify(twin, masks), lr=1e-2), 1)
+    desparsify(twin)
+    with pytest.raises(ValueError, match="torchrun"):
+        nn.parallel.replicate(twin, [0, 1])[0](**token_batch())
 
 
 def test_sft_trainer_does_not_refuse_a_quantised_model_without_adapters(model, tmp_path):
