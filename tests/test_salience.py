@@ -9,12 +9,14 @@ from conftest import tiny_model, token_batch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from speft_optim import desparsify, select_masks, sparsify
 from speft_optim.batches import BatchReader
 from speft_optim.calibration import _SIGNALS, random_draws, stream_scores
 from speft_optim.pieces import cut_into_groups
 from speft_optim.salience import MEASURES
+from speft_optim.signals import example_losses
 from speft_optim.targets import find_targets
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "mixtral"]
@@ -198,6 +200,79 @@ def test_fisher_needs_one_backward_per_batch_for_linear_weights():
     select_masks(model, batches, salience="fisher", density=0.1, progress=False)
     hook.remove()
     assert len(passes) == 3
+
+
+def _dense_fisher(model, names, batch):
+    """Sum over examples of the squared gradient of each one's own loss, by name."""
+    total = dict.fromkeys(names, 0)
+    for row in range(len(batch["labels"])):
+        gradients = dense_gradients(model, names, [{key: value[row : row + 1] for key, value in batch.items()}])
+        total = {name: total[name] + gradients[name][1].detach().square() for name in names}
+    return total
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_example_losses_are_right_where_shifted_and_unshifted_labels_give_nearly_the_same(shifted):
+    """As with a new classifier, whose logits are almost uniform; where nothing tells them apart there is no answer."""
+    answers = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        logits, labels = 0.1 * torch.randn(16, 64, 9), torch.randint(9, (16, 64))
+        placed = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] if shifted else labels
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), placed, reduction="none")
+        found = example_losses(logits, labels, each.sum() / (placed != -100).sum())
+        if found is not None:
+            answers += 1
+            torch.testing.assert_close(found[0], each.sum(1) / (placed != -100).sum(1))
+        # In bf16 the model's loss says less than what lies between the two.
+        rounded = example_losses(logits, labels, (each.sum() / (placed != -100).sum()).bfloat16())
+        assert rounded is None
+    assert answers >= 36
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_fisher_of_a_new_token_classifier_equals_a_dense_computation(seed):
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    model = BertForTokenClassification(BertConfig(vocab_size=61, num_labels=9, **sizes)).eval()
+    ids, labels = torch.randint(1, 61, (16, 256)), torch.randint(9, (16, 256))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    masks = select_masks(model, [batch], salience="fisher", density=0.1, progress=False)
+    assert_selects(masks, _dense_fisher(model, list(masks), batch), "local", 0.1)
+
+
+@pytest.mark.parametrize("loss", [None, lambda model, batch: model(**batch).loss])
+def test_fisher_counts_an_example_of_an_unshifted_loss_with_no_label_but_the_first(loss):
+    model, batch = tiny_model("bert"), token_batch(0)
+    ids, labels = batch["input_ids"], torch.full_like(batch["labels"], -100)
+    labels[:, 0] = ids[:, 0]
+    labels[0, 3] = ids[0, 3]
+    batch["labels"] = labels
+    masks = select_masks(model, [batch], salience="fisher", density=0.1, loss=loss, progress=False)
+    assert_selects(masks, _dense_fisher(model, list(masks), batch), "local", 0.1)
+
+
+def test_fisher_leaves_out_an_example_of_a_shifted_loss_with_no_label_but_the_first():
+    model, batch = tiny_model("llama"), token_batch(0, batch=3)
+    batch["labels"][1] = -100
+    batch["labels"][1, 0] = batch["input_ids"][1, 0]
+    some = {key: value[[0, 2]] for key, value in batch.items()}
+    choose = dict(salience="fisher", density=0.1, progress=False)
+    for loss in (None, lambda model, batch: model(**batch).loss):
+        assert select_masks(model, [batch], loss=loss, **choose).overlap(select_masks(model, [some], **choose)) > 0.99
+    batch["labels"] = torch.where(torch.arange(batch["labels"].shape[1]) == 0, batch["input_ids"], -100)
+    with pytest.raises(ValueError, match="No example of the calibration batches has a label"):
+        select_masks(model, [batch], loss=lambda model, batch: model(**batch).loss, **choose)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,)])
+def test_fisher_of_a_regression_with_one_label_an_example(shape):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = BertForSequenceClassification(BertConfig(vocab_size=61, num_labels=1, **sizes)).eval()
+    batch = {"input_ids": torch.randint(1, 61, (4, 8)), "labels": torch.randn(shape)}
+    masks = select_masks(model, [batch], salience="fisher", density=0.1, progress=False)
+    assert_selects(masks, _dense_fisher(model, list(masks), batch), "local", 0.1)
 
 
 def test_hessian_gradient_equals_torch_hvp():
