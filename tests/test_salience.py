@@ -1,14 +1,17 @@
 """Every measure against a plain dense computation: all gradients at once, one sort over everything."""
 
 import copy
+import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, token_batch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from speft_optim import desparsify, select_masks, sparsify
@@ -104,6 +107,31 @@ def test_masks_do_not_depend_on_the_memory_budget(kind, salience, scope):
     whole = select_masks(model, batches, memory_budget=2**30, **choose)
     for budget in (100_000, 20_000):
         assert select_masks(model, batches, memory_budget=budget, **choose) == whole
+
+
+@pytest.mark.parametrize("options", [{}, {"generator": 0}, {"num_workers": 1}])
+@pytest.mark.parametrize("salience", ["gradient", "grasp"])
+def test_every_pass_sees_the_same_batches_of_a_loader_that_shuffles_and_draws(salience, options):
+    rows = [{key: value[0] for key, value in token_batch(seed, batch=1).items()} for seed in range(10)]
+
+    def collate(rows):
+        """Random tokens replaced, by the numbers of torch, Python and numpy."""
+        batch = torch.utils.data.default_collate(rows)
+        for row in batch["input_ids"]:
+            row[torch.randint(len(row), ())] = random.randint(1, 30) + np.random.randint(30)
+        return batch
+
+    model, found = tiny_model("llama"), []
+    for budget in (2**30, 60_000, 20_000):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        kwargs = {**options, "generator": torch.Generator().manual_seed(0)} if "generator" in options else options
+        loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate, **kwargs)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        choose = dict(salience=salience, density=0.05, scope="global", progress=False)
+        found.append(select_masks(model, loader, memory_budget=budget, **choose))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_budget_of_one_byte_works_row_by_row():
