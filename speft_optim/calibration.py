@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from speft_optim import signals
 from speft_optim.batches import Batches, BatchReader, LossFunction, calibrating, check_batches
-from speft_optim.curvature import GradientStore, hessian_gradient
+from speft_optim.curvature import GradientStore, hessian_gradient, warn_of_plain_attention
 from speft_optim.distributed import together
 from speft_optim.flow import flow
 from speft_optim.pieces import Piece, cut_into_groups
@@ -100,6 +100,7 @@ def stream_scores(
             device = next(iter(targets.values())).device
             reader = BatchReader(batches, device, bar, labelled=measure.signal != "squared_input")
         if second_order:
+            warn_of_plain_attention(model)
             store = stack.enter_context(GradientStore(targets, room // 2))
             for group in groups:
                 signals.gradient(model, reader, group, loss)

@@ -170,7 +170,7 @@ def select_masks(
     Args:
         model: the model; exactly as before afterwards, also after an error.
         batches: calibration data: an iterable of the dicts the model takes, with labels (a list or a DataLoader; the
-            paper uses 64 batches of 16 examples). Not needed by `magnitude` and `random`.
+            paper uses 64 batches of 16 examples). Not needed by `magnitude`, `random` and `synflow`.
         salience: name of the measure, see `speft_optim.salience`.
         density: share of the targeted entries to keep, in (0, 1]; per weight in local scope, rounded to whole entries.
         budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or

@@ -303,6 +303,15 @@ def test_fisher_of_a_regression_with_one_label_an_example(shape):
     assert_selects(masks, _dense_fisher(model, list(masks), batch), "local", 0.1)
 
 
+@pytest.mark.parametrize("attention, warnings", [("sdpa", 1), ("eager", 0)])
+def test_grasp_warns_once_that_attention_runs_plain(attention, warnings, caplog):
+    model = tiny_model("llama", attn_implementation=attention)
+    # Several groups, of which each has its pass.
+    select_masks(model, ragged_batches(1), salience="grasp", density=0.1, memory_budget=20_000, progress=False)
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == warnings and all("runs plain instead of sdpa" in message for message in messages)
+
+
 def test_hessian_gradient_equals_torch_hvp():
     model, batches = tiny_model("llama"), ragged_batches(2)
     targets = find_targets(model)
