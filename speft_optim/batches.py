@@ -6,6 +6,8 @@ The model is in eval mode meanwhile, without dropout. Afterwards it is exactly a
 import contextlib
 import functools
 import logging
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,8 +46,40 @@ def check_batches(batches: Batches | None, passes: int) -> None:
         )
 
 
+class _RandomState:
+    """What torch, Python and numpy draw next: on the CPU, on CUDA devices and from the generators given.
+
+    Args:
+        devices: CUDA devices.
+        generators: further ones, as those of a DataLoader.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[torch.Generator] = ()):
+        self._python = random.getstate()
+        # A numpy that nobody imported draws nothing.
+        self._numpy = sys.modules.get("numpy")
+        self._numpy_state = None if self._numpy is None else self._numpy.random.get_state()
+        self._torch = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self._generators = [(generator, generator.get_state()) for generator in generators]
+
+    def restore(self) -> None:
+        """Draw from here again."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            self._numpy.random.set_state(self._numpy_state)
+        torch.set_rng_state(self._torch)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
 class BatchReader:
     """Iterates the batches that count, on the device that computes.
+
+    All iterations start from the same state of random numbers, so that a DataLoader that shuffles, or a collator that
+    draws, gives every pass the same batches.
 
     Args:
         batches: the user's batches.
@@ -61,6 +95,17 @@ class BatchReader:
         self.batches, self.device, self.bar, self.labelled = batches, device, bar, labelled
         self.used = 0
         self._warned = False
+        self._start: _RandomState | None = None
+
+    def _rewind(self) -> None:
+        """Let random numbers begin where they did in the first iteration."""
+        if self._start is not None:
+            self._start.restore()
+            return
+        owners = (self.batches, getattr(self.batches, "sampler", None))
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        generators = [generator for generator in generators if isinstance(generator, torch.Generator)]
+        self._start = _RandomState([self.device] if self.device.type == "cuda" else [], generators)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches that count.
@@ -69,6 +114,7 @@ class BatchReader:
             ValueError: there is no batch, one has no labels, or no label of any counts.
             TypeError: a batch is no mapping.
         """
+        self._rewind()
         seen = self.used = 0
         for batch in self.batches:
             seen += 1
@@ -159,7 +205,9 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), frozen_forwards(model), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_RandomState(devices).restore)
+        stack.enter_context(frozen_forwards(model))
         for module in model.modules():
             if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
                 # What stands in for a block's call streams its weights, and recomputes it already.

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from speft_optim import signals
 from speft_optim.batches import Batches, BatchReader, LossFunction, calibrating, check_batches
-from speft_optim.curvature import GradientStore, hessian_gradient
+from speft_optim.curvature import GradientStore, hessian_gradient, warn_of_plain_attention
 from speft_optim.distributed import together
 from speft_optim.flow import flow
 from speft_optim.pieces import Piece, cut_into_groups
@@ -57,6 +57,7 @@ def stream_scores(
     measure: Measure,
     *,
     memory_budget: int,
+    candidates: int = 0,
     loss: LossFunction | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -68,7 +69,8 @@ def stream_scores(
         batches: an iterable of the dicts that the model takes, iterated once per group.
         targets: the weights to score.
         measure: the salience measure.
-        memory_budget: bytes for accumulators and chunks.
+        memory_budget: bytes for accumulators, chunks and what the caller keeps of them.
+        candidates: bytes of the latter.
         loss: from model and batch to a scalar; None for the `loss` of the model's own output.
         seed: of the `random` measure.
         progress: whether to show a progress bar on a terminal.
@@ -83,9 +85,11 @@ def stream_scores(
     """
     second_order = measure.signal == "hessian_gradient"
     fill, entry_bytes = _SIGNALS.get(measure.signal, (None, 0))
-    # Half of the budget for accumulators; the rest is for the best candidates so far and for a chunk's temporaries.
-    groups = cut_into_groups(targets.values(), memory_budget // 2, entry_bytes)
-    chunk = max(1, min(2**22, memory_budget // 64))
+    # At most half of the budget for accumulators, and a quarter for a chunk's temporaries. Candidates that need more
+    # than the rest take it from the accumulators, but for an eighth: ever more passes would not make them fewer.
+    room = max(min(memory_budget // 2, memory_budget * 3 // 4 - candidates), memory_budget // 8)
+    groups = cut_into_groups(targets.values(), room, entry_bytes)
+    chunk = max(1, min(2**22, memory_budget // 128))
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
         reader = None
@@ -96,7 +100,8 @@ def stream_scores(
             device = next(iter(targets.values())).device
             reader = BatchReader(batches, device, bar, labelled=measure.signal != "squared_input")
         if second_order:
-            store = stack.enter_context(GradientStore(targets, memory_budget // 4))
+            warn_of_plain_attention(model)
+            store = stack.enter_context(GradientStore(targets, room // 2))
             for group in groups:
                 signals.gradient(model, reader, group, loss)
                 for piece in group:

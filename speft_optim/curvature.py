@@ -8,7 +8,7 @@ the size of
 all weights is ever formed; the only thing of that size is g itself, which is kept beside the accumulators if it fits
 into the budget with them, and in a file on disk otherwise.
 
-Fused attention cannot be differentiated twice, so this pass uses PyTorch's plain one.
+Fused attention cannot be differentiated twice, so this pass uses PyTorch's plain one, and a warning says so.
 """
 
 import contextlib
@@ -69,6 +69,17 @@ class GradientStore:
             self._folder.cleanup()
 
 
+def warn_of_plain_attention(model: nn.Module) -> None:
+    """Say that passes take longer, and more memory at long contexts, than fused attention would."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention != "eager":
+        logger.warning(
+            "salience='grasp' differentiates attention twice, which no fused one allows: it runs plain instead of %s, "
+            "with a matrix of length by length; shorten the calibration batches if memory runs out.",
+            attention or "fused",
+        )
+
+
 def hessian_gradient(
     model: nn.Module,
     reader: BatchReader,
@@ -83,7 +94,6 @@ def hessian_gradient(
         piece.allocate()
 
     with contextlib.ExitStack() as stack:
-        logger.info("Attention runs unfused during this pass, since it is differentiated twice.")
         stack.enter_context(plain_implementation(model, attention=True))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())

@@ -18,52 +18,135 @@ from speft_optim.calibration import default_memory_budget, stream_scores
 from speft_optim.distributed import check_equal, smallest, together
 from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
-from speft_optim.salience import MEASURES
+from speft_optim.salience import MEASURES, Measure
 from speft_optim.targets import Target, Targets, find_targets, uncompiled
+
+_INT32_LIMIT = 2**31 - 1
 
 
 class BestEntries:
     """The best k of the scores seen so far, exactly k of them and the earlier of equals.
 
+    Candidates gather in one buffer, somewhat longer than k. Whenever it is full, it is cut back to the best k in place:
+    a k-th best found by digits and a pass over short runs, where a sort would take several times the buffer.
+
     Args:
         k: how many to keep, at least 0.
+        entries: how many scores there are in all; at least k.
+        step: entries to work on at a time.
     """
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, entries: int, step: int = 2**20):
         self.k = k
-        self.scores: Tensor | None = None
-        self.positions: Tensor | None = None
+        # Short runs of a long buffer would be many; a 64th of it adds little.
+        self.step = max(step, k // 64)
+        self.capacity = min(entries, k + max(k // 8, self.step)) if k else 0
+        self.count = 0
+        self._narrow = entries <= _INT32_LIMIT
+        self._scores: Tensor | None = None
+        self._positions = torch.empty(0, dtype=self._position_dtype)
+        self._worst: float | None = None
+
+    @staticmethod
+    def bytes(k: int, entries: int, score_bytes: int) -> int:
+        """About what keeping the best k of so many entries takes, beside temporaries of one step."""
+        buffer = min(entries, k + k // 8) * (score_bytes + (4 if entries <= _INT32_LIMIT else 8))
+        # Of a run of a 64th of the buffer a cut takes some 40 bytes an entry.
+        return buffer + 40 * (k // 64)
+
+    @property
+    def _position_dtype(self) -> torch.dtype:
+        return torch.int32 if self._narrow else torch.int64
+
+    @property
+    def scores(self) -> Tensor:
+        """The scores kept, in the order of their positions."""
+        self._cut()
+        return self._scores[: self.count]
+
+    @property
+    def positions(self) -> Tensor:
+        """The positions kept, rising; int32 where all positions fit."""
+        self._cut()
+        return self._positions[: self.count]
 
     def update(self, scores: Tensor, first: int) -> None:
         """Take in 1-D `scores` of the consecutive positions from `first` on, which follow all positions seen before."""
-        if self.scores is not None and self.scores.numel() == self.k and self.k:
-            # Full: only what beats the worst kept entry can enter, since of equals the earlier stays.
-            local = (scores > self._worst.to(scores.device)).nonzero().squeeze(1)
-        elif scores.numel() > self.k:
-            local = _keep_best(scores, self.k)
-        else:
-            local = torch.arange(scores.numel(), device=scores.device)
-        positions, scores = local + first, scores[local]
-        if self.scores is not None:
-            positions = torch.cat([self.positions, positions.to(self.positions.device)])
-            scores = torch.cat([self.scores, scores.to(self.scores.device)])
-        if scores.numel() > self.k:
-            kept = _keep_best(scores, self.k)
-            positions, scores = positions[kept], scores[kept]
-        self.positions, self.scores = positions, scores
-        if self.k and scores.numel() == self.k:
-            self._worst = scores.min()
+        if self._scores is None:
+            self._scores = torch.empty(self.capacity, dtype=scores.dtype, device=scores.device)
+            self._positions = torch.empty(self.capacity, dtype=self._position_dtype, device=scores.device)
+        if not self.k:
+            return
+        for part in scores.split(self.step):
+            chosen = self._eligible(part)
+            if self.count + chosen.numel() > self.capacity:
+                self._cut()
+                chosen = self._eligible(part)
+            end = self.count + chosen.numel()
+            self._scores[self.count : end] = part[chosen]
+            self._positions[self.count : end] = chosen.add_(first)
+            self.count = end
+            first += part.numel()
+
+    def _eligible(self, part: Tensor) -> Tensor:
+        """Places of those scores that can be among the best k."""
+        if self._worst is None:
+            return torch.arange(part.numel(), device=part.device)
+        # Only what beats the worst of k entries can enter, since of equals the earlier stays.
+        return (part > self._worst).nonzero().squeeze(1)
+
+    def _cut(self) -> None:
+        """Keep the best k, in place."""
+        if self.count <= self.k:
+            return
+        self._worst, ties = _kth_best(self._scores[: self.count], self.k, self.step)
+        count, self.count = self.count, 0
+        for start in range(0, count, self.step):
+            run = slice(start, min(count, start + self.step))
+            scores = self._scores[run]
+            kept = scores > self._worst
+            tied = (scores == self._worst).nonzero().squeeze(1)[:ties]
+            ties -= tied.numel()
+            kept[tied] = True
+            kept = kept.nonzero().squeeze(1)
+            end = self.count + kept.numel()
+            # Indexing copies, so that the run may be overwritten.
+            self._scores[self.count : end] = scores[kept]
+            self._positions[self.count : end] = self._positions[run][kept]
+            self.count = end
 
 
-def _keep_best(scores: Tensor, k: int) -> Tensor:
-    """Rising places of the best k of `scores`; among equals the first. Exactly k."""
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
-    threshold = torch.topk(scores, k, sorted=False).values.min()
-    kept = scores > threshold
-    ties = (scores == threshold).nonzero().squeeze(1)
-    kept[ties[: k - int(kept.sum())]] = True
-    return kept.nonzero().squeeze(1)
+def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
+    """The k-th best score, and how many equal to it are among the best k; at most `step` entries are copied at a time.
+
+    The bits of the keys are fixed from the top, eleven at a time, by counting how many keys have each next digit.
+    """
+    bits = 8 * scores.element_size()
+    prefix, left, low = 0, k, bits
+    while low > 0:
+        high, low = low, max(0, low - 11)
+        counts = torch.zeros(2 ** (high - low), dtype=torch.int64, device=scores.device)
+        for part in scores.split(step):
+            # The sign bit flipped, so that the digits of negative keys come first.
+            keys = _ordered(part.add(0.0)).bitwise_xor_(-(2 ** (bits - 1)))
+            if high < bits:
+                keys = keys[(keys >> high).bitwise_and_(2 ** (bits - high) - 1) == prefix]
+            keys = keys.bitwise_right_shift_(low).bitwise_and_(2 ** (high - low) - 1)
+            counts += torch.bincount(keys, minlength=len(counts))
+        at_least = counts.cpu().flip(0).cumsum(0)
+        place = int((at_least < left).sum())
+        left -= int(at_least[place - 1]) if place else 0
+        prefix = prefix << (high - low) | len(counts) - 1 - place
+    key = torch.tensor([prefix - 2 ** (bits - 1)], dtype=torch.int32 if bits == 32 else torch.int64)
+    return _ordered(key.view(scores.dtype)).view(scores.dtype).item(), left
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Integers in the order of fp32 or fp64 scores without negative zeros, in their place; its own inverse."""
+    keys = scores.view(torch.int32 if scores.dtype == torch.float32 else torch.int64)
+    # A negative number's other bits count downwards.
+    mask = torch.iinfo(keys.dtype).max
+    return keys.bitwise_xor_((keys >> (8 * keys.element_size() - 1)).bitwise_and_(mask))
 
 
 def select_masks(
@@ -87,7 +170,7 @@ def select_masks(
     Args:
         model: the model; exactly as before afterwards, also after an error.
         batches: calibration data: an iterable of the dicts the model takes, with labels (a list or a DataLoader; the
-            paper uses 64 batches of 16 examples). Not needed by `magnitude` and `random`.
+            paper uses 64 batches of 16 examples). Not needed by `magnitude`, `random` and `synflow`.
         salience: name of the measure, see `speft_optim.salience`.
         density: share of the targeted entries to keep, in (0, 1]; per weight in local scope, rounded to whole entries.
         budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or
@@ -95,7 +178,10 @@ def select_masks(
         scope: "local" keeps a share of each weight, "global" the best entries over all weights.
         targets: which weights; see `find_targets`. Default: the linear weights of the decoder blocks.
         memory_budget: bytes that estimation may hold beyond the model and one batch; default half of the free memory.
-            Less memory costs more passes over the batches, never another mask.
+            Less memory costs more passes over the batches, never another mask. The candidates for the masks count in
+            it: about 10 bytes an entry that is kept, over all targets in global scope. However many these are, an
+            eighth of the budget goes to what a pass accumulates, and at least one row of a weight, so that a budget
+            too small for the candidates is exceeded by them.
         loss: from (model, batch) to a scalar; default the loss that the model returns.
         offload: device to compute on while the weights stay in CPU memory and visit it block by block, for a model that
             does not fit there; the masks are those of a resident model. Not for `grasp`.
@@ -135,13 +221,19 @@ def select_masks(
         choice = f"{salience} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
         memory_budget = smallest(memory_budget)
-        options = dict(memory_budget=memory_budget, loss=loss, seed=seed, progress=progress)
+        shares = _shares(sizes, density, budget) if scope == "local" else None
+        total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
+        # All cut the weights alike, even if some were asked for other numbers of entries.
+        candidates = -smallest(-_candidate_bytes(sizes, shares, total, MEASURES[salience]))
+        options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, seed=seed, progress=progress)
         scores = stream_scores(model, batches, found, MEASURES[salience], **options)
         # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
         stack.enter_context(contextlib.closing(scores))
+        # Runs long enough to keep a device busy, and short enough that their temporaries are few.
+        step = max(2**10, min(2**20, memory_budget // 512))
         if scope == "local":
-            return _select_local(scores, found, _shares(sizes, density, budget))
-        return _select_global(scores, found, budget or round(density * sum(sizes.values())))
+            return _select_local(scores, found, shares, step)
+        return _select_global(scores, found, total, step)
 
 
 def _check_choice(salience: str, scope: str, offload: str | torch.device | None, checkpoint: str | Path | None) -> None:
@@ -156,7 +248,7 @@ def _check_choice(salience: str, scope: str, offload: str | torch.device | None,
 
 
 def _select_local(
-    scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], shares: dict[str, int]
+    scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], shares: Mapping[str, int], step: int
 ) -> Masks:
     # A weight without entries has no scores either, but a mask as in global scope.
     masks = Masks({name: Mask(torch.empty(0, dtype=torch.int32), target.shape) for name, target in targets.items()})
@@ -164,29 +256,45 @@ def _select_local(
     for name, first, chunk in scores:
         _check_finite(name, chunk)
         if first == 0:
-            best = BestEntries(shares[name])
+            best = BestEntries(shares[name], targets[name].shape.numel(), step)
         best.update(chunk, first)
         if first + chunk.numel() == targets[name].shape.numel():
             masks[name] = Mask(best.positions, targets[name].shape)
+            # Not held on to while the next group is accumulated.
+            best = None
     return masks
 
 
-def _select_global(scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], total: int) -> Masks:
+def _select_global(
+    scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], total: int, step: int
+) -> Masks:
     starts, start = {}, 0
     for name, target in targets.items():
         starts[name] = start
         start += target.shape.numel()
-    best = BestEntries(total)
+    best = BestEntries(total, start, step)
     for name, first, chunk in scores:
         _check_finite(name, chunk)
         best.update(chunk, starts[name] + first)
     masks = Masks()
-    bounds = torch.tensor([*starts.values(), start], device=best.positions.device)
-    cuts = torch.searchsorted(best.positions, bounds).tolist()
+    kept = best.positions
+    # Their scores are not needed any more.
+    del best
+    bounds = torch.tensor([*starts.values(), start], dtype=kept.dtype, device=kept.device)
+    cuts = torch.searchsorted(kept, bounds).tolist()
     for number, (name, target) in enumerate(targets.items()):
-        positions = best.positions[cuts[number] : cuts[number + 1]] - starts[name]
+        positions = kept[cuts[number] : cuts[number + 1]] - starts[name]
         masks[name] = Mask(positions.to(target.device), target.shape)
     return masks
+
+
+def _candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None, total: int, measure: Measure) -> int:
+    """What the best entries so far take at most: of one weight and finished masks (`shares`), or of all together."""
+    one = torch.zeros(1)
+    score_bytes = measure.score(one, one).element_size()
+    if shares is None:
+        return BestEntries.bytes(total, sum(sizes.values()), score_bytes)
+    return max(BestEntries.bytes(shares[name], size, score_bytes) for name, size in sizes.items()) + 4 * total
 
 
 def _shares(sizes: dict[str, int], density: float | None, budget: int | Mapping[str, int] | None) -> Mapping[str, int]:

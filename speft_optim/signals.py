@@ -42,7 +42,11 @@ def tapped(group: list[Piece], sinks: dict[Piece, Sink]) -> Iterator[None]:
 
 def backward(model: nn.Module, batch: Batch, loss: LossFunction, number: int) -> None:
     """Run one batch forward and backward."""
-    value = loss(model, batch)
+    backward_of(loss(model, batch), number)
+
+
+def backward_of(value: Tensor, number: int) -> None:
+    """Check the loss of batch `number` and go back from it."""
     check_loss(value, number)
     # Where none of the tapped weights is used, as an expert without tokens, there is nothing to go back to.
     if value.requires_grad:
@@ -62,13 +66,17 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     examples = 0
     with tapped(group, sinks), _counted_uses(sinks.values()), together():
         for batch in reader:
-            counting = _counting_examples(batch["labels"])
-            examples += len(counting)
-            done = _split_backward(model, batch, counting, list(sinks.values()), reader.used) if loss is None else []
+            done, counting = [], None
+            if loss is None:
+                done, counting = _split_backward(model, batch, list(sinks.values()), reader.used)
             rest = [sink for sink in sinks.values() if sink not in done]
             if rest:
-                _backward_by_example(model, batch, counting, rest, loss or model_loss, reader.used)
-    average_([piece.accumulator for piece in group], total(examples))
+                counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader.used)
+            examples += len(counting)
+    examples = total(examples)
+    if not examples:
+        raise ValueError("No example of the calibration batches has a label that its loss counts; look at the labels.")
+    average_([piece.accumulator for piece in group], examples)
 
 
 class _ExampleSquares:
@@ -126,58 +134,91 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
 
 
 def _split_backward(
-    model: nn.Module, batch: Batch, counting: list[int], sinks: list[_ExampleSquares], number: int
-) -> list[_ExampleSquares]:
-    """Square the example gradients of the weights that one backward can tell apart; return the sinks that are done."""
+    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], number: int
+) -> tuple[list[_ExampleSquares], list[int] | None]:
+    """Square the example gradients of the weights that one backward can tell apart.
+
+    Returns:
+        The sinks that are done, and the rows of the batch that count; None where the loss does not tell.
+    """
     for sink in sinks:
         sink.uses.clear()
     output = model(**batch)
     value = loss_of(output, model)
     check_loss(value, number)
-    losses = example_losses(getattr(output, "logits", None), batch["labels"], value)
+    found = example_losses(getattr(output, "logits", None), batch["labels"], value)
+    if found is None:
+        return [], None
+    losses, counted = found
     # Asked before backward, where recomputed blocks are seen once more.
-    able = [sink for sink in sinks if losses is not None and sink.splits(len(batch["labels"]))]
-    total = losses[counting].sum() if able else None
+    able = [sink for sink in sinks if sink.splits(len(batch["labels"]))]
+    # An example without a label that counts adds nothing.
+    total = losses.sum() if able else None
     if able and total.requires_grad:
         for sink in able:
             sink.mode = "split"
         total.backward()
         for sink in able:
             sink.mode = "off"
-    return able
+    return able, counted.nonzero().squeeze(1).tolist()
 
 
 def _backward_by_example(
-    model: nn.Module, batch: Batch, counting: list[int], rest: list, loss: LossFunction, number: int
-) -> None:
-    """One backward per example; the pieces in `rest` square the whole gradient of each."""
+    model: nn.Module, batch: Batch, counting: list[int] | None, rest: list, loss: LossFunction, number: int
+) -> list[int]:
+    """One backward per example; the pieces in `rest` square the whole gradient of each.
+
+    Args:
+        model: the model.
+        batch: the examples.
+        counting: rows that count, None where that is not known.
+        rest: sinks of the pieces.
+        loss: from model and batch to a scalar.
+        number: of the batch, for errors.
+
+    Returns:
+        The rows that counted.
+    """
     size = len(batch["labels"])
+    rows, unsure = (counting, set()) if counting is not None else _labelled_examples(batch["labels"])
+    counted = []
     for sink in rest:
         sink.mode, sink.example = "example", torch.zeros_like(sink.piece.accumulator)
-    for row in counting:
+    for row in rows:
         one = {
             key: value[row : row + 1] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
             for key, value in batch.items()
         }
-        backward(model, one, loss, number)
+        value = loss(model, one)
+        if row in unsure and isinstance(value, Tensor) and bool(value.detach().isnan().all()):
+            # A mean over no label: the loss is a shifted one, for which this example has none.
+            continue
+        backward_of(value, number)
+        counted.append(row)
         for sink in rest:
             sink.close_example()
     for sink in rest:
         sink.mode, sink.example = "off", None
+    return counted
 
 
-def _counting_examples(labels: Tensor) -> list[int]:
-    """Rows of a batch with at least one label that counts; the first label of a causal sequence has no prediction."""
-    counted = labels != IGNORED_LABEL
-    if counted.dim() > 1:
-        counted = counted.flatten(1)[:, 1:].any(1)
-    return counted.nonzero().squeeze(1).tolist()
+def _labelled_examples(labels: Tensor) -> tuple[list[int], set[int]]:
+    """Rows of a batch with labels, and those among them with no label but the first, which a shifted loss ignores."""
+    labelled = labels != IGNORED_LABEL
+    if labelled.dim() == 1:
+        return labelled.nonzero().squeeze(1).tolist(), set()
+    labelled = labelled.flatten(1)
+    rows = labelled.any(1).nonzero().squeeze(1).tolist()
+    # Of a single label none can be shifted away.
+    unsure = labelled.any(1) & ~labelled[:, 1:].any(1) if labelled.shape[1] > 1 else labelled.new_zeros(len(labelled))
+    return rows, set(unsure.nonzero().squeeze(1).tolist())
 
 
-def example_losses(logits: Tensor | None, labels: Tensor, loss: Tensor) -> Tensor | None:
-    """The mean loss of each example, (batch,) fp32, if the model's loss is a mean of cross-entropies over labels.
+def example_losses(logits: Tensor | None, labels: Tensor, loss: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The mean loss of each example, if the model's loss is a mean of cross-entropies over labels.
 
-    Whether labels are shifted by one (causal models) is told from which way reproduces the model's own loss.
+    Whether labels are shifted by one (causal models) is told from which way comes nearer to the model's own loss. Where
+    logits are nearly uniform both come near it, and a loss rounded to bf16 cannot tell them apart.
 
     Args:
         logits: (batch, length, classes) or (batch, classes).
@@ -185,21 +226,38 @@ def example_losses(logits: Tensor | None, labels: Tensor, loss: Tensor) -> Tenso
         loss: the model's own loss of the batch.
 
     Returns:
-        The losses, with a graph to the logits, or None where neither way gives the model's loss.
+        The losses, (batch,) fp32 with a graph to the logits, 0 for examples without labels; and which have labels that
+        count, (batch,) bool. None where neither way gives the model's loss, or both do.
     """
     if logits is None or logits.dim() != labels.dim() + 1 or logits.shape[: labels.dim()] != labels.shape:
         return None
-    shifted = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:] if labels.dim() > 1 else labels
-    for candidate in (shifted, labels):
-        each = nn.functional.cross_entropy(
-            logits.flatten(0, -2).float(), candidate.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    if labels.is_floating_point() or not bool(((labels < logits.shape[-1]) & (labels >= 0) | _ignored(labels)).all()):
+        return None
+    candidates = [labels]
+    if labels.dim() > 1:
+        candidates.append(nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:])
+    own = loss.detach().float()
+    log_probabilities = nn.functional.log_softmax(logits.flatten(0, -2).float(), -1)
+    found = []
+    for candidate in candidates:
+        each = nn.functional.nll_loss(
+            log_probabilities, candidate.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         ).view(labels.shape)
-        counts = (candidate != IGNORED_LABEL).float()
-        mean = each.sum() / counts.sum()
-        if torch.allclose(mean.detach(), loss.detach().float(), rtol=1e-3, atol=1e-5):
-            axes = tuple(range(1, labels.dim()))
-            return each.sum(axes) / counts.sum(axes).clamp(min=1) if axes else each
-    return None
+        mean = each.detach().sum() / (~_ignored(candidate)).sum()
+        # NaN where no label is left.
+        found.append(((mean - own).abs().nan_to_num(torch.inf).item(), candidate, each))
+    (off, candidate, each), *other = sorted(found, key=lambda one: one[0])
+    if off > 1e-5 + 1e-3 * own.abs().item():
+        return None
+    # What the rounding of the model's own loss may come to.
+    if other and other[0][0] <= max(1e-5, torch.finfo(loss.dtype).eps) * own.abs().item():
+        return None
+    counts = (~_ignored(candidate)).view(len(labels), -1).sum(1)
+    return each.view(len(labels), -1).sum(1) / counts.clamp(min=1), counts > 0
+
+
+def _ignored(labels: Tensor) -> Tensor:
+    return labels == IGNORED_LABEL
 
 
 @dataclass

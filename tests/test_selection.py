@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from speft_optim import select_masks, sparsify
 from speft_optim.calibration import default_memory_budget
 from speft_optim.compact import sparse_weights
-from speft_optim.selection import BestEntries, _shares
+from speft_optim.selection import BestEntries, _kth_best, _shares
 from speft_optim.targets import find_targets
 
 examples = settings(max_examples=60, deadline=None, database=None)
@@ -24,13 +24,15 @@ examples = settings(max_examples=60, deadline=None, database=None)
 
 @examples
 @given(
-    st.lists(st.integers(-3, 3), min_size=1, max_size=40),
+    st.lists(st.sampled_from([-3.0, -1.5, -0.0, 0.0, 1e-40, 1e-3, 2.0, 3e38]), min_size=1, max_size=40),
     st.integers(0, 40),
     st.lists(st.integers(1, 12), min_size=40, max_size=40),
+    st.integers(1, 50),
+    st.sampled_from([torch.float32, torch.float64]),
 )
-def test_best_entries_are_those_of_a_stable_sort_in_any_chunks(scores, k, chunks):
-    scores, k = torch.tensor(scores).float(), min(k, len(scores))
-    best, first = BestEntries(k), 0
+def test_best_entries_are_those_of_a_stable_sort_in_any_chunks(scores, k, chunks, step, dtype):
+    scores, k = torch.tensor(scores, dtype=dtype), min(k, len(scores))
+    best, first = BestEntries(k, len(scores), step), 0
     for size in chunks:
         if first < len(scores):
             best.update(scores[first : first + size], first)
@@ -38,6 +40,29 @@ def test_best_entries_are_those_of_a_stable_sort_in_any_chunks(scores, k, chunks
     expected = scores.argsort(descending=True, stable=True)[:k].sort().values
     assert best.positions.tolist() == expected.tolist()
     assert torch.equal(best.scores, scores[expected])
+
+
+@pytest.mark.parametrize("entries, dtype", [(2**31 - 1, torch.int32), (2**31, torch.int64)])
+def test_positions_are_as_narrow_as_all_of_them_allow(entries, dtype):
+    best = BestEntries(5, entries, 4)
+    for first in range(0, 30, 10):
+        best.update(torch.arange(10.0) - first, entries - 30 + first)
+    assert best.positions.dtype == dtype
+    assert best.positions.tolist() == [entries - 30 + place for place in range(5, 10)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kth_best_of_any_bits(dtype):
+    """Random bit patterns: all exponents and signs, and in fp64 scores that differ in the last bits alone."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.iinfo(torch.int32 if dtype == torch.float32 else torch.int64)
+    scores = torch.randint(bits.min, bits.max, (3000,), generator=generator, dtype=getattr(torch, bits.dtype))
+    scores = scores.view(dtype)
+    scores = torch.cat([scores[scores.isfinite()], 1 + torch.finfo(dtype).eps * torch.arange(50).to(dtype)])
+    best = scores.sort(descending=True).values
+    for k in (1, 7, 1000, 1490, 1500, 2000, len(scores)):
+        worst, ties = _kth_best(scores, k, 700)
+        assert worst == best[k - 1].item() and ties == k - int((scores > worst).sum())
 
 
 @examples
