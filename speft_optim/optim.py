@@ -6,6 +6,7 @@ and moments all have the length of the mask; the weight itself is written at the
 
 import logging
 import math
+import sys
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, Protocol
@@ -212,10 +213,10 @@ class SparseAdamW(Optimizer):
         """Update the parameters of a group that have a gradient: together where kernels run, else one by one."""
         options = dict(
             lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
         )
         updates: dict[Tensor, Update] = {}
@@ -240,7 +241,7 @@ class SparseAdamW(Optimizer):
                 adamw_(parameter, parameter.grad, exp_avg, exp_avg_sq, step=step, **options)
                 store_moments_(state, exp_avg, exp_avg_sq)
         if updates:
-            fused_adamw_(updates.values(), **{key: float(option) for key, option in options.items()})
+            fused_adamw_(updates.values(), **{**options, "lr": float(options["lr"])})
         for parameter in trained:
             if (weight := weights[parameter]) is not None:
                 update = updates.get(parameter)
@@ -411,8 +412,8 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", decay), ("betas", betas[0]), ("betas", betas[1])):
         if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:
             raise TypeError(f"{name}={value!r} is no number; pass a float.")
-        # Written so that NaN fails too.
-        if not 0.0 <= float(value) < float("inf"):
+        # Written so that NaN fails too, and an integer that no float can hold.
+        if not 0.0 <= (float(value) if isinstance(value, Tensor) else value) <= sys.float_info.max:
             raise ValueError(f"{name}={value} is not a finite number of at least 0.")
     if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")

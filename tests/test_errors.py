@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import token_batch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -157,6 +157,7 @@ def test_mask(indices, shape):
 
 
 @FUZZ
+@example(options={"eps": 2**64}, in_group=False)
 @given(
     st.fixed_dictionaries(
         {},

@@ -493,6 +493,7 @@ def test_two_runs_from_one_seed_are_bit_equal():
         (dict(lr=math.nan), ValueError, "lr=nan"),
         (dict(lr=math.inf), ValueError, "lr=inf"),
         (dict(lr=torch.tensor([1e-3, 1e-4])), ValueError, "lr is a tensor of 2 elements"),
+        (dict(eps=10**400), ValueError, "eps=1000.* is not a finite number"),
         (dict(eps=-1e-8), ValueError, "eps=-1e-08"),
         (dict(weight_decay=-0.1), ValueError, "weight_decay=-0.1"),
         (dict(betas=(0.9, 1.0)), ValueError, r"betas=\(0.9, 1.0\) must be two numbers in \[0, 1\)"),
