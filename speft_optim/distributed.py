@@ -73,6 +73,11 @@ def smallest(number: int) -> int:
     return min(_by_rank(number))
 
 
+def largest(number: int) -> int:
+    """The greatest of the processes' numbers."""
+    return max(_by_rank(number))
+
+
 def total(number: int) -> int:
     """The sum of the processes' numbers."""
     return sum(_by_rank(number))

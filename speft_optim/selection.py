@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from speft_optim.batches import Batches, LossFunction
 from speft_optim.calibration import default_memory_budget, stream_scores
-from speft_optim.distributed import check_equal, smallest, together
+from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES, Measure
@@ -224,7 +224,7 @@ def select_masks(
         shares = _shares(sizes, density, budget) if scope == "local" else None
         total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
         # All cut the weights alike, even if some were asked for other numbers of entries.
-        candidates = -smallest(-_candidate_bytes(sizes, shares, total, MEASURES[salience]))
+        candidates = largest(_candidate_bytes(sizes, shares, total, MEASURES[salience]))
         options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, seed=seed, progress=progress)
         scores = stream_scores(model, batches, found, MEASURES[salience], **options)
         # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
