@@ -114,10 +114,10 @@ def streaming(
             without, each module's weights come for its own forward, and stay for as long as a graph keeps them.
 
     Raises:
-        ValueError: a parameter is on the meta device without a tensor in `folder`, a buffer is on the meta device, or
-            the model is quantised.
+        ValueError: there is no such device, a parameter is on the meta device without a tensor in `folder`, a buffer is
+            on the meta device, or the model is quantised.
     """
-    device = torch.device(device)
+    device = _device_of_tensors(device)
     weights = {}
     shards = Shards(folder) if folder is not None else None
     for target in all_targets(model).values():
@@ -141,6 +141,18 @@ def streaming(
         for number, block in enumerate(blocks):
             _put_on(belt, block, number, min(number + 1, len(blocks) - 1), device, stack)
         yield
+
+
+def _device_of_tensors(device: str | torch.device) -> torch.device:
+    """The device as tensors there name theirs: not "cuda" but "cuda:0"."""
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"offload={device!r} is no device to compute on ({reason}); pass one like 'cuda'.") from error
+    if device.type == "meta":
+        raise ValueError("offload='meta' is no device to compute on; pass one like 'cuda'.")
+    return device
 
 
 def _sites(module: nn.Module) -> list[Site]:
