@@ -3,7 +3,9 @@
 A `Tap` watches one use of a frozen weight and hands what its gradient is made of to a sink. For a linear layer that is
 the layer's input and its output gradient: an identity placed on the layer's *output* passes both on, and leaves the
 layer's forward, class and weight alone, so that the input gradient is that of a frozen layer and the dense weight
-gradient is never formed. Any other weight is shadowed during its module's forward by an alias whose backward hands over
+gradient is never formed. Another identity, on the input, keeps it: had the one on the output to do so, a checkpointed
+block, whose recomputation ends with the last tensor that it has to bring back, would form its last product once more
+for nothing. Any other weight is shadowed during its module's forward by an alias whose backward hands over
 the dense gradient of that one use, which is then free to go.
 
 Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
@@ -34,23 +36,58 @@ class Sink(Protocol):
         """The weight's gradient is `gradient`, of the weight's shape and dtype."""
 
 
+class _KeepInput(torch.autograd.Function):
+    """Identity on a linear layer's input that saves it for the node of the layer's output."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.is_free = True
+        # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def keep_input(x: Tensor) -> Tensor:
+    """An alias of `x` whose node keeps it for `take_keeper`; `x` itself where autograd has no node for it."""
+    # A compiler decides by itself what it keeps, and knows no nodes.
+    if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    return x if getattr(x.grad_fn, "is_free", False) else _KeepInput.apply(x)
+
+
+def take_keeper(x: Tensor):
+    """The node whose `saved_tensors` are `x` alone; None where nothing keeps it, or keeps it for another already.
+
+    A node each, since a checkpointed tensor can be brought back once only.
+    """
+    if torch.compiler.is_compiling() or not getattr(x.grad_fn, "is_free", False):
+        return None
+    x.grad_fn.is_free = False
+    return x.grad_fn
+
+
 class _TapOutput(torch.autograd.Function):
     """Identity on a linear layer's output; its backward sees the layer's input and output gradient."""
 
     @staticmethod
     def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Sink, transposed: bool) -> Tensor:
-        # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
-        ctx.save_for_backward(x.to(output.dtype))
-        ctx.sink, ctx.transposed = sink, transposed
-        # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
+        ctx.sink, ctx.transposed, ctx.keeper = sink, transposed, take_keeper(x)
+        ctx.save_for_backward(*(() if ctx.keeper else (x,)))
+        # An alias: see `_KeepInput`.
         return output.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, output_gradient: Tensor):
-        (x,) = ctx.saved_tensors
+        (x,) = (ctx.keeper or ctx).saved_tensors
         anchor_gradient = None
         if ctx.needs_input_grad[2]:
+            # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
+            x = x.to(output_gradient.dtype)
             left, right = (x, output_gradient) if ctx.transposed else (output_gradient, x)
             anchor_gradient = ctx.sink.from_product(torch.atleast_2d(left), torch.atleast_2d(right))
         return output_gradient, None, anchor_gradient, None, None
@@ -87,8 +124,11 @@ class Tap:
         self.attribute, self.anchor, self.sink = attribute, anchor, sink
         self.transposed = is_transposed_linear(module, attribute)
         if is_product(module, attribute):
-            # First among the forward hooks: it must see what the layer itself returned.
-            hooks = [module.register_forward_hook(self.tap_output, prepend=True, with_kwargs=True)]
+            hooks = [
+                module.register_forward_pre_hook(self.keep_input, with_kwargs=True),
+                # First among the forward hooks: it must see what the layer itself returned.
+                module.register_forward_hook(self.tap_output, prepend=True, with_kwargs=True),
+            ]
         else:
             hooks = [
                 module.register_forward_pre_hook(self.shadow_weight),
@@ -100,6 +140,12 @@ class Tap:
         """Take the hooks off the module."""
         for hook in self.hooks:
             hook.remove()
+
+    def keep_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook of linear layers."""
+        if args:
+            return (keep_input(args[0]), *args[1:]), kwargs
+        return args, {name: keep_input(value) for name, value in kwargs.items()}
 
     def tap_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """Forward hook of linear layers."""

@@ -12,7 +12,6 @@ autocast asks for, else that of the input. The output has the dtype of the input
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,8 @@ from torch import Tensor, nn
 from speft_optim.export import as_stored, save_merged
 from speft_optim.frozen import QuantizedWeight, frozen_weight, quantized_linears
 from speft_optim.kernels import gather_entries
+from speft_optim.linear import Sink, keep_input, take_keeper
 from speft_optim.masks import Mask
-
-if TYPE_CHECKING:
-    from speft_optim.linear import Sink
 
 # What transformers and trl read as "a purely quantised model, which cannot train" and act upon: Trainer refuses the
 # model, SFTTrainer casts whatever trains to bf16.
@@ -44,12 +41,14 @@ class _Product(torch.autograd.Function):
         ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool, sinks: tuple, *anchors: Tensor
     ) -> Tensor:
         ctx.weight, ctx.transposed, ctx.sinks = weight, transposed, sinks
-        ctx.save_for_backward(*((x, leaf) if sinks or leaf is not None else ()))
+        ctx.keeper = take_keeper(x) if sinks and leaf is None else None
+        wanted = leaf is not None or sinks and not ctx.keeper
+        ctx.save_for_backward(*((x, leaf) if wanted else ()))
         return _product(x, weight, transposed)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, leaf = ctx.saved_tensors or (None, None)
+        x, leaf = (*ctx.keeper.saved_tensors, None) if ctx.keeper else ctx.saved_tensors or (None, None)
         left, right = (x, gradient) if ctx.transposed else (gradient, x)
         leaf_gradient = back = None
         if ctx.needs_input_grad[1]:
@@ -100,7 +99,8 @@ class FrozenForward:
         dtype = self.compute_dtype(x)
         feeds = self.feeds if torch.is_grad_enabled() else ()
         sinks, anchors = tuple(feed.sink for feed in feeds), (feed.anchor for feed in feeds)
-        output = _Product.apply(x.to(dtype), self.leaf, frozen_weight(self.module), False, sinks, *anchors)
+        operand = keep_input(x.to(dtype)) if feeds else x.to(dtype)
+        output = _Product.apply(operand, self.leaf, frozen_weight(self.module), False, sinks, *anchors)
         if self.module.bias is not None:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)
@@ -112,7 +112,7 @@ class FrozenForward:
         device = x.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    def feed(self, anchor: Tensor, sink: "Sink") -> "Feed":
+    def feed(self, anchor: Tensor, sink: Sink) -> "Feed":
         """From now on let the weight's gradient of each product go to `sink`, whose answer is that of `anchor`."""
         return Feed(self, anchor, sink)
 
@@ -128,7 +128,7 @@ class FrozenForward:
 class Feed:
     """What a layer's product feeds; `remove` ends it, as that of a hook."""
 
-    def __init__(self, forward: FrozenForward, anchor: Tensor, sink: "Sink"):
+    def __init__(self, forward: FrozenForward, anchor: Tensor, sink: Sink):
         self.forward, self.anchor, self.sink = forward, anchor, sink
         forward.feeds.append(self)
 

@@ -76,6 +76,15 @@ def token_batch(seed=0, batch=3, length=9, ragged=False, side="right"):
     return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels}
 
 
+def product_flops(call):
+    """Floating-point operations of the matrix products that `call` forms."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
 def equal_states(left, right):
     """Whether two state dicts, however nested, are equal bit for bit."""
     if isinstance(left, torch.Tensor):

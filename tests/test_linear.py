@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_close, tiny_model, token_batch
+from conftest import assert_close, product_flops, tiny_model, token_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -327,6 +327,21 @@ def test_checkpointing_with_frozen_embeddings_changes_no_gradient(mode, when):
     assert len(actual) == len(expected) == len(names) == 14
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_a_step_multiplies_no_more_than_a_frozen_model_and_each_weight_gradient_once(kind, checkpointed):
+    """Recomputation of a checkpointed block ends with the input of its last layer, whose output nobody needs again."""
+    model, batch = tiny_model(kind).train().requires_grad_(False), token_batch()
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    floor = product_flops(lambda: model(**batch).loss.backward())
+    masks = select_masks(model, salience="random", density=0.2, progress=False)
+    sparsify(model, masks)
+    ours = product_flops(lambda: model(**batch).loss.backward())
+    assert ours == floor + sum(2 * batch["input_ids"].numel() * mask.shape.numel() for mask in masks.values())
 
 
 class OwnCheckpointing(nn.Module):

@@ -9,15 +9,15 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import Reference, assert_close, live_tensors, tiny_model, token_batch
+from conftest import Reference, assert_close, live_tensors, product_flops, tiny_model, token_batch
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
 from speft_optim import MaskSchedule, SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
 from speft_optim.compact import sparse_weights
-from speft_optim.frozen import frozen_weight, quantized_linears
+from speft_optim.frozen import FourBitWeight, Int8Weight, frozen_weight, quantized_linears
 from speft_optim.masks import Mask, Masks
-from speft_optim.quantized import FrozenForward
+from speft_optim.quantized import FrozenForward, take_over
 from speft_optim.salience import MEASURES
 
 
@@ -247,6 +247,26 @@ def test_checkpointing_changes_no_gradient(model, reentrant):
     loss_of(model).backward()
     for value, gradient in zip(values, expected, strict=True):
         assert_close(value.grad, gradient, rtol=1e-6)
+
+
+def test_a_checkpointed_step_multiplies_no_more_than_a_frozen_one_and_each_weight_gradient_once(model, monkeypatch):
+    """Nor does recomputation dequantise the last weight of a block, whose product nobody needs again."""
+    made = []
+    for kind in (Int8Weight, FourBitWeight):
+        dense = kind.dense
+        monkeypatch.setattr(kind, "dense", lambda self, dtype, dense=dense: made.append(self) or dense(self, dtype))
+    model.train().requires_grad_(False)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    take_over(model)
+    floor, dequantised = product_flops(lambda: loss_of(model).backward()), len(made)
+    made.clear()
+    masks = random_masks(model)
+    sparsify(model, masks)
+    ours = product_flops(lambda: loss_of(model).backward())
+    tokens = token_batch()["input_ids"].numel()
+    assert ours == floor + sum(2 * tokens * mask.shape.numel() for mask in masks.values())
+    assert len(made) == dequantised
 
 
 def test_quantised_layers_do_get_a_weight_gradient(original):
