@@ -12,7 +12,7 @@ from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight
 from speft_optim.kernels import gather_entries, launches, sampled_gradient, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
-from speft_optim.optim import link, linked, unlink
+from speft_optim.optim import link, unlink
 from speft_optim.quantized import forward_of
 from speft_optim.targets import Target
 
@@ -63,7 +63,7 @@ class SparseWeight(nn.Module):
         self._dense = isinstance(base, DenseWeight)
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
-        link(self.values, self)
+        self._link()
         self._remember()
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
@@ -103,17 +103,23 @@ class SparseWeight(nn.Module):
         weight = module._parameters.get(attribute)
         if weight is None or not self._is_in_model(module):
             return "is no longer in the model"
-        if any(user._parameters.get(name) is not weight for user, name in target.sites[1:]):
-            return "is no longer shared by the modules that shared it"
+        for user, name in target.sites[1:]:
+            if user._parameters.get(name) is not weight:
+                return "is no longer shared by the modules that shared it"
         if weight.is_meta:
             return "was moved to the meta device (offloaded to CPU or disk?)"
-        if not self._weight_is_as_seen() and (shape := target.shape) != self.mask.shape:
+        # Codes know the shape of what they stand for only by way of their quantiser's state.
+        known = not self._dense and weight is self._seen[0]
+        if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
-        return "has values that were replaced" if linked(self.values) is not self else None
+        return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
 
     def _is_in_model(self, module: nn.Module) -> bool:
         """Whether the module is still found under its name, at once along the way it was found before."""
-        if all(parent._modules.get(name) is child for parent, name, child in self._path):
+        for parent, name, child in self._path:
+            if parent._modules.get(name) is not child:
+                break
+        else:
             return True
         try:
             # By attributes, which the wrappers of compiled and checkpointed blocks hand through.
@@ -127,11 +133,10 @@ class SparseWeight(nn.Module):
         Raises:
             ValueError: see `check`.
         """
-        weight = self.weight
-        seen, weight_seen, values_seen = self._seen
-        if _state(self.values) != values_seen:
+        self.check()
+        if _state(self._parameters["values"]) != self._seen[2]:
             self.write()
-        elif weight is not seen or _state(weight) != weight_seen:
+        elif not self._weight_is_as_seen():
             self.read()
 
     @torch.no_grad()
@@ -214,10 +219,21 @@ class SparseWeight(nn.Module):
             self.mask = self.mask.to(self.values.device)
         return self.mask
 
+    def _link(self) -> None:
+        """Tell optimizers of the values."""
+        link(self.values, self)
+        # In a tuple, as else a replaced parameter would be replaced here too.
+        self._linked = (self.values,)
+
     def _remember(self) -> None:
-        weight = self._places[1].parameter
+        module, attribute = self._places[1].sites[0]
+        weight = module._parameters[attribute]
         # In a tuple, as else the weight would become a parameter of this module too.
-        self._seen = weight, _state(weight), _state(self.values)
+        self._seen = weight, self._weight_state(weight), _state(self._parameters["values"])
+
+    def _weight_state(self, weight: Tensor) -> tuple | None:
+        """What changes with a dense weight; codes hold no trained entries, so that no change of theirs matters."""
+        return _state(weight) if self._dense else None
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # Before forward and not after: once autograd has saved the weight for backward it must not be written.
@@ -227,7 +243,7 @@ class SparseWeight(nn.Module):
 
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
-        if not self._weight_is_as_seen() or _state(self.values) != self._seen[2]:
+        if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
             self.synchronize()
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -251,7 +267,7 @@ class SparseWeight(nn.Module):
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
         unlink(self.values)
-        self._hooks, self._places, self._path, self._seen = [], (), (), ()
+        self._hooks, self._places, self._path, self._seen, self._linked = [], (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         # The weight's entry shares memory with the weight, so a write now still reaches it.
@@ -267,7 +283,7 @@ class SparseWeight(nn.Module):
     def _weight_is_as_seen(self) -> bool:
         module, attribute = self._places[1].sites[0]
         weight, (seen, weight_seen, _) = module._parameters.get(attribute), self._seen
-        return weight is seen and _state(weight) == weight_seen
+        return weight is seen and self._weight_state(weight) == weight_seen
 
     def _apply(self, fn, recurse=True):
         """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
@@ -292,13 +308,13 @@ class SparseWeight(nn.Module):
         super().__setstate__(state)
         # Pickle makes a plain Parameter of it.
         self.values.__class__ = CompactValues
-        link(self.values, self)
+        self._link()
         # Not through the model, of which this copy may be made before the rest. The weight may have been copied before
         # `__getstate__` wrote to it. Codes are never written to.
         weight = self._seen[0]
         if self._dense:
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
-        self._seen = weight, _state(weight), _state(self.values)
+        self._seen = weight, self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""

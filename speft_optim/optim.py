@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Protocol
 from weakref import ref
@@ -203,14 +204,20 @@ class SparseAdamW(Optimizer):
             check_equal_masks({weight.name: weight.mask for weight in weights.values() if weight is not None})
             _warn_of_missing_gradients(weights)
             self._stepped = True
-        if self._on_nonfinite != "ignore" and not self._gradients_are_finite():
+        # What the host does is done while the card is still at the gradients, of which one number is waited for.
+        largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
+        groups = [
+            [_Prepared.of(p, weights[p], self.state.get(p), group) for p in group["params"] if p.grad is not None]
+            for group in self.param_groups
+        ]
+        if largest and not self._may_step(largest):
             return loss
-        for group in self.param_groups:
-            self._update(group, weights)
+        for group, prepared in zip(self.param_groups, groups, strict=True):
+            self._update(group, prepared)
         return loss
 
-    def _update(self, group: dict[str, Any], weights: dict[Tensor, WriteThrough | None]) -> None:
-        """Update the parameters of a group that have a gradient: together where kernels run, else one by one."""
+    def _update(self, group: dict[str, Any], prepared: list["_Prepared"]) -> None:
+        """Take the step of a group's parameters: together where kernels run, else one by one."""
         options = dict(
             lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=float(group["betas"][0]),
@@ -219,47 +226,38 @@ class SparseAdamW(Optimizer):
             weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
         )
-        updates: dict[Tensor, Update] = {}
-        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for parameter in trained:
-            if "step" not in self.state[parameter]:
-                self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
-                new_moments_(self.state[parameter], parameter, group["state_bits"])
-        if trained:
-            torch._foreach_add_([self.state[parameter]["step"] for parameter in trained], 1)
-        for parameter in trained:
-            state, weight = self.state[parameter], weights[parameter]
-            step = int(state["step"])
-            moments, scales = stored_moments(state)
-            if _can_launch(parameter, moments, scales):
-                writable = None if weight is None else weight.writable()
-                mask = None if writable is None else weight.mask
-                update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, mask)
-                updates[parameter] = update
-            else:
-                exp_avg, exp_avg_sq = unpack_moments(state)
-                adamw_(parameter, parameter.grad, exp_avg, exp_avg_sq, step=step, **options)
-                store_moments_(state, exp_avg, exp_avg_sq)
-        if updates:
-            fused_adamw_(updates.values(), **{**options, "lr": float(options["lr"])})
-        for parameter in trained:
-            if (weight := weights[parameter]) is not None:
-                update = updates.get(parameter)
-                weight.write() if update is None or update.weight is None else weight.written()
+        for one in prepared:
+            self.state[one.parameter] = one.state
+        if prepared:
+            torch._foreach_add_([one.state["step"] for one in prepared], 1)
+        if launched := [one.update for one in prepared if one.update is not None]:
+            fused_adamw_(launched, **{**options, "lr": float(options["lr"])})
+        for one in prepared:
+            if one.update is None:
+                exp_avg, exp_avg_sq = unpack_moments(one.state)
+                step = int(one.state["step"])
+                adamw_(one.parameter, one.parameter.grad, exp_avg, exp_avg_sq, step=step, **options)
+                store_moments_(one.state, exp_avg, exp_avg_sq)
+            if one.weight is not None:
+                one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
 
-    def _gradients_are_finite(self) -> bool:
-        """Whether a step may be taken; if not it is counted, or refused."""
+    def _largest_of_gradients(self) -> list[Tensor]:
+        """The largest magnitude in the gradients, one number for each device, which nothing has waited for yet."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]
-        if not gradients:
-            return True
-        # The largest magnitude of each, since a sum of squares can overflow; NaN passes through a maximum.
-        norms = [norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]
-        largest = float(torch.stack([norm.to(norms[0].device) for norm in norms]).max())
-        if largest == 0 and not self._told_of_zeros:
+        norms: dict[torch.device, list[Tensor]] = {}
+        # Not a sum of squares, which can overflow; NaN passes through a maximum.
+        for norm in torch._foreach_norm(gradients, float("inf")) if gradients else ():
+            norms.setdefault(norm.device, []).append(norm)
+        return [torch.stack(of_one).max() for of_one in norms.values()]
+
+    def _may_step(self, largest: list[Tensor]) -> bool:
+        """Whether all gradients are finite; if not the step is counted, or refused."""
+        most = float(torch.tensor([float(one) for one in largest]).max())
+        if most == 0 and not self._told_of_zeros:
             # What comes of a loss over no label: the loss is NaN, but its gradient is not.
             logger.warning("All gradients of a step are zero: a batch whose labels are all ignored? Told of once.")
             self._told_of_zeros = True
-        if math.isfinite(largest):
+        if math.isfinite(most):
             return True
         if self._on_nonfinite == "raise":
             raise FloatingPointError(
@@ -380,15 +378,50 @@ class SparseAdamW(Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
+@dataclass
+class _Prepared:
+    """A parameter's next step, as far as it is known before its gradient is.
+
+    Attributes:
+        parameter: updated in place.
+        weight: the masked weight behind it, or None.
+        state: the optimizer's for it, with moments.
+        update: what a kernel takes, or None where none can.
+    """
+
+    parameter: Tensor
+    weight: WriteThrough | None
+    state: dict[str, Any]
+    update: Update | None
+
+    @classmethod
+    def of(
+        cls, parameter: Tensor, weight: WriteThrough | None, state: dict[str, Any] | None, group: dict[str, Any]
+    ) -> "_Prepared":
+        """The next step of a parameter of `group`, with a new state where it has none; changes nothing."""
+        if not state or "step" not in state:
+            state = {**(state or {}), "step": torch.zeros((), dtype=torch.float32)}
+            new_moments_(state, parameter, group["state_bits"])
+        moments, scales = stored_moments(state)
+        if not _can_launch(parameter, moments, scales):
+            return cls(parameter, weight, state, None)
+        writable = None if weight is None else weight.writable()
+        mask = None if writable is None else weight.mask
+        step = int(state["step"]) + 1
+        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, mask)
+        return cls(parameter, weight, state, update)
+
+
 def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
     """Whether a kernel, which gets addresses and looks at nothing, may step the parameter."""
-    device, gradient = parameter.device, parameter.grad
-    kind = torch.uint8 if scales else torch.float32
-    return all(
-        part.dtype == dtype and part.device == device and launches(part)
-        for dtype, parts in ((torch.float32, (parameter, gradient, *scales)), (kind, moments))
-        for part in parts
-    )
+    if not launches(parameter):
+        return False
+    device, kind = parameter.device, torch.uint8 if scales else torch.float32
+    for dtype, parts in ((torch.float32, (parameter, parameter.grad, *scales)), (kind, moments)):
+        for part in parts:
+            if part.dtype != dtype or part.device != device or not part.is_contiguous():
+                return False
+    return True
 
 
 def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:
