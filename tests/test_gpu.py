@@ -231,7 +231,7 @@ def test_a_compiled_model_trains_as_an_eager_one():
 
 
 class LargestCopy(TorchDispatchMode):
-    """The most elements that one operation moved between two cards."""
+    """The most elements that one operation moved between two devices."""
 
     def __init__(self):
         super().__init__()
@@ -241,24 +241,48 @@ class LargestCopy(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             source = args[1] if function is torch.ops.aten.copy_.default else args[0]
-            if source.is_cuda and out.is_cuda and source.device != out.device:
+            if source.device != out.device:
                 self.elements = max(self.elements, source.numel())
         return out
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_model_over_two_cards_mixes_no_devices(tmp_path):
-    """Global selection, five clipped steps, save and resume, as on one card; no whole weight moves between them."""
+def on_one_device(folder, places):
+    return load(folder, {"": 0})
+
+
+def over_two_cards(folder, places):
+    return load(folder, places)
+
+
+def over_host_and_card(folder, places):
+    """By hand what a device_map does for two cards: it takes the CPU for a place to offload to."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = load(folder, None)
+    for name, place in places.items():
+        device = torch.device("cpu" if place else CUDA)
+        add_hook_to_module(model.get_submodule(name).to(device), AlignDevicesHook(device))
+    return add_hook_to_module(model, AlignDevicesHook(torch.device(CUDA), io_same_device=True))
+
+
+def load(folder, device_map):
     import transformers
 
-    tiny_model().save_pretrained(tmp_path)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device_map)
+
+
+two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("spread", [over_host_and_card, pytest.param(over_two_cards, marks=two_cards)])
+def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
+    """Global selection, five clipped steps, save and resume, as on one card; no whole weight moves between them."""
+    # Every weight larger than the counts of scores by their leading digits, of which selection reads 2048 at a time.
+    tiny_model(hidden_size=64, num_key_value_heads=4).save_pretrained(tmp_path)
     parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
     parts.update(dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1))
-    # So few tokens that their logits, which accelerate brings back to the first card, are smaller than any weight.
+    # So few tokens that their logits, which accelerate brings back to the first device, are smaller than any weight.
     batches = [on_card(token_batch(seed, batch=1, length=4)) for seed in range(5)]
-
-    def load(device_map):
-        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map=device_map)
 
     def train(model, optimizer, first, last):
         norms = []
@@ -270,8 +294,8 @@ def test_a_model_over_two_cards_mixes_no_devices(tmp_path):
         return norms
 
     runs = []
-    for device_map in ({"": 0}, parts):
-        model = load(device_map)
+    for make in (on_one_device, spread):
+        model = make(tmp_path, parts)
         with LargestCopy() as copies:
             masks = select_masks(model, batches, density=0.02, scope="global", progress=False)
             values = sparsify(model, masks)
@@ -279,7 +303,7 @@ def test_a_model_over_two_cards_mixes_no_devices(tmp_path):
             norms = train(model, optimizer, 0, 3)
         torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
         norms += train(model, optimizer, 3, 5)
-        resumed = load(device_map)
+        resumed = make(tmp_path, parts)
         resumed_values = sparsify(resumed, masks)
         resumed_optimizer = SparseAdamW(resumed_values)
         for part, state in zip((resumed, resumed_optimizer), torch.load(tmp_path / "state.pt"), strict=True):
@@ -291,7 +315,7 @@ def test_a_model_over_two_cards_mixes_no_devices(tmp_path):
             beside = (weight.values, weight.mask, state["exp_avg"], state["exp_avg_sq"])
             assert {part.device for part in beside} == {weight.weight.device}
         assert copies.elements < min(mask.shape.numel() for mask in masks.values())
-        assert len({value.device for value in values}) == len(set(device_map.values()))
+        assert len({value.device for value in values}) == (1 if make is on_one_device else 2)
         runs.append((masks, torch.stack(norms), torch.cat([value.detach().cpu() for value in values])))
     (masks, norms, values), (other_masks, other_norms, other_values) = runs
     assert masks == other_masks and norms.min() > 0.01
