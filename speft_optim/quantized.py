@@ -53,11 +53,14 @@ class _Product(torch.autograd.Function):
         leaf_gradient = back = None
         if ctx.needs_input_grad[1]:
             leaf_gradient = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(leaf.dtype)
+        fed = _feed(ctx.sinks, ctx.needs_input_grad[5:], left, right)
+        # A checkpoint gave up the input with this: it need not stand beside the dense weight and the input gradient.
+        del x, left, right
         if ctx.needs_input_grad[0] and torch.is_grad_enabled():
             back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed, ())
         elif ctx.needs_input_grad[0]:
             back = _product(gradient, ctx.weight, not ctx.transposed)
-        return back, leaf_gradient, None, None, None, *_feed(ctx.sinks, ctx.needs_input_grad[5:], left, right)
+        return back, leaf_gradient, None, None, None, *fed
 
 
 def _feed(sinks: tuple, needed: tuple[bool, ...], left: Tensor, right: Tensor) -> list[Tensor | None]:

@@ -277,7 +277,8 @@ two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 @pytest.mark.parametrize("spread", [over_host_and_card, pytest.param(over_two_cards, marks=two_cards)])
 def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
     """Global selection, five clipped steps, save and resume, as on one card; no whole weight moves between them."""
-    # Every weight larger than the counts of scores by their leading digits, of which selection reads 2048 at a time.
+    # Weights larger than what selection moves by design: 2048 counts of scores by their leading digits, and as many
+    # scores that may be among the best.
     tiny_model(hidden_size=64, num_key_value_heads=4).save_pretrained(tmp_path)
     parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
     parts.update(dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1))
@@ -297,7 +298,8 @@ def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
     for make in (on_one_device, spread):
         model = make(tmp_path, parts)
         with LargestCopy() as copies:
-            masks = select_masks(model, batches, density=0.02, scope="global", progress=False)
+            choose = dict(density=0.02, scope="global", memory_budget=2**20, progress=False)
+            masks = select_masks(model, batches, **choose)
             values = sparsify(model, masks)
             optimizer = SparseAdamW(values, lr=1e-2, weight_decay=0.1)
             norms = train(model, optimizer, 0, 3)
