@@ -7,7 +7,7 @@ and moments all have the length of the mask; the weight itself is written at the
 import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Protocol
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from speft_optim.distributed import check_equal_masks
-from speft_optim.kernels import Update, adamw_, fused_adamw_, launches
+from speft_optim.kernels import Update, adamw_, fused_adamw, launches
 from speft_optim.masks import Mask
 from speft_optim.moments import (
     STATE_BITS,
@@ -206,18 +206,15 @@ class SparseAdamW(Optimizer):
             self._stepped = True
         # What the host does is done while the card is still at the gradients, of which one number is waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
-        groups = [
-            [_Prepared.of(p, weights[p], self.state.get(p), group) for p in group["params"] if p.grad is not None]
-            for group in self.param_groups
-        ]
+        plans = [self._plan(group, weights) for group in self.param_groups]
         if largest and not self._may_step(largest):
             return loss
-        for group, prepared in zip(self.param_groups, groups, strict=True):
-            self._update(group, prepared)
+        for plan in plans:
+            self._take(*plan)
         return loss
 
-    def _update(self, group: dict[str, Any], prepared: list["_Prepared"]) -> None:
-        """Take the step of a group's parameters: together where kernels run, else one by one."""
+    def _plan(self, group: dict[str, Any], weights: dict[Tensor, WriteThrough | None]) -> tuple:
+        """What `_take` does for the parameters of a group that have a gradient; changes nothing."""
         options = dict(
             lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=float(group["betas"][0]),
@@ -226,12 +223,22 @@ class SparseAdamW(Optimizer):
             weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
         )
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        prepared = [
+            _Prepared.of(parameter, weights[parameter], self.state.get(parameter), group) for parameter in trained
+        ]
+        updates = [one.update for one in prepared if one.update is not None]
+        launch = fused_adamw(updates, **{**options, "lr": float(options["lr"])}) if updates else None
+        return prepared, options, launch
+
+    def _take(self, prepared: list["_Prepared"], options: dict[str, Any], launch: Callable[[], None] | None) -> None:
+        """Take the step: together where kernels run, else one by one."""
+        if launch is not None:
+            launch()
         for one in prepared:
             self.state[one.parameter] = one.state
         if prepared:
             torch._foreach_add_([one.state["step"] for one in prepared], 1)
-        if launched := [one.update for one in prepared if one.update is not None]:
-            fused_adamw_(launched, **{**options, "lr": float(options["lr"])})
         for one in prepared:
             if one.update is None:
                 exp_avg, exp_avg_sq = unpack_moments(one.state)

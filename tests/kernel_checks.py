@@ -11,7 +11,7 @@ from speft_optim.kernels import (
     Update,
     dequantize_4bit,
     dequantize_int8,
-    fused_adamw_,
+    fused_adamw,
     launches,
     lay_over_,
     reference,
@@ -143,7 +143,7 @@ def test_rows_so_full_that_fewer_share_a_start():
     state, gradient = state_of(values, 32), torch.ones_like(values)
     options = dict(lr=0.5, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, maximize=False)
     before = values.clone()
-    fused_adamw_([Update(values, gradient, *stored_moments(state), 1, weight, mask)], **options)
+    fused_adamw([Update(values, gradient, *stored_moments(state), 1, weight, mask)], **options)()
     torch.testing.assert_close(values, before - 0.5, rtol=0, atol=1e-6)
     assert torch.equal(weight, reference.scatter_entries_(expected, mask.indices, values))
 
@@ -189,7 +189,7 @@ def test_one_launch_steps_many_weights_as_the_reference_does(bits, dtype, maximi
             Update(values, gradient, *stored_moments(state), step + number, weight, mask)
             for number, ((mask, values, state, weight), gradient) in enumerate(zip(cases, gradients, strict=True))
         ]
-        fused_adamw_(updates, **options)
+        fused_adamw(updates, **options)()
         for number, ((values, state, _), gradient) in enumerate(zip(twins, gradients, strict=True)):
             first, second = unpack_moments(state)
             reference.adamw_(values, gradient, first, second, step=step + number, **options)
@@ -218,7 +218,7 @@ def test_blocks_of_zeros_and_of_one_entry_stay_finite(bits):
     assert len(mask) == 257
     options = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, maximize=False)
     for step in (1, 2):
-        fused_adamw_([Update(values, torch.zeros_like(values), *stored_moments(state), step)], **options)
+        fused_adamw([Update(values, torch.zeros_like(values), *stored_moments(state), step)], **options)()
     assert torch.equal(values, kept)
     assert all(not moment.any() for moment in unpack_moments(state))
 

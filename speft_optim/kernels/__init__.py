@@ -6,7 +6,7 @@ imported at the first launch. With TRITON_INTERPRET=1 they run on CPU tensors to
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_int8",
-    "fused_adamw_",
+    "fused_adamw",
     "gather_entries",
     "launches",
     "lay_over_",
@@ -76,8 +76,11 @@ def dequantize_4bit(*arguments) -> Tensor:
     return dequantize.dequantize_4bit(*arguments)
 
 
-def fused_adamw_(updates: Iterable[Update], **options: float) -> None:
-    """`adamw_` on each update, in one launch for each kind of them, with the new values written into the weights."""
+def fused_adamw(updates: Iterable[Update], **options: float) -> Callable[[], None]:
+    """What takes the step of `adamw_` on each update, in one launch a kind of them, and writes the new values through.
+
+    Made ahead, so that between knowing that a step may be taken and taking it the card waits for no more than a launch.
+    """
     from speft_optim.kernels import adamw
 
-    adamw.fused_adamw_(updates, **options)
+    return adamw.fused_adamw(updates, **options)

@@ -5,7 +5,8 @@ A program takes one block of 256 entries, which is also the block that eight-bit
 entry in its matrix, for the write, is found by binary search in the packed positions.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from speft_optim.kernels.rows import row_start
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-def fused_adamw_(
+def fused_adamw(
     updates: Iterable[Update],
     *,
     lr: float,
@@ -27,40 +28,55 @@ def fused_adamw_(
     eps: float,
     weight_decay: float,
     maximize: bool,
-) -> None:
-    """One AdamW step on each, in place: the arithmetic of `reference.adamw_`, in fp32, in one launch for each kind."""
+) -> Callable[[], None]:
+    """One AdamW step on each, in place: the arithmetic of `reference.adamw_`, in fp32, in one launch for each kind.
+
+    Returns:
+        What takes the step. All that it reads on the card but the updates' own tensors is there before it is called.
+    """
     kinds: dict[tuple, list[Update]] = {}
     for update in updates:
         if update.values.numel():
             kinds.setdefault(update.kind, []).append(update)
+    launches = []
     for (device, eight_bits, dtype), same in kinds.items():
         blocks = torch.tensor([0, *(-(-update.values.numel() // BLOCK) for update in same)]).cumsum(0)
         steps = [[lr / (1 - beta1**update.step), (1 - beta2**update.step) ** 0.5] for update in same]
         table = torch.tensor([update.addresses() for update in same])
         signs = (True, False) if eight_bits else ()
         books = [book(signed, device) for signed in signs for book in (dynamic_codes, code_bounds)] or [None] * 4
-        with torch.cuda.device_of(same[0].values):
-            _adamw[(int(blocks[-1]),)](
-                table.to(device, non_blocking=True),
-                torch.tensor(steps, dtype=torch.float32).to(device, non_blocking=True),
-                blocks.to(device, torch.int32, non_blocking=True),
-                len(same),
-                *books,
-                beta1,
-                1 - beta1,
-                beta2,
-                1 - beta2,
-                eps,
-                1 - lr * weight_decay,
-                -1.0 if maximize else 1.0,
-                EIGHT_BITS=eight_bits,
-                WEIGHT=None if dtype is None else getattr(tl, str(dtype).removeprefix("torch.")),
-                FIELDS=table.shape[1],
-                BLOCK=BLOCK,
-            )
-        # Autograd and the model's own bookkeeping tell by the counter that a tensor was written.
-        written = [update.values for update in same] + [update.weight for update in same if update.weight is not None]
-        torch.autograd.graph.increment_version(written)
+        launch = functools.partial(
+            _adamw[(int(blocks[-1]),)],
+            table.to(device, non_blocking=True),
+            torch.tensor(steps, dtype=torch.float32).to(device, non_blocking=True),
+            blocks.to(device, torch.int32, non_blocking=True),
+            len(same),
+            *books,
+            beta1,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            1 - lr * weight_decay,
+            -1.0 if maximize else 1.0,
+            EIGHT_BITS=eight_bits,
+            WEIGHT=None if dtype is None else getattr(tl, str(dtype).removeprefix("torch.")),
+            FIELDS=table.shape[1],
+            BLOCK=BLOCK,
+        )
+        # With the updates, since the table holds no more than the addresses of their tensors.
+        launches.append((launch, same))
+
+    def take_step() -> None:
+        for launch, same in launches:
+            with torch.cuda.device_of(same[0].values):
+                launch()
+            written = [update.values for update in same]
+            written += [update.weight for update in same if update.weight is not None]
+            # Autograd and the model's own bookkeeping tell by the counter that a tensor was written.
+            torch.autograd.graph.increment_version(written)
+
+    return take_step
 
 
 @triton.jit
