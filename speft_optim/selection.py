@@ -28,7 +28,7 @@ class BestEntries:
     """The best k of the scores seen so far, exactly k of them and the earlier of equals.
 
     Candidates gather in one buffer, somewhat longer than k. Whenever it is full, it is cut back to the best k in place:
-    a k-th best found by digits and a pass over short runs, where a sort would take several times the buffer.
+    a k-th best found by halving and a pass over short runs, where a sort would take several times the buffer.
 
     Args:
         k: how many to keep, at least 0.
@@ -117,28 +117,37 @@ class BestEntries:
 
 
 def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
-    """The k-th best score, and how many equal to it are among the best k; at most `step` entries are copied at a time.
+    """The k-th best score, and how many equal to it are among the best k; about `step` entries are copied at most.
 
-    The bits of the keys are fixed from the top, eleven at a time, by counting how many keys have each next digit.
+    The range that holds it is halved until so few scores lie in it that one `topk` over them tells.
     """
-    bits = 8 * scores.element_size()
-    prefix, left, low = 0, k, bits
-    while low > 0:
-        high, low = low, max(0, low - 11)
-        counts = torch.zeros(2 ** (high - low), dtype=torch.int64, device=scores.device)
-        for part in scores.split(step):
-            # The sign bit flipped, so that the digits of negative keys come first.
-            keys = _ordered(part.add(0.0)).bitwise_xor_(-(2 ** (bits - 1)))
-            if high < bits:
-                keys = keys[(keys >> high).bitwise_and_(2 ** (bits - high) - 1) == prefix]
-            keys = keys.bitwise_right_shift_(low).bitwise_and_(2 ** (high - low) - 1)
-            counts += torch.bincount(keys, minlength=len(counts))
-        at_least = counts.cpu().flip(0).cumsum(0)
-        place = int((at_least < left).sum())
-        left -= int(at_least[place - 1]) if place else 0
-        prefix = prefix << (high - low) | len(counts) - 1 - place
-    key = torch.tensor([prefix - 2 ** (bits - 1)], dtype=torch.int32 if bits == 32 else torch.int64)
-    return _ordered(key.view(scores.dtype)).view(scores.dtype).item(), left
+    # By their bits and not their values, so that a range can be halved until nothing is left between its ends.
+    low, high = (int(_ordered(bound.add(0.0).reshape(1))) for bound in torch.aminmax(scores))
+    high += 1
+    above, inside = 0, scores.numel()
+    while inside > step and high - low > 1:
+        middle = (low + high) // 2
+        bound = _score_of(middle, scores)
+        count = sum((part >= bound).sum() for part in scores.split(step)).item()
+        # At least k scores are not below `low`, fewer than k are not below `high`.
+        if count >= k:
+            low, inside = middle, count - above
+        else:
+            high, above, inside = middle, count, inside + above - count
+    if high - low == 1:
+        worst = _score_of(low, scores)
+    else:
+        bound, end = _score_of(low, scores), _score_of(high, scores)
+        rest = [part[(part >= bound) & (part < end)] for part in scores.split(step)]
+        worst = torch.cat(rest).topk(k - above, sorted=False).values.min()
+    better = sum((part > worst).sum() for part in scores.split(step)).item()
+    return worst.item(), k - better
+
+
+def _score_of(key: int, like: Tensor) -> Tensor:
+    """The score with a key of `_ordered`, beside `like` and of its dtype."""
+    dtype = torch.int32 if like.dtype == torch.float32 else torch.int64
+    return _ordered(torch.tensor([key], dtype=dtype).view(like.dtype)).view(like.dtype)[0].to(like.device)
 
 
 def _ordered(scores: Tensor) -> Tensor:
@@ -230,7 +239,8 @@ def select_masks(
         # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
         stack.enter_context(contextlib.closing(scores))
         # Runs long enough to keep a device busy, and short enough that their temporaries are few.
-        step = max(2**10, min(2**20, memory_budget // 512))
+        longest = 2**22 if next(iter(found.values())).device.type == "cuda" else 2**20
+        step = max(2**10, min(longest, memory_budget // 512))
         if scope == "local":
             return _select_local(scores, found, shares, step)
         return _select_global(scores, found, total, step)

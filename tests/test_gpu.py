@@ -198,10 +198,16 @@ def test_all_ways_to_read_a_quantised_weight_agree(tmp_path, kind):
         assert torch.equal(weight.dense(torch.bfloat16), theirs)
 
 
-def test_gradients_under_liger_are_those_of_transformers():
+def test_gradients_under_liger_are_those_of_transformers(monkeypatch):
     """Its kernels overwrite what they saved, in backward; what a tap saved must not be among that."""
     pytest.importorskip("liger_kernel")
+    from transformers.models.llama import modeling_llama
+
     from recipes.benchmark import use_liger
+
+    # It puts its own into the module too, for good: the models of other tests would be made of that.
+    for name, value in list(vars(modeling_llama).items()):
+        monkeypatch.setattr(modeling_llama, name, value)
 
     gradients = []
     for liger in (False, True):
@@ -277,8 +283,7 @@ two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 @pytest.mark.parametrize("spread", [over_host_and_card, pytest.param(over_two_cards, marks=two_cards)])
 def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
     """Global selection, five clipped steps, save and resume, as on one card; no whole weight moves between them."""
-    # Weights larger than what selection moves by design: 2048 counts of scores by their leading digits, and as many
-    # scores that may be among the best.
+    # Weights larger than what selection moves at a time: 2048 scores that may be among the best, at this budget.
     tiny_model(hidden_size=64, num_key_value_heads=4).save_pretrained(tmp_path)
     parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
     parts.update(dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1))
