@@ -414,8 +414,10 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         sizes = [row["parts_gib"].get(name, 0.0) for row in rows]
         axes.bar([row["mode"] for row in rows], sizes, bottom=bottom, label=name, color=f"C{number}")
         bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
-    for place, total in enumerate(bottom):
-        axes.annotate(f"{total:.2f}", (place, total), xytext=(0, 3), textcoords="offset points", ha="center")
+    for place, (row, total) in enumerate(zip(rows, bottom, strict=True)):
+        axes.annotate(
+            f"{row['peak_gib'] or total:.2f}", (place, total), xytext=(0, 3), textcoords="offset points", ha="center"
+        )
     axes.set(ylabel="GiB at the peak", title=title)
     axes.tick_params(axis="x", rotation=20)
     axes.legend()
