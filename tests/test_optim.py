@@ -174,7 +174,7 @@ def hugging_face(optimizer):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedulers_neither_warn_nor_have_no_effect(schedule, tensor_lr):
     start = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    _, values = single(start)
+    model, values = single(start)  # the model by a name of its own: values alone do not keep it
     theirs = nn.Parameter(start.flatten().clone())
     lr = torch.tensor(1e-2) if tensor_lr else 1e-2
     ours, reference = (
