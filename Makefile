@@ -20,8 +20,9 @@ demo: $(VENV)/.demo
 
 venv: $(VENV)/.dev
 
+# Two processes of one thread each do in half the time what one process does: most tests are too small to share out.
 test: $(VENV)/.dev
-	$(OFFLINE) MPLBACKEND=Agg $(BIN)/python -m pytest -q
+	$(OFFLINE) MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.dev
 	$(OFFLINE) MPLBACKEND=Agg $(BIN)/python -m pytest -q -m gpu

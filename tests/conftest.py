@@ -19,6 +19,12 @@ TOLERANCE = {
 VOCABULARY = 61
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: of two processes the one that came to them last would keep the other waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def assert_close(actual, expected, **overrides):
     """Compare with the tolerance of the actual dtype, in fp64."""
     tolerance = {**TOLERANCE[actual.dtype], **overrides}
