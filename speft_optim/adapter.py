@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from speft_optim.compact import sparse_weights
 from speft_optim.files import write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
-from speft_optim.masks import Mask, Masks
+from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
 from speft_optim.targets import Target, all_targets
 
 _FORMAT = "speft_optim.adapter/1"
@@ -69,8 +69,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         weight.synchronize()
         mask, values = weight.base.entries(weight.ever_trained())
         masks[weight.name] = mask
-        tensors.update({f"{weight.name}:{key}": part for key, part in mask.to("cpu").packed().items()})
         tensors[f"{weight.name}:values"] = values.cpu()
+    tensors.update(masks.parts())
     config = getattr(model, "config", None)
     base = {
         "name": getattr(config, "_name_or_path", "") or "",
@@ -144,21 +144,12 @@ def read_adapter(path: str | Path) -> AdapterFile:
             parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         masks, values = Masks(), {}
         for name, shape in shapes.items():
-            own = {key.removeprefix(f"{name}:"): part for key, part in parts.items() if key.startswith(f"{name}:")}
+            own = parts_of(name, parts)
             values[name] = own.pop("values")
             masks[name] = Mask.unpack(own, _checked_shape(name, shape))
             _check_values(name, values[name], len(masks[name]))
         base = {key: str(base.get(key, "")) for key in ("name", "revision", "fingerprint")}
-    except (
-        SafetensorError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is no readable file of save_adapter: {type(error).__name__}: {error}.") from error
     return AdapterFile(masks, values, base)
 

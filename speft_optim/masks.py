@@ -19,7 +19,7 @@ from torch import Tensor
 
 from speft_optim.files import write_safetensors
 
-_FORMAT = "speft_optim.masks/1"
+_FORMAT = "speft_optim.masks/2"
 _INT32_LIMIT = 2**31 - 1
 _INT64_LIMIT = 2**63 - 1
 _UINT16_COLUMNS = 2**16
@@ -266,8 +266,11 @@ class Masks(dict[str, Mask]):
     def save(self, path: str | Path) -> None:
         """Write all masks to one safetensors file; the file appears whole or not at all."""
         shapes = {name: list(mask.shape) for name, mask in self.items()}
-        metadata = {"format": _FORMAT, "shapes": json.dumps(shapes)}
-        write_safetensors({name: mask.indices.cpu() for name, mask in self.items()}, path, metadata)
+        write_safetensors(self.parts(), path, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+
+    def parts(self) -> dict[str, Tensor]:
+        """What `Mask.packed` gives for each, in CPU memory under `name:part`, for a file."""
+        return {f"{name}:{key}": part for name, mask in self.items() for key, part in mask.to("cpu").packed().items()}
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Masks":
@@ -282,8 +285,9 @@ class Masks(dict[str, Mask]):
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
                 shapes = json.loads(metadata["shapes"])
-                return cls({name: Mask(file.get_tensor(name), shape) for name, shape in shapes.items()})
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return cls({name: Mask.unpack(parts_of(name, tensors), shape) for name, shape in shapes.items()})
+        except UNREADABLE as error:
             raise ValueError(f"{path} is no readable file of Masks.save: {type(error).__name__}: {error}.") from error
 
     def summary(self) -> str:
@@ -307,6 +311,24 @@ class Masks(dict[str, Mask]):
         from speft_optim.plots import plot_masks
 
         plot_masks(self, path)
+
+
+# What may come of a file that is not what it should be.
+UNREADABLE = (
+    SafetensorError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+)
+
+
+def parts_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that stand under `name:part` in a file, by part."""
+    return {key.removeprefix(f"{name}:"): part for key, part in tensors.items() if key.startswith(f"{name}:")}
 
 
 def split_name(name: str) -> tuple[str, str]:

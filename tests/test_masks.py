@@ -273,6 +273,12 @@ def test_file_gives_back_the_same_masks_in_the_same_order(masks, tmp_path):
     assert loaded.fingerprint() == masks.fingerprint()
 
 
+def test_a_file_takes_no_more_bytes_than_the_masks_do(tmp_path):
+    mask = Mask(torch.arange(0, 512 * 512, 50), (512, 512))
+    Masks(w=mask).save(tmp_path / "masks.safetensors")
+    assert (tmp_path / "masks.safetensors").stat().st_size < mask.nbytes + 500 < 2.5 * len(mask) + 500
+
+
 def test_one_mask_can_serve_several_weights(tmp_path):
     mask = mask_of(1, 2)
     masks = Masks(a=mask, b=mask)
@@ -287,9 +293,11 @@ def test_empty_selection_has_a_file_too(tmp_path):
 
 
 def hostile(metadata=None, **tensors):
-    good = {"format": "speft_optim.masks/1", "shapes": json.dumps({"w": [4, 6]})}
-    tensors = tensors or {"w": torch.tensor([1, 2], dtype=torch.int32)}
-    return lambda path: save_file(tensors, path, {**good, **(metadata or {})})
+    good = {"format": "speft_optim.masks/2", "shapes": json.dumps({"w": [4, 6]})}
+    tensors = tensors or {"indices": torch.tensor([1, 2], dtype=torch.int32)}
+    return lambda path: save_file(
+        {f"w:{part}": tensor for part, tensor in tensors.items()}, path, {**good, **(metadata or {})}
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,10 +314,12 @@ def hostile(metadata=None, **tensors):
         hostile({"shapes": '{"w": [4, 1e300]}'}),
         hostile({"shapes": '{"w": [2, 1]}'}),
         hostile({"shapes": '{"other": [4, 6]}'}),
-        hostile(w=torch.tensor([1, 1])),
-        hostile(w=torch.tensor([-1, 1])),
-        hostile(w=torch.tensor([1.5])),
-        hostile(w=torch.tensor([[1]])),
+        hostile(indices=torch.tensor([1, 1])),
+        hostile(indices=torch.tensor([-1, 1])),
+        hostile(indices=torch.tensor([1.5])),
+        hostile(indices=torch.tensor([[1]])),
+        hostile(columns=torch.tensor([1]).to(torch.uint16)),
+        hostile({"format": "speft_optim.masks/1"}),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"PK\x03\x04 no safetensors file at all"),
         lambda path: path.write_bytes(b"\xff" * 64),
