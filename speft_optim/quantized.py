@@ -80,8 +80,8 @@ class FrozenForward:
     """Stands in for a bitsandbytes linear's forward, and keeps its overlays in and out of state dicts.
 
     Codes have no place for trained entries, so `state_dict()` carries them beside the codes, as
-    `<layer>.trained_indices` and `<layer>.trained_values`. Loading takes these, and also a floating `<layer>.weight`
-    as a merged checkpoint has: its trained entries are taken over and the codes stay.
+    `<layer>.trained_indices` and `<layer>.trained_values`. Loading takes these for all that was trained. It also takes
+    a floating `<layer>.weight` as a merged checkpoint has: its trained entries are taken over and the codes stay.
     """
 
     def __init__(self, module: nn.Module):
@@ -146,20 +146,56 @@ def _save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -
         state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
 
 
-def _load_entries(module: nn.Module, state: dict, prefix: str, *_) -> None:
+def _load_entries(
+    module: nn.Module,
+    state: dict,
+    prefix: str,
+    metadata: dict,
+    strict: bool,
+    missing: list,
+    unexpected: list,
+    errors: list,
+) -> None:
     weight, name = frozen_weight(module), f"{prefix}weight"
-    if f"{prefix}trained_indices" in state:
-        indices, values = state.pop(f"{prefix}trained_indices"), state.pop(f"{prefix}trained_values")
-        weight.put(Mask(indices, weight.shape), values)
-    elif (merged := state.get(name)) is not None and merged.is_floating_point():
-        merged = as_stored(module, merged)
+    stored, codes = state.get(name), module._parameters["weight"]
+    indices, values = (state.pop(f"{prefix}trained_{part}", None) for part in ("indices", "values"))
+    saved = None if indices is None else Mask(indices, weight.shape)
+    if stored is not None and (stored.shape, stored.dtype) == (codes.shape, codes.dtype):
+        errors += _differences(module, state, name)
+        _reset(weight, saved)
+    if saved is not None:
+        weight.put(saved, values)
+    elif stored is not None and stored.is_floating_point():
+        merged = as_stored(module, stored)
         if merged.shape != weight.shape:
             return
         mask, values = weight.entries()
         entries = gather_entries(merged.to(values.device), mask.indices)
         # A value that was only rounded on its way to the file keeps its exact form.
         weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
-        state[name] = module.weight.detach()
+        state[name] = codes.detach()
+
+
+def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
+    """What speaks against codes whose scales and tables are others; those in `state`, which torch does not know, go."""
+    quantisation = getattr(module._parameters["weight"], "quant_state", None)
+    own = {} if quantisation is None else quantisation.as_dict(packed=True)
+    found = {key: state.pop(f"{name}.{key}", None) for key in own}
+    return [
+        f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved from."
+        for key, part in found.items()
+        if part is not None and not torch.equal(part.to(own[key].device), own[key])
+    ]
+
+
+def _reset(weight: QuantizedWeight, saved: Mask | None) -> None:
+    """Let trained entries be the codes' again that are not among the saved ones: these are all that was trained."""
+    own, _ = weight.entries()
+    indices = own.indices.to(weight.device)
+    if saved is not None:
+        indices = indices[~torch.isin(indices, saved.indices.to(indices.device), assume_unique=True)]
+    if len(indices):
+        weight.put(Mask(indices, weight.shape), weight.gather_base(indices))
 
 
 def take_over(model: nn.Module) -> None:

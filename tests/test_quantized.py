@@ -497,10 +497,54 @@ def test_state_dict_carries_the_trained_entries(model):
     with pytest.raises(RuntimeError, match="trained_values"):
         fresh.load_state_dict(state)
     sparsify(fresh, masks)
-    fresh.load_state_dict(state, strict=False)
+    fresh.load_state_dict(state)
     assert torch.equal(fresh(**token_batch()).logits, logits)
     for one, other in zip(sparse_weights(model), sparse_weights(fresh), strict=True):
         assert torch.equal(one.values, other.values)
+
+
+def test_a_loaded_state_is_all_that_was_trained(model):
+    """Of a run with another mask, or of the base: what this one trained is the codes' again."""
+    base, other = copy.deepcopy(model), copy.deepcopy(model)
+    start = {key: value.clone() for key, value in base.state_dict().items()}
+    for run, seed in ((model, 0), (other, 1)):
+        train(run, SparseAdamW(sparsify(run, random_masks(run, seed=seed)), lr=1e-2), 2)
+    model.load_state_dict(other.state_dict())
+    assert all(torch.equal(dense, effective(model)[name]) for name, dense in effective(other).items())
+    model.load_state_dict(start)
+    assert all(torch.equal(dense, effective(model)[name]) for name, dense in effective(base).items())
+
+
+def test_a_state_with_other_scales_is_refused(model, tmp_path):
+    if any(isinstance(frozen_weight(module), Int8Weight) for _, module in quantized_linears(model)):
+        pytest.skip("bitsandbytes loads the scales of int8 weights itself")
+    sparsify(model, random_masks(model))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    key = next(key for key in state if key.endswith("up_proj.weight.absmax"))
+    state[key] = state[key] + 1
+    with pytest.raises(RuntimeError, match="up_proj.weight was quantised otherwise than this model's: its absmax"):
+        model.load_state_dict(state)
+
+
+def test_accelerate_resumes_bit_equal(model, tmp_path):
+    from accelerate import Accelerator
+
+    runs, masks = [], random_masks(model)
+    for resumed in (False, True):
+        run = copy.deepcopy(model)
+        values = sparsify(run, masks)
+        accelerator = Accelerator(cpu=True)
+        prepared, optimizer = accelerator.prepare(run, SparseAdamW(values, lr=3e-2))
+        if resumed:
+            accelerator.load_state(str(tmp_path))
+        for step in range(2 if resumed else 0, 4):
+            accelerator.backward(loss_of(prepared, seed=step))
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1 and not resumed:
+                accelerator.save_state(str(tmp_path))
+        runs.append(values)
+    assert all(map(torch.equal, *runs))
 
 
 def test_adapter_applies_to_the_base_again(model, loaded, tmp_path):
