@@ -22,11 +22,12 @@ from speft_optim.compact import sparse_weights
 from speft_optim.files import write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
 from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
-from speft_optim.targets import Target, all_targets
+from speft_optim.targets import Target, all_targets, uncompiled
 
 _FORMAT = "speft_optim.adapter/1"
 _FILE = "adapter.safetensors"
 _PROBES = 4096
+_BASE = ("name", "revision", "fingerprint")
 
 
 @dataclass
@@ -48,22 +49,22 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
     """Write the trained entries of a sparsified model; the file appears whole or not at all.
 
     Args:
-        model: the sparsified model.
+        model: the sparsified model, or a wrapper around it: the file is for the module that `sparsify` was called on.
         path: a file, if it ends in `.safetensors`; else a folder, made where missing, that gets `adapter.safetensors`
             and a `README.md` card and can be pushed to a hub as it is.
         details: what else file and card should tell, such as `{"measure": "gradient", "data": "gsm8k"}`; strings and
-            numbers.
+            numbers, under other names than what they tell by themselves.
 
     Raises:
-        ValueError: the model is not sparsified, or the folder of a file's `path` does not exist.
-        TypeError: `details` holds something else than strings and numbers.
+        ValueError: the model is not sparsified or holds two sparsified models, `details` has a reserved name, or the
+            folder of a file's `path` does not exist.
+        TypeError: `details` is no mapping, or holds something else than strings and numbers.
     """
+    model = named_root(model)
     weights = sparse_weights(model)
     if not weights:
         raise ValueError(f"{type(model).__name__} is not sparsified; call sparsify(model, masks) before save_adapter.")
-    for key, value in (details or {}).items():
-        if not isinstance(key, str) or not isinstance(value, str | int | float):
-            raise TypeError(f"details holds {key!r}: {value!r}; it takes strings and numbers by name.")
+    _check_details(details)
     masks, tensors = Masks(), {}
     for weight in weights:
         weight.synchronize()
@@ -77,14 +78,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         "revision": getattr(config, "_commit_hash", "") or "",
         "fingerprint": fingerprint(model, masks),
     }
-    about = {
-        "entries": masks.count,
-        "density": masks.density,
-        "masks": masks.fingerprint(),
-        "speft_optim": version("speft-optim"),
-        "torch": torch.__version__,
-        **(details or {}),
-    }
+    about = _about(masks) | dict(details or {})
     metadata = {
         "format": _FORMAT,
         "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
@@ -99,6 +93,48 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         write_safetensors(tensors, path / _FILE, metadata)
         card = _card(base, about)
         write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+
+
+def named_root(model: nn.Module) -> nn.Module:
+    """The module whose names masks and adapters use: what `sparsify` was called on, else the model uncompiled.
+
+    Raises:
+        ValueError: the model holds several sparsified models.
+    """
+    roots = {weight._places[0] for weight in sparse_weights(model)}
+    if len(roots) > 1:
+        names = [name for name, module in model.named_modules() if module in roots]
+        raise ValueError(
+            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, and an adapter belongs to one; "
+            "pass one of them."
+        )
+    return roots.pop() if roots else uncompiled(model)
+
+
+def _about(masks: Masks) -> dict[str, Any]:
+    """What a file tells of itself."""
+    return {
+        "entries": masks.count,
+        "density": masks.density,
+        "masks": masks.fingerprint(),
+        "speft_optim": version("speft-optim"),
+        "torch": torch.__version__,
+    }
+
+
+def _check_details(details: Mapping[str, Any] | None) -> None:
+    if details is None:
+        return
+    if not isinstance(details, Mapping):
+        raise TypeError(
+            f"details is a {type(details).__name__}; pass a dict of strings and numbers, such as {{'data': 'gsm8k'}}."
+        )
+    for key, value in details.items():
+        if not isinstance(key, str) or not isinstance(value, str | int | float):
+            raise TypeError(f"details holds {key!r}: {value!r}; it takes strings and numbers by name.")
+    reserved = [*_about(Masks()), *(f"base {key}" for key in _BASE)]
+    if taken := [key for key in details if key in reserved]:
+        raise ValueError(f"details names {taken}, but {reserved} are written by themselves; choose other names.")
 
 
 def fingerprint(model: nn.Module, masks: Masks) -> str:
@@ -124,7 +160,8 @@ def _probe(target: Target, mask: Mask | None) -> Tensor:
     if mask is not None:
         places = places[~torch.isin(places, mask.indices.cpu().long(), assume_unique=True)]
     weight = frozen_weight(*target.sites[0])
-    return weight.gather_base(places.to(weight.device))
+    # With what is laid over codes, as a dense weight would show it: outside the mask it is not the base's.
+    return weight.gather(places.to(weight.device))
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -148,7 +185,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
             values[name] = own.pop("values")
             masks[name] = Mask.unpack(own, _checked_shape(name, shape))
             _check_values(name, values[name], len(masks[name]))
-        base = {key: str(base.get(key, "")) for key in ("name", "revision", "fingerprint")}
+        base = {key: str(base.get(key, "")) for key in _BASE}
     except UNREADABLE as error:
         raise ValueError(f"{path} is no readable file of save_adapter: {type(error).__name__}: {error}.") from error
     return AdapterFile(masks, values, base)

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speft_optim.adapter import AdapterFile, fingerprint, read_adapter
+from speft_optim.adapter import AdapterFile, fingerprint, named_root, read_adapter
 from speft_optim.compact import sparse_weights
 from speft_optim.frozen import find, frozen_weight
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import hand_back, take_over
-from speft_optim.targets import all_targets
+from speft_optim.targets import Target, all_targets, uncompiled
 
 _LOADED = "_loaded_adapters"
 # Far beyond sense, and far from where base and shares would overflow.
@@ -49,8 +49,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     """Write an adapter's entries into the weights of the base it was trained on, in place of any other adapter's.
 
     Args:
-        model: the base model. On a sparsified one the values follow, and the adapter cannot be unloaded. On a
-            quantised one the entries are laid over its codes from here on.
+        model: the base model. On a sparsified one, wrapped or not, the values follow, and the adapter cannot be
+            unloaded. On a quantised one the entries are laid over its codes from here on.
         path: a file or folder of `save_adapter`.
         name: what `use_adapters` and `unload_adapter` call it; an adapter of that name is replaced.
 
@@ -59,11 +59,15 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or no adapter, or belongs to another base (a name, a shape or any weight
-            outside the masks differs); the model is then as it was.
+        ValueError: the file is damaged or no adapter, belongs to another base (a name, a shape or any weight
+            outside the masks differs), or holds values too large for the weights' dtype; the model is then as it was.
+        TypeError: `name` is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string to call the adapter by.")
+    model = named_root(model)
     adapter = read_adapter(path)
-    _check_fits(model, adapter.masks, path)
+    _check_fits(model, adapter, path)
     if weights := sparse_weights(model):
         for weight in weights:
             # Before and not after: values that are newer than the weight would win over the adapter's.
@@ -95,6 +99,7 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
         ValueError: a name is not loaded, a share is beyond reason, or the model is sparsified or changed meanwhile.
         TypeError: `shares` is no mapping.
     """
+    model = uncompiled(model)
     loaded = _loaded(model)
     if not isinstance(shares, Mapping):
         raise TypeError(f"shares is a {type(shares).__name__}; pass a dict from names to shares, such as {{'a': 1.0}}.")
@@ -120,6 +125,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
     Raises:
         ValueError: it is not loaded, or the model is sparsified or changed meanwhile.
     """
+    model = uncompiled(model)
     loaded = _loaded(model)
     if name is not None and name not in loaded.adapters:
         raise ValueError(f"No adapter {name!r} is loaded; there are {sorted(loaded.adapters)}.")
@@ -137,6 +143,7 @@ def merge_adapters(model: nn.Module) -> None:
     Raises:
         ValueError: no adapter is loaded.
     """
+    model = uncompiled(model)
     if _LOADED not in model.__dict__:
         raise ValueError(f"No adapter is loaded on this {type(model).__name__}; there is nothing to merge.")
     del model.__dict__[_LOADED]
@@ -207,9 +214,9 @@ def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:
             frozen_weight(*targets[name].sites[0]).put(mask, values)
 
 
-def _check_fits(model: nn.Module, masks: Masks, path: str | Path) -> None:
+def _check_fits(model: nn.Module, adapter: AdapterFile, path: str | Path) -> None:
     targets = all_targets(model)
-    for name, mask in masks.items():
+    for name, mask in adapter.masks.items():
         if name not in targets:
             raise ValueError(
                 f"{path} was made for a model with a parameter {name}, which {type(model).__name__} lacks."
@@ -217,6 +224,17 @@ def _check_fits(model: nn.Module, masks: Masks, path: str | Path) -> None:
         if targets[name].shape != mask.shape:
             shapes = f"{tuple(mask.shape)} there and {tuple(targets[name].shape)} here"
             raise ValueError(f"{path} was made for another base: {name} has shape {shapes}.")
+        _check_range(targets[name], adapter.values[name], path)
+
+
+def _check_range(target: Target, values: Tensor, path: str | Path) -> None:
+    """Refuse values that the weight's dtype would turn into infinities."""
+    dtype = target.rows(0, 0).dtype
+    if not bool(values.to(dtype).isfinite().all()):
+        raise ValueError(
+            f"{path} holds values of {target.name} up to {float(values.abs().max()):.3g}, and the weight is in {dtype} "
+            f"here, which ends at {torch.finfo(dtype).max:.3g}; load the adapter on a base in {values.dtype}."
+        )
 
 
 def _check_base(model: nn.Module, adapter: AdapterFile, path: str | Path) -> None:

@@ -6,10 +6,22 @@ import pytest
 import torch
 from conftest import tiny_model, token_batch
 from safetensors import safe_open
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from speft_optim import Mask, Masks, SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
-from speft_optim.adapter import fingerprint
+from speft_optim import (
+    Mask,
+    Masks,
+    SparseAdamW,
+    desparsify,
+    load_adapter,
+    save_adapter,
+    select_masks,
+    sparsify,
+    unload_adapter,
+)
+from speft_optim.adapter import fingerprint, read_adapter
 from speft_optim.compact import sparse_weights
 
 EVERY = lambda name, parameter: True  # noqa: E731
@@ -216,6 +228,74 @@ def test_one_mask_object_for_several_weights_is_saved(path):
     sparsify(model, {"a.weight": mask, "b.weight": mask})
     save_adapter(model, path)
     assert load_adapter(copy.deepcopy(model), path) == {"a.weight": mask, "b.weight": mask}
+
+
+class Wrapper(nn.Module):
+    """As a LightningModule is one, with weights of its own beside the model's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, nn.Linear(3, 3)
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPERS = {
+    "module": Wrapper,
+    "ddp": DistributedDataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled in a module": lambda model: Wrapper(torch.compile(model, backend="eager")),
+    "submodule": lambda model: model.model,
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_the_file_of_a_wrapped_model_is_that_of_the_model(kind, path, process_group):
+    model = tiny_model()
+    model.config._name_or_path = "org/model"
+    values = sparsify(model, random_masks(model))
+    wrapped = WRAPPERS[kind](model)
+    train(model if kind == "submodule" else wrapped, SparseAdamW(values, lr=1e-2), 2)
+    save_adapter(wrapped, path)
+    base = tiny_model()
+    load_adapter(base, path)
+    assert equal_weights(base, model)
+    with torch.no_grad():
+        assert torch.equal(base(**token_batch(9)).logits, model(**token_batch(9)).logits)
+    assert read_adapter(path).base["name"] == "org/model"
+    # Onto a wrapped model as well, with the names of what is inside.
+    other = tiny_model()
+    sparsify(other, random_masks(other))
+    load_adapter(WRAPPERS[kind](other), path)
+    assert equal_weights(other, model)
+
+
+def test_an_adapter_is_on_a_compiled_model_and_on_the_model_inside_alike(path):
+    trained(path)
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager")
+    load_adapter(compiled, path)
+    assert not equal_weights(model, tiny_model())
+    unload_adapter(model)
+    assert equal_weights(model, tiny_model())
+
+
+def test_a_wrapper_of_two_sparsified_models_is_refused(path):
+    trained(path)
+    both = nn.ModuleDict({name: tiny_model() for name in ("left", "right")})
+    for model in both.values():
+        sparsify(model, random_masks(model))
+    for call in (save_adapter, load_adapter):
+        with pytest.raises(ValueError, match=r"ModuleDict holds 2 sparsified models, \['left', 'right'\].*one of them"):
+            call(both, path)
 
 
 def test_saving_needs_a_sparsified_model_and_a_folder(tmp_path):

@@ -233,6 +233,36 @@ def test_details_are_strings_and_numbers(tmp_path, details):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("details", [[("a", 1)], [], "a"])
+def test_details_are_a_mapping(tmp_path, details):
+    model = tiny_model()
+    sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+    with pytest.raises(TypeError, match=rf"details is a {type(details).__name__}; pass a dict"):
+        save_adapter(model, tmp_path / "out", details=details)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["entries", "density", "masks", "speft_optim", "torch", "base name", "base fingerprint"]
+)
+def test_details_take_no_reserved_name(tmp_path, key):
+    model = tiny_model()
+    sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+    with pytest.raises(ValueError, match=rf"details names \['{key}'\].*'entries'.*'base name'.*other names"):
+        save_adapter(model, tmp_path / "out", details={"data": "x", key: "x"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [[], None, 1])
+def test_a_name_that_is_no_string_changes_nothing(paths, name):
+    first, _ = train_adapter(paths[0], 0)
+    model = tiny_model()
+    load_adapter(model, paths[0])
+    with pytest.raises(TypeError, match="pass a string"):
+        load_adapter(model, paths[0], name=name)
+    assert same(weights_of(model), first)
+
+
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 6.0), (torch.float32, 8.0)])
 def test_bytes_per_entry(tmp_path, dtype, limit):
     torch.manual_seed(0)
@@ -340,6 +370,32 @@ def test_hostile_file_is_refused_and_the_model_unchanged(good, tmp_path, damage)
     assert same(weights_of(model), base)
 
 
+@pytest.mark.parametrize("sparsified", [False, True])
+@pytest.mark.parametrize(
+    "dtype, value, stored",
+    [
+        (torch.float16, 1e6, torch.float32),
+        (torch.float16, 3e38, torch.bfloat16),
+        (torch.float16, -1e6, torch.float32),
+        (torch.bfloat16, 3.4e38, torch.float32),
+    ],
+)
+def test_values_that_the_dtype_of_the_weights_cannot_hold_are_refused(paths, dtype, value, stored, sparsified):
+    train_adapter(paths[0], 0, dtype)
+    edit(paths[0], paths[1], tensor("values", lambda v: torch.full_like(v, value, dtype=stored)))
+    model = tiny_model(dtype=dtype)
+    masks = load_adapter(model, paths[0])
+    if sparsified:
+        sparsify(model, masks)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=rf"{NAME} up to .* in {dtype} here.* base in {stored}"):
+        load_adapter(model, paths[1], name="b")
+    assert same(weights_of(model), before)
+    # What it can hold it takes, in whatever dtype it is stored.
+    edit(paths[0], paths[1], tensor("values", lambda v: torch.full_like(v, 6e4, dtype=stored)))
+    load_adapter(model, paths[1], name="b")
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_changed_anywhere_never_break_more_than_the_load(good, tmp_path, data):
@@ -420,29 +476,72 @@ def test_killed_at_any_moment_the_last_complete_files_load(tmp_path):
 # Quantised bases
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_on_a_quantised_base(kind, tmp_path_factory):
+@pytest.fixture(scope="module", params=["int8", "nf4"])
+def quantized_model(request, tmp_path_factory):
     pytest.importorskip("bitsandbytes")
     from quantized_models import load_quantized, save_original
 
-    folder = tmp_path_factory.mktemp("quantised")
-    model = load_quantized(save_original(folder / "base"), kind)
-    batch = token_batch()
-    base = model(**batch).logits
-    paths, trained = [], []
-    for seed in range(2):
+    return load_quantized(save_original(tmp_path_factory.mktemp("quantised") / "base"), request.param)
+
+
+def train_on_random_masks(model, seed):
+    masks = select_masks(model, salience="random", density=0.05, seed=seed, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=3e-2)
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    return logits(model)
+
+
+def logits(model):
+    # With gradients, since without them bitsandbytes' own CPU kernel refuses rows that are no whole number of blocks.
+    return model(**token_batch()).logits.detach()
+
+
+def test_on_a_quantised_base(quantized_model, paths):
+    model, trained = copy.deepcopy(quantized_model), []
+    base = logits(model)
+    for seed, path in enumerate(paths):
         other = copy.deepcopy(model)
-        masks = select_masks(other, salience="random", density=0.05, seed=seed, progress=False)
-        optimizer = SparseAdamW(sparsify(other, masks), lr=3e-2)
-        other(**batch).loss.backward()
-        optimizer.step()
-        paths.append(folder / f"{seed}.safetensors")
-        save_adapter(other, paths[-1])
-        trained.append(other(**batch).logits)
+        trained.append(train_on_random_masks(other, seed))
+        save_adapter(other, path)
     for seed, path in enumerate(paths):
         load_adapter(model, path, name=str(seed))
-        assert torch.equal(model(**batch).logits, trained[seed])
+        assert torch.equal(logits(model), trained[seed])
     use_adapters(model, {"0": 1.0})
-    assert torch.equal(model(**batch).logits, trained[0])
+    assert torch.equal(logits(model), trained[0])
     unload_adapter(model)
-    assert torch.equal(model(**batch).logits, base)
+    assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_entries_trained_on_codes_elsewhere_are_another_base(quantized_model, paths, merged):
+    """As on a dense base: the weights are no longer those that the adapter was trained on."""
+    model, other = copy.deepcopy(quantized_model), copy.deepcopy(quantized_model)
+    wanted = train_on_random_masks(other, 0)
+    save_adapter(other, paths[0])
+    trained = train_on_random_masks(model, 1)
+    if merged:
+        desparsify(model)
+    with pytest.raises(ValueError, match="weights outside the masks differ"):
+        load_adapter(model, paths[0])
+    assert torch.equal(logits(model), trained)
+    # The adapter's own entries count for nothing, trained or not.
+    desparsify(other)
+    train_on_random_masks(other, 0)
+    load_adapter(other, paths[0])
+    assert torch.equal(logits(other), wanted)
+
+
+def test_a_quantised_base_trained_elsewhere_meanwhile_is_not_restored(quantized_model, paths):
+    model, other = copy.deepcopy(quantized_model), copy.deepcopy(quantized_model)
+    train_on_random_masks(other, 0)
+    save_adapter(other, paths[0])
+    load_adapter(model, paths[0])
+    trained = train_on_random_masks(model, 1)
+    desparsify(model)
+    for call in (lambda: unload_adapter(model), lambda: use_adapters(model, {})):
+        with pytest.raises(ValueError, match="have changed.*merge_adapters"):
+            call()
+    assert torch.equal(logits(model), trained)
+    merge_adapters(model)
+    assert torch.equal(logits(model), trained)
