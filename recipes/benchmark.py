@@ -211,7 +211,7 @@ def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) ->
     return 1e3 * (time.perf_counter() - begin), end - middle if device.type == "cpu" else middle.elapsed_time(end)
 
 
-def mark(device: torch.device):
+def mark(device: torch.device) -> float | torch.cuda.Event:
     """A point in time: on a card an event in its queue, elsewhere milliseconds."""
     if device.type == "cpu":
         return 1e3 * time.perf_counter()

@@ -24,7 +24,6 @@ import importlib.util
 import json
 import os
 import random
-import shutil
 import sys
 import time
 import warnings
@@ -42,6 +41,7 @@ import torch
 
 from recipes import data, loop, memory, models, report
 from speft_optim import Masks, SparseAdamW, save_adapter, select_masks, sparsify
+from speft_optim.files import whole_folder
 from speft_optim.frozen import frozen_weight
 
 METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
@@ -289,15 +289,17 @@ class ListPresets(argparse.Action):
 
 
 def preset_table() -> str:
-    """Expected peaks of the presets whose shapes are known, and the smallest common card for each."""
-    lines = ["| preset | entries | 16 bits | 8 bits | 4 bits |", "|---|---|---|---|---|"]
+    """Expected peaks of the presets of known shape for three sizes of batch, and the smallest common card for each."""
+    lines = ["| preset | entries | batch | 16 bits | 8 bits | 4 bits |", "|---|---|---|---|---|---|"]
     for name in [name for name in PRESETS if name in memory.SHAPES]:
-        cells = []
-        for bits in (16, 8, 4):
-            args = parse(["--preset", name, "--base-bits", str(bits)])
-            needed = memory.peak_bytes(expected_memory(args))
-            cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_card(needed)} GB")
-        lines.append(f"| {name} | {args.budget:,} | " + " | ".join(cells) + " |")
+        for batch in ([], ["--batch-size=1", "--max-length=2048"], ["--batch-size=2", "--max-length=2048"]):
+            cells = []
+            for bits in (16, 8, 4):
+                args = parse(["--preset", name, "--base-bits", str(bits), *batch])
+                needed = memory.peak_bytes(expected_memory(args))
+                cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_card(needed)} GB")
+            size = f"{args.batch_size} x {args.max_length}"
+            lines.append(f"| {name} | {args.budget:,} | {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -308,7 +310,10 @@ def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     else:
         config = models.configuration(args.model, cache=args.cache)
     shape = memory.Shape.of(config)
-    entries = args.budget or round(args.density * sum(rows * columns for rows, columns in shape.targets(args.targets)))
+    total = sum(rows * columns for rows, columns in shape.targets(args.targets))
+    if args.budget and args.budget > total:
+        raise ValueError(f"--budget {args.budget:,} is above {total:,}, the number of targeted entries; lower it.")
+    entries = args.budget or round(args.density * total)
     return memory.estimate(
         shape,
         bits=args.base_bits,
@@ -375,12 +380,9 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
 
 def save_checkpoint(model, tokenizer, folder: Path) -> None:
     """Write an ordinary checkpoint with its tokenizer; the folder appears complete or not at all."""
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def earlier_record(args: argparse.Namespace, path: Path) -> dict:

@@ -93,7 +93,7 @@ def stream_scores(
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
         reader = None
-        if fill not in (None, flow):
+        if measure.takes_batches:
             with together():
                 check_batches(batches, len(groups) * (2 if second_order else 1))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))

@@ -86,14 +86,8 @@ class SparseWeight(nn.Module):
             )
 
     @property
-    def weight(self) -> Tensor:
-        """The model's parameter, frozen: the dense weight, or its codes; raises as `check` does."""
-        self.check()
-        return self._places[1].parameter
-
-    @property
     def base(self) -> FrozenWeight:
-        """The weight, whatever holds it, as `check` found it."""
+        """The weight, whatever holds it."""
         return frozen_weight(*self._places[1].sites[0])
 
     def _change(self) -> str | None:

@@ -3,10 +3,11 @@
 A `Tap` watches one use of a frozen weight and hands what its gradient is made of to a sink. For a linear layer that is
 the layer's input and its output gradient: an identity placed on the layer's *output* passes both on, and leaves the
 layer's forward, class and weight alone, so that the input gradient is that of a frozen layer and the dense weight
-gradient is never formed. Another identity, on the input, keeps it: had the one on the output to do so, a checkpointed
-block, whose recomputation ends with the last tensor that it has to bring back, would form its last product once more
-for nothing. Any other weight is shadowed during its module's forward by an alias whose backward hands over
-the dense gradient of that one use, which is then free to go.
+gradient is never formed. The input is kept before the product, by a node beside the layer's own way: if the identity
+kept it, a checkpointed block, whose recomputation ends with the last tensor that it has to bring back, would form its
+last product once more for nothing. It is kept as it comes, by several layers in one piece, and without checkpointing
+for as long as it takes to form the input gradient. Any other weight is shadowed during its module's forward by an alias
+whose backward hands over the dense gradient of that one use, which is then free to go.
 
 Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
 has to be undone before saving.
@@ -37,17 +38,18 @@ class Sink(Protocol):
 
 
 class _KeepInput(torch.autograd.Function):
-    """Identity on a linear layer's input that saves it for the node of the layer's output."""
+    """An alias of a linear layer's input, which its node saves for the node of the layer's output."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
         ctx.is_free = True
         # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
         return x.detach()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient: Tensor | None) -> Tensor | None:
         return gradient
 
 
@@ -59,7 +61,7 @@ def keep_input(x: Tensor) -> Tensor:
     return x if getattr(x.grad_fn, "is_free", False) else _KeepInput.apply(x)
 
 
-def take_keeper(x: Tensor):
+def take_keeper(x: Tensor) -> torch.autograd.graph.Node | None:
     """The node whose `saved_tensors` are `x` alone; None where nothing keeps it, or keeps it for another already.
 
     A node each, since a checkpointed tensor can be brought back once only.
@@ -123,11 +125,14 @@ class Tap:
     def __init__(self, module: nn.Module, attribute: str, anchor: Tensor, sink: Sink):
         self.attribute, self.anchor, self.sink = attribute, anchor, sink
         self.transposed = is_transposed_linear(module, attribute)
+        # The input at hand, its version, and the alias that keeps it.
+        self.kept: tuple[Tensor, int, Tensor] | None = None
         if is_product(module, attribute):
             hooks = [
-                module.register_forward_pre_hook(self.keep_input, with_kwargs=True),
-                # First among the forward hooks: it must see what the layer itself returned.
-                module.register_forward_hook(self.tap_output, prepend=True, with_kwargs=True),
+                module.register_forward_pre_hook(self.before_product, with_kwargs=True),
+                # First among the forward hooks: it must see what the layer itself returned. Also after an exception, as
+                # a recomputation ends with: the input at hand must not wait for the next forward.
+                module.register_forward_hook(self.tap_output, prepend=True, with_kwargs=True, always_call=True),
             ]
         else:
             hooks = [
@@ -141,17 +146,24 @@ class Tap:
         for hook in self.hooks:
             hook.remove()
 
-    def keep_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before_product(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of linear layers."""
-        if args:
-            return (keep_input(args[0]), *args[1:]), kwargs
-        return args, {name: keep_input(value) for name, value in kwargs.items()}
+        if args or kwargs:
+            x = input_of(args, kwargs)
+            if (kept := keep_input(x)) is not x:
+                self.kept = x, x._version, kept
 
-    def tap_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """Forward hook of linear layers."""
-        if not torch.is_grad_enabled():
+    def tap_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | None) -> Tensor | None:
+        """Forward hook of linear layers; without an output after an exception."""
+        kept = None
+        if not torch.compiler.is_compiling():
+            kept, self.kept = self.kept, None
+        if output is None or not torch.is_grad_enabled():
             return None
         x = input_of(args, kwargs)
+        # Another hook may have changed the input since, or put another one in its place.
+        if kept is not None and kept[0] is x and kept[1] == x._version:
+            x = kept[2]
         return _TapOutput.apply(output, x, self.anchor, self.sink, self.transposed)
 
     def shadow_weight(self, module: nn.Module, args: tuple) -> None:

@@ -279,6 +279,8 @@ class Masks(dict[str, Mask]):
         Raises:
             ValueError: the file is not such a file, is damaged, or holds positions outside a weight.
         """
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; pass the file in it that Masks.save wrote.")
         try:
             with safe_open(str(path), "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, Protocol
 from weakref import ref
@@ -209,12 +210,12 @@ class SparseAdamW(Optimizer):
         plans = [self._plan(group, weights) for group in self.param_groups]
         if largest and not self._may_step(largest):
             return loss
-        for plan in plans:
-            self._take(*plan)
+        for take_step in plans:
+            take_step()
         return loss
 
-    def _plan(self, group: dict[str, Any], weights: dict[Tensor, WriteThrough | None]) -> tuple:
-        """What `_take` does for the parameters of a group that have a gradient; changes nothing."""
+    def _plan(self, group: dict[str, Any], weights: dict[Tensor, WriteThrough | None]) -> Callable[[], None]:
+        """What takes the step of the parameters of a group that have a gradient; until then none of them changes."""
         options = dict(
             lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=float(group["betas"][0]),
@@ -225,11 +226,12 @@ class SparseAdamW(Optimizer):
         )
         trained = [parameter for parameter in group["params"] if parameter.grad is not None]
         prepared = [
-            _Prepared.of(parameter, weights[parameter], self.state.get(parameter), group) for parameter in trained
+            _Prepared.of(parameter, weights[parameter], self.state.get(parameter), group["state_bits"])
+            for parameter in trained
         ]
         updates = [one.update for one in prepared if one.update is not None]
         launch = fused_adamw(updates, **{**options, "lr": float(options["lr"])}) if updates else None
-        return prepared, options, launch
+        return partial(self._take, prepared, options, launch)
 
     def _take(self, prepared: list["_Prepared"], options: dict[str, Any], launch: Callable[[], None] | None) -> None:
         """Take the step: together where kernels run, else one by one."""
@@ -242,8 +244,8 @@ class SparseAdamW(Optimizer):
         for one in prepared:
             if one.update is None:
                 exp_avg, exp_avg_sq = unpack_moments(one.state)
-                step = int(one.state["step"])
-                adamw_(one.parameter, one.parameter.grad, exp_avg, exp_avg_sq, step=step, **options)
+                step, gradient = int(one.state["step"]), one.parameter.grad.to(exp_avg.dtype)
+                adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, **options)
                 store_moments_(one.state, exp_avg, exp_avg_sq)
             if one.weight is not None:
                 one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
@@ -259,12 +261,12 @@ class SparseAdamW(Optimizer):
 
     def _may_step(self, largest: list[Tensor]) -> bool:
         """Whether all gradients are finite; if not the step is counted, or refused."""
-        most = float(torch.tensor([float(one) for one in largest]).max())
-        if most == 0 and not self._told_of_zeros:
+        most = [float(one) for one in largest]
+        if not any(most) and not self._told_of_zeros:
             # What comes of a loss over no label: the loss is NaN, but its gradient is not.
             logger.warning("All gradients of a step are zero: a batch whose labels are all ignored? Told of once.")
             self._told_of_zeros = True
-        if math.isfinite(most):
+        if all(map(math.isfinite, most)):
             return True
         if self._on_nonfinite == "raise":
             raise FloatingPointError(
@@ -387,7 +389,7 @@ class SparseAdamW(Optimizer):
 
 @dataclass
 class _Prepared:
-    """A parameter's next step, as far as it is known before its gradient is.
+    """A parameter's next step, ready but for the word that its gradient is finite.
 
     Attributes:
         parameter: updated in place.
@@ -403,12 +405,12 @@ class _Prepared:
 
     @classmethod
     def of(
-        cls, parameter: Tensor, weight: WriteThrough | None, state: dict[str, Any] | None, group: dict[str, Any]
+        cls, parameter: Tensor, weight: WriteThrough | None, state: dict[str, Any] | None, state_bits: int
     ) -> "_Prepared":
-        """The next step of a parameter of `group`, with a new state where it has none; changes nothing."""
+        """The next step of a parameter, with a new state where it has none."""
         if not state or "step" not in state:
             state = {**(state or {}), "step": torch.zeros((), dtype=torch.float32)}
-            new_moments_(state, parameter, group["state_bits"])
+            new_moments_(state, parameter, state_bits)
         moments, scales = stored_moments(state)
         if not _can_launch(parameter, moments, scales):
             return cls(parameter, weight, state, None)
@@ -449,12 +451,13 @@ def _check_options(options: dict[str, Any]) -> None:
     betas = options["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", decay), ("betas", betas[0]), ("betas", betas[1])):
+    numbers = [("lr", lr, 1e-3), ("eps", eps, 1e-8), ("weight_decay", decay, 1e-2)]
+    for name, value, usual in (*numbers, ("betas", betas[0], 0.9), ("betas", betas[1], 0.999)):
         if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:
             raise TypeError(f"{name}={value!r} is no number; pass a float.")
         # Written so that NaN fails too, and an integer that no float can hold.
         if not 0.0 <= (float(value) if isinstance(value, Tensor) else value) <= sys.float_info.max:
-            raise ValueError(f"{name}={value} is not a finite number of at least 0.")
+            raise ValueError(f"{name}={value} is not a finite number of at least 0, such as {usual}.")
     if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
     if not all(float(beta) < 1.0 for beta in betas):

@@ -35,6 +35,11 @@ class Measure:
     score: Callable[[Tensor, Tensor], Tensor]
     signal: Signal
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether the signal comes of passes over calibration batches."""
+        return self.signal not in ("none", "random", "flow")
+
 
 def magnitude(w: Tensor, _: Tensor) -> Tensor:
     """abs(w)."""

@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from speft_optim.batches import Batches
+from speft_optim.batches import Batches, check_batches
 from speft_optim.compact import SparseWeight, sparse_weights
 from speft_optim.distributed import check_equal_masks, is_distributed
 from speft_optim.masks import Masks
 from speft_optim.moments import carry_moments_
 from speft_optim.optim import SparseAdamW
-from speft_optim.selection import select_masks
+from speft_optim.salience import MEASURES
+from speft_optim.selection import check_choice, select_masks
 
 
 class MaskSchedule:
@@ -151,8 +152,8 @@ class MaskSchedule:
 
     def _density_now(self) -> float:
         density = self.density(self.steps)
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density({self.steps}) is {density}; it must give a share in (0, 1].")
+        if not isinstance(density, Real) or not 0.0 < density <= 1.0:
+            raise ValueError(f"density({self.steps}) is {density!r}; it must give a share in (0, 1], such as 0.01.")
         return density
 
     def _weights(self) -> list[SparseWeight]:
@@ -166,14 +167,13 @@ class MaskSchedule:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if not self._weights() or any(id(weight.values) not in held for weight in self._weights()):
             raise ValueError("The optimizer does not train all of the model's values; build it from sparsify(...).")
-        for name in ("interval", "probe"):
+        for name, usual in (("interval", 1000), ("probe", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1, such as {usual}.")
         if not isinstance(self.moments, str) or self.moments not in ("reset", "carry"):
             raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')
-        if not isinstance(self.scope, str) or self.scope not in ("local", "global"):
-            raise ValueError(f"scope={self.scope!r} is not known; choose 'local' or 'global'.")
+        check_choice(self.salience, self.scope)
         if self.threshold is not None and not isinstance(self.threshold, Real):
             raise TypeError(f"threshold={self.threshold!r} is no number; pass None or a share such as 0.8.")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
@@ -184,6 +184,8 @@ class MaskSchedule:
             raise ValueError(f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks.")
         if isinstance(self.batches, Iterator):
             raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")
+        if MEASURES[self.salience].takes_batches:
+            check_batches(self.batches, 1)
         if is_distributed() and (self.scope == "global" or self.density is not None):
             raise ValueError(
                 "Over several processes each weight must keep its number of entries, since DistributedDataParallel "

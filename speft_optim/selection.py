@@ -209,10 +209,10 @@ def select_masks(
     model = uncompiled(model)
     with contextlib.ExitStack() as stack:
         with together():
-            _check_choice(salience, scope, offload, checkpoint)
+            check_choice(salience, scope, offload, checkpoint)
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
-                by_block = MEASURES[salience].signal not in ("none", "random", "flow")
+                by_block = MEASURES[salience].takes_batches
                 stack.enter_context(streaming(model, offload, checkpoint, by_block=by_block))
             found = find_targets(model, targets)
             sizes = {name: target.shape.numel() for name, target in found.items()}
@@ -246,7 +246,14 @@ def select_masks(
         return _select_global(scores, found, total, step)
 
 
-def _check_choice(salience: str, scope: str, offload: str | torch.device | None, checkpoint: str | Path | None) -> None:
+def check_choice(
+    salience: str, scope: str, offload: str | torch.device | None = None, checkpoint: str | Path | None = None
+) -> None:
+    """Refuse what `select_masks` does not know, or not together.
+
+    Raises:
+        ValueError: a name is not known, or two arguments exclude each other.
+    """
     if salience not in MEASURES:
         raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
     if scope not in ("local", "global"):

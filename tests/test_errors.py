@@ -94,7 +94,7 @@ def works_or_says_why(call, model):
             "scope": st.one_of(st.sampled_from(["local", "global"]), anything),
             "targets": st.one_of(st.just(["0", "1"]), st.lists(st.text(max_size=3), max_size=2), anything),
             "memory_budget": st.one_of(st.integers(1, 1000), anything),
-            "offload": st.one_of(st.sampled_from(["cpu", "meta", "cuda:99", torch.device("cpu")]), anything),
+            "offload": st.one_of(st.sampled_from(["cpu", "meta", "cuda:99", "hpu", torch.device("cpu")]), anything),
             "seed": anything,
         },
     ),

@@ -320,7 +320,7 @@ def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
         for weight in sparse_weights(model):
             state = optimizer.state[weight.values]
             beside = (weight.values, weight.mask, state["exp_avg"], state["exp_avg_sq"])
-            assert {part.device for part in beside} == {weight.weight.device}
+            assert {part.device for part in beside} == {weight.base.device}
         assert copies.elements < min(mask.shape.numel() for mask in masks.values())
         assert len({value.device for value in values}) == (1 if make is on_one_device else 2)
         runs.append((masks, torch.stack(norms), torch.cat([value.detach().cpu() for value in values])))

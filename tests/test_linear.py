@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, Masks, desparsify, select_masks, sparsify
+from speft_optim.compact import sparse_weights
+from speft_optim.linear import Tap
 
 
 def draw(*shape, seed=0):
@@ -342,6 +344,58 @@ def test_a_step_multiplies_no_more_than_a_frozen_model_and_each_weight_gradient_
     sparsify(model, masks)
     ours = product_flops(lambda: model(**batch).loss.backward())
     assert ours == floor + sum(2 * batch["input_ids"].numel() * mask.shape.numel() for mask in masks.values())
+
+
+class Branching(nn.Module):
+    """Two layers on one input that is used beside them too, behind a layer that is trained densely."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.left, self.right = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.tanh(self.before(x)) * 1.0
+        return self.left(x) * self.right(x) + x
+
+
+CHANGES = [lambda x: x.mul_(2), lambda x: x.clamp_(min=-0.1), lambda x: x.register_hook(torch.neg)]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=["mul_", "clamp_", "gradient"])
+def test_what_other_hooks_do_to_an_input_or_its_gradient_means_what_it_did(change):
+    """Hooks that come after ours."""
+    gradients = []
+    for sparse in (False, True):
+        model, seen = module_of(Branching), []
+        weights = [model.left.weight, model.right.weight]
+        if sparse:
+            whole = Mask(torch.arange(36), (6, 6))
+            weights = sparsify(model, {"left.weight": whole, "right.weight": whole})
+            model.before.requires_grad_(True)
+
+        def look(module, args, output=None, seen=seen):
+            seen.append(args[0])
+            if output is None:
+                change(args[0])
+
+        model.left.register_forward_pre_hook(look)
+        model.left.register_forward_hook(look)
+        model(draw(4, 5)).square().sum().backward()
+        assert seen[0] is seen[1]
+        gradients.append([weight.grad.flatten() for weight in (model.before.weight, *weights)])
+    for plain, ours in zip(*gradients, strict=True):
+        assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_taps_hold_no_input_between_forwards(checkpointed):
+    model = tiny_model().train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    sparsify(model, select_masks(model, salience="random", density=0.2, progress=False))
+    model(**token_batch()).loss.backward()
+    taps = [tap for weight in sparse_weights(model) for tap in weight._hooks if isinstance(tap, Tap)]
+    assert len(taps) == 14 and all(tap.kept is None for tap in taps)
 
 
 class OwnCheckpointing(nn.Module):

@@ -341,6 +341,11 @@ def test_load_refuses_a_file_cut_short_at_any_place(masks, tmp_path):
             Masks.load(tmp_path / "cut")
 
 
+def test_load_of_a_folder_asks_for_its_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; pass the file"):
+        Masks.load(tmp_path)
+
+
 def test_load_of_no_file_is_the_usual_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         Masks.load(tmp_path / "nowhere")

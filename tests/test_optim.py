@@ -195,6 +195,31 @@ def test_schedulers_neither_warn_nor_have_no_effect(schedule, tensor_lr):
     assert len(rates) > 2
 
 
+def test_good_gradients_are_good_under_any_default_dtype(caplog):
+    model, values = single(torch.ones(4, 5))
+    optimizer = SparseAdamW([values], lr=1e-3)
+    torch.set_default_dtype(torch.float16)
+    try:
+        for size in (1e5, 1e-9):
+            values.grad = torch.full((20,), size, dtype=torch.float32)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.skipped_steps == 0 and int(optimizer.state[values]["step"]) == 2 and not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_ordinary_parameters_of_any_dtype_train_with_eight_bit_moments(dtype):
+    model, values = single(torch.ones(4, 5))
+    other = nn.Parameter(torch.ones(7, dtype=dtype))
+    optimizer = SparseAdamW([values, other], lr=1e-2, weight_decay=0.0, state_bits=8)
+    for parameter in (values, other):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert other.dtype == dtype and torch.allclose(other.float(), torch.tensor(0.99), atol=4e-3)
+    assert torch.allclose(values, torch.tensor(0.99), atol=1e-5)
+
+
 def test_step_does_not_ignore_its_closure():
     model, _, values, optimizer = attached()
     twin = copy.deepcopy(model)

@@ -720,6 +720,8 @@ def test_dry_run_of_presets_packages_and_unknown_names(tmp_path, monkeypatch):
         gsm8k.main(["--preset", "qwen2-7b", "--model", "no/such", "--dry-run"])
     with pytest.raises(ValueError, match="--targets c_attn is no linear weight"):
         gsm8k.main(["--preset", "qwen2-7b", "--targets", "c_attn", "--dry-run"])
+    with pytest.raises(ValueError, match="--budget 99,999,999,999 is above 6,525,288,448, the number of targeted"):
+        gsm8k.main(["--preset", "qwen2-7b", "--budget", "99999999999", "--dry-run"])
     try:
         config = models.configuration("smollm2", cache=tmp_path)
     except ValueError as error:

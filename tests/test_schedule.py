@@ -360,6 +360,7 @@ def test_calibration_leaves_training_as_it_was():
         (dict(threshold=1.5), ValueError, "threshold"),
         (dict(density=0.1), TypeError, "density"),
         (dict(budget=5), ValueError, "budget"),
+        (dict(salience="gradint"), ValueError, "salience='gradint' is not known; choose from"),
     ],
 )
 def test_wrong_arguments(options, error, match):
@@ -378,9 +379,16 @@ def test_wrong_optimizer_model_and_batches():
         MaskSchedule(model, SparseAdamW(values[:2]), CALIBRATION)
     with pytest.raises(ValueError, match="once"):
         MaskSchedule(model, SparseAdamW(values), iter(CALIBRATION))
-    bad = MaskSchedule(model, SparseAdamW(values), CALIBRATION, density=lambda step: 0.0)
-    with pytest.raises(ValueError, match=r"density\(0\)"):
-        bad.reselect()
+    # At construction, not after the first thousand steps.
+    with pytest.raises(ValueError, match="needs calibration batches"):
+        MaskSchedule(model, SparseAdamW(values), None)
+    with pytest.raises(TypeError, match="batches is a int"):
+        MaskSchedule(model, SparseAdamW(values), 5)
+    MaskSchedule(model, SparseAdamW(values), None, salience="magnitude")
+    for density in (0.0, "x"):
+        bad = MaskSchedule(model, SparseAdamW(values), CALIBRATION, density=lambda step, density=density: density)
+        with pytest.raises(ValueError, match=rf"density\(0\) is {density!r}; .* such as"):
+            bad.reselect()
 
 
 @given(st.integers(0, 2**16), st.integers(0, 40), st.integers(0, 40))

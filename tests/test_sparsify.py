@@ -41,7 +41,7 @@ def assert_in_step(model):
     weights = sparse_weights(model)
     assert weights
     for weight in weights:
-        entries = weight.weight.detach().flatten()[weight.mask.indices.long()]
+        entries = weight.base.tensor.flatten()[weight.mask.indices.long()]
         assert torch.equal(entries, weight.values.detach().to(entries.dtype)), weight.name
 
 
