@@ -1,16 +1,17 @@
 """A model with frozen codes and trained entries as an ordinary checkpoint, shard by shard.
 
 One tensor at a time is dequantised, its trained entries laid over, and moved to the host; one shard at a time is held.
-The files are written into a temporary folder beside the target and renamed, so that a checkpoint is whole or absent.
+The folder is written under a temporary name beside the target, so that a checkpoint is whole or absent.
 """
 
 import copy
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from speft_optim.files import tensor_files
-from speft_optim.frozen import QuantizedWeight, frozen_weight
+from speft_optim.files import tensor_files, whole_folder
+from speft_optim.frozen import DenseWeight, FrozenWeight, frozen_weight
 from speft_optim.kernels import gather_entries, scatter_entries_
 from speft_optim.masks import Mask
 from speft_optim.optim import linked
@@ -28,6 +29,11 @@ from speft_optim.targets import Target, all_targets, uncompiled
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # As safetensors calls the dtypes of weights. Its F8_E4M3 is none: with 8 bits go scales, which lie beside it.
 _FLOATING = ("F64", "F32", "F16", "BF16")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PROBES = 4096
+_WEIGHTS = "model*.safetensors*"
+# Of two weights, |a - b| / sqrt(|a|^2 + |b|^2): 1 for unrelated ones, about 0.07 for one and its 4-bit codes.
+_LARGEST_DISTANCE = 0.5
 
 
 def export_merged(
@@ -45,52 +51,51 @@ def export_merged(
         out: the new folder; it must not exist or be empty.
         base: None writes the dequantised weights, the very function that was trained. The folder of the original
             checkpoint instead lays the trained entries onto its weights: closer to the original model elsewhere, but
-            not the function that was trained. Its other files (config, tokenizer) are copied.
-        dtype: of the floating tensors.
+            not the function that was trained. Those of a dense weight are the entries that differ from the original,
+            whatever changed them. Its other files (config, tokenizer) are copied.
+        dtype: of the floating tensors: float64, float32, float16 or bfloat16.
         max_shard_size: largest file, in bytes or as "5GB"; about what the export holds in memory.
 
     Raises:
-        ValueError: `out` holds files, or `base` is no checkpoint of this model, or a quantised one.
+        ValueError: `out` holds files or cannot be made, `base` is no checkpoint of this model, or a quantised one, or
+            an option is out of its range.
+        TypeError: an option has the wrong type.
     """
-    model, out = uncompiled(model), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already and is not empty; export into a new folder.")
-    with _new_folder(out) as folder:
+    model, out, limit = uncompiled(model), Path(out), _bytes(max_shard_size)
+    _check_dtype(dtype)
+    with whole_folder(out) as folder:
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"{out} exists already and is not empty; export into a new folder.")
         if base is None:
-            _write_model(model, folder, dtype, max_shard_size)
+            _write_model(model, folder, dtype, limit)
         else:
-            _write_onto(model, Path(base), folder, dtype, max_shard_size)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(folder, out)
+            _write_onto(model, Path(base), folder, dtype, limit)
 
 
 def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-    """Write the merged checkpoint of a quantised model into a folder that may hold other files, as trainers do."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with _new_folder(out) as folder:
-        _write_model(model, folder, torch.bfloat16, max_shard_size)
-        for old in out.glob("model*.safetensors*"):
-            old.unlink()
+    """Write the merged checkpoint of a quantised model into a folder that may hold other files, as trainers do.
+
+    What it holds beside weights and configuration stays; see `whole_folder` for what a killed process leaves.
+    """
+    out, limit = Path(out), _bytes(max_shard_size)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and not any(out.glob(_WEIGHTS)):
+        _move_in(model, out, limit)
+        return
+    with whole_folder(out, keep=lambda name: not fnmatch(name, _WEIGHTS)) as folder:
+        _write_model(model, folder, torch.bfloat16, limit)
+
+
+def _move_in(model: nn.Module, out: Path, limit: int) -> None:
+    """Write into a folder that holds no weights, to which other processes of a trainer may be adding their files."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".tmp", dir=out.absolute().parent) as temporary:
+        _write_model(model, Path(temporary), torch.bfloat16, limit)
         # The index last: without it a reader finds no checkpoint rather than half of one.
-        for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith("index.json")):
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("index.json")):
             os.replace(file, out / file.name)
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"Cannot write {out}: the folder {out.absolute().parent} does not exist; create it first.")
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".tmp", dir=out.absolute().parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> None:
+def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """All weights as the model computes with them, and its configuration without the quantiser's."""
     _flush(model)
     tensors: dict[str, tuple[torch.Size, Callable[[], Tensor]]] = {}
@@ -102,7 +107,7 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, max_shard_s
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
                 tensors[f"{path}.{attribute}" if path else attribute] = (buffer.shape, lambda buffer=buffer: buffer)
-    _write_shards(tensors, folder, dtype, max_shard_size)
+    _write_shards(tensors, folder, dtype, limit)
     config = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
         if hasattr(config, "quantization_config"):
@@ -113,25 +118,20 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, max_shard_s
         generation.save_pretrained(folder)
 
 
-def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> None:
+def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """The tensors of the original checkpoint with the trained entries written into them, and its other files."""
     _flush(model)
     files = tensor_files(base)
     if not (base / "config.json").is_file():
         raise ValueError(f"{base} has no config.json; give the original checkpoint's folder.")
-    trained = dict(_trained_weights(model))
-    if missing := [name for name in trained if name not in files]:
-        raise ValueError(
-            f"{base} has no tensor {missing[0]}, which was trained; give the original checkpoint's folder."
-        )
-    tensors = {}
+    targets, tensors = _stored_targets(model, files, base), {}
     for name, file in files.items():
-        if name in trained:
-            _check_is_weight(name, file, trained[name][0])
+        if name in targets:
+            _check_is_weight(name, file, targets[name])
         with safe_open(file, "pt") as opened:
             shape = torch.Size(opened.get_slice(name).get_shape())
-        tensors[name] = (shape, lambda name=name, file=file: _merge(name, file, dtype, trained.get(name)))
-    _write_shards(tensors, folder, dtype, max_shard_size)
+        tensors[name] = (shape, lambda name=name, file=file: _merge(name, file, dtype, targets.get(name)))
+    _write_shards(tensors, folder, dtype, limit)
     for file in base.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith("index.json")
         if file.is_file() and not weights and not file.name.startswith("."):
@@ -141,26 +141,45 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _merge(name: str, file: Path, dtype: torch.dtype, trained: tuple[Target, Mask | None] | None) -> Tensor:
-    tensor = _read_tensor(file, name)
-    if tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    if trained is not None:
-        target, trained_mask = trained
-        mask, values = frozen_weight(*target.sites[0]).entries(trained_mask)
-        scatter_entries_(as_stored(target.sites[0][0], tensor), mask.indices.cpu(), values.cpu())
+def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> dict[str, Target]:
+    """The model's weights by their names in a checkpoint; one that is shared may be stored under several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    targets = {}
+    for first, target in all_targets(model).items():
+        # Offloaded weights, which are on the meta device, cannot have been trained.
+        if linked(target.parameter) is None and not target.parameter.is_meta:
+            stored = [name for name in names[id(target.parameter)] if name in files]
+            if not stored:
+                raise _has_no_tensor(base, first)
+            targets.update(dict.fromkeys(stored, target))
+    return targets
+
+
+def _has_no_tensor(base: str | Path, name: str) -> ValueError:
+    return ValueError(
+        f"{base} has no tensor {name}. Either it is another model's checkpoint: give the original's folder. Or the "
+        "weight is new (an added head), or this architecture's files store it under other names than the model in "
+        "memory has (as Mixtral's experts), so that entries cannot be found in them: leave base= or original= out."
+    )
+
+
+def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> Tensor:
+    """A tensor of the original checkpoint, in `dtype` where it floats, with the model's trained entries."""
+    stored = _read_tensor(file, name)
+    tensor = stored.to(dtype) if stored.is_floating_point() else stored
+    if target is None:
+        return tensor
+    weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
+    _check_same_model(name, as_stored(module, stored), weight, file.parent)
+    if isinstance(weight, DenseWeight):
+        # Entries that nothing trained are the original's, in the model's dtype.
+        own = weight.tensor.cpu()
+        return torch.where(stored.to(own.dtype) == own, tensor, own.to(dtype))
+    mask, values = weight.entries()
+    scatter_entries_(as_stored(module, tensor), mask.indices.cpu(), values.cpu())
     return tensor
-
-
-def _trained_weights(model: nn.Module) -> Iterator[tuple[str, tuple[Target, Mask | None]]]:
-    """Name, target and mask (None where overlays tell) of every weight with trained entries."""
-    masks = {weight.name: weight.mask for parameter in model.parameters() if (weight := linked(parameter)) is not None}
-    for name, target in all_targets(model).items():
-        weight = frozen_weight(*target.sites[0])
-        if isinstance(weight, QuantizedWeight) and weight.overlays:
-            yield name, (target, None)
-        elif name in masks:
-            yield name, (target, masks[name])
 
 
 def original_entries(base: str | Path, masks: Mapping[str, Mask], targets: Mapping[str, Target]) -> dict[str, Tensor]:
@@ -172,14 +191,16 @@ def original_entries(base: str | Path, masks: Mapping[str, Mask], targets: Mappi
         targets: the weights of these names.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or is a quantiser's codes.
+        ValueError: a tensor is missing, has another shape, is a quantiser's codes, or belongs to another model.
     """
     files, entries = tensor_files(base), {}
     for name, mask in masks.items():
         if name not in files:
-            raise ValueError(f"{base} has no tensor {name}; give the original checkpoint's folder.")
+            raise _has_no_tensor(base, name)
         _check_is_weight(name, files[name], targets[name])
-        tensor = as_stored(targets[name].sites[0][0], _read_tensor(files[name], name))
+        module, attribute = targets[name].sites[0]
+        tensor = as_stored(module, _read_tensor(files[name], name))
+        _check_same_model(name, tensor, frozen_weight(module, attribute), Path(base))
         entries[name] = gather_entries(tensor, mask.indices.cpu()).float()
     return entries
 
@@ -213,6 +234,30 @@ def _check_is_weight(name: str, file: Path, target: Target) -> None:
         raise ValueError(f"{name} has shape {tuple(shape)} in {file.parent}, {tuple(target.shape)} in the model.")
 
 
+def _check_same_model(name: str, tensor: Tensor, weight: FrozenWeight, base: Path) -> None:
+    """Refuse a matrix of a checkpoint that the model's own, trained entries of codes aside, clearly does not stem from.
+
+    Raises:
+        ValueError: a sample of its entries is about as far from the model's as that of an unrelated matrix.
+    """
+    # Norms are alike in all models, and biases may start from zero.
+    if tensor.dim() < 2:
+        return
+    places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // _PROBES) | 1)
+    here, there = weight.gather_base(places.to(weight.device)).cpu(), gather_entries(tensor, places)
+    # Untrained entries of a dense weight are the original's to the bit; where most are, the rest is training.
+    if (there.to(here.dtype) == here).float().mean() > 0.5:
+        return
+    here, there = here.float(), there.float()
+    distance = (here - there).norm() / torch.hypot(here.norm(), there.norm())
+    if distance > _LARGEST_DISTANCE:
+        raise ValueError(
+            f"{name} in {base} is at a relative distance of {distance:.2f} from the model's, beyond "
+            f"{_LARGEST_DISTANCE} (unrelated weights are at 1), so that it belongs to another model; give the folder "
+            "of the checkpoint that this model was loaded from, or none."
+        )
+
+
 def _read_tensor(file: Path, name: str) -> Tensor:
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(name)
@@ -224,9 +269,9 @@ def _flush(model: nn.Module) -> None:
             weight.synchronize()
 
 
-def _write_shards(tensors: dict, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> None:
-    """Write named tensors, made one at a time, into files of at most the given size, and an index of more than one."""
-    limit, shards, sizes = _bytes(max_shard_size), [[]], [0]
+def _write_shards(tensors: dict, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """Write named tensors, made one at a time, into files of at most `limit` bytes, and an index of more than one."""
+    shards, sizes = [[]], [0]
     for name, (shape, _) in tensors.items():
         size = shape.numel() * dtype.itemsize
         if shards[-1] and sizes[-1] + size > limit:
@@ -249,12 +294,27 @@ def _on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, a {type(dtype).__name__}; pass a torch.dtype such as torch.bfloat16.")
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"dtype is {dtype}; a checkpoint without codes and scales is of {', '.join(map(str, _DTYPES))}."
+        )
+
+
 def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    text = size.strip().upper()
-    unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), None)
-    try:
-        return int(float(text.removesuffix(unit or "")) * _UNITS[unit])
-    except (KeyError, ValueError):
-        raise ValueError(f"max_shard_size={size!r} is no size; pass bytes, or such as '5GB'.") from None
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"max_shard_size is {size!r}, a {type(size).__name__}; pass whole bytes, or such as '5GB'.")
+    if isinstance(size, str):
+        text = size.strip().upper()
+        unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), None)
+        try:
+            number = float(text.removesuffix(unit or "")) * _UNITS[unit]
+        except (KeyError, ValueError):
+            raise ValueError(f"max_shard_size={size!r} is no size; pass bytes, or such as '5GB'.") from None
+    else:
+        number = size
+    if not 1 <= number < math.inf:
+        raise ValueError(f"max_shard_size={size!r} is not at least one byte and finite; pass bytes, or such as '5GB'.")
+    return int(number)

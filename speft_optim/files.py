@@ -1,7 +1,10 @@
-"""Files that appear whole or not at all: written under a temporary name beside the target, then renamed over it."""
+"""Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed."""
 
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +30,84 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(out: str | Path, keep: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """A temporary folder that takes the place of `out` when the block ends; where it fails, `out` stays as it was.
+
+    A folder cannot be renamed over one that holds files, so the old one is first renamed to `.NAME.before` beside it,
+    and deleted last. A process killed just between these two renames leaves it there, whole; the next call for the
+    same `out` renames it back before anything else.
+
+    Args:
+        out: the folder; its parent must exist.
+        keep: says by name which files and folders of the old folder the new one gets too, where it has none so called.
+
+    Raises:
+        ValueError: `out` cannot be made or replaced.
+    """
+    # Of a link, what it leads to is replaced.
+    out = Path(out).resolve()
+    _check_replaceable(out)
+    before = out.with_name(f".{out.name}.before")
+    if before.is_dir() and not out.exists():
+        os.replace(before, out)
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".tmp", dir=out.parent))
+    try:
+        new.chmod(out.stat().st_mode & 0o7777 if out.exists() else 0o755)
+        yield new
+        if out.exists():
+            _carry_over(out, new, keep)
+        _replace_folder(out, new, before)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_replaceable(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise ValueError(f"Cannot write {out}: the folder {out.parent} does not exist; create it first.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"Cannot write {out}: it is a file; name a folder.")
+    working = Path.cwd()
+    if out == working or out in working.parents:
+        raise ValueError(f"Cannot write {out}: the process works in it ({working}); name a folder inside it.")
+    if out.is_mount():
+        raise ValueError(f"Cannot write {out}: a mounted folder cannot be replaced; name a folder inside it.")
+
+
+def _carry_over(old: Path, new: Path, keep: Callable[[str], bool]) -> None:
+    for entry in old.iterdir():
+        if not keep(entry.name) or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """The same file under another name: takes no room, and a log that is open for writing goes on; else a copy."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _replace_folder(out: Path, new: Path, before: Path) -> None:
+    if not out.exists():
+        os.replace(new, out)
+        return
+    # Of a process that was killed while it deleted it.
+    shutil.rmtree(before, ignore_errors=True)
+    try:
+        os.replace(out, before)
+        os.replace(new, out)
+    except BaseException:
+        if not out.exists():
+            os.replace(before, out)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:

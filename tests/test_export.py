@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +13,19 @@ from conftest import tiny_model, token_batch
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original
 from safetensors import safe_open
 
-from speft_optim import SparseAdamW, desparsify, export_merged, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim import (
+    MaskSchedule,
+    SparseAdamW,
+    desparsify,
+    export_merged,
+    load_adapter,
+    save_adapter,
+    select_masks,
+    sparsify,
+)
 from speft_optim import export as module_export
 from speft_optim.compact import sparse_weights
+from speft_optim.files import whole_folder
 from speft_optim.frozen import frozen_weight, quantized_linears
 
 
@@ -141,6 +153,82 @@ def test_onto_the_original_checkpoint(trained, original, tmp_path):
             expected[masks[name].mask.indices.long()] = masks[name].values.detach().to(torch.bfloat16)
         assert torch.equal(tensor.view(-1), expected), name
     reload(tmp_path / "out")
+
+
+def scheduled(model, original, tmp_path):
+    """Most of what was trained has left the mask."""
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    MaskSchedule(model, optimizer, [token_batch(9)], interval=2, salience="random", progress=False)
+    for seed in range(6):
+        model(**token_batch(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(weight.former is not None and len(weight.former) for weight in sparse_weights(model))
+
+
+def adapted(model, original, tmp_path):
+    save_adapter(train(reload(original, model.dtype)), tmp_path / "a.safetensors")
+    load_adapter(model, tmp_path / "a.safetensors")
+
+
+def desparsified(model, original, tmp_path):
+    desparsify(train(model))
+
+
+def trained_beside(model, original, tmp_path):
+    train(model)
+    with torch.no_grad():
+        model.model.norm.weight.requires_grad_(True).mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [scheduled, adapted, desparsified, trained_beside])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_dense_model_onto_its_original_keeps_all_that_was_trained(change, dtype, original, tmp_path):
+    model = reload(original, dtype)
+    change(model, original, tmp_path)
+    export_merged(model, tmp_path / "out", base=original, dtype=dtype)
+    files, state, before = tensors(tmp_path / "out"), model.state_dict(), tensors(original)
+    assert files.keys() == before.keys()
+    assert all(torch.equal(files[name], state[name]) for name in files)
+    assert any(not torch.equal(files[name], before[name].to(dtype)) for name in files)
+
+
+def test_untrained_entries_are_the_original_ones_whatever_the_dtype_of_the_model(original, tmp_path):
+    """A bf16 model on an fp32 checkpoint: what it rounded away is back, but for trained entries."""
+    exact = reload(original)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.mul_(1.001)
+    exact.save_pretrained(tmp_path / "exact")
+    model = train(reload(tmp_path / "exact", torch.bfloat16))
+    export_merged(model, tmp_path / "out", base=tmp_path / "exact", dtype=torch.float32)
+    files, before = tensors(tmp_path / "out"), tensors(tmp_path / "exact")
+    masks = {weight.name: weight.mask for weight in sparse_weights(model)}
+    for name, tensor in files.items():
+        expected = before[name].clone().view(-1)
+        if name in masks:
+            inside = masks[name].indices.long()
+            own = model.state_dict()[name].view(-1)[inside]
+            expected[inside] = torch.where(expected[inside].to(own.dtype) == own, expected[inside], own.float())
+        assert torch.equal(tensor.view(-1), expected), name
+
+
+def test_tied_weights_that_are_stored_twice_stay_equal(tmp_path):
+    from safetensors.torch import save_file
+
+    save_original(tmp_path / "qwen2", "qwen2")
+    state = tensors(tmp_path / "qwen2")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "qwen2" / "model.safetensors", {"format": "pt"})
+    model = reload(tmp_path / "qwen2", torch.bfloat16)
+    sparsify(model, select_masks(model, salience="random", density=0.05, targets=["embed_tokens"], progress=False))
+    with torch.no_grad():
+        sparse_weights(model)[0].values += 1
+    export_merged(model, tmp_path / "out", base=tmp_path / "qwen2")
+    files = tensors(tmp_path / "out")
+    assert torch.equal(files["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(files["lm_head.weight"], files["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("from_base", [False, True])
@@ -348,6 +436,181 @@ def test_a_failed_export_leaves_nothing(trained, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export_merged(trained, tmp_path / "out", max_shard_size="60KB")
     assert not list(tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    """Nothing catches it and cleans up, as if the process were gone."""
+
+
+@pytest.mark.parametrize("step", ["writing", "aside", "into place", "deleting"])
+def test_a_killed_save_leaves_one_whole_checkpoint(step, trained, tmp_path, monkeypatch):
+    model, out = copy.deepcopy(trained), tmp_path / "out"
+    model.save_pretrained(out, max_shard_size="60KB")
+    (out / "tokenizer.json").write_text("{}")
+    (out / "runs").mkdir()
+    (out / "runs" / "log").write_text("a line")
+    old = tensors(out)
+    with torch.no_grad():
+        for weight in sparse_weights(model):
+            weight.values += 1
+    with monkeypatch.context() as patch:
+        kill_at(step, patch)
+        with pytest.raises(Killed):
+            model.save_pretrained(out)
+    aside = tmp_path / ".out.before"
+    assert out.exists() == (step != "into place")
+    found = tensors(aside if step == "into place" else out)
+    if step != "deleting":
+        assert all(torch.equal(found[name], old[name]) for name in old)
+        reload(aside if step == "into place" else out)
+    with monkeypatch.context() as patch:
+        patch.setattr(module_export, "_write_model", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            model.save_pretrained(out)
+    reload(out)  # put back where it was by the mere attempt
+    model.save_pretrained(out)
+    assert not aside.exists() and (out / "tokenizer.json").exists() and (out / "runs" / "log").read_text() == "a line"
+    export_merged(model, tmp_path / "merged")
+    one, other = tensors(out), tensors(tmp_path / "merged")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    reload(out)
+
+
+def kill_at(step, patch):
+    """Die at a step of replacing a folder: nothing after it happens, clean-up of the process neither."""
+    replaced, replace = [], os.replace
+
+    def killed(*args, **kwargs):
+        patch.setattr(os, "replace", gone)
+        patch.setattr(shutil, "rmtree", gone)
+        raise Killed
+
+    def gone(*args, **kwargs):
+        raise Killed
+
+    def counting(source, target):
+        replaced.append(source)
+        if len(replaced) == {"aside": 1, "into place": 2}.get(step):
+            killed()
+        replace(source, target)
+        if step == "deleting" and len(replaced) == 2:
+            patch.setattr(shutil, "rmtree", killed)
+
+    patch.setattr(os, "replace", counting)
+    if step == "writing":
+        patch.setattr(module_export, "save_file", killed)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_renamed_stays(failing, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    calls, replace = [], os.replace
+
+    def fail(source, target):
+        calls.append(source)
+        if len(calls) == failing:
+            raise PermissionError("busy")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(PermissionError, match="busy"), whole_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old").read_text() == "old"
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "new").exists()
+
+
+def test_a_folder_without_weights_stays_the_one_that_others_write_to(trained, tmp_path, monkeypatch):
+    """As other processes of a trainer do meanwhile; also the folder one works in."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rng_state_1.pth").write_text("mine")
+    monkeypatch.chdir(tmp_path / "out")
+    number = (tmp_path / "out").stat().st_ino
+    model = copy.deepcopy(trained)
+    model.save_pretrained(".")
+    assert (tmp_path / "out").stat().st_ino == number
+    assert (tmp_path / "out" / "rng_state_1.pth").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    written = reload(".", torch.bfloat16)
+    for name, module in quantized_linears(model):
+        assert torch.equal(written.get_submodule(name).weight, frozen_weight(module).dense(torch.bfloat16))
+
+
+def test_folders_that_cannot_be_replaced(trained, tmp_path, monkeypatch):
+    (tmp_path / "here" / "within").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path / "here" / "within")
+    for out in (".", "..", tmp_path / "here"):
+        with pytest.raises(ValueError, match="name a folder inside it"):
+            export_merged(trained, out)
+    with pytest.raises(ValueError, match="it is a file"):
+        export_merged(trained, tmp_path / "file")
+    with pytest.raises(ValueError, match="mounted"):
+        export_merged(trained, "/dev/shm")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "here", "within"]
+
+
+@pytest.mark.parametrize("size", [-5, 0, "0GB", "-5GB", "nanGB", "infGB", "5", "big", True, 1.5, None])
+def test_shard_sizes_that_are_none(size, trained, tmp_path):
+    error = ValueError if isinstance(size, str) or size in (-5, 0) and size is not False else TypeError
+    for save in (export_merged, module_export.save_merged):
+        with pytest.raises(error, match=f"max_shard_size.*{size}.*5GB"):
+            save(trained, tmp_path / "out", max_shard_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtypes_that_are_none(trained, tmp_path):
+    for dtype in ("bfloat16", None):
+        with pytest.raises(TypeError, match=rf"dtype is {dtype!r}.*torch\.bfloat16"):
+            export_merged(trained, tmp_path / "out", dtype=dtype)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=rf"dtype is {dtype}.*torch\.bfloat16"):
+            export_merged(trained, tmp_path / "out", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "dense"])
+def test_a_checkpoint_of_another_model_is_refused(kind, original, tmp_path):
+    """Of the same shapes, so that only the weights tell."""
+    other = save_original(tmp_path / "other", seed=9, initializer_range=0.3)
+    model = reload(original) if kind == "dense" else load_quantized(original, kind)
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    refusal = r"weight in \S+other is at a relative distance of [01]\.\d+ .*another model"
+    with pytest.raises(ValueError, match=refusal):
+        sparsify(model, masks, original=other)
+    assert not sparse_weights(model)
+    sparsify(model, masks, original=original)
+    with pytest.raises(ValueError, match=refusal):
+        export_merged(model, tmp_path / "out", base=other)
+    assert not (tmp_path / "out").exists()
+    with torch.no_grad():
+        for weight in sparse_weights(model):
+            weight.values += 100  # however far training went
+    export_merged(model, tmp_path / "out", base=original)
+
+
+def test_an_architecture_whose_files_have_other_names_is_named_as_the_limit(tmp_path):
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "original")
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    limit = r"has no tensor \S+\. .*other names.*leave base= or original= out"
+    with pytest.raises(ValueError, match=limit):
+        sparsify(model, masks, original=tmp_path / "original")
+    sparsify(model, masks)
+    with pytest.raises(ValueError, match=limit):
+        export_merged(model, tmp_path / "out", base=tmp_path / "original")
+    export_merged(model, tmp_path / "out")
 
 
 def test_clear_errors(trained, original, tmp_path):
