@@ -76,11 +76,15 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         _put(model, {key: (mask, adapter.values[key]) for key, mask in adapter.masks.items()})
         return adapter.masks
     before = model.__dict__.get(_LOADED) or Loaded({}, {}, {}, "")
+    targets = all_targets(model)
+    weights = {key: (mask, frozen_weight(*targets[key].sites[0])) for key, (mask, _) in before.base.items()}
+    # Not what the adapters' files hold: they may have been trained on.
+    held = {key: (mask, weight.gather(mask.indices.to(weight.device))) for key, (mask, weight) in weights.items()}
     _restore_base(model, before)
     try:
         _check_base(model, adapter, path)
     except ValueError:
-        _use(model, before, before.shares)
+        _put(model, held)
         raise
     _remember(model, {**before.adapters, name: adapter})
     _use(model, model.__dict__[_LOADED], {name: 1.0})

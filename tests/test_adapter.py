@@ -219,7 +219,7 @@ def test_what_was_changed_last_is_in_the_file(path):
     base = tiny_model()
     load_adapter(base, path)
     assert equal_weights(base, model)
-    assert int((next(iter(sparse_weights(model))).weight == 5).sum()) == len(values[0])
+    assert int((next(iter(sparse_weights(model))).base.tensor == 5).sum()) == len(values[0])
 
 
 def test_one_mask_object_for_several_weights_is_saved(path):

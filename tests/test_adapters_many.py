@@ -173,6 +173,23 @@ def test_an_adapter_of_another_base_leaves_the_loaded_one(paths):
     assert same(weights_of(model), first)
 
 
+def test_a_refused_file_leaves_what_was_trained_on_from_an_adapter(paths):
+    train_adapter(paths[0], 0)
+    foreign = tiny_model(seed=9)
+    sparsify(foreign, select_masks(foreign, salience="random", density=0.05, progress=False))
+    save_adapter(foreign, paths[1])
+    model = tiny_model()
+    masks = load_adapter(model, paths[0])
+    optimizer = SparseAdamW(sparsify(model, masks), lr=3e-2)
+    model(**token_batch(7)).loss.backward()
+    optimizer.step()
+    desparsify(model)
+    trained = weights_of(model)
+    with pytest.raises(ValueError, match="base"):
+        load_adapter(model, paths[1], name="foreign")
+    assert same(weights_of(model), trained)
+
+
 def test_copies_switch_on_their_own(paths):
     first, _ = train_adapter(paths[0], 0)
     model = tiny_model()

@@ -231,8 +231,8 @@ def test_sixteen_bit_weights_follow_exact_values(dtype):
         assert_close(parameter.detach(), value)
         inside = torch.zeros(weight.mask.shape.numel(), dtype=torch.bool)
         inside[weight.mask.indices.long()] = True
-        assert torch.equal(weight.weight.flatten()[inside], parameter.to(dtype))
-        assert torch.equal(weight.weight.flatten()[~inside], start[weight.name].flatten()[~inside])
+        assert torch.equal(weight.base.tensor.flatten()[inside], parameter.to(dtype))
+        assert torch.equal(weight.base.tensor.flatten()[~inside], start[weight.name].flatten()[~inside])
 
 
 def test_fp16_weights_under_a_loss_scaler():
