@@ -120,6 +120,32 @@ def test_loss_scaling_skips_a_step_that_overflows():
     assert int(optimizer.state[values[0]]["step"]) == 5
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("source, goal", [("cpu", CUDA), (CUDA, "cpu")])
+def test_a_state_loads_on_another_device(bits, source, goal, tmp_path):
+    """Optimizer and masks saved where they were; moments and values are then beside the weights, equal to the bit."""
+    runs = []
+    for place in (source, goal):
+        model = tiny_model().to(place)
+        masks = select_masks(model, salience="random", density=0.1, progress=False)
+        optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2, state_bits=bits)
+        if place == source:
+            model(**{key: value.to(place) for key, value in token_batch().items()}).loss.backward()
+            optimizer.step()
+            torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        else:
+            optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+            model(**{key: value.to(place) for key, value in token_batch(1).items()}).loss.backward()
+        runs.append((model, optimizer))
+    for one, other in zip(*(sparse_weights(model) for model, _ in runs), strict=True):
+        saved, loaded = (optimizer.state[w.values] for w, (_, optimizer) in zip((one, other), runs, strict=True))
+        assert torch.equal(one.values.cpu(), other.values.cpu()) and other.values.device.type == goal
+        for key, moment in saved.items():
+            assert torch.equal(moment.cpu(), loaded[key].cpu())
+            assert loaded[key].device.type == ("cpu" if key == "step" else goal)
+    runs[1][1].step()
+
+
 class Wide(nn.Module):
     """A stack of square layers."""
 

@@ -3,9 +3,11 @@
 import copy
 import io
 import pickle
+import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,20 +263,47 @@ def test_trainer_logs_no_grad_norm_of_zero(tmp_path):
     reference.assert_agrees(model, optimizer, values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trainer_resumes_bit_equal(tmp_path, dtype):
+def run_trainer(folder, dtype=torch.float32, resume=None):
+    """Four steps of two batches, saved after the second and the fourth; all that comes of them."""
     from transformers import Trainer
 
-    results = []
-    for resume in (None, tmp_path / "checkpoint-2"):
-        model, _, values, optimizer, _ = attach(dtype=dtype)
-        arguments = trainer_arguments(
-            tmp_path, max_steps=4, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2
-        )
-        trainer = Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, halving(optimizer)))
-        trainer.train(resume_from_checkpoint=resume and str(resume))
-        results.append({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
-    assert equal_states(*results)
+    model, _, values, optimizer, _ = attach(dtype=dtype)
+    arguments = trainer_arguments(
+        folder, max_steps=4, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2
+    )
+    trainer = Trainer(model, arguments, train_dataset=Samples(), optimizers=(optimizer, halving(optimizer)))
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainer_resumes_bit_equal(tmp_path, dtype):
+    assert equal_states(run_trainer(tmp_path, dtype), run_trainer(tmp_path, dtype, tmp_path / "checkpoint-2"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths}
+import torch
+from test_scripts import run_trainer
+save = torch.save
+def save_or_die(state, file, *args, **kwargs):
+    if {file!r} in str(file):
+        open(file, "wb").write(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(state, file, *args, **kwargs)
+torch.save = save_or_die
+run_trainer("killed")
+"""
+
+
+@pytest.mark.parametrize("file", ["checkpoint-4/optimizer.pt", "checkpoint-4/scheduler.pt"])
+def test_a_trainer_killed_while_it_saves_resumes_from_the_last_complete_checkpoint(tmp_path, file):
+    whole = run_trainer(tmp_path / "whole")
+    script = KILLED.format(paths=[str(Path(__file__).parent), *sys.path], file=file)
+    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path).returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / file).read_bytes() == b"half of it"
+    assert equal_states(whole, run_trainer(tmp_path / "killed", resume=tmp_path / "killed" / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
