@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from speft_optim.compact import sparse_weights
-from speft_optim.files import write_atomically, write_safetensors
+from speft_optim.files import checked_path, write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
 from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
 from speft_optim.targets import Target, all_targets, uncompiled
@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
             folder of a file's `path` does not exist.
         TypeError: `details` is no mapping, or holds something else than strings and numbers.
     """
-    model = named_root(model)
+    model, path = named_root(model), checked_path(path)
     weights = sparse_weights(model)
     if not weights:
         raise ValueError(f"{type(model).__name__} is not sparsified; call sparsify(model, masks) before save_adapter.")
@@ -85,7 +85,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         "base": json.dumps(base),
         "about": json.dumps(about),
     }
-    path = Path(path)
     if path.suffix == ".safetensors":
         write_safetensors(tensors, path, metadata)
     else:
@@ -171,7 +170,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or no such file.
     """
-    path = Path(path) / _FILE if Path(path).is_dir() else Path(path)
+    path = checked_path(path)
+    path = path / _FILE if path.is_dir() else path
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -187,7 +187,9 @@ def read_adapter(path: str | Path) -> AdapterFile:
             _check_values(name, values[name], len(masks[name]))
         base = {key: str(base.get(key, "")) for key in _BASE}
     except UNREADABLE as error:
-        raise ValueError(f"{path} is no readable file of save_adapter: {type(error).__name__}: {error}.") from error
+        raise ValueError(
+            f"{path} is no readable file of save_adapter: {type(error).__name__}: {error}; pass another or save anew."
+        ) from error
     return AdapterFile(masks, values, base)
 
 

@@ -13,13 +13,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def checked_path(path: object) -> Path:
+    """What a caller passed as a path.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{path!r} is a {type(path).__name__}; pass a path as a string or a pathlib.Path.")
+    return Path(path)
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path in the target's folder, flush it to disk, and rename it to `path`.
 
     Raises:
         ValueError: the folder of `path` does not exist.
     """
-    path = Path(path)
+    path = checked_path(path)
     if not path.parent.is_dir():
         raise ValueError(f"Cannot write {path}: the folder {path.parent} does not exist; create it first.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,7 +59,7 @@ def whole_folder(out: str | Path, keep: Callable[[str], bool] = lambda name: Fal
         ValueError: `out` cannot be made or replaced.
     """
     # Of a link, what it leads to is replaced.
-    out = Path(out).resolve()
+    out = checked_path(out).resolve()
     _check_replaceable(out)
     before = out.with_name(f".{out.name}.before")
     if before.is_dir() and not out.exists():

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speft_optim.files import write_safetensors
+from speft_optim.files import checked_path, write_safetensors
 
 _FORMAT = "speft_optim.masks/2"
 _INT32_LIMIT = 2**31 - 1
@@ -65,7 +65,8 @@ class Mask:
             if low < 0 or high >= count:
                 bad = low if low < 0 else high
                 raise ValueError(
-                    f"Mask position {bad} lies outside 0..{count - 1} of a weight of shape {tuple(self.shape)}."
+                    f"Mask position {bad} lies outside 0..{count - 1} of a weight of shape {tuple(self.shape)}; "
+                    "pass flat, row-major positions."
                 )
         # Only now: a position beyond the int32 range would come out of the cast as one that looks valid.
         indices = indices.to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
@@ -279,7 +280,8 @@ class Masks(dict[str, Mask]):
         Raises:
             ValueError: the file is not such a file, is damaged, or holds positions outside a weight.
         """
-        if Path(path).is_dir():
+        path = checked_path(path)
+        if path.is_dir():
             raise ValueError(f"{path} is a folder; pass the file in it that Masks.save wrote.")
         try:
             with safe_open(str(path), "pt", device=str(device)) as file:
@@ -290,7 +292,9 @@ class Masks(dict[str, Mask]):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return cls({name: Mask.unpack(parts_of(name, tensors), shape) for name, shape in shapes.items()})
         except UNREADABLE as error:
-            raise ValueError(f"{path} is no readable file of Masks.save: {type(error).__name__}: {error}.") from error
+            raise ValueError(
+                f"{path} is no readable file of Masks.save: {type(error).__name__}: {error}; pass another or save anew."
+            ) from error
 
     def summary(self) -> str:
         """A table of density per layer and projection, in percent, with totals; for people."""
@@ -394,9 +398,9 @@ def _checked_shape(shape: Sequence[int]) -> torch.Size:
     try:
         size = torch.Size(shape)
     except (TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{shape!r} is not a shape of a weight.") from error
+        raise ValueError(f"{shape!r} is not a shape of a weight; pass its sizes, such as (4, 8).") from error
     if any(extent < 0 for extent in size) or math.prod(size) > _INT64_LIMIT:
-        raise ValueError(f"{shape!r} is not a shape of a weight.")
+        raise ValueError(f"{shape!r} is not a shape of a weight; pass its sizes, such as (4, 8).")
     return size
 
 

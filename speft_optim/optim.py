@@ -160,6 +160,8 @@ class SparseAdamW(Optimizer):
             raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
         self._on_nonfinite = on_nonfinite
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params is a {type(params).__name__}; pass sparsify(model, masks), or parameter groups.")
         super().__init__(params, {**defaults, "state_bits": state_bits})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -244,7 +246,10 @@ class SparseAdamW(Optimizer):
         for one in prepared:
             if one.update is None:
                 exp_avg, exp_avg_sq = unpack_moments(one.state)
-                step, gradient = int(one.state["step"]), one.parameter.grad.to(exp_avg.dtype)
+                step, gradient = int(one.state["step"]), one.parameter.grad
+                if one.state["exp_avg"] is not exp_avg:
+                    # Decoded moments are fp32, whatever the parameter is.
+                    gradient = gradient.float()
                 adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, **options)
                 store_moments_(one.state, exp_avg, exp_avg_sq)
             if one.weight is not None:
@@ -337,7 +342,9 @@ class SparseAdamW(Optimizer):
         try:
             pairs, groups, skipped_steps = self._checked_state(state_dict)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"The saved optimizer state is damaged: {type(error).__name__}: {error}.") from error
+            raise ValueError(
+                f"The saved optimizer state is damaged: {type(error).__name__}: {error}; load another."
+            ) from error
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.skipped_steps, self._stepped = skipped_steps, False
         for parameter, saved in pairs:
@@ -347,7 +354,9 @@ class SparseAdamW(Optimizer):
 
     def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list, int]:
         """Pairs of parameters with their saved state, the saved groups, and the number of skipped steps."""
-        groups, skipped_steps = state_dict["param_groups"], int(state_dict.get("skipped_steps", 0))
+        groups, skipped_steps = state_dict["param_groups"], state_dict.get("skipped_steps", 0)
+        if not isinstance(skipped_steps, int):
+            raise TypeError(f"skipped_steps is {skipped_steps!r}, no whole number")
         sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
         if sizes != saved_sizes:
             raise ValueError(
@@ -472,7 +481,9 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> No
         parameter = saved["values"]
     for key in ("values", "exp_avg", "exp_avg_sq"):
         if key in saved and saved[key].shape != parameter.shape:
-            raise ValueError(f"{name} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}.")
+            raise ValueError(
+                f"{name} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; use its masks."
+            )
     step = saved.get("step")
     counted = step is None if "exp_avg" not in saved else isinstance(step, Tensor) and step.numel() == 1
     if not counted or not moments_fit(saved, parameter):
@@ -492,7 +503,7 @@ def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> No
         if "former" in saved and saved["former_values"].shape != (len(Mask(saved["former"], saved["shape"])),):
             raise ValueError("the entries that left the mask and their values differ in number")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"The saved mask of {name} is damaged: {error}") from error
+        raise ValueError(f"The saved mask of {name} is damaged; load another state: {error}") from error
     if any_mask:
         fits = saved_mask.shape == weight.mask.shape and len(saved_mask) == len(parameter)
     else:

@@ -24,6 +24,8 @@ from speft_optim.optim import SparseAdamW
 from speft_optim.salience import MEASURES
 from speft_optim.selection import check_choice, select_masks
 
+_OPTIONS = {"loss", "memory_budget", "seed", "progress"}
+
 
 class MaskSchedule:
     """Choose the masks of a sparsified model again after every `interval` steps of its optimizer.
@@ -180,8 +182,11 @@ class MaskSchedule:
             raise ValueError(f"threshold={self.threshold} is outside (0, 1]; 0.8 selects anew below 80 % overlap.")
         if self.density is not None and not callable(self.density):
             raise TypeError(f"density={self.density!r} is not callable; pass a function of the step, or None.")
-        if unknown := self.options.keys() - {"loss", "memory_budget", "seed", "progress"}:
-            raise ValueError(f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks.")
+        if unknown := self.options.keys() - _OPTIONS:
+            raise ValueError(
+                f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks; "
+                f"it takes {', '.join(sorted(_OPTIONS))}."
+            )
         if isinstance(self.batches, Iterator):
             raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")
         if MEASURES[self.salience].takes_batches:

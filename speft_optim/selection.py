@@ -254,9 +254,9 @@ def check_choice(
     Raises:
         ValueError: a name is not known, or two arguments exclude each other.
     """
-    if salience not in MEASURES:
+    if not isinstance(salience, str) or salience not in MEASURES:
         raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
-    if scope not in ("local", "global"):
+    if not isinstance(scope, str) or scope not in ("local", "global"):
         raise ValueError(f"scope={scope!r} is not known; choose 'local' or 'global'.")
     if offload is None and checkpoint is not None:
         raise ValueError("checkpoint is read only with offload; pass offload='cuda' too, or load the model.")
@@ -340,7 +340,9 @@ def _check_amount(density: float | None, budget: int | None, total: int) -> None
         if isinstance(budget, bool) or not isinstance(budget, int):
             raise TypeError(f"budget={budget!r} is a {type(budget).__name__}; pass a whole number of entries.")
         if not 1 <= budget <= total:
-            raise ValueError(f"budget={budget:,} is outside 1..{total:,}, the number of targeted entries.")
+            raise ValueError(
+                f"budget={budget:,} is outside 1..{total:,}, the number of targeted entries; choose one of these."
+            )
 
 
 def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, density: float | None) -> None:

@@ -143,7 +143,11 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
             first = next((n for n, target in targets.items() if target.parameter is shared), None)
             raise ValueError(
                 f"There is a mask for {name}, but {type(model).__name__} has no parameter of that name"
-                + (f": the weight is shared and goes by its first name, {first}." if first else ".")
+                + (
+                    f": the weight is shared and goes by its first name, {first}; use that."
+                    if first
+                    else "; select the masks on this model."
+                )
             )
         parameter, shape = targets[name].parameter, targets[name].shape
         if shape != mask.shape:

@@ -91,9 +91,9 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
         remedy = "the model has no nn.ModuleList of blocks with linear weights; name them with targets=[...]"
     elif callable(targets):
         found = {name: target for name, target in known.items() if targets(name, target.parameter)}
-        remedy = "the predicate was true for no parameter"
+        remedy = "the predicate was true for no parameter; let it be for some"
     else:
-        found, remedy = _by_suffix(model, known, targets), "the list of targets is empty"
+        found, remedy = _by_suffix(model, known, targets), "the list of targets is empty; name some"
     if not found:
         raise ValueError(f"No weight to select among the {len(known)} parameters of {type(model).__name__}: {remedy}.")
     for name, target in found.items():
