@@ -37,7 +37,7 @@ def check_batches(batches: Batches | None, passes: int) -> None:
     """
     if batches is None:
         raise ValueError("This salience measure needs calibration batches; pass batches=[...] or a DataLoader.")
-    if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping | torch.Tensor):
         raise TypeError(f"batches is a {type(batches).__name__}; pass a list of dicts or a DataLoader.")
     if isinstance(batches, Iterator) and passes > 1:
         raise ValueError(

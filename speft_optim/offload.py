@@ -147,7 +147,7 @@ def _device_of_tensors(device: str | torch.device) -> torch.device:
     """The device as tensors there name theirs: not "cuda" but "cuda:0"."""
     try:
         device = torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"offload={device!r} is no device to compute on ({reason}); pass one like 'cuda'.") from error
     if device.type == "meta":

@@ -137,6 +137,8 @@ def check_called(name: str, target: Target) -> None:
 def _by_suffix(model: nn.Module, known: dict[str, Target], suffixes: Iterable[str]) -> dict[str, Target]:
     if isinstance(suffixes, str):
         raise TypeError(f"targets={suffixes!r} is one string; pass a list, targets=[{suffixes!r}].")
+    if not isinstance(suffixes, Iterable):
+        raise TypeError(f"targets is a {type(suffixes).__name__}; pass a list of names, a predicate, or None.")
     suffixes = list(suffixes)
     for position, suffix in enumerate(suffixes):
         if not isinstance(suffix, str) or not suffix:

@@ -24,7 +24,8 @@ from speft_optim import (
 )
 from speft_optim.compact import sparse_weights
 
-FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+# The same examples in every run: what a longer search finds (take out `derandomize`) is fixed by whoever searched.
+FUZZ = settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 # What a caller may pass where something else belongs.
 anything = st.one_of(
