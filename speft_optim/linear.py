@@ -45,7 +45,6 @@ class _KeepInput(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         ctx.is_free = True
-        # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
         return x.detach()
 
     @staticmethod
@@ -79,7 +78,7 @@ class _TapOutput(torch.autograd.Function):
     def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Sink, transposed: bool) -> Tensor:
         ctx.sink, ctx.transposed, ctx.keeper = sink, transposed, take_keeper(x)
         ctx.save_for_backward(*(() if ctx.keeper else (x,)))
-        # An alias: see `_KeepInput`.
+        # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
         return output.detach()
 
     @staticmethod
