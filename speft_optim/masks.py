@@ -10,8 +10,9 @@ int32 row pointers would add 0.7 bytes to each entry.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,8 @@ _INT32_LIMIT = 2**31 - 1
 _INT64_LIMIT = 2**63 - 1
 _UINT16_COLUMNS = 2**16
 _GROUPS = (64, 32, 16, 8, 4, 2, 1)
+
+Made = TypeVar("Made")
 
 
 class Mask:
@@ -72,6 +75,7 @@ class Mask:
         indices = indices.to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
         self._length = indices.numel()
         self._packed = self._pack(indices)
+        self._derived = {}
         if "columns" in self._packed:
             self.row_group = _row_group(self._packed["group_starts"], self._packed["row_starts"])
 
@@ -121,6 +125,12 @@ class Mask:
         """
         return self._packed
 
+    def derived(self, make: Callable[["Mask"], Made]) -> Made:
+        """What `make` makes of this mask, made once and kept with it; not by its copies."""
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        return self._derived[make]
+
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":
         """The mask that `packed` took apart, checked as the constructor checks.
@@ -164,8 +174,8 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the positions take at rest."""
-        return sum(part.nbytes for part in self._packed.values())
+        """Bytes the positions take at rest, with what was derived from them."""
+        return sum(part.nbytes for part in (*self._packed.values(), *self._derived.values()) if part is not None)
 
     @property
     def device(self) -> torch.device:
@@ -179,6 +189,7 @@ class Mask:
         other = object.__new__(Mask)
         other.shape, other.row_group, other._length = self.shape, self.row_group, self._length
         other._packed = {key: part.to(device) for key, part in self._packed.items()}
+        other._derived = {}
         return other
 
     def fingerprint(self) -> str:
@@ -221,7 +232,7 @@ class Mask:
     def __getstate__(self) -> dict:
         """State for pickle, which cannot carry uint16 tensors: their bits go as int16."""
         parts = {key: _as(part, torch.uint16, torch.int16) for key, part in self._packed.items()}
-        return {**self.__dict__, "_packed": parts}
+        return {**self.__dict__, "_packed": parts, "_derived": {}}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

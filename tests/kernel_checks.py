@@ -9,17 +9,22 @@ from torch import nn
 from speft_optim import Mask, Masks, SparseAdamW, compact, kernels, optim, sparsify
 from speft_optim.kernels import (
     Update,
+    blocks,
     dequantize_4bit,
     dequantize_int8,
     fused_adamw,
     launches,
     lay_over_,
+    panels,
     reference,
     sampled_gradient,
 )
+from speft_optim.kernels.blocks import row_blocks
 from speft_optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter takes the bits of bf16 operands of a product for integers.
+MULTIPLIED = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 # (shape, share of entries): short and long rows, empty and full ones, more rows than entries.
 MATRICES = [((7, 40), 0.3), ((130, 33), 0.05), ((3, 700), 0.9), ((1, 300), 1.0), ((200, 5), 0.5)]
 
@@ -115,14 +120,78 @@ def test_4bit_codes_with_values_laid_over(shape, share, size, dtype, double, lai
 @pytest.mark.parametrize("shape, share", MATRICES)
 @pytest.mark.parametrize("panel_bytes", [1, 4 * 33 * 50, 2**27])
 def test_sampled_gradient_is_the_product_looked_up(shape, share, dtype, panel_bytes):
-    from speft_optim.kernels.panels import sampled_gradient as by_kernel
-
     mask = mask_of(shape, share)
     left, right = draw(19, shape[0], dtype=dtype), draw(19, shape[1], dtype=dtype, seed=1)
     expected = (left.double().T @ right.double()).view(-1)[mask.indices.long()]
-    for actual in (by_kernel(left, right, mask, panel_bytes), sampled_gradient(left, right, mask)):
+    for actual in (panels.sampled_gradient(left, right, mask, panel_bytes), sampled_gradient(left, right, mask)):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def concentrated_mask(rows, columns, share, seed=0):
+    """Entries drawn with weights that fall off steeply over rows and over columns, in no order; some rows empty."""
+    source = torch.Generator().manual_seed(seed)
+    falls = [(torch.rand(size, generator=source) ** 6)[torch.randperm(size, generator=source)] for size in (rows, columns)]
+    chances = (falls[0][:, None] * falls[1][None, :]).flatten()
+    positions = chances.multinomial(round(share * rows * columns), generator=source)
+    mask = Mask(positions.to(DEVICE), (rows, columns))
+    assert "columns" in mask.packed()
+    return mask
+
+
+CONCENTRATED = [(150, 200, 0.03), (65, 300, 0.05), (64, 128, 0.05), (3, 400, 0.06), (130, 30, 0.05)]
+
+
+@pytest.mark.parametrize("rows, columns, share", CONCENTRATED)
+def test_blocks_of_rows_need_the_columns_of_their_entries_and_no_others(rows, columns, share):
+    mask = concentrated_mask(rows, columns, share)
+    found = row_blocks(mask)
+    lines = [set() for _ in range(rows)]
+    for position in mask.indices.tolist():
+        lines[position // columns].add(position % columns)
+    order, starts, tiles = found.order.tolist(), found.starts.tolist(), found.tiles.tolist()
+    counts = [len(lines[row]) for row in order]
+    assert sorted(order) == [row for row in range(rows) if lines[row]] and counts == sorted(counts, reverse=True)
+    needed = [sorted(set().union(*(lines[row] for row in order[i : i + 64]))) for i in range(0, len(order), 64)]
+    assert found.columns.tolist() == sum(needed, []) and starts == [0, *torch.tensor([*map(len, needed)]).cumsum(0)]
+    assert tiles == [[block, first] for block, columns in enumerate(needed) for first in range(0, len(columns), 128)]
+    assert 2**found.halvings >= max(map(len, needed)) > 2**found.halvings // 2
+    assert found.share == 64 * len(found.columns) / (rows * columns)
+    assert found.nbytes == 4 * len(order) + 2 * len(found.columns) + 4 * len(starts) + 8 * len(tiles)
+
+
+@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("rows, columns, share", CONCENTRATED)
+def test_sampled_gradient_of_blocks_is_the_product_looked_up(rows, columns, share, dtype, tokens, monkeypatch):
+    """In runs of 64 tokens, the last not a whole one; the left operand as backward gives it, not always contiguous."""
+    monkeypatch.setattr(blocks, "_OPERAND_BYTES", 2 * (rows + columns) * 64)
+    mask = concentrated_mask(rows, columns, share)
+    left, right = draw(rows, tokens, dtype=dtype).t(), draw(tokens, columns, dtype=dtype, seed=1)
+    expected = (left.double().T @ right.double()).view(-1)[mask.indices.long()]
+    actual = blocks.sampled_gradient(left, right, mask, row_blocks(mask))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_product_is_formed_in_blocks_where_that_pays(monkeypatch):
+    """Not for uniform or dense masks, small matrices, few tokens or fp32; positions are looked at once."""
+    monkeypatch.setattr(blocks, "sampled_gradient", lambda *_: "blocks")
+    monkeypatch.setattr(panels, "sampled_gradient", lambda *_: "panels")
+
+    def formed_in_blocks(mask, tokens=512, dtype=torch.bfloat16):
+        left, right = (torch.empty(tokens, size, dtype=dtype, device=DEVICE) for size in mask.shape)
+        return sampled_gradient(left, right, mask) == "blocks"
+
+    corner = torch.cartesian_prod(torch.arange(400), torch.arange(20)) @ torch.tensor([4096, 1])
+    mask = Mask(corner.to(DEVICE), (2048, 4096))
+    at_rest = mask.nbytes
+    assert formed_in_blocks(mask) and mask.nbytes - at_rest == mask.derived(row_blocks).nbytes > 0
+    assert mask.to("cpu").nbytes == mask.nbytes or DEVICE == "cuda"
+    assert copy.deepcopy(mask).nbytes == at_rest
+    assert not formed_in_blocks(mask, tokens=500) and not formed_in_blocks(mask, dtype=torch.float32)
+    assert not formed_in_blocks(Mask(torch.arange(0, 2048 * 4096, 97).to(DEVICE), (2048, 4096)))
+    assert not formed_in_blocks(Mask((corner // 4096 * 256 + corner % 4096).to(DEVICE), (400, 256)))
 
 
 def test_rows_so_full_that_fewer_share_a_start():

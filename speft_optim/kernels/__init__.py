@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from speft_optim.kernels import reference
@@ -57,8 +58,12 @@ def sampled_gradient(left: Tensor, right: Tensor, positions: Positions) -> Tenso
     columns = positions.packed().get("columns")
     if columns is None or not launches(columns):
         return reference.sampled_gradient(left, right, positions.indices)
-    from speft_optim.kernels import panels
+    from speft_optim.kernels import blocks, panels
 
+    # While a compiler traces this the positions are not there to be looked at.
+    concentrated = None if torch.compiler.is_compiling() else positions.derived(blocks.row_blocks)
+    if blocks.pays(concentrated, left, right):
+        return blocks.sampled_gradient(left, right, positions, concentrated)
     return panels.sampled_gradient(left, right, positions)
 
 

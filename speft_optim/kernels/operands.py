@@ -1,11 +1,13 @@
 """What kernels take: tensors, in groups. No Triton here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 class Positions(Protocol):
@@ -23,6 +25,9 @@ class Positions(Protocol):
 
     def packed(self) -> Mapping[str, Tensor]:
         """`indices`, or `group_starts`, `row_starts` and `columns`."""
+
+    def derived(self, make: Callable[["Positions"], Made]) -> Made:
+        """What `make` makes of the positions, made once."""
 
 
 def row_starts_of(positions: Positions) -> tuple[Tensor, Tensor, Tensor, int]:
