@@ -33,8 +33,8 @@ _SIGNALS = {
     "squared_gradient": (signals.squared_gradient, 8),
     "squared_input": (signals.squared_input, 0),
     "flow": (flow, 4),
-    # Besides the accumulator, the part of H g from the first backward waits for the part from forward.
-    "hessian_gradient": (hessian_gradient, 8),
+    # And the part of H g from the first backward, in the weight's dtype, which waits for the part from forward.
+    "hessian_gradient": (hessian_gradient, 4),
 }
 
 
@@ -88,21 +88,26 @@ def stream_scores(
     # At most half of the budget for accumulators, and a quarter for a chunk's temporaries. Candidates that need more
     # than the rest take it from the accumulators, but for an eighth: ever more passes would not make them fewer.
     room = max(min(memory_budget // 2, memory_budget * 3 // 4 - candidates), memory_budget // 8)
-    groups = cut_into_groups(targets.values(), room, entry_bytes)
     chunk = max(1, min(2**22, memory_budget // 128))
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
+        gradient_groups = []
+        if second_order:
+            store = stack.enter_context(GradientStore(targets, room // 2))
+            room -= store.memory_bytes
+            gradient_groups = cut_into_groups(targets.values(), room, 4)
+            entry_bytes += max(target.dtype.itemsize for target in targets.values())
+        groups = cut_into_groups(targets.values(), room, entry_bytes)
         reader = None
         if measure.takes_batches:
             with together():
-                check_batches(batches, len(groups) * (2 if second_order else 1))
+                check_batches(batches, len(gradient_groups) + len(groups))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
             device = next(iter(targets.values())).device
             reader = BatchReader(batches, device, bar, labelled=measure.signal != "squared_input")
         if second_order:
             warn_of_plain_attention(model)
-            store = stack.enter_context(GradientStore(targets, room // 2))
-            for group in groups:
+            for group in gradient_groups:
                 signals.gradient(model, reader, group, loss)
                 for piece in group:
                     store.put(piece)
