@@ -477,13 +477,19 @@ def test_passes_over_the_data_are_those_promised():
         ("synflow", 2**30, 0),
         ("gradient", 2**30, 1),
         ("gradient", 2 * one_layer, 2),
+        # Accumulators that take 0.7 of the budget, at 4 or 8 bytes an entry, or 1.2 of it.
+        ("gradient", int(2 * one_layer / 0.7), 1),
+        ("fisher", int(4 * one_layer / 0.7), 1),
+        ("gradient", int(one_layer / 0.6), 2),
         ("fisher", 2**30, 1),
         ("grasp", 2**30, 2),
+        # Half of it are the gradients; what they leave takes accumulators of 4 bytes at once, but not those of 8.
+        ("grasp", int(4 * one_layer / 0.7), 3),
         ("activation", 1, 1),
     ]:
         batches = Counted(ragged_batches())
         select_masks(model, batches, salience=salience, density=0.1, memory_budget=budget, progress=False)
-        assert batches.passes == passes, salience
+        assert batches.passes == passes, (salience, budget)
 
 
 def test_backward_stops_below_the_lowest_weight_of_the_group():
@@ -549,7 +555,7 @@ def peak_bytes(work):
     ],
 )
 def test_estimation_stays_within_the_memory_budget(salience, dtype, scope, density):
-    """Unless the candidates, some bytes an entry kept, leave less than half of it for all else."""
+    """Unless the candidates, some bytes an entry kept, leave less than a quarter of it for all else; grasp a half."""
     model = tiny_model("llama", dtype, num_hidden_layers=6, hidden_size=128, intermediate_size=256)
     batches = [token_batch(0, batch=1, length=2)]
     targets = find_targets(model)
@@ -568,12 +574,14 @@ def test_estimation_stays_within_the_memory_budget(salience, dtype, scope, densi
         select_masks(model, batches, **choose)
 
     batch_bytes = peak_bytes(one_batch)
+    # A part of H g waits for the other as a whole weight, also where a group has only some rows of it.
+    share = 2 if salience == "grasp" else 4
     masks = []
     for budget in (layer, 4 * layer, 16 * layer):
         peak = peak_bytes(
             lambda budget=budget: masks.append(select_masks(model, batches, memory_budget=budget, **choose))
         )
-        assert peak <= batch_bytes + max(budget, candidates + budget // 2), (budget, peak, batch_bytes)
+        assert peak <= batch_bytes + max(budget, candidates + budget // share), (budget, peak, batch_bytes)
     assert all(mask == masks[0] for mask in masks)
 
 
