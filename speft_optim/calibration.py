@@ -1,11 +1,13 @@
 """Streaming estimation: scores of every targeted entry, in order and in bounded memory.
 
-The targeted weights are cut into pieces and the pieces into groups whose accumulators fit the budget. A group costs
-one pass
-over the batches. Only the group's weights are tapped, so backward stops below the lowest of them; when a group is
-done its
-scores are handed on in chunks and its accumulators freed. Holding all gradients at once, the obvious way, takes twice
-the memory of a bf16 model on top of it.
+The targeted weights are cut into pieces and the pieces into groups whose accumulators fit the budget, beside the
+temporaries of one chunk of scores and the best entries that the caller keeps. A group costs one pass over the batches.
+Only the group's weights are tapped, so backward stops below the lowest of them; when a group is done its scores are
+handed on in chunks and its accumulators freed. Holding all gradients at once, the obvious way, takes twice the memory
+of a bf16 model on top of it.
+
+What a pass holds besides is one batch's, whatever the budget: its activations, a dense gradient or product at a time,
+and the operands of such a product in fp32 where no kernel multiplies them as they are.
 """
 
 import contextlib
@@ -33,9 +35,15 @@ _SIGNALS = {
     "squared_gradient": (signals.squared_gradient, 8),
     "squared_input": (signals.squared_input, 0),
     "flow": (flow, 4),
-    # Besides the accumulator, the part of H g from the first backward waits for the part from forward.
-    "hessian_gradient": (hessian_gradient, 8),
+    # And the part of H g from the first backward, in the weight's dtype, which waits for the part from forward.
+    "hessian_gradient": (hessian_gradient, 4),
 }
+
+# What an entry of a chunk takes at most, from its weight to its place among the best: the weight in fp32 (4 bytes), the
+# score in fp64 (8), the place of one that may enter (8), the buffer's end beyond the best, which `BestEntries.bytes`
+# leaves out (16), and a cut (32), with a few comparisons of a byte each. Before that come 36: the drawing of random
+# numbers (24) beside the weight and the scores of the chunk before; of a first-order score in fp64, it is 28.
+_CHUNK_ENTRY_BYTES = 72
 
 
 def default_memory_budget(device: torch.device) -> int:
@@ -85,24 +93,30 @@ def stream_scores(
     """
     second_order = measure.signal == "hessian_gradient"
     fill, entry_bytes = _SIGNALS.get(measure.signal, (None, 0))
-    # At most half of the budget for accumulators, and a quarter for a chunk's temporaries. Candidates that need more
-    # than the rest take it from the accumulators, but for an eighth: ever more passes would not make them fewer.
-    room = max(min(memory_budget // 2, memory_budget * 3 // 4 - candidates), memory_budget // 8)
-    groups = cut_into_groups(targets.values(), room, entry_bytes)
-    chunk = max(1, min(2**22, memory_budget // 128))
+    # Long enough to keep a device busy; a short one takes a seventh of the budget.
+    chunk = max(1, min(2**22, memory_budget // 512))
+    # The accumulators get what a chunk and the candidates leave, and at least an eighth: where candidates need nearly
+    # all of the budget, ever more passes would not make them fewer.
+    room = max(memory_budget - _CHUNK_ENTRY_BYTES * chunk - candidates, memory_budget // 8)
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
+        gradient_groups = []
+        if second_order:
+            store = stack.enter_context(GradientStore(targets, room // 2))
+            room -= store.memory_bytes
+            gradient_groups = cut_into_groups(targets.values(), room, 4)
+            entry_bytes += max(target.dtype.itemsize for target in targets.values())
+        groups = cut_into_groups(targets.values(), room, entry_bytes)
         reader = None
         if measure.takes_batches:
             with together():
-                check_batches(batches, len(groups) * (2 if second_order else 1))
+                check_batches(batches, len(gradient_groups) + len(groups))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
             device = next(iter(targets.values())).device
             reader = BatchReader(batches, device, bar, labelled=measure.signal != "squared_input")
         if second_order:
             warn_of_plain_attention(model)
-            store = stack.enter_context(GradientStore(targets, room // 2))
-            for group in groups:
+            for group in gradient_groups:
                 signals.gradient(model, reader, group, loss)
                 for piece in group:
                     store.put(piece)

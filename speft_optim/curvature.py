@@ -2,11 +2,9 @@
 
 Weights moved along g by a scalar step t make the loss a function of t. Its derivative at 0 is the inner product of g
 with the gradient, and the gradient of *that* is H g exactly. So a linear layer returns `x @ W.T + t * (x @ G.T)`, the
-derivative by t
-costs one backward that keeps its graph, and a second backward leaves H g in the weights of the group. No product of
-the size of
-all weights is ever formed; the only thing of that size is g itself, which is kept beside the accumulators if it fits
-into the budget with them, and in a file on disk otherwise.
+derivative by t costs one backward that keeps its graph, and a second backward leaves H g in the weights of the group.
+No product of the size of all weights is ever formed; the only thing of that size is g itself, in the dtype that it is
+used in. It is kept beside the accumulators if it takes no more than these, and in a file on disk otherwise.
 
 Fused attention cannot be differentiated twice, so this pass uses PyTorch's plain one, and a warning says so.
 """
@@ -32,26 +30,32 @@ logger = logging.getLogger(__name__)
 
 
 class GradientStore:
-    """The gradients of all targets in fp32, in memory or in one file on disk.
+    """The gradients of all targets, in memory or in one file on disk.
 
     Args:
         targets: the weights.
         memory_budget: bytes up to which the gradients stay in memory, each on its weight's device.
+
+    Attributes:
+        memory_bytes: what they take there; 0 where they are in a file.
     """
 
     def __init__(self, targets: Mapping[str, Target], memory_budget: int):
         sizes = {name: target.shape.numel() for name, target in targets.items()}
+        dtype, size = _dtype_of_use(targets), sum(sizes.values())
+        fits = size * dtype.itemsize <= memory_budget
+        self.memory_bytes = size * dtype.itemsize if fits else 0
         self._folder = None
-        if 4 * sum(sizes.values()) <= memory_budget:
-            self._flat = {name: torch.empty(size, device=targets[name].device) for name, size in sizes.items()}
+        if fits:
+            self._flat = {name: torch.empty(n, dtype=dtype, device=targets[name].device) for name, n in sizes.items()}
         else:
             self._folder = tempfile.TemporaryDirectory(prefix="speft_optim_")
             path = str(Path(self._folder.name) / "gradients")
-            everything = torch.from_file(path, shared=True, size=sum(sizes.values()), dtype=torch.float32)
+            everything = torch.from_file(path, shared=True, size=size, dtype=dtype)
             self._flat = dict(zip(sizes, everything.split(list(sizes.values())), strict=True))
 
     def put(self, piece: Piece) -> None:
-        """Take over a piece's accumulator."""
+        """Take over a piece's accumulator, rounded."""
         start = piece.first * piece.columns
         self._flat[piece.target.name][start : start + piece.entries] = piece.accumulator.view(-1)
 
@@ -67,6 +71,20 @@ class GradientStore:
         self._flat = {}
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def _dtype_of_use(targets: Mapping[str, Target]) -> torch.dtype:
+    """bf16 or fp16 if all gradients are used in it, and so may be rounded to it once and for all; else fp32.
+
+    A layer's product with its gradient has the dtype of the layer's output: that of a dense weight, unless autocast
+    asks for another, and of a quantised one that of the input, which only a pass shows. An autocast inside the user's
+    loss is not seen; there the gradient is in the weight's dtype, as autograd's own would be.
+    """
+    devices = {target.device.type for target in targets.values()}
+    dtypes = {target.dtype for target in targets.values()}
+    dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    dtype = dtypes.pop()
+    return dtype if not dtypes and dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def warn_of_plain_attention(model: nn.Module) -> None:

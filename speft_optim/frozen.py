@@ -44,7 +44,7 @@ class DenseWeight:
 
     def __init__(self, module: nn.Module, attribute: str):
         self.tensor = module._parameters[attribute].detach()
-        self.shape, self.device = self.tensor.shape, self.tensor.device
+        self.shape, self.dtype, self.device = self.tensor.shape, self.tensor.dtype, self.tensor.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in `dtype`."""
@@ -92,6 +92,9 @@ class QuantizedWeight:
 
     Subclasses read the codes: `_launch` and `_dequantize` all, `_panel` of rows, `_at` flat positions.
     """
+
+    # Of rows and entries, and of the gradient; what a product is formed in its input decides.
+    dtype = torch.float32
 
     def __init__(self, module: nn.Module):
         self.module = module

@@ -106,6 +106,8 @@ def streaming(
 ) -> Iterator[None]:
     """Let the model compute on `device`, with weights and buffers that visit it; as before afterwards.
 
+    For a CUDA device the pages of weights in CPU memory are locked meanwhile, so that copies run at the bus's speed.
+
     Args:
         model: a model in CPU memory or, with `folder`, on the meta device (buffers in memory).
         device: where to compute.
@@ -132,7 +134,8 @@ def streaming(
     _check_buffers(model)
     with contextlib.ExitStack() as stack:
         blocks = list(dict.fromkeys(_blocks(model))) if by_block else []
-        if blocks and device.type == "cuda":
+        if device.type == "cuda":
+            # Ahead of the belt, whose end waits for all work: no copy is under way when pages are unlocked.
             lock_pages([p for p in model.parameters() if p.device.type == "cpu"], device, stack)
         cargo = [{site: weights[site] for part in block.modules() for site in _sites(part)} for block in blocks]
         belt = Belt(cargo, device, stack)

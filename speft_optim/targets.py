@@ -39,6 +39,11 @@ class Target:
         return frozen_weight(*self.sites[0]).shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The weight's own dtype, fp32 of a quantised one: that of its rows and of its gradient."""
+        return frozen_weight(*self.sites[0]).dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the weight is computed with."""
         return frozen_weight(*self.sites[0]).device

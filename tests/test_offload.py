@@ -209,6 +209,26 @@ def test_pages_that_cannot_be_locked_are_left_with_a_warning(monkeypatch, caplog
     assert [record.getMessage()[:12] for record in caplog.records] == ["CUDA error 2"]
 
 
+@pytest.mark.parametrize("by_block", [True, False])
+def test_pages_are_locked_for_a_card_until_all_copies_are_over(monkeypatch, by_block):
+    """Also where no block goes on the belt, as for `synflow`, which moves all weights several times a pass."""
+    model, done = tiny_model("llama"), []
+
+    def lock(tensors, device, stack):
+        done.append(tensors)
+        stack.callback(done.append, "unlocked")
+
+    card = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: done.append("synchronised"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: card)
+    monkeypatch.setattr("speft_optim.belt._Buffer", lambda size, device: None)
+    monkeypatch.setattr("speft_optim.offload._device_of_tensors", torch.device)
+    monkeypatch.setattr("speft_optim.offload.lock_pages", lock)
+    with streaming(model, "cuda:0", by_block=by_block):
+        (locked,) = done
+        assert [id(parameter) for parameter in locked] == [id(parameter) for parameter in model.parameters()]
+    assert done[1:] == ["synchronised", "unlocked"]
+
+
 def test_one_block_at_a_time_has_copies_of_its_weights():
     model = tiny_model("llama", num_hidden_layers=5)
     alive = []

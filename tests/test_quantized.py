@@ -15,10 +15,12 @@ from torch import nn
 
 from speft_optim import MaskSchedule, SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
 from speft_optim.compact import sparse_weights
+from speft_optim.curvature import GradientStore
 from speft_optim.frozen import FourBitWeight, Int8Weight, frozen_weight, quantized_linears
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import FrozenForward, take_over
 from speft_optim.salience import MEASURES
+from speft_optim.targets import find_targets
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,13 @@ def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
     assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "selection changed the base"
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     select_masks(model, batches, salience=salience, density=0.03, scope="global")
+
+
+def test_salience_keeps_gradients_of_codes_in_fp32(model):
+    """Whatever the codes are stored as: what they are used in is the input's dtype."""
+    targets = find_targets(model)
+    with GradientStore(targets, 2**30) as store:
+        assert store.memory_bytes == 4 * sum(target.shape.numel() for target in targets.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
