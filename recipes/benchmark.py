@@ -5,8 +5,9 @@
     python -m recipes.benchmark memory --shape llama3-8b --layers 2 --batch 1 --seq 64     # a trial, also on a CPU
 
 Random weights of the model's shape, built tensor by tensor: neither memory nor time depends on their values. Masks are
-uniform, the worst case for the sampled gradient. Blocks are checkpointed (not reentrant) and the loss is taken in
-chunks (`recipes.loss`), for every mode alike.
+uniform, the worst case for the sampled gradient, or with `--masks gradient` concentrated in few rows and columns, as
+those that gradients choose. Blocks are checkpointed (not reentrant) and the loss is taken in chunks (`recipes.loss`),
+for every mode alike.
 
     frozen-bf16, -int8, -nf4   forward and input gradients only: the floor that no method can beat; the quantised ones
                                through speft_optim's layer
@@ -25,6 +26,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -64,6 +66,7 @@ MODES = [
 ]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BITS = {"bf16": 16, "int8": 8, "nf4": 4}
+MASK_PROFILE = Path(__file__).with_name("mask_profile.json")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -77,6 +80,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     memory.add_argument("--batch", type=int, default=2, help="sequences (default %(default)s)")
     memory.add_argument("--seq", type=int, default=2048, help="tokens in each (default %(default)s)")
     memory.add_argument("--density", type=float, default=0.01, help="share of the seven (default %(default)s)")
+    memory.add_argument(
+        "--masks", choices=["uniform", "gradient"], default="uniform", help="how entries lie (default %(default)s)"
+    )
     memory.add_argument("--state-bits", type=int, choices=[8, 32], default=8, help="moments (default %(default)s)")
     memory.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
     memory.add_argument("--steps", type=int, default=6, help="timed steps after two more (default %(default)s)")
@@ -137,6 +143,8 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
     method, precision = mode.split("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.card}
+    if method == "ours":
+        row["masks"] = args.masks
     if method in ("ours", "frozen"):
         shape = Shape.of(shaped(args.shape, args.layers))
         entries = round(args.density * sum(rows * columns for rows, columns in shape.linears.values()))
@@ -337,29 +345,51 @@ def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.op
 
 
 def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
-    """SparseAdamW over uniform masks of the seven projections."""
+    """SparseAdamW over random masks of the seven projections."""
     from speft_optim import SparseAdamW, sparsify
 
-    masks = uniform_masks(model, args.density)
+    masks = random_masks(model, args.density, args.masks)
     values = sparsify(model, masks)
     held = sum(value.nbytes for value in values) + sum(mask.nbytes for mask in masks.values())
     return SparseAdamW(values, lr=1e-5, state_bits=args.state_bits), held
 
 
-def uniform_masks(model: nn.Module, density: float):
-    """Random positions, the same share of every row."""
+def random_masks(model: nn.Module, density: float, kind: str):
+    """Masks of the seven projections: the same share of every row, or concentrated as gradients choose them."""
     from speft_optim import Mask, Masks
     from speft_optim.targets import find_targets
 
     masks = Masks()
     for name, target in find_targets(model, PROJECTIONS).items():
         rows, columns = target.matrix_shape
-        count = max(1, round(density * columns))
         device = target.parameter.device
-        columns_of = torch.rand(rows, columns, device=device).topk(count, dim=1).indices.sort(dim=1).values
-        starts = torch.arange(rows, device=device)[:, None] * columns
-        masks[name] = Mask((starts + columns_of).flatten().to(torch.int32), (rows, columns))
+        if kind == "uniform":
+            count = max(1, round(density * columns))
+            columns_of = torch.rand(rows, columns, device=device).topk(count, dim=1).indices.sort(dim=1).values
+            starts = torch.arange(rows, device=device)[:, None] * columns
+            positions = (starts + columns_of).flatten()
+        else:
+            positions = concentrated(name.split(".")[-2], rows, columns, density, device)
+        masks[name] = Mask(positions.to(torch.int32), (rows, columns))
     return masks
+
+
+def concentrated(projection: str, rows: int, columns: int, density: float, device: torch.device) -> Tensor:
+    """Positions drawn with the measured shares of the rows and columns of a projection, each set in random order.
+
+    `mask_profile.json` has these shares, over their mean, of gradient masks of SmolLM2-135M at two densities.
+    """
+    profile = json.loads(MASK_PROFILE.read_text(encoding="utf-8"))["quantiles"]
+    shares = profile[min(profile, key=lambda known: abs(math.log(float(known) / density)))][projection]
+    chances = torch.zeros(rows, columns, device=device)
+    for size, quantiles, shape in ((rows, shares["rows"], (-1, 1)), (columns, shares["cols"], (1, -1))):
+        quantiles = torch.tensor(quantiles, device=device)
+        place = torch.rand(size, device=device) * (len(quantiles) - 1)
+        share = torch.lerp(quantiles[place.long()], quantiles[place.ceil().long()], place.frac())
+        chances += share.clamp(min=1e-6).log().view(shape)
+    # The k largest of log p + Gumbel noise are k draws without replacement with chances p.
+    noise = torch.rand(rows, columns, device=device).clamp_(1e-20, 1 - 1e-7).log_().neg_().log_().neg_()
+    return chances.add_(noise).flatten().topk(round(density * rows * columns)).indices
 
 
 def attach_lora(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:

@@ -129,9 +129,11 @@ def test_sampled_gradient_is_the_product_looked_up(shape, share, dtype, panel_by
 
 
 def concentrated_mask(rows, columns, share, seed=0):
-    """Entries drawn with weights that fall off steeply over rows and over columns, in no order; some rows empty."""
+    """Entries drawn with weights that differ much between rows and between columns; some rows are empty."""
     source = torch.Generator().manual_seed(seed)
-    falls = [(torch.rand(size, generator=source) ** 6)[torch.randperm(size, generator=source)] for size in (rows, columns)]
+    falls = [
+        (torch.rand(size, generator=source) ** 6)[torch.randperm(size, generator=source)] for size in (rows, columns)
+    ]
     chances = (falls[0][:, None] * falls[1][None, :]).flatten()
     positions = chances.multinomial(round(share * rows * columns), generator=source)
     mask = Mask(positions.to(DEVICE), (rows, columns))

@@ -5,8 +5,8 @@ blocks, and a block is multiplied with those columns alone in which one of its r
 small; each entry finds its own there by a search in the block's columns, so that at rest a mask takes nothing but the
 order of its rows and the columns of its blocks, some tenths of a byte an entry.
 
-Features are gathered where each one's tokens lie side by side, so both operands are transposed first, a run of tokens at
-a time: all of them at once would take more memory than the dense panels do that this replaces. A uniform mask has
+Features are gathered where each one's tokens lie side by side, so both operands are transposed first, a run of tokens
+at a time: all of them at once would take more memory than the dense panels do that this replaces. A uniform mask has
 entries in nearly all columns of each block; for it, and for small matrices, the panels are faster (`pays`).
 """
 
