@@ -79,6 +79,7 @@ PAPER = {
     "schedule": "linear",
     "calibration_samples": 1024,
 }
+MASKS = "masks.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -357,7 +358,7 @@ def run_scores(args: argparse.Namespace, checkpoint: str | Path, data_folder: st
 
 def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int) -> Masks:
     """Rank the entries over training samples drawn by the seed and keep the best; a resumed run keeps its own."""
-    path = Path(args.out) / "masks.safetensors"
+    path = Path(args.out) / MASKS
     if args.resume and path.is_file():
         return Masks.load(path)
     drawn = random.Random(args.seed).sample(samples, min(args.calibration_samples, len(samples)))
@@ -418,6 +419,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not args.resume:
         # Of an earlier run, which a later --resume must not take for this one's.
         loop.remove_checkpoints(out / "resume")
+        (out / MASKS).unlink(missing_ok=True)
     record["arguments"] = {key: value for key, value in vars(args).items() if key != "resume"}
     record |= {"base": args.model, "seed": args.seed, "machine": report.machine()}
 

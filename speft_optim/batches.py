@@ -89,11 +89,13 @@ class BatchReader:
 
     Attributes:
         used: batches handed out in the last iteration.
+        went_back: whether the loss of any batch so far could be differentiated.
     """
 
     def __init__(self, batches: Batches, device: torch.device, bar: tqdm, labelled: bool = True):
         self.batches, self.device, self.bar, self.labelled = batches, device, bar, labelled
         self.used = 0
+        self.went_back = False
         self._warned = False
         self._start: _RandomState | None = None
 

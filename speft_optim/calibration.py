@@ -89,7 +89,7 @@ def stream_scores(
 
     Raises:
         ValueError: batches are missing, hold no usable labels, or are an iterator needed more than once; a loss is not
-            finite.
+            finite, or none can be differentiated.
     """
     second_order = measure.signal == "hessian_gradient"
     fill, entry_bytes = _SIGNALS.get(measure.signal, (None, 0))
@@ -127,6 +127,21 @@ def stream_scores(
                 fill(model, reader, group, loss)
             while group:
                 yield from _score(group.pop(0), measure, chunk, seed)
+        if reader is not None and reader.labelled:
+            with together():
+                _check_differentiated(reader)
+
+
+def _check_differentiated(reader: BatchReader) -> None:
+    """Refuse scores that are all zero since no loss led back to a weight: the mask would be of the first positions.
+
+    Asked of all groups together, as one of them may hold an expert that got no token, and nothing else.
+    """
+    if not reader.went_back:
+        raise ValueError(
+            "No calibration loss depends on a targeted weight, as far as autograd knows: made under torch.no_grad(), "
+            "detached, or without these weights? Return the loss with its graph."
+        )
 
 
 def _score(piece: Piece, measure: Measure, chunk: int, seed: int) -> Iterator[tuple[str, int, Tensor]]:

@@ -447,7 +447,8 @@ def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> No
     if missing:
         logger.warning(
             "%d masked weights have no gradient at the first step, e.g. %s: their modules were not called (an unused "
-            "branch, or code that reads the weight without calling its module).",
+            "branch, or code that reads the weight without calling its module), or reentrant checkpointing of blocks "
+            "whose inputs need none cut them off (use_reentrant=False).",
             len(missing),
             missing[0],
         )

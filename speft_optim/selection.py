@@ -19,7 +19,7 @@ from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES, Measure
-from speft_optim.targets import Target, Targets, find_targets, uncompiled
+from speft_optim.targets import Target, Targets, check_differentiable, find_targets, uncompiled
 
 _INT32_LIMIT = 2**31 - 1
 
@@ -210,6 +210,7 @@ def select_masks(
     with contextlib.ExitStack() as stack:
         with together():
             check_choice(salience, scope, offload, checkpoint)
+            check_differentiable(model)
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
                 by_block = MEASURES[salience].takes_batches

@@ -25,7 +25,7 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: Lo
 
     with tapped(group, {piece: piece for piece in group}), together():
         for batch in reader:
-            backward(model, batch, loss or model_loss, reader.used)
+            backward_of((loss or model_loss)(model, batch), reader)
     average_([piece.accumulator for piece in group], total(reader.used))
 
 
@@ -40,16 +40,12 @@ def tapped(group: list[Piece], sinks: dict[Piece, Sink]) -> Iterator[None]:
         yield
 
 
-def backward(model: nn.Module, batch: Batch, loss: LossFunction, number: int) -> None:
-    """Run one batch forward and backward."""
-    backward_of(loss(model, batch), number)
-
-
-def backward_of(value: Tensor, number: int) -> None:
-    """Check the loss of batch `number` and go back from it."""
-    check_loss(value, number)
+def backward_of(value: Tensor, reader: BatchReader) -> None:
+    """Check the loss of the reader's last batch and go back from it."""
+    check_loss(value, reader.used)
     # Where none of the tapped weights is used, as an expert without tokens, there is nothing to go back to.
     if value.requires_grad:
+        reader.went_back = True
         value.backward()
 
 
@@ -68,10 +64,10 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
         for batch in reader:
             done, counting = [], None
             if loss is None:
-                done, counting = _split_backward(model, batch, list(sinks.values()), reader.used)
+                done, counting = _split_backward(model, batch, list(sinks.values()), reader)
             rest = [sink for sink in sinks.values() if sink not in done]
             if rest:
-                counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader.used)
+                counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader)
             examples += len(counting)
     examples = total(examples)
     if not examples:
@@ -134,7 +130,7 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
 
 
 def _split_backward(
-    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], number: int
+    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], reader: BatchReader
 ) -> tuple[list[_ExampleSquares], list[int] | None]:
     """Square the example gradients of the weights that one backward can tell apart.
 
@@ -145,7 +141,7 @@ def _split_backward(
         sink.uses.clear()
     output = model(**batch)
     value = loss_of(output, model)
-    check_loss(value, number)
+    check_loss(value, reader.used)
     found = example_losses(getattr(output, "logits", None), batch["labels"], value)
     if found is None:
         return [], None
@@ -157,6 +153,7 @@ def _split_backward(
     if able and total.requires_grad:
         for sink in able:
             sink.mode = "split"
+        reader.went_back = True
         total.backward()
         for sink in able:
             sink.mode = "off"
@@ -164,7 +161,7 @@ def _split_backward(
 
 
 def _backward_by_example(
-    model: nn.Module, batch: Batch, counting: list[int] | None, rest: list, loss: LossFunction, number: int
+    model: nn.Module, batch: Batch, counting: list[int] | None, rest: list, loss: LossFunction, reader: BatchReader
 ) -> list[int]:
     """One backward per example; the pieces in `rest` square the whole gradient of each.
 
@@ -174,7 +171,7 @@ def _backward_by_example(
         counting: rows that count, None where that is not known.
         rest: sinks of the pieces.
         loss: from model and batch to a scalar.
-        number: of the batch, for errors.
+        reader: whose last batch it is.
 
     Returns:
         The rows that counted.
@@ -193,7 +190,7 @@ def _backward_by_example(
         if row in unsure and isinstance(value, Tensor) and bool(value.detach().isnan().all()):
             # A mean over no label: the loss is a shifted one, for which this example has none.
             continue
-        backward_of(value, number)
+        backward_of(value, reader)
         counted.append(row)
         for sink in rest:
             sink.close_example()

@@ -10,6 +10,7 @@ of the layer, because a module can keep itself out of `state_dict()`, keep its v
 `model.to(bfloat16)`, and be copied and pickled with its model; a bare parameter needs a hook for each of these.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
 from speft_optim.quantized import declare_trainable, hand_back, take_over
-from speft_optim.targets import Target, all_targets, check_called, check_in_memory, uncompiled
+from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory, uncompiled
 
 
 def sparsify(
@@ -65,6 +66,7 @@ def sparsify(
 
     model = uncompiled(model)
     with together():
+        check_differentiable(model)
         targets = all_targets(model)
         _check_masks(model, masks, targets)
         found = {name: mask for name, mask in masks.items() if len(mask)}
@@ -201,15 +203,18 @@ def _write_after_step(optimizer, args, kwargs) -> None:
 
 
 def _let_checkpoints_see_gradients(model: nn.Module) -> list:
-    """Hook the input embeddings, if the model tells which they are.
+    """Hook the input embeddings, of an encoder and a decoder both, if the model tells which they are.
 
     Reentrant checkpointing drops all gradients of a block whose inputs need none, as happens once embeddings are
     frozen.
     """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if embeddings is None:
-        return []
-    return [embeddings.register_forward_hook(_RequireGradient(model))]
+    found = []
+    for part in model.modules():
+        # Some have the method only to say that they have no embeddings.
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            found.append(part.get_input_embeddings())
+    unique = dict.fromkeys(module for module in found if isinstance(module, nn.Module))
+    return [module.register_forward_hook(_RequireGradient(model)) for module in unique]
 
 
 class _RequireGradient:

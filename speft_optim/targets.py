@@ -120,6 +120,19 @@ def check_in_memory(name: str, parameter: nn.Parameter) -> None:
         )
 
 
+def check_differentiable(model: nn.Module) -> None:
+    """Refuse what autograd cannot work on.
+
+    Raises:
+        ValueError: inference mode is on, or the model was made in it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() is on, in which nothing can be differentiated; leave it first.")
+    made = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if made is not None:
+        raise ValueError(f"{made} was made in torch.inference_mode(), so nothing can train it; load the model outside.")
+
+
 def check_called(name: str, target: Target) -> None:
     """Refuse a weight that is read where no hook sees it.
 

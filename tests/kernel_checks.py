@@ -144,8 +144,14 @@ def concentrated_mask(rows, columns, share, seed=0):
 CONCENTRATED = [(150, 200, 0.03), (65, 300, 0.05), (64, 128, 0.05), (3, 400, 0.06), (130, 30, 0.05)]
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """Blocks for matrices so small that they never pay."""
+    monkeypatch.setattr(blocks, "_LARGEST_COST", float("inf"))
+
+
 @pytest.mark.parametrize("rows, columns, share", CONCENTRATED)
-def test_blocks_of_rows_need_the_columns_of_their_entries_and_no_others(rows, columns, share):
+def test_blocks_of_rows_need_the_columns_of_their_entries_and_no_others(rows, columns, share, any_size):
     mask = concentrated_mask(rows, columns, share)
     found = row_blocks(mask)
     lines = [set() for _ in range(rows)]
@@ -165,7 +171,9 @@ def test_blocks_of_rows_need_the_columns_of_their_entries_and_no_others(rows, co
 @pytest.mark.parametrize("tokens", [1, 130])
 @pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize("rows, columns, share", CONCENTRATED)
-def test_sampled_gradient_of_blocks_is_the_product_looked_up(rows, columns, share, dtype, tokens, monkeypatch):
+def test_sampled_gradient_of_blocks_is_the_product_looked_up(
+    rows, columns, share, dtype, tokens, any_size, monkeypatch
+):
     """In runs of 64 tokens, the last not a whole one; the left operand as backward gives it, not always contiguous."""
     monkeypatch.setattr(blocks, "_OPERAND_BYTES", 2 * (rows + columns) * 64)
     mask = concentrated_mask(rows, columns, share)
@@ -192,7 +200,9 @@ def test_the_product_is_formed_in_blocks_where_that_pays(monkeypatch):
     assert mask.to("cpu").nbytes == mask.nbytes or DEVICE == "cuda"
     assert copy.deepcopy(mask).nbytes == at_rest
     assert not formed_in_blocks(mask, tokens=500) and not formed_in_blocks(mask, dtype=torch.float32)
-    assert not formed_in_blocks(Mask(torch.arange(0, 2048 * 4096, 97).to(DEVICE), (2048, 4096)))
+    uniform = Mask(torch.arange(0, 2048 * 4096, 97).to(DEVICE), (2048, 4096))
+    at_rest = uniform.nbytes
+    assert not formed_in_blocks(uniform) and uniform.nbytes == at_rest
     assert not formed_in_blocks(Mask((corner // 4096 * 256 + corner % 4096).to(DEVICE), (400, 256)))
 
 

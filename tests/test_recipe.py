@@ -563,6 +563,22 @@ def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, mo
         gsm8k.main(command(folders, "llama", out, *more, "--resume"))
 
 
+def test_a_resumed_job_does_not_train_the_masks_of_the_run_before_it(folders, tmp_path, monkeypatch):
+    """Into the folder of a finished run comes another, which is killed before it has masks of its own."""
+    out = tmp_path / "run"
+    gsm8k.main(command(folders, "llama", out, "--steps", 1, "--density", 0.1))
+    more = ["--steps", 1, "--density", 0.02, "--salience", "magnitude"]
+
+    def die(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(gsm8k, "select_masks", die)
+        gsm8k.main(command(folders, "llama", out, *more))
+    resumed = gsm8k.main(command(folders, "llama", out, *more, "--resume"))
+    assert resumed["mask"]["density"] == pytest.approx(0.02, rel=0.02)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_job_on_a_quantised_base(bits, folders, tmp_path):
     out = tmp_path / "run"

@@ -592,3 +592,14 @@ def test_random_draws_are_uniform_and_independent_of_the_cut():
     assert abs(float(whole.mean()) - 0.5) < 5e-3 and abs(float(whole.var()) - 1 / 12) < 2e-3
     other = random_draws("b.weight", 0, 100_000, 3, torch.device("cpu"))
     assert abs(float(torch.corrcoef(torch.stack([whole, other]))[0, 1])) < 0.02
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "grasp"])
+def test_a_loss_without_a_graph_is_refused(salience):
+    """All gradients would be zero, and the mask that of the first positions."""
+
+    def detached(model, batch):
+        return model(**batch).loss.detach()
+
+    with pytest.raises(ValueError, match="detached"):
+        select_masks(tiny_model(), ragged_batches(1), salience=salience, density=0.1, loss=detached, progress=False)

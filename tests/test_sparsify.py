@@ -101,8 +101,10 @@ def test_state_dict_is_that_of_the_base(kind):
 def test_saved_checkpoint_is_ordinary_and_gives_the_same_logits(kind, tied, dtype, tmp_path):
     import transformers
 
-    model = tiny_model(kind, dtype)
-    model.save_pretrained(tmp_path / "base")
+    tiny_model(kind, dtype).save_pretrained(tmp_path / "base")
+    # Loaded and not cast, which would round the frequencies of its rotary embedding too.
+    load = getattr(transformers, type(tiny_model(kind)).__name__).from_pretrained
+    model = load(tmp_path / "base", dtype="auto").eval()
     values = sparsify(model, random_masks(model, EVERY))
     train(model, SparseAdamW(values, lr=1e-2))
     with torch.no_grad():
@@ -117,7 +119,7 @@ def test_saved_checkpoint_is_ordinary_and_gives_the_same_logits(kind, tied, dtyp
                 {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
             )  # noqa: SIM118
     assert contents[0] == contents[1]
-    loaded = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "trained", dtype="auto").eval()
+    loaded = load(tmp_path / "trained", dtype="auto").eval()
     assert loaded.dtype == dtype and not sparse_weights(loaded)
     shared = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert shared == tied
@@ -576,3 +578,31 @@ def test_a_weight_cut_in_place_is_named():
     values[0].grad = torch.ones_like(values[0])
     with pytest.raises(ValueError, match=r"up_proj\.weight has shape \(20, 24\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_encoder_and_decoder_both_get_gradients_through_checkpoints(reentrant):
+    """Each has inputs of its own, which no frozen embedding makes require gradients."""
+    import transformers as tf
+
+    sizes = {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    sizes |= dict(d_model=24, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=20, max_target_positions=20)
+    tokens = dict(vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    model = tf.WhisperForConditionalGeneration(tf.WhisperConfig(num_mel_bins=8, dropout=0.0, **sizes, **tokens)).train()
+    values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(input_features=torch.randn(2, 8, 40), labels=torch.randint(3, 60, (2, 7))).loss.backward()
+    assert all(value.grad is not None for value in values)
+
+
+def test_inference_mode_is_refused_and_the_model_left_as_it_was():
+    with torch.inference_mode():
+        made_inside = tiny_model()
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.1, progress=False)
+    for call in (lambda m: sparsify(m, masks), lambda m: select_masks(m, [token_batch()], density=0.1)):
+        with pytest.raises(ValueError, match="was made in torch.inference_mode"):
+            call(made_inside)
+        with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.. is on"):
+            call(model)
+    assert all(parameter.requires_grad for m in (made_inside, model) for parameter in m.parameters())

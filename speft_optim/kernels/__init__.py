@@ -62,7 +62,7 @@ def sampled_gradient(left: Tensor, right: Tensor, positions: Positions) -> Tenso
 
     # While a compiler traces this the positions are not there to be looked at.
     concentrated = None if torch.compiler.is_compiling() else positions.derived(blocks.row_blocks)
-    if blocks.pays(concentrated, left, right):
+    if blocks.suit(concentrated, left, right):
         return blocks.sampled_gradient(left, right, positions, concentrated)
     return panels.sampled_gradient(left, right, positions)
 

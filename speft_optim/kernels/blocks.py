@@ -7,7 +7,7 @@ order of its rows and the columns of its blocks, some tenths of a byte an entry.
 
 Features are gathered where each one's tokens lie side by side, so both operands are transposed first, a run of tokens
 at a time: all of them at once would take thrice the memory of the dense panels that this replaces. A uniform mask has
-entries in nearly all columns of each block; for it, and for small matrices, the panels are faster (`pays`).
+entries in nearly all columns of each block; for it, and for small matrices, the panels are faster.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ _SIZE = 64
 # Of the transposed operands, and of the blocks' products; together half as much again as a dense panel may take.
 _OPERAND_BYTES = 64 * 2**20
 _PRODUCT_BYTES = 32 * 2**20
+# Of the dense product's; what is left pays for more launches.
+_LARGEST_COST = 0.75
 # Fewer tokens than this a run, and reading and writing the products costs more than forming them.
 _LEAST_TOKENS = 512
 
@@ -58,10 +60,16 @@ class RowBlocks:
 
 
 def row_blocks(positions: Positions) -> RowBlocks | None:
-    """The blocks of packed positions; None for a mask so dense that no block could leave out much."""
+    """The blocks of packed positions; None where all of the product is formed sooner, or they would be large.
+
+    Measured on an H100, at 4096 tokens: a part of the product takes 4 times as long in blocks as in dense panels, to
+    transpose the operands takes as long as `T * (R + C) * 640` multiplications, and what launches cost is covered by a
+    quarter of the whole: of Llama-3-8B at 1 %, gate_proj takes 0.47 ms instead of 0.69, q_proj 0.25 instead of 0.20.
+    """
     _, _, columns, _ = row_starts_of(positions)
     width = positions.shape[-1]
     rows = positions.shape.numel() // width
+    # So dense a mask leaves out little, and its pairs of block and column would take much memory.
     if not 0 < len(columns) < rows * width // 16:
         return None
     rows_of = positions.indices // width
@@ -71,6 +79,9 @@ def row_blocks(positions: Positions) -> RowBlocks | None:
     blocks_of[order] = torch.arange(rows, device=order.device) // _ROWS
     # One number for a block and a column of it, in the order in which they are kept.
     pairs = (blocks_of[rows_of] * width + columns.long()).unique()
+    share = _ROWS * len(pairs) / (rows * width)
+    if 4 * share + 640 * (rows + width) / (rows * width) > _LARGEST_COST or 4 * _ROWS * len(pairs) > _PRODUCT_BYTES:
+        return None
     filled = int((counts > 0).sum())
     blocks = -(-filled // _ROWS)
     bounds = torch.arange(blocks + 1, device=pairs.device) * width
@@ -85,22 +96,14 @@ def row_blocks(positions: Positions) -> RowBlocks | None:
         starts=starts.to(torch.int32),
         tiles=torch.stack([block, number * _COLUMNS], dim=1).to(torch.int32),
         halvings=(int(widths.max()) - 1).bit_length(),
-        share=_ROWS * len(pairs) / (rows * width),
+        share=share,
     )
 
 
-def pays(blocks: RowBlocks | None, left: Tensor, right: Tensor) -> bool:
-    """Whether the blocks of `left.T @ right`, for (T, R) and (T, C) operands, are formed sooner than all of it.
-
-    Measured on an H100, at 4096 tokens: a part of the product takes 4 times as long in blocks as in dense panels, to
-    transpose the operands takes as long as `T * (R + C) * 640` multiplications, and what launches cost is covered by a
-    quarter of the whole: of Llama-3-8B at 1 %, gate_proj takes 0.47 ms instead of 0.69, q_proj 0.25 instead of 0.20.
-    """
-    if blocks is None or left.dtype not in (torch.float16, torch.bfloat16) or len(left) < _LEAST_TOKENS:
-        return False
-    rows, columns = left.shape[1], right.shape[1]
-    fits = _run(left, right) >= _LEAST_TOKENS and 4 * _ROWS * len(blocks.columns) <= _PRODUCT_BYTES
-    return fits and 4 * blocks.share + 640 * (rows + columns) / (rows * columns) < 0.75
+def suit(blocks: RowBlocks | None, left: Tensor, right: Tensor) -> bool:
+    """Whether these are blocks for `left.T @ right`, (T, R) and (T, C): operands of 16 bits and of many tokens."""
+    sixteen = left.dtype in (torch.float16, torch.bfloat16)
+    return blocks is not None and sixteen and min(len(left), _run(left, right)) >= _LEAST_TOKENS
 
 
 def _run(left: Tensor, right: Tensor) -> int:
