@@ -196,10 +196,11 @@ def test_the_product_is_formed_in_blocks_where_that_pays(monkeypatch):
     corner = torch.cartesian_prod(torch.arange(400), torch.arange(20)) @ torch.tensor([4096, 1])
     mask = Mask(corner.to(DEVICE), (2048, 4096))
     at_rest = mask.nbytes
+    assert not formed_in_blocks(mask, tokens=500) and not formed_in_blocks(mask, dtype=torch.float32)
+    assert mask.nbytes == at_rest
     assert formed_in_blocks(mask) and mask.nbytes - at_rest == mask.derived(row_blocks).nbytes > 0
     assert mask.to("cpu").nbytes == mask.nbytes or DEVICE == "cuda"
     assert copy.deepcopy(mask).nbytes == at_rest
-    assert not formed_in_blocks(mask, tokens=500) and not formed_in_blocks(mask, dtype=torch.float32)
     uniform = Mask(torch.arange(0, 2048 * 4096, 97).to(DEVICE), (2048, 4096))
     at_rest = uniform.nbytes
     assert not formed_in_blocks(uniform) and uniform.nbytes == at_rest

@@ -61,9 +61,9 @@ def sampled_gradient(left: Tensor, right: Tensor, positions: Positions) -> Tenso
     from speft_optim.kernels import blocks, panels
 
     # While a compiler traces this the positions are not there to be looked at.
-    concentrated = None if torch.compiler.is_compiling() else positions.derived(blocks.row_blocks)
-    if blocks.suit(concentrated, left, right):
-        return blocks.sampled_gradient(left, right, positions, concentrated)
+    if not torch.compiler.is_compiling() and blocks.suit(left, right):
+        if (concentrated := positions.derived(blocks.row_blocks)) is not None:
+            return blocks.sampled_gradient(left, right, positions, concentrated)
     return panels.sampled_gradient(left, right, positions)
 
 

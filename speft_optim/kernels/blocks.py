@@ -100,10 +100,10 @@ def row_blocks(positions: Positions) -> RowBlocks | None:
     )
 
 
-def suit(blocks: RowBlocks | None, left: Tensor, right: Tensor) -> bool:
-    """Whether these are blocks for `left.T @ right`, (T, R) and (T, C): operands of 16 bits and of many tokens."""
+def suit(left: Tensor, right: Tensor) -> bool:
+    """Whether the operands, (T, R) and (T, C), are such as blocks are formed of: in 16 bits, and of many tokens."""
     sixteen = left.dtype in (torch.float16, torch.bfloat16)
-    return blocks is not None and sixteen and min(len(left), _run(left, right)) >= _LEAST_TOKENS
+    return sixteen and min(len(left), _run(left, right)) >= _LEAST_TOKENS
 
 
 def _run(left: Tensor, right: Tensor) -> int:
