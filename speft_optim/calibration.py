@@ -121,13 +121,15 @@ def stream_scores(
                 for piece in group:
                     store.put(piece)
                     piece.accumulator = None
+            with together():
+                _check_differentiated(reader)
             fill = functools.partial(hessian_gradient, targets=targets, store=store)
         for group in groups:
             if fill is not None:
                 fill(model, reader, group, loss)
             while group:
                 yield from _score(group.pop(0), measure, chunk, seed)
-        if reader is not None and reader.labelled:
+        if reader is not None and reader.labelled and not second_order:
             with together():
                 _check_differentiated(reader)
 

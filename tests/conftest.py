@@ -108,9 +108,10 @@ def live_tensors():
     found = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
-            # What a compiler has traced, here or in another test, has no data behind it.
+            # What a compiler has traced, here or in another test, has no data behind it, and all of it one address.
             with contextlib.suppress(RuntimeError):
-                found[thing.untyped_storage().data_ptr()] = thing
+                if address := thing.untyped_storage().data_ptr():
+                    found[address] = thing
     return found
 
 

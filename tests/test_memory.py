@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from recipes import benchmark, memory
 from recipes.loss import frozen_head, linear_cross_entropy
 from recipes.memory import GIB, Shape, estimate, peak_bytes
-from speft_optim import SparseAdamW, select_masks, sparsify
+from speft_optim import Mask, SparseAdamW, select_masks, sparsify
 from speft_optim.frozen import quantized_linears
 
 SMALL = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -264,6 +264,7 @@ def test_a_card_that_is_too_small_is_a_result(monkeypatch):
 
     monkeypatch.setattr(benchmark, "run_steps", fill)
     arguments = type("Arguments", (), dict(shape="tiny", layers=None, batch=1, seq=16, density=0.02, state_bits=8))
+    arguments.masks = "uniform"
     arguments.card = None
     row = benchmark.measure("ours-int8", arguments)
     assert row["error"] == "out of memory" and row["estimate_gib"] > 0
@@ -285,7 +286,7 @@ def test_a_simulated_card_sets_the_limit(tmp_path):
 @pytest.mark.parametrize("method", ["frozen", "lora", "ours"])
 def test_modes_train_what_they_should(method):
     pytest.importorskip("peft")
-    arguments = type("Arguments", (), dict(density=0.02, state_bits=32, rank=4))
+    arguments = type("Arguments", (), dict(density=0.02, state_bits=32, rank=4, masks="uniform"))
     model = benchmark.build("tiny", "nf4", torch.device("cpu"))
     optimizer, held = benchmark.ATTACH[method](model, arguments)
     model.enable_input_require_grads()
@@ -297,3 +298,11 @@ def test_modes_train_what_they_should(method):
         benchmark.take_step(model, optimizer, ids, torch.device("cpu"))
     last = benchmark.loss_of(model, ids).item()
     assert (last < first - 0.1 and held > 0) if method != "frozen" else (last == first and held == 0)
+
+
+def test_masks_like_those_of_gradients_are_concentrated():
+    """At 1 % on SmolLM2-135M nine tenths of the entries of down_proj lay in 8 % of its columns."""
+    torch.manual_seed(0)
+    mask = Mask(benchmark.concentrated("down_proj", 400, 600, 0.01, torch.device("cpu")), (400, 600))
+    counts = mask.column_counts().sort(descending=True).values
+    assert len(mask) == 2400 and int(counts[:60].sum()) > 0.6 * 2400

@@ -132,7 +132,6 @@ def test_eight_bits_reach_the_loss_of_32_on_a_real_model():
                 optimizer.zero_grad()
                 scheduler.step()
             losses[bits] = held_out_loss(model, batches["test"])
-    print(losses)
     assert losses[32] < 0.5 * losses["start"]
     assert losses[8] == pytest.approx(losses[32], rel=0.01)
 
