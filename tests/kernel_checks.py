@@ -164,7 +164,6 @@ def test_blocks_of_rows_need_the_columns_of_their_entries_and_no_others(rows, co
     assert found.columns.tolist() == sum(needed, []) and starts == [0, *torch.tensor([*map(len, needed)]).cumsum(0)]
     assert tiles == [[block, first] for block, columns in enumerate(needed) for first in range(0, len(columns), 128)]
     assert 2**found.halvings >= max(map(len, needed)) > 2**found.halvings // 2
-    assert found.share == 64 * len(found.columns) / (rows * columns)
     assert found.nbytes == 4 * len(order) + 2 * len(found.columns) + 4 * len(starts) + 8 * len(tiles)
 
 

@@ -43,7 +43,6 @@ class RowBlocks:
         starts: where each block's columns begin, (blocks + 1,) int32.
         tiles: block, and first of at most 128 of its columns, of each tile that a program forms, (tiles, 2) int32.
         halvings: after so many a search in the columns of any block has ended.
-        share: how much of the whole product the blocks are, 0 to 1.
     """
 
     order: Tensor
@@ -51,7 +50,6 @@ class RowBlocks:
     starts: Tensor
     tiles: Tensor
     halvings: int
-    share: float
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +94,6 @@ def row_blocks(positions: Positions) -> RowBlocks | None:
         starts=starts.to(torch.int32),
         tiles=torch.stack([block, number * _COLUMNS], dim=1).to(torch.int32),
         halvings=(int(widths.max()) - 1).bit_length(),
-        share=share,
     )
 
 
