@@ -27,6 +27,8 @@ from speft_optim.targets import Target, all_targets, uncompiled
 _FORMAT = "speft_optim.adapter/1"
 _FILE = "adapter.safetensors"
 _PROBES = 4096
+# Under this name a model keeps what it knows of its loaded adapters (see `loaded.py`).
+LOADED = "_loaded_adapters"
 _BASE = ("name", "revision", "fingerprint")
 
 
@@ -92,6 +94,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         write_safetensors(tensors, path / _FILE, metadata)
         card = _card(base, about)
         write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    if LOADED in model.__dict__:
+        model.__dict__[LOADED].keep(model)
 
 
 def named_root(model: nn.Module) -> nn.Module:
@@ -172,13 +176,15 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """
     path = checked_path(path)
     path = path / _FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no adapter {path}; pass a file or folder that save_adapter wrote.")
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             shapes, base = json.loads(metadata["shapes"]), json.loads(metadata["base"])
-            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            parts = {key: file.get_tensor(key) for key in file.keys()}
         masks, values = Masks(), {}
         for name, shape in shapes.items():
             own = parts_of(name, parts)

@@ -97,6 +97,8 @@ class BatchReader:
         self.used = 0
         self.went_back = False
         self._warned = False
+        # Whether no label but the first counts in the last batch: a shifted loss, as of causal models, has none then.
+        self._unsure = False
         self._start: _RandomState | None = None
 
     def _rewind(self) -> None:
@@ -128,19 +130,45 @@ class BatchReader:
             if self.labelled and batch.get("labels") is None:
                 keys = ", ".join(map(str, batch))
                 raise ValueError(f"Calibration batch {seen} has no labels (only {keys}); this measure needs a loss.")
-            if self.labelled and bool((batch["labels"] == IGNORED_LABEL).all()):
-                continue
+            if self.labelled:
+                labels = batch["labels"]
+                if not isinstance(labels, Tensor):
+                    raise TypeError(
+                        f"The labels of calibration batch {seen} are a {type(labels).__name__}; pass tensors, as a "
+                        "collator with return_tensors='pt' makes them."
+                    )
+                counted = labels != IGNORED_LABEL
+                if not bool(counted.any()):
+                    continue
+                self._unsure = counted.dim() > 1 and counted.shape[1] > 1 and not bool(counted[:, 1:].any())
             self.used += 1
             yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         if not seen:
             raise ValueError("There are no calibration batches; pass at least one dict with input_ids and labels.")
         if not self.used:
             raise ValueError(
-                f"All labels of all {seen} calibration batches are {IGNORED_LABEL}; are prompts cut too short?"
+                f"All labels of all {seen} calibration batches are {IGNORED_LABEL}, or first ones that a shifted loss "
+                "leaves out; are prompts cut too short?"
             )
         if self.used < seen and not self._warned:
             self._warned = True
             logger.warning("%d of %d calibration batches have no label that counts; left out.", seen - self.used, seen)
+
+    def takes(self, loss: Any) -> bool:
+        """Check the loss of the last batch.
+
+        Returns:
+            Whether the batch counts: it does not where the loss is a mean over no label.
+
+        Raises:
+            ValueError: it is not finite, or not a single number.
+            TypeError: it is no tensor.
+        """
+        if self._unsure and isinstance(loss, Tensor) and bool(loss.detach().isnan().all()):
+            self.used -= 1
+            return False
+        _check_loss(loss, self.used)
+        return True
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -160,13 +188,8 @@ def loss_of(output: Any, model: nn.Module) -> Tensor:
     return loss
 
 
-def check_loss(value: Tensor, number: int) -> None:
-    """Refuse a loss that would make every score NaN, or that is none.
-
-    Raises:
-        ValueError: it is not finite, or not a single number.
-        TypeError: it is no tensor.
-    """
+def _check_loss(value: Any, number: int) -> None:
+    """Refuse a loss that would make every score NaN, or that is none."""
     if not isinstance(value, Tensor):
         raise TypeError(f"The loss of calibration batch {number} is a {type(value).__name__}; return a scalar tensor.")
     if value.numel() != 1:

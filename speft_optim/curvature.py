@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speft_optim.batches import BatchReader, LossFunction, check_loss, model_loss, plain_implementation
+from speft_optim.batches import BatchReader, LossFunction, model_loss, plain_implementation
 from speft_optim.distributed import average_, together, total
 from speft_optim.linear import input_of, shadow
 from speft_optim.pieces import Piece
@@ -122,7 +122,8 @@ def hessian_gradient(
         stack.enter_context(together())
         for batch in reader:
             value = (loss or model_loss)(model, batch)
-            check_loss(value, reader.used)
+            if not reader.takes(value):
+                continue
             (along,) = torch.autograd.grad(value, step, create_graph=True, allow_unused=True)
             if along is not None and along.requires_grad:
                 along.backward(inputs=leaves)

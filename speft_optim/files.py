@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -122,14 +123,32 @@ def _replace_folder(out: Path, new: Path, before: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors and string metadata to a safetensors file, atomically."""
+    """Write tensors and string metadata to a safetensors file, atomically; equal ones to equal bytes."""
     contiguous, memory = {}, set()
     for name, tensor in tensors.items():
         # The format refuses tensors that share memory, as one mask used for several weights does.
         shared = tensor.untyped_storage().data_ptr() in memory
         contiguous[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
         memory.add(contiguous[name].untyped_storage().data_ptr())
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
+
+    def write(temporary: Path) -> None:
+        save_file(contiguous, temporary, dict(metadata))
+        _sort_metadata(temporary)
+
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file, which the library writes in random order, in order of their names."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # The format pads with spaces.
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:

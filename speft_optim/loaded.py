@@ -9,21 +9,21 @@ What the base had there is kept on the CPU beside the adapters. Keeping differen
 and subtracting them rounds.
 """
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from speft_optim.adapter import AdapterFile, fingerprint, named_root, read_adapter
+from speft_optim.adapter import LOADED, AdapterFile, fingerprint, named_root, read_adapter
 from speft_optim.compact import sparse_weights
 from speft_optim.frozen import find, frozen_weight
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import hand_back, take_over
 from speft_optim.targets import Target, all_targets, uncompiled
 
-_LOADED = "_loaded_adapters"
 # Far beyond sense, and far from where base and shares would overflow.
 _LARGEST_SHARE = 1000
 
@@ -37,12 +37,46 @@ class Loaded:
         base: for each weight that an adapter has entries of, the mask of all of them and the base's own entries.
         shares: how much of each adapter the weights hold now.
         fingerprint: of the model outside `base`.
+        kept: digests of what the weights held under `base` when it was in a file: none other may be written over.
     """
 
     adapters: dict[str, AdapterFile]
     base: dict[str, tuple[Mask, Tensor]]
     shares: dict[str, float]
     fingerprint: str
+    kept: set[str] = field(default_factory=set)
+
+    def held(self, model: nn.Module) -> dict[str, tuple[Mask, Tensor]]:
+        """What the weights hold under `base` now."""
+        targets, held = all_targets(model), {}
+        for name, (mask, _) in self.base.items():
+            weight = frozen_weight(*targets[name].sites[0])
+            held[name] = mask, weight.gather(mask.indices.to(weight.device))
+        return held
+
+    def keep(self, model: nn.Module) -> None:
+        """Note that what the weights hold now is in a file."""
+        self.kept.add(_digest(self.held(model)))
+
+    def check_kept(self, model: nn.Module) -> None:
+        """Refuse to lose what was trained.
+
+        Raises:
+            ValueError: what the weights hold is in no file.
+        """
+        if _digest(self.held(model)) not in self.kept:
+            raise ValueError(
+                "The adapters' entries were trained on and not saved, so that changing adapters would lose them; "
+                "sparsify again and save_adapter, or make them the model's own with merge_adapters(model)."
+            )
+
+
+def _digest(entries: Mapping[str, tuple[Mask, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, (_, values) in entries.items():
+        digest.update(name.encode())
+        digest.update(values.contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Masks:
@@ -60,7 +94,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or no adapter, belongs to another base (a name, a shape or any weight
-            outside the masks differs), or holds values too large for the weights' dtype; the model is then as it was.
+            outside the masks differs), or holds values too large for the weights' dtype, or an adapter loaded before
+            was trained on and not saved; the model is then as it was.
         TypeError: `name` is no string.
     """
     if not isinstance(name, str):
@@ -74,12 +109,14 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             weight.synchronize()
         _check_base(model, adapter, path)
         _put(model, {key: (mask, adapter.values[key]) for key, mask in adapter.masks.items()})
+        if LOADED in model.__dict__:
+            model.__dict__[LOADED].keep(model)
         return adapter.masks
-    before = model.__dict__.get(_LOADED) or Loaded({}, {}, {}, "")
-    targets = all_targets(model)
-    weights = {key: (mask, frozen_weight(*targets[key].sites[0])) for key, (mask, _) in before.base.items()}
+    before = model.__dict__.get(LOADED) or Loaded({}, {}, {}, "")
+    if before.adapters:
+        before.check_kept(model)
     # Not what the adapters' files hold: they may have been trained on.
-    held = {key: (mask, weight.gather(mask.indices.to(weight.device))) for key, (mask, weight) in weights.items()}
+    held = before.held(model)
     _restore_base(model, before)
     try:
         _check_base(model, adapter, path)
@@ -87,7 +124,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         _put(model, held)
         raise
     _remember(model, {**before.adapters, name: adapter})
-    _use(model, model.__dict__[_LOADED], {name: 1.0})
+    _use(model, model.__dict__[LOADED], {name: 1.0})
     return adapter.masks
 
 
@@ -100,7 +137,8 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
             {"math": 0.5, "code": 0.5} half of each, {} the base.
 
     Raises:
-        ValueError: a name is not loaded, a share is beyond reason, or the model is sparsified or changed meanwhile.
+        ValueError: a name is not loaded, a share is beyond reason, or the model is sparsified, or was changed meanwhile
+            and not saved.
         TypeError: `shares` is no mapping.
     """
     model = uncompiled(model)
@@ -127,7 +165,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
         name: which; None for all.
 
     Raises:
-        ValueError: it is not loaded, or the model is sparsified or changed meanwhile.
+        ValueError: it is not loaded, or the model is sparsified, or was changed meanwhile and not saved.
     """
     model = uncompiled(model)
     loaded = _loaded(model)
@@ -135,8 +173,8 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
         raise ValueError(f"No adapter {name!r} is loaded; there are {sorted(loaded.adapters)}.")
     _restore_base(model, loaded)
     _remember(model, {} if name is None else {key: part for key, part in loaded.adapters.items() if key != name})
-    if _LOADED in model.__dict__:
-        _use(model, model.__dict__[_LOADED], {key: share for key, share in loaded.shares.items() if key != name})
+    if LOADED in model.__dict__:
+        _use(model, model.__dict__[LOADED], {key: share for key, share in loaded.shares.items() if key != name})
     else:
         hand_back(model)
 
@@ -148,28 +186,29 @@ def merge_adapters(model: nn.Module) -> None:
         ValueError: no adapter is loaded.
     """
     model = uncompiled(model)
-    if _LOADED not in model.__dict__:
+    if LOADED not in model.__dict__:
         raise ValueError(f"No adapter is loaded on this {type(model).__name__}; there is nothing to merge.")
-    del model.__dict__[_LOADED]
+    del model.__dict__[LOADED]
 
 
 def _loaded(model: nn.Module) -> Loaded:
-    if _LOADED not in model.__dict__:
+    if LOADED not in model.__dict__:
         raise ValueError(f"No adapter is loaded on this {type(model).__name__}; call load_adapter(model, path) first.")
     if sparse_weights(model):
         raise ValueError("The model is being trained; call save_adapter and desparsify before its adapters change.")
-    loaded = model.__dict__[_LOADED]
+    loaded = model.__dict__[LOADED]
     if fingerprint(model, Masks({name: mask for name, (mask, _) in loaded.base.items()})) != loaded.fingerprint:
         raise ValueError(
             "Weights outside the adapters' masks have changed since they were loaded, so that the base is gone; load "
             "it anew, or keep the weights as they are with merge_adapters(model)."
         )
+    loaded.check_kept(model)
     return loaded
 
 
 def _remember(model: nn.Module, adapters: dict[str, AdapterFile]) -> None:
     """Keep the entries that the model, which is the base now, has under the adapters."""
-    model.__dict__.pop(_LOADED, None)
+    model.__dict__.pop(LOADED, None)
     if not adapters:
         return
     targets, base = all_targets(model), {}
@@ -179,7 +218,7 @@ def _remember(model: nn.Module, adapters: dict[str, AdapterFile]) -> None:
         weight = frozen_weight(*targets[name].sites[0])
         base[name] = (union, weight.gather_base(union.indices.to(weight.device)).cpu())
     outside = fingerprint(model, Masks({name: mask for name, (mask, _) in base.items()}))
-    model.__dict__[_LOADED] = Loaded(adapters, base, {}, outside)
+    model.__dict__[LOADED] = Loaded(adapters, base, {}, outside)
 
 
 def _restore_base(model: nn.Module, loaded: Loaded) -> None:
@@ -207,6 +246,7 @@ def _use(model: nn.Module, loaded: Loaded, shares: dict[str, float]) -> None:
         mixed[name] = (Mask(union.indices[touched], union.shape), entries[touched].to(base.dtype))
     _put(model, mixed)
     loaded.shares = shares
+    loaded.keep(model)
 
 
 def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:

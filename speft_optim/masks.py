@@ -324,7 +324,14 @@ class Masks(dict[str, Mask]):
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw density by layer and projection, and how concentrated rows and columns are, to a PNG (by matplotlib)."""
+        """Draw density by layer and projection, and how concentrated rows and columns are (by matplotlib).
+
+        Args:
+            path: the picture; its ending tells the format (`.png`, `.pdf`, `.svg`, ...), PNG without one.
+
+        Raises:
+            ValueError: there is no mask, or the ending is of no picture.
+        """
         from speft_optim.plots import plot_masks
 
         plot_masks(self, path)

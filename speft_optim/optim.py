@@ -73,6 +73,9 @@ class WriteThrough(Protocol):
 class Schedule(Protocol):
     """What changes the masks during training; its state travels in the optimizer's."""
 
+    def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Optimizer post-hook: a step was taken."""
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
 
@@ -160,8 +163,10 @@ class SparseAdamW(Optimizer):
             raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
         self._on_nonfinite = on_nonfinite
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        if not isinstance(params, Iterable):
+        if not isinstance(params, Iterable) or isinstance(params, Tensor):
             raise TypeError(f"params is a {type(params).__name__}; pass sparsify(model, masks), or parameter groups.")
+        if not (params := list(params)):
+            raise ValueError("params is empty, so nothing would train; pass sparsify(model, masks), or groups of it.")
         super().__init__(params, {**defaults, "state_bits": state_bits})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -169,14 +174,21 @@ class SparseAdamW(Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"A parameter group is a dict with params, got {param_group!r}; write dict(params=[...]).")
         _check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            linked(parameter)
+        params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("The params of a group are a set, whose order changes between runs; pass a list.")
+        params = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
+        for parameter in params:
+            # With a name in front, as of `named_parameters()`.
+            parameter = parameter[-1] if isinstance(parameter, tuple) and parameter else parameter
+            if not isinstance(parameter, Tensor):
+                raise TypeError(f"SparseAdamW got a {type(parameter).__name__} as a parameter; it trains tensors.")
             if not parameter.is_floating_point():
-                self.param_groups.pop()
                 raise TypeError(
                     f"SparseAdamW got a parameter of {parameter.dtype}; it trains floating tensors, fp32 best."
                 )
+            linked(parameter)
+        super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -300,10 +312,24 @@ class SparseAdamW(Optimizer):
         }
         return {**kinds, "total": sum(kinds.values())}
 
+    def follow(self, schedule: Schedule) -> None:
+        """Let a schedule change the masks from now on, after steps of this optimizer."""
+        self.schedule = schedule
+        self.register_step_post_hook(schedule.after_step)
+
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: torch's own leaves out all but groups and state."""
-        own = {"_on_nonfinite": self._on_nonfinite, "_stepped": self._stepped, "skipped_steps": self.skipped_steps}
-        return {**super().__getstate__(), **own}
+        """For copies and pickles, a schedule and its model included: torch's own leaves out all but groups and state.
+
+        A copy of the optimizer belongs to a copy of the model: copy both in one go, as `copy.deepcopy((model, o))`.
+        """
+        own = ("_on_nonfinite", "_stepped", "_told_of_zeros", "skipped_steps", "schedule")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Also called by `load_state_dict`, on one that has its hook already.
+        if "schedule" in state and self.schedule is not None:
+            self.follow(self.schedule)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, and for each compact parameter its values, mask positions and the weight's name and shape.
@@ -459,8 +485,11 @@ def _check_options(options: dict[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of {lr.numel()} elements; pass a number or a tensor of one element.")
     betas = options["betas"]
+    wrong_betas = f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999)."
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
+        raise ValueError(wrong_betas)
+    if not isinstance(options["maximize"], bool):
+        raise TypeError(f"maximize={options['maximize']!r} is a {type(options['maximize']).__name__}; pass a bool.")
     numbers = [("lr", lr, 1e-3), ("eps", eps, 1e-8), ("weight_decay", decay, 1e-2)]
     for name, value, usual in (*numbers, ("betas", betas[0], 0.9), ("betas", betas[1], 0.999)):
         if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:
@@ -471,7 +500,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
     if not all(float(beta) < 1.0 for beta in betas):
-        raise ValueError(f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999).")
+        raise ValueError(wrong_betas)
 
 
 def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> None:

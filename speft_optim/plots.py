@@ -2,29 +2,32 @@
 
 from pathlib import Path
 
-from speft_optim.files import write_atomically
+from speft_optim.files import checked_path, write_atomically
 from speft_optim.masks import Masks, concentration, density_grid, split_name
 
 
 def plot_masks(masks: Masks, path: str | Path) -> None:
-    """Draw the density per layer and projection, and the row and column concentration per projection, to a PNG.
+    """Draw the density per layer and projection, and the row and column concentration per projection.
 
     Raises:
-        ValueError: there is no mask to draw.
+        ValueError: there is no mask to draw, or matplotlib writes no file of this ending.
     """
     if not masks:
         raise ValueError("There is no mask to draw; select some weights first.")
+    kind = checked_path(path).suffix.removeprefix(".").lower() or "png"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     layers, _, _ = density_grid(masks)
     figure = Figure(figsize=(11, max(3.5, 0.2 * len(layers) + 1.5)), layout="constrained")
-    FigureCanvasAgg(figure)
+    kinds = FigureCanvasAgg(figure).get_supported_filetypes()
+    if kind not in kinds:
+        raise ValueError(f"Cannot draw {path}: .{kind} is no picture; it must be one of {', '.join(sorted(kinds))}.")
     heat, bars = figure.subplots(1, 2)
     draw_density(heat, masks)
     draw_concentration(bars, masks)
     figure.suptitle(f"{masks.count:,} masked entries, {masks.density:.3%} of the targeted weights")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=130))
 
 
 def draw_density(axes, masks: Masks) -> None:

@@ -80,8 +80,7 @@ class MaskSchedule:
         self._check()
         weights = self._weights()
         self.entries = sum(len(weight.mask) for weight in weights)
-        optimizer.schedule = self
-        optimizer.register_step_post_hook(self._after_step)
+        optimizer.follow(self)
 
     def reselect(self) -> Masks:
         """Choose the masks again now, whatever interval and threshold say; call between steps.
@@ -110,7 +109,8 @@ class MaskSchedule:
         self.steps = int(state_dict["steps"])
         self.history = [dict(event) for event in state_dict["history"]]
 
-    def _after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
+    def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
+        """Post-hook of the optimizer: count a step, and select when it is time."""
         self.steps += 1
         if self.steps % self.interval:
             return

@@ -6,7 +6,10 @@ that of one `topk` over everything. Ties go to the earlier position, and to the 
 """
 
 import contextlib
+import logging
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +23,8 @@ from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
 from speft_optim.salience import MEASURES, Measure
 from speft_optim.targets import Target, Targets, check_differentiable, find_targets, uncompiled
+
+logger = logging.getLogger(__name__)
 
 _INT32_LIMIT = 2**31 - 1
 
@@ -211,6 +216,8 @@ def select_masks(
         with together():
             check_choice(salience, scope, offload, checkpoint)
             check_differentiable(model)
+            if loss is not None and not callable(loss):
+                raise TypeError(f"loss={loss!r} is not callable; pass a function of (model, batch), or None.")
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
                 by_block = MEASURES[salience].takes_batches
@@ -223,10 +230,18 @@ def select_masks(
                 _check_amount(density, budget, sum(sizes.values()))
             if memory_budget is None:
                 memory_budget = default_memory_budget(next(iter(found.values())).device)
-            if not isinstance(memory_budget, int) or memory_budget <= 0:
+            if not is_whole(memory_budget) or memory_budget <= 0:
                 raise ValueError(
                     f"memory_budget={memory_budget!r} must be a positive number of bytes, such as 2 * 2**30."
                 )
+            if not is_whole(seed):
+                raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; pass a whole number, such as 0.")
+            if not isinstance(progress, bool):
+                raise TypeError(f"progress={progress!r} is a {type(progress).__name__}; pass True or False.")
+        # What numpy counted may be of a width in which its products overflow.
+        memory_budget = int(memory_budget)
+        budget = int(budget) if is_whole(budget) else budget
+        density = None if density is None else float(density)
         # Processes that measure other things, or cut the weights into other groups, would exchange what does not match.
         choice = f"{salience} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
@@ -270,9 +285,9 @@ def _select_local(
 ) -> Masks:
     # A weight without entries has no scores either, but a mask as in global scope.
     masks = Masks({name: Mask(torch.empty(0, dtype=torch.int32), target.shape) for name, target in targets.items()})
-    best = None
+    best, ranges = None, _Ranges()
     for name, first, chunk in scores:
-        _check_finite(name, chunk)
+        ranges.see(name, chunk)
         if first == 0:
             best = BestEntries(shares[name], targets[name].shape.numel(), step)
         best.update(chunk, first)
@@ -280,6 +295,7 @@ def _select_local(
             masks[name] = Mask(best.positions, targets[name].shape)
             # Not held on to while the next group is accumulated.
             best = None
+    ranges.warn_of_ties(masks)
     return masks
 
 
@@ -290,9 +306,9 @@ def _select_global(
     for name, target in targets.items():
         starts[name] = start
         start += target.shape.numel()
-    best = BestEntries(total, start, step)
+    best, ranges = BestEntries(total, start, step), _Ranges()
     for name, first, chunk in scores:
-        _check_finite(name, chunk)
+        ranges.see(name, chunk)
         best.update(chunk, starts[name] + first)
     masks = Masks()
     kept = best.positions
@@ -303,6 +319,7 @@ def _select_global(
     for number, (name, target) in enumerate(targets.items()):
         positions = kept[cuts[number] : cuts[number + 1]] - starts[name]
         masks[name] = Mask(positions.to(target.device), target.shape)
+    ranges.warn_of_ties(masks)
     return masks
 
 
@@ -318,7 +335,7 @@ def _candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None,
 def _shares(sizes: dict[str, int], density: float | None, budget: int | Mapping[str, int] | None) -> Mapping[str, int]:
     """Entries to keep of each weight: its density rounded, or its part of the budget by largest remainder."""
     if isinstance(budget, Mapping):
-        return budget
+        return {name: int(budget[name]) for name in sizes}
     if density is not None:
         return {name: round(density * size) for name, size in sizes.items()}
     total = sum(sizes.values())
@@ -333,12 +350,12 @@ def _check_amount(density: float | None, budget: int | None, total: int) -> None
     if (density is None) == (budget is None):
         raise ValueError(f"Give exactly one of density and budget; got density={density}, budget={budget}.")
     if density is not None:
-        if isinstance(density, bool) or not isinstance(density, int | float):
+        if isinstance(density, bool) or not isinstance(density, Real):
             raise TypeError(f"density={density!r} is a {type(density).__name__}; pass a number in (0, 1].")
         if not 0.0 < density <= 1.0:
             raise ValueError(f"density={density} is outside (0, 1]; 0.01 keeps one entry in a hundred.")
     else:
-        if isinstance(budget, bool) or not isinstance(budget, int):
+        if not is_whole(budget):
             raise TypeError(f"budget={budget!r} is a {type(budget).__name__}; pass a whole number of entries.")
         if not 1 <= budget <= total:
             raise ValueError(
@@ -353,14 +370,47 @@ def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, 
         odd = sorted(budget.keys() ^ sizes.keys())[0]
         raise ValueError(f"budget must name exactly the targeted weights; {odd} is on one side only.")
     for name, count in budget.items():
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= sizes[name]:
+        if not is_whole(count) or not 0 <= count <= sizes[name]:
             raise ValueError(f"budget of {name} is {count!r}; pass a whole number of entries in 0..{sizes[name]:,}.")
 
 
-def _check_finite(name: str, scores: Tensor) -> None:
-    finite = torch.isfinite(scores)
-    if not bool(finite.all()):
-        bad = scores.numel() - int(finite.sum())
-        raise ValueError(
-            f"{bad:,} scores of {name} are not finite; check its weights and the calibration data for NaN or inf."
-        )
+def is_whole(number: object) -> bool:
+    """Whether it is a whole number of Python or numpy, and no truth value."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+class _Ranges:
+    """Smallest and largest score of each weight."""
+
+    def __init__(self):
+        self._of: dict[str, tuple[float, float]] = {}
+
+    def see(self, name: str, scores: Tensor) -> None:
+        """Take in some scores of a weight.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        if not scores.numel():
+            return
+        # NaN passes through both ends.
+        low, high = torch.stack(torch.aminmax(scores)).tolist()
+        if not math.isfinite(low) or not math.isfinite(high):
+            bad = scores.numel() - int(torch.isfinite(scores).sum())
+            raise ValueError(
+                f"{bad:,} scores of {name} are not finite; check its weights and the calibration data for NaN or inf."
+            )
+        before = self._of.get(name, (low, high))
+        self._of[name] = min(before[0], low), max(before[1], high)
+
+    def warn_of_ties(self, masks: Masks) -> None:
+        """Tell of weights that were chosen from without a reason."""
+        tied = [name for name, (low, high) in self._of.items() if low == high]
+        tied = [name for name in tied if 0 < len(masks[name]) < masks[name].shape.numel()]
+        if tied:
+            logger.warning(
+                "All scores of %d weights are equal, e.g. of %s, so that their first entries are kept: no batch uses "
+                "them, or all their entries are alike. Leave them out of targets, or look at the batches.",
+                len(tied),
+                tied[0],
+            )

@@ -4,6 +4,7 @@ A weight shared by several modules (tied embeddings) is one `Target` with severa
 lists.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -95,6 +96,7 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
         found = {name: target for name, target in known.items() if _is_block_matrix(model, target)}
         remedy = "the model has no nn.ModuleList of blocks with linear weights; name them with targets=[...]"
     elif callable(targets):
+        _check_predicate(targets)
         found = {name: target for name, target in known.items() if targets(name, target.parameter)}
         remedy = "the predicate was true for no parameter; let it be for some"
     else:
@@ -106,6 +108,16 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
             check_in_memory(name, target.parameter)
         check_called(name, target)
     return found
+
+
+def _check_predicate(predicate: Callable) -> None:
+    try:
+        inspect.signature(predicate).bind("name", None)
+    except TypeError as error:
+        raise TypeError(f"targets={predicate!r} must take a parameter's name and the parameter: {error}.") from error
+    except ValueError:
+        # Of some functions in C nothing tells what they take.
+        pass
 
 
 def check_in_memory(name: str, parameter: nn.Parameter) -> None:

@@ -115,6 +115,20 @@ def live_tensors():
     return found
 
 
+class LiveBytes:
+    """Counts bytes of tensors that were not there when it was made.
+
+    Those it keeps alive: what other tests left behind may die at any time.
+    """
+
+    def __init__(self):
+        self.before = live_tensors()
+
+    def __call__(self):
+        new = (tensor for address, tensor in live_tensors().items() if address not in self.before)
+        return sum(tensor.untyped_storage().nbytes() for tensor in new if not tensor.is_meta)
+
+
 class Reference:
     """REF: dense fp32 AdamW fed `mask * grad`, entries outside the mask put back after each step."""
 

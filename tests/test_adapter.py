@@ -298,6 +298,20 @@ def test_a_wrapper_of_two_sparsified_models_is_refused(path):
             call(both, path)
 
 
+def test_equal_adapters_are_equal_files(tmp_path):
+    """Metadata is written in random order by the library of the format."""
+    model = tiny_model()
+    masks = random_masks(model)
+    sparsify(model, masks)
+    contents = set()
+    for number in range(8):
+        save_adapter(model, tmp_path / f"{number}.safetensors")
+        masks.save(tmp_path / f"masks-{number}.safetensors")
+        files = (tmp_path / f"{number}.safetensors", tmp_path / f"masks-{number}.safetensors")
+        contents.add(tuple(file.read_bytes() for file in files))
+    assert len(contents) == 1
+
+
 def test_saving_needs_a_sparsified_model_and_a_folder(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"call sparsify\(model, masks\) before save_adapter"):

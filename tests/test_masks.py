@@ -412,6 +412,17 @@ def test_concentration_by_hand():
     assert np.isnan(concentration([torch.zeros(4, dtype=torch.int64)]))
 
 
+def test_a_picture_is_what_its_ending_says(masks, tmp_path):
+    pytest.importorskip("matplotlib")
+    begins = {"m.pdf": b"%PDF", "m.svg": b"<?xml", "m.PNG": b"\x89PNG", "m": b"\x89PNG"}
+    for name, start in begins.items():
+        masks.plot(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(ValueError, match=r"\.txt is no picture; it must be one of .*png"):
+        masks.plot(tmp_path / "m.txt")
+    assert {path.name for path in tmp_path.iterdir()} == set(begins)
+
+
 def test_plot_draws_a_picture_with_something_on_it(masks, tmp_path):
     image = pytest.importorskip("matplotlib.image")
     masks.plot(tmp_path / "masks.png")

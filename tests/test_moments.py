@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, live_tensors, tiny_model, token_batch
+from conftest import LiveBytes, assert_close, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -230,14 +230,14 @@ def test_memory_summary_is_what_is_alive(bits, limit):
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(576, 576, bias=False) for _ in range(3))}).bfloat16()
     masks = select_masks(model, salience="random", density=0.01, progress=False)
     dynamic_codes(True, CPU), dynamic_codes(False, CPU)
-    before = live_tensors()
+    live_bytes = LiveBytes()
     values = sparsify(model, masks)
     optimizer = SparseAdamW(values, state_bits=bits)
     for block in model["blocks"]:
         block(torch.randn(2, 576, dtype=torch.bfloat16)).float().sum().backward()
     optimizer.step()
     summary = optimizer.memory_summary()
-    new = sum(tensor.untyped_storage().nbytes() for address, tensor in live_tensors().items() if address not in before)
+    new = live_bytes()
     steps = 4 * len(values)
     assert new == summary["total"] - summary["positions"] + steps
     assert summary["positions"] == sum(mask.nbytes for mask in masks.values())

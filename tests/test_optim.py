@@ -525,7 +525,12 @@ def test_two_runs_from_one_seed_are_bit_equal():
         (dict(betas=(-0.1, 0.9)), ValueError, "betas="),
         (dict(betas=(0.9,)), ValueError, "betas="),
         (dict(betas=0.9), ValueError, "betas=0.9 must be two numbers"),
-        (dict(params=[]), ValueError, "empty parameter list"),
+        (dict(params=[]), ValueError, r"params is empty.*pass sparsify\(model, masks\)"),
+        (dict(params=iter([])), ValueError, "params is empty"),
+        (dict(params=nn.Parameter(torch.ones(2))), TypeError, "params is a Parameter; pass sparsify"),
+        (dict(params=[7]), TypeError, "got a int as a parameter; it trains tensors"),
+        (dict(params=[{"params": {nn.Parameter(torch.ones(1))}}]), TypeError, "are a set.*pass a list"),
+        (dict(maximize="no"), TypeError, "maximize='no' is a str; pass a bool"),
         (dict(params=[nn.Parameter(torch.tensor([1]), requires_grad=False)]), TypeError, "parameter of torch.int64"),
         (dict(params=[{"params": [nn.Parameter(torch.ones(1))], "lr": -1.0}]), ValueError, "lr=-1.0"),
     ],
@@ -542,7 +547,15 @@ def test_a_refused_group_is_not_added():
             optimizer.add_param_group(
                 {"params": [nn.Parameter(parameter, requires_grad=False)], "lr": 1.0 - 2 * (error is ValueError)}
             )
+    model = tiny_model("llama")
+    values = sparsify(model, random_masks(model))
+    desparsify(model)
+    with pytest.raises(ValueError, match="no longer sparsified"):
+        optimizer.add_param_group({"params": values})
     assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": (nn.Parameter(torch.ones(2)) for _ in range(2))})
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(2))})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2, 1]
 
 
 # Memory

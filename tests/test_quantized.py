@@ -1,7 +1,6 @@
 """Frozen base in 8 and 4 bits: everything that holds on a dense base holds on the dequantised weights."""
 
 import copy
-import gc
 import io
 import pickle
 import sys
@@ -9,7 +8,7 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import Reference, assert_close, live_tensors, product_flops, tiny_model, token_batch
+from conftest import LiveBytes, Reference, assert_close, product_flops, tiny_model, token_batch
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
@@ -407,12 +406,11 @@ def test_masks_chosen_again_are_those_of_the_dequantised_model(model):
 
 
 def test_memory_summary_counts_entries_that_left(model):
+    live_bytes = LiveBytes()
     optimizer, _ = scheduled(model)
     train(model, optimizer, 1)
-    gc.collect()
     before, summary = live_bytes(), optimizer.memory_summary()
     train(model, optimizer, 4, start=1)
-    gc.collect()
     now = optimizer.memory_summary()
     entries = sum(len(weight.former) for weight in sparse_weights(model))
     assert entries > 0 and now["values"] - summary["values"] >= 4 * entries
@@ -619,23 +617,19 @@ def test_loading_peaks_at_the_quantised_size_and_one_shard(tmp_path, monkeypatch
     del whole
     assert dense_bytes > 4 * shard
     for kind, parameter in (("int8", bnb.nn.Int8Params), ("nf4", bnb.nn.Params4bit)):
-        calls, peaks, before = [], [], live_bytes()
+        calls, peaks, live_bytes = [], [], LiveBytes()
 
-        def watched(self, device, quantize=parameter._quantize, calls=calls, peaks=peaks, before=before):
+        def watched(self, device, quantize=parameter._quantize, calls=calls, peaks=peaks, live_bytes=live_bytes):
             result = quantize(self, device)
             calls.append(1)
             if len(calls) % 12 == 5:
-                peaks.append(live_bytes() - before)
+                peaks.append(live_bytes())
             return result
 
         monkeypatch.setattr(parameter, "_quantize", watched)
         model = load_quantized(folder, kind, torch.bfloat16)
-        assert len(peaks) == 7 and max(peaks) <= live_bytes() - before + shard
+        assert len(peaks) == 7 and max(peaks) <= live_bytes() + shard
         del model
-
-
-def live_bytes():
-    return sum(tensor.untyped_storage().nbytes() for tensor in live_tensors().values() if not tensor.is_meta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

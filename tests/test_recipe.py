@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from byte_tokenizer import VOCABULARY, byte_tokenizer
-from conftest import live_tensors, tiny_model
+from conftest import LiveBytes, tiny_model
 from quantized_models import SIZES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -649,20 +649,17 @@ def test_loading_holds_the_quantised_model_and_one_shard(bits, tmp_path, monkeyp
     parameter = bitsandbytes.nn.Int8Params if bits == 8 else bitsandbytes.nn.Params4bit
     real, calls, peaks = parameter._quantize, [], []
 
-    def live_bytes():
-        return sum(tensor.untyped_storage().nbytes() for tensor in live_tensors().values() if not tensor.is_meta)
-
     def watched(self, device):
         result = real(self, device)
         calls.append(0)
         if len(calls) % 12 == 5:
-            peaks.append(live_bytes() - before)
+            peaks.append(live_bytes())
         return result
 
-    before = live_bytes()
+    live_bytes = LiveBytes()
     monkeypatch.setattr(parameter, "_quantize", watched)
     model, _ = models.load(tmp_path, dtype=torch.bfloat16, bits=bits)
-    assert len(peaks) == 7 and max(peaks) <= live_bytes() - before + shard
+    assert len(peaks) == 7 and max(peaks) <= live_bytes() + shard
     assert next(model.parameters()).dtype is torch.bfloat16
 
 

@@ -1,6 +1,7 @@
 """Masks chosen again during training: against a dense reference, across resume, accumulation and real trainers."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -284,6 +285,22 @@ def test_copies_and_undoing_after_a_change():
     assert masks_of(other) == masks_of(model)
     trained = weights_of(model)
     desparsify(other)
+    assert all(torch.equal(part, trained[name]) for name, part in weights_of(other).items())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_a_copied_optimizer_keeps_its_schedule(copied, order):
+    model, optimizer, _ = attach()
+    train(model, optimizer, 2)
+    other, others = copied((model, optimizer)[order])[order]
+    assert others.schedule is not optimizer.schedule and others.schedule.model is other
+    for _ in range(2):
+        train(model, optimizer, 2, first=2)
+        train(other, others, 2, first=2)
+    assert others.schedule.history == optimizer.schedule.history and len(others.schedule.history) == 2
+    assert masks_of(other) == masks_of(model)
+    trained = weights_of(model)
     assert all(torch.equal(part, trained[name]) for name, part in weights_of(other).items())
 
 

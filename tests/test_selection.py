@@ -293,6 +293,11 @@ IGNORED = {**BATCH, "labels": torch.full_like(BATCH["labels"], -100)}
         (dict(density=0.1, batches=[{**BATCH, "labels": None}]), ValueError, "batch 1 has no labels"),
         (dict(density=0.1, batches=[IGNORED] * 8), ValueError, "All labels of all 8 calibration batches are -100"),
         (dict(density=0.1, batches=iter([BATCH]), memory_budget=9999), ValueError, "passes are needed; pass a list"),
+        (dict(density=0.1, batches=[{**BATCH, "labels": [[1]]}]), TypeError, "labels of .* 1 are a list; pass tensors"),
+        (dict(density=0.1, loss=5), TypeError, "loss=5 is not callable; pass a function"),
+        (dict(density=0.1, seed="0"), TypeError, "seed='0' is a str; pass a whole number"),
+        (dict(density=0.1, progress=None), TypeError, "progress=None is a NoneType; pass True or False"),
+        (dict(density=0.1, targets=lambda name: True), TypeError, "must take a parameter's name and the parameter"),
         (dict(density=0.1, loss=lambda *_: torch.tensor(math.nan)), ValueError, "loss of calibration batch 1 is nan"),
         (dict(density=0.1, loss=lambda m, b: m(**b).loss * math.inf), ValueError, "batch 1 is inf"),
     ],
@@ -303,6 +308,44 @@ def test_what_cannot_work_is_refused_with_the_reason(options, error, message):
     with pytest.raises(error, match=message):
         select_masks(model, **{"batches": [BATCH], "progress": False, **options})
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "grasp"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_batch_whose_only_labels_are_first_ones_is_skipped(salience, own, caplog):
+    """A causal model's loss shifts labels by one: it is a mean over none then, and NaN."""
+    model, batches = tiny_model("llama"), [token_batch(seed) for seed in range(3)]
+    batches[1]["labels"] = torch.where(torch.arange(batches[1]["labels"].shape[1]) == 0, batches[1]["labels"], -100)
+    loss = None if own else lambda model, batch: model(**batch).loss
+    choose = dict(salience=salience, density=0.1, loss=loss, progress=False)
+    masks = select_masks(model, batches, **choose)
+    assert masks.overlap(select_masks(model, batches[::2], **choose)) > 0.99
+    assert "1 of 3 calibration batches have no label that counts" in caplog.text or salience == "fisher" and not own
+    with pytest.raises(ValueError, match="has a label that its loss counts|All labels of all 1 calibration batches"):
+        select_masks(model, batches[1:2], **choose)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = tiny_model("llama")
+    choose = dict(salience="random", progress=False)
+    masks = select_masks(model, density=0.25, **choose)
+    for density in (np.float32(0.25), np.float64(0.25)):
+        assert select_masks(model, density=density, seed=np.int64(0), **choose) == masks
+    for budget in (np.int32(masks.count), {name: np.int16(len(mask)) for name, mask in masks.items()}):
+        assert select_masks(model, budget=budget, memory_budget=np.int64(2**20), **choose) == masks
+
+
+def test_a_weight_that_no_batch_uses_is_told_of(caplog):
+    model = tiny_model("llama")
+    model.model.layers.append(nn.Linear(4, 4))
+    model.config.num_hidden_layers = 2
+    select_masks(model, [token_batch()], density=0.1, progress=False)
+    assert "All scores of 1 weights are equal, e.g. of model.layers.2.weight" in caplog.text
+    caplog.clear()
+    select_masks(model, [token_batch()], density=0.1, scope="global", progress=False)
+    select_masks(model, density=0.1, salience="magnitude", progress=False)
+    select_masks(model, density=1.0, salience="magnitude", targets=["norm"], progress=False)
+    assert not caplog.text
 
 
 def test_the_second_name_of_a_shared_weight_is_answered_with_the_first():
