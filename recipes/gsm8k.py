@@ -56,14 +56,16 @@ PRESETS = {
         # A few minutes hold too few steps for the rate that suits whole epochs: 1.5e-3 was the best of a sweep.
         "lr": 1.5e-3,
         "train_limit": 4000,
+        # As many as a CPU with bf16 instructions takes in that time; one without gets through a third of them.
         "steps": 110,
+        "train_minutes": 3.5,
         "batch_size": 8,
         "accumulation": 1,
         "max_length": 256,
-        "calibration_samples": 64,
+        "calibration_samples": 32,
         "held_out": 64,
         "score": ["demo"],
-        "score_limit": 100,
+        "score_limit": 64,
         "out": "out/demo",
     },
 }
@@ -160,6 +162,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     length = training.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the training problems (default 3)")
     length.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
+    training.add_argument(
+        "--train-minutes",
+        type=float,
+        help="take no more steps than fit in so many minutes by a trial before the first, at least one; the number is "
+        "in run.json, and with it as --steps another machine repeats the run (default no limit)",
+    )
     training.add_argument("--batch-size", type=int, default=4, help="problems in a forward pass (default %(default)s)")
     training.add_argument("--accumulation", type=int, default=4, help="forward passes in a step (default %(default)s)")
     training.add_argument(
@@ -233,7 +241,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in [*at_least_one.split(), "checkpoint_every", "score_limit", "score_batch_size"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("lr", "epochs", "clip"):
+    for name in ("lr", "epochs", "clip", "train_minutes"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
     if args.method == "full" and args.base_bits != 16:
@@ -449,7 +457,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         per_epoch = data.steps_per_epoch(len(samples), args.batch_size * args.accumulation)
-        steps = args.steps or max(1, round(args.epochs * per_epoch))
+        steps = record.get("steps") or args.steps or max(1, round(args.epochs * per_epoch))
         if "before" not in record["held_out_loss"]:
             before = loop.evaluate(model, held_out, batch_size=args.batch_size, pad_id=pad_id)
             record["held_out_loss"]["before"] = before
@@ -469,6 +477,13 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer = SparseAdamW(parameters, state_bits=args.state_bits, **options)
     else:
         optimizer = torch.optim.AdamW(parameters, **options)
+
+    if args.train_minutes is not None and "steps" not in record:
+        with stage("try a step"), models.products_of(dtype):
+            window = dict(batch_size=args.batch_size, accumulation=args.accumulation, pad_id=pad_id, seed=args.seed)
+            fit = int(60 * args.train_minutes / loop.seconds_per_step(model, samples, **window))
+            # A resumed run takes as many as it would have.
+            record["steps"] = steps = max(1, min(steps, fit))
 
     with stage("train"), models.products_of(dtype):
         history = loop.train(

@@ -9,6 +9,7 @@ A checkpoint holds the trained tensors, the optimizer, the random generators and
 and the learning rate are functions of the step number and need no state.
 """
 
+import itertools
 import math
 import random
 import shutil
@@ -201,6 +202,32 @@ def train(
         if checkpoint_every is not None and (step + 1) % checkpoint_every == 0:
             save_checkpoint(checkpoint_folder, model, optimizer, history, step + 1)
     return history
+
+
+def seconds_per_step(
+    model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int, accumulation: int = 1, seed: int = 0
+) -> float:
+    """Time of forward and backward of a step, tried out on the run's first windows; nothing is changed.
+
+    Args:
+        model: with whatever is to be trained attached.
+        samples: as for `train`, like the rest.
+        batch_size: samples in one forward pass.
+        pad_id: token to pad with.
+        accumulation: forward passes in one optimizer step.
+        seed: decides the order of the data.
+    """
+    state, was_training, seconds = _random_state(), model.training, 0.0
+    model.train()
+    # The first pays for what is prepared once.
+    for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed), 2):
+        begin = time.perf_counter()
+        _accumulate(model, window, batch_size, pad_id, History())
+        seconds = time.perf_counter() - begin
+        model.zero_grad()
+    model.train(was_training)
+    _restore_random_state(state)
+    return seconds
 
 
 def _check(samples, steps, batch_size, accumulation, warmup, schedule, clip, every, folder, resume) -> None:

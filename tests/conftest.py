@@ -115,7 +115,7 @@ def live_tensors():
     return found
 
 
-class LiveBytes:
+class BytesSince:
     """Counts bytes of tensors that were not there when it was made.
 
     Those it keeps alive: what other tests left behind may die at any time.

@@ -8,7 +8,7 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import LiveBytes, Reference, assert_close, product_flops, tiny_model, token_batch
+from conftest import BytesSince, Reference, assert_close, product_flops, tiny_model, token_batch
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
@@ -406,7 +406,7 @@ def test_masks_chosen_again_are_those_of_the_dequantised_model(model):
 
 
 def test_memory_summary_counts_entries_that_left(model):
-    live_bytes = LiveBytes()
+    live_bytes = BytesSince()
     optimizer, _ = scheduled(model)
     train(model, optimizer, 1)
     before, summary = live_bytes(), optimizer.memory_summary()
@@ -617,7 +617,7 @@ def test_loading_peaks_at_the_quantised_size_and_one_shard(tmp_path, monkeypatch
     del whole
     assert dense_bytes > 4 * shard
     for kind, parameter in (("int8", bnb.nn.Int8Params), ("nf4", bnb.nn.Params4bit)):
-        calls, peaks, live_bytes = [], [], LiveBytes()
+        calls, peaks, live_bytes = [], [], BytesSince()
 
         def watched(self, device, quantize=parameter._quantize, calls=calls, peaks=peaks, live_bytes=live_bytes):
             result = quantize(self, device)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from byte_tokenizer import VOCABULARY, byte_tokenizer
-from conftest import LiveBytes, tiny_model
+from conftest import BytesSince, tiny_model
 from quantized_models import SIZES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -563,6 +563,42 @@ def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, mo
         gsm8k.main(command(folders, "llama", out, *more, "--resume"))
 
 
+def test_steps_that_fit_in_the_minutes_given(folders, tmp_path, monkeypatch):
+    more = ["--steps", 4, "--density", 0.05]
+    for minutes, steps in ((1e-9, 1), (60, 4)):
+        out = tmp_path / str(steps)
+        record = gsm8k.main(command(folders, "llama", out, *more, "--train-minutes", minutes))
+        assert record["steps"] == len(record["history"]["loss"]) == steps
+    whole = gsm8k.main(command(folders, "llama", tmp_path / "whole", *more))
+    assert record["history"]["loss"] == whole["history"]["loss"]
+    # A run that goes on takes as many as it would have, however fast it is now.
+    more += ["--checkpoint-every", 1, "--train-minutes", 1]
+    monkeypatch.setattr(loop, "seconds_per_step", lambda *_, **__: 20.0)
+    train = loop.train
+
+    def killed(*args, **options):
+        train(*args, **options | {"steps": 2})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train", killed)
+        gsm8k.main(command(folders, "llama", tmp_path / "killed", *more))
+    monkeypatch.setattr(loop, "seconds_per_step", lambda *_, **__: 60.0)
+    record = gsm8k.main(command(folders, "llama", tmp_path / "killed", *more, "--resume"))
+    assert record["steps"] == len(record["history"]["loss"]) == 3
+
+
+def test_trying_a_step_changes_nothing(samples):
+    model = tiny("llama", attention_dropout=0.5)
+    optimizer = attach(model)
+    before, state = weights(model), torch.get_rng_state()
+    seconds = loop.seconds_per_step(model.eval(), samples, batch_size=2, pad_id=PAD, accumulation=2)
+    assert 0 < seconds < 60 and not model.training
+    assert_equal(weights(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
+
+
 def test_a_resumed_job_does_not_train_the_masks_of_the_run_before_it(folders, tmp_path, monkeypatch):
     """Into the folder of a finished run comes another, which is killed before it has masks of its own."""
     out = tmp_path / "run"
@@ -656,7 +692,7 @@ def test_loading_holds_the_quantised_model_and_one_shard(bits, tmp_path, monkeyp
             peaks.append(live_bytes())
         return result
 
-    live_bytes = LiveBytes()
+    live_bytes = BytesSince()
     monkeypatch.setattr(parameter, "_quantize", watched)
     model, _ = models.load(tmp_path, dtype=torch.bfloat16, bits=bits)
     assert len(peaks) == 7 and max(peaks) <= live_bytes() + shard
