@@ -207,7 +207,7 @@ def train(
 def seconds_per_step(
     model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int, accumulation: int = 1, seed: int = 0
 ) -> float:
-    """Time of forward and backward of a step, tried out on the run's first windows; nothing is changed.
+    """Time of forward and backward of a step, the longer of two trials on the run's first windows; nothing is changed.
 
     Args:
         model: with whatever is to be trained attached.
@@ -217,17 +217,17 @@ def seconds_per_step(
         accumulation: forward passes in one optimizer step.
         seed: decides the order of the data.
     """
-    state, was_training, seconds = _random_state(), model.training, 0.0
+    state, was_training, seconds = _random_state(), model.training, []
     model.train()
-    # The first pays for what is prepared once.
-    for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed), 2):
+    for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed), 3):
         begin = time.perf_counter()
         _accumulate(model, window, batch_size, pad_id, History())
-        seconds = time.perf_counter() - begin
+        seconds.append(time.perf_counter() - begin)
         model.zero_grad()
     model.train(was_training)
     _restore_random_state(state)
-    return seconds
+    # The first pays for what is prepared once.
+    return max(seconds[1:])
 
 
 def _check(samples, steps, batch_size, accumulation, warmup, schedule, clip, every, folder, resume) -> None:

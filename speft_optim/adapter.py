@@ -194,7 +194,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
         base = {key: str(base.get(key, "")) for key in _BASE}
     except UNREADABLE as error:
         raise ValueError(
-            f"{path} is no readable file of save_adapter: {type(error).__name__}: {error}; pass another or save anew."
+            f"{path} is no readable file of save_adapter ({type(error).__name__}: {error}); pass another."
         ) from error
     return AdapterFile(masks, values, base)
 

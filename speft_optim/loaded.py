@@ -10,7 +10,7 @@ and subtracting them rounds.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,17 +46,16 @@ class Loaded:
     fingerprint: str
     kept: set[str] = field(default_factory=set)
 
-    def held(self, model: nn.Module) -> dict[str, tuple[Mask, Tensor]]:
-        """What the weights hold under `base` now."""
-        targets, held = all_targets(model), {}
+    def held(self, model: nn.Module) -> Iterator[tuple[str, tuple[Mask, Tensor]]]:
+        """What the weights hold under `base` now, one after the other."""
+        targets = all_targets(model)
         for name, (mask, _) in self.base.items():
             weight = frozen_weight(*targets[name].sites[0])
-            held[name] = mask, weight.gather(mask.indices.to(weight.device))
-        return held
+            yield name, (mask, weight.gather(mask.indices.to(weight.device)))
 
     def keep(self, model: nn.Module) -> None:
         """Note that what the weights hold now is in a file."""
-        self.kept.add(_digest(self.held(model)))
+        self.kept.add(self._digest(model))
 
     def check_kept(self, model: nn.Module) -> None:
         """Refuse to lose what was trained.
@@ -64,19 +63,18 @@ class Loaded:
         Raises:
             ValueError: what the weights hold is in no file.
         """
-        if _digest(self.held(model)) not in self.kept:
+        if self._digest(model) not in self.kept:
             raise ValueError(
                 "The adapters' entries were trained on and not saved, so that changing adapters would lose them; "
                 "sparsify again and save_adapter, or make them the model's own with merge_adapters(model)."
             )
 
-
-def _digest(entries: Mapping[str, tuple[Mask, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, (_, values) in entries.items():
-        digest.update(name.encode())
-        digest.update(values.contiguous().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
+    def _digest(self, model: nn.Module) -> str:
+        digest = hashlib.sha256()
+        for name, (_, values) in self.held(model):
+            digest.update(name.encode())
+            digest.update(values.contiguous().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Masks:
@@ -116,7 +114,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     if before.adapters:
         before.check_kept(model)
     # Not what the adapters' files hold: they may have been trained on.
-    held = before.held(model)
+    held = dict(before.held(model))
     _restore_base(model, before)
     try:
         _check_base(model, adapter, path)

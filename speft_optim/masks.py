@@ -304,7 +304,7 @@ class Masks(dict[str, Mask]):
             return cls({name: Mask.unpack(parts_of(name, tensors), shape) for name, shape in shapes.items()})
         except UNREADABLE as error:
             raise ValueError(
-                f"{path} is no readable file of Masks.save: {type(error).__name__}: {error}; pass another or save anew."
+                f"{path} is no readable file of Masks.save ({type(error).__name__}: {error}); pass another."
             ) from error
 
     def summary(self) -> str:

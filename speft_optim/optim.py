@@ -369,7 +369,7 @@ class SparseAdamW(Optimizer):
             pairs, groups, skipped_steps = self._checked_state(state_dict)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(
-                f"The saved optimizer state is damaged: {type(error).__name__}: {error}; load another."
+                f"The saved optimizer state is damaged ({type(error).__name__}: {error}); load another."
             ) from error
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.skipped_steps, self._stepped = skipped_steps, False

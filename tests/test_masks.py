@@ -328,7 +328,7 @@ def hostile(metadata=None, **tensors):
 def test_load_refuses_foreign_and_hostile_files(write, tmp_path):
     path = tmp_path / "bad.safetensors"
     write(path)
-    with pytest.raises(ValueError, match=r"bad\.safetensors is no readable file of Masks\.save: "):
+    with pytest.raises(ValueError, match=r"bad\.safetensors is no readable file of Masks\.save \("):
         Masks.load(path)
 
 
@@ -337,7 +337,7 @@ def test_load_refuses_a_file_cut_short_at_any_place(masks, tmp_path):
     whole = (tmp_path / "masks.safetensors").read_bytes()
     for length in (1, 7, 8, 20, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cut is no readable file of Masks\.save: SafetensorError"):
+        with pytest.raises(ValueError, match=r"cut is no readable file of Masks\.save \(SafetensorError"):
             Masks.load(tmp_path / "cut")
 
 
