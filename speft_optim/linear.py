@@ -126,8 +126,6 @@ class Tap:
     def __init__(self, module: nn.Module, attribute: str, anchor: Tensor, sink: Sink):
         self.module, self.attribute, self.anchor, self.sink = module, attribute, anchor, sink
         self.transposed = is_transposed_linear(module, attribute)
-        # Under this name the module notes that the weight stays shadowed until the model's forward ends.
-        self.throughout = f"_shadowed_{attribute}"
         # The input at hand, its version, and the alias that keeps it.
         self.kept: tuple[Tensor, int, Tensor] | None = None
         if is_product(module, attribute):
@@ -150,13 +148,25 @@ class Tap:
             hook.remove()
 
     @property
+    def throughout(self) -> str:
+        """Under this name the module notes that this tap's shadow stays until the model's forward ends."""
+        # Not by the attribute alone: of a model in training, calibration taps the same weights once more.
+        return f"_shadowed_{self.attribute}_{id(self)}"
+
+    @property
+    def feeds(self) -> bool:
+        """Whether a forward now leads to a gradient for the sink."""
+        # Where not, as in the calibration of a model in training, a second derivative must not meet the tap either.
+        return torch.is_grad_enabled() and self.anchor.requires_grad
+
+    @property
     def shadows(self) -> bool:
         """Whether the weight is shadowed: it belongs to no linear layer."""
         return not is_product(self.module, self.attribute)
 
     def before_product(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of linear layers."""
-        if args or kwargs:
+        if (args or kwargs) and self.feeds:
             x = input_of(args, kwargs)
             if (kept := keep_input(x)) is not x:
                 self.kept = x, x._version, kept
@@ -166,7 +176,7 @@ class Tap:
         kept = None
         if not torch.compiler.is_compiling():
             kept, self.kept = self.kept, None
-        if output is None or not torch.is_grad_enabled():
+        if output is None or not self.feeds:
             return None
         x = input_of(args, kwargs)
         # Another hook may have changed the input since, or put another one in its place.
@@ -176,7 +186,7 @@ class Tap:
 
     def shadow_weight(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of other modules: an instance attribute is found before the registered parameter."""
-        if torch.is_grad_enabled() and self.throughout not in module.__dict__:
+        if self.feeds and self.throughout not in module.__dict__:
             # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
             weight = getattr(module, self.attribute)
             module.__dict__[self.attribute] = _TapWeight.apply(weight, self.anchor, self.sink)

@@ -203,6 +203,9 @@ def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
     assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "selection changed the base"
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     select_masks(model, batches, salience=salience, density=0.03, scope="global")
+    # And of the model in training, with values laid over that are the codes' own.
+    sparsify(model, random_masks(model))
+    assert select_masks(model, batches, salience=salience, density=0.03).overlap(whole) > 0.9999
 
 
 def test_salience_keeps_gradients_of_codes_in_fp32(model):

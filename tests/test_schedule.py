@@ -25,6 +25,7 @@ from speft_optim import (
 )
 from speft_optim.compact import sparse_weights
 from speft_optim.moments import carry_moments_, new_moments_, store_moments_, unpack_moments
+from speft_optim.salience import MEASURES
 
 CALIBRATION = [token_batch(1000 + seed) for seed in range(2)]
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
@@ -286,6 +287,22 @@ def test_copies_and_undoing_after_a_change():
     trained = weights_of(model)
     desparsify(other)
     assert all(torch.equal(part, trained[name]) for name, part in weights_of(other).items())
+
+
+@pytest.mark.parametrize("salience", sorted(MEASURES))
+@pytest.mark.parametrize("memory_budget", [2**30, 30_000])
+def test_a_model_in_training_is_scored_as_a_plain_one(salience, memory_budget):
+    """Its own taps must stay out of calibration, of second derivatives too."""
+    model = tiny_model()
+    linear = None if salience == "activation" else lambda name, parameter: "sparse_" not in name
+    choose = dict(salience=salience, density=0.1, targets=linear, memory_budget=memory_budget, progress=False)
+    masks = select_masks(model, CALIBRATION, **choose)
+    sparsify(model, select_masks(model, density=0.1, salience="random", targets=linear, seed=7, progress=False))
+    before = {weight.name: weight.values.requires_grad for weight in sparse_weights(model)}
+    assert select_masks(model, CALIBRATION, **choose) == masks
+    assert {weight.name: weight.values.requires_grad for weight in sparse_weights(model)} == before
+    model(**token_batch()).loss.backward()
+    assert all(weight.values.grad is not None for weight in sparse_weights(model))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
