@@ -22,6 +22,7 @@ paper instead.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import random
 import sys
@@ -242,7 +243,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name in ("lr", "epochs", "clip", "train_minutes"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
     if args.method == "full" and args.base_bits != 16:
         parser.error(

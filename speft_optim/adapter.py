@@ -95,7 +95,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         card = _card(base, about)
         write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
     if LOADED in model.__dict__:
-        model.__dict__[LOADED].keep(model)
+        model.__dict__[LOADED].note_saved(model, masks)
 
 
 def named_root(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight
 from speft_optim.kernels import gather_entries, launches, sampled_gradient, scatter_entries_
-from speft_optim.linear import Tap, tap_target
+from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
 from speft_optim.optim import link, unlink
 from speft_optim.quantized import forward_of
@@ -84,11 +84,6 @@ class SparseWeight(nn.Module):
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
                 f"module, one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
             )
-
-    @property
-    def taps(self) -> list[Tap]:
-        """What feeds the values' gradient, on the modules of a dense weight."""
-        return [hook for hook in self._hooks if isinstance(hook, Tap)]
 
     @property
     def base(self) -> FrozenWeight:

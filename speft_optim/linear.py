@@ -6,23 +6,24 @@ layer's forward, class and weight alone, so that the input gradient is that of a
 gradient is never formed. The input is kept before the product, by a node beside the layer's own way: if the identity
 kept it, a checkpointed block, whose recomputation ends with the last tensor that it has to bring back, would form its
 last product once more for nothing. It is kept as it comes, by several layers in one piece, and without checkpointing
-for as long as it takes to form the input gradient. Any other weight is shadowed by an alias whose backward hands over
-the dense gradient of its uses, which is then free to go: during the whole model's forward, since such a weight may be
-read outside its module's (an embedding's as output projection), and during its module's own wherever that is called.
+for as long as it takes to form the input gradient. Any other weight is shadowed during its module's forward by an alias
+whose backward hands over the dense gradient of that one use, which is then free to go.
+
+A use outside the module's forward is out of sight. Shadows that last for the whole model's forward would see it, but
+not in the recomputation of a checkpointed block, which then no longer matches its forward.
 
 Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
 has to be undone before saving.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from speft_optim.frozen import STREAMED
 from speft_optim.targets import Target, is_product, is_transposed_linear
 
 
@@ -124,7 +125,7 @@ class Tap:
     """
 
     def __init__(self, module: nn.Module, attribute: str, anchor: Tensor, sink: Sink):
-        self.module, self.attribute, self.anchor, self.sink = module, attribute, anchor, sink
+        self.attribute, self.anchor, self.sink = attribute, anchor, sink
         self.transposed = is_transposed_linear(module, attribute)
         # The input at hand, its version, and the alias that keeps it.
         self.kept: tuple[Tensor, int, Tensor] | None = None
@@ -148,21 +149,10 @@ class Tap:
             hook.remove()
 
     @property
-    def throughout(self) -> str:
-        """Under this name the module notes that this tap's shadow stays until the model's forward ends."""
-        # Not by the attribute alone: of a model in training, calibration taps the same weights once more.
-        return f"_shadowed_{self.attribute}_{id(self)}"
-
-    @property
     def feeds(self) -> bool:
         """Whether a forward now leads to a gradient for the sink."""
         # Where not, as in the calibration of a model in training, a second derivative must not meet the tap either.
         return torch.is_grad_enabled() and self.anchor.requires_grad
-
-    @property
-    def shadows(self) -> bool:
-        """Whether the weight is shadowed: it belongs to no linear layer."""
-        return not is_product(self.module, self.attribute)
 
     def before_product(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of linear layers."""
@@ -186,54 +176,14 @@ class Tap:
 
     def shadow_weight(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of other modules: an instance attribute is found before the registered parameter."""
-        if self.feeds and self.throughout not in module.__dict__:
+        if self.feeds:
             # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
             weight = getattr(module, self.attribute)
             module.__dict__[self.attribute] = _TapWeight.apply(weight, self.anchor, self.sink)
 
     def unshadow_weight(self, module: nn.Module, args: tuple, output: object) -> None:
         """Forward hook of other modules, called also after an exception."""
-        if self.throughout not in module.__dict__:
-            module.__dict__.pop(self.attribute, None)
-
-
-class Throughout:
-    """Hooks on a model that keep the shadowed ones of its weights so during all of its forward.
-
-    Args:
-        model: the model.
-        taps: on weights of it; those of linear layers are passed over.
-    """
-
-    def __init__(self, model: nn.Module, taps: Iterable[Tap]):
-        self.model, self.taps = model, [tap for tap in taps if tap.shadows]
-        self.hooks = []
-        if self.taps:
-            self.hooks.append(model.register_forward_pre_hook(self.shadow_all))
-            self.hooks.append(model.register_forward_hook(self.unshadow_all, always_call=True))
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def shadow_all(self, model: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of the model."""
-        # A compiler would take the aliases for inputs of its graph. A replica's modules are others than the taps'.
-        if torch.compiler.is_compiling() or model is not self.model or not torch.is_grad_enabled():
-            return
-        for tap in self.taps:
-            if STREAMED not in tap.module.__dict__:
-                tap.shadow_weight(tap.module, ())
-                tap.module.__dict__[tap.throughout] = True
-
-    def unshadow_all(self, model: nn.Module, args: tuple, output: object) -> None:
-        """Forward hook of the model, called also after an exception."""
-        if torch.compiler.is_compiling() or model is not self.model:
-            return
-        for tap in self.taps:
-            if tap.module.__dict__.pop(tap.throughout, False):
-                tap.unshadow_weight(tap.module, (), None)
+        module.__dict__.pop(self.attribute, None)
 
 
 def tap_target(target: Target, anchor: Tensor, sink: Sink) -> list[Tap]:

@@ -9,7 +9,6 @@ What the base had there is kept on the CPU beside the adapters. Keeping differen
 and subtracting them rounds.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,14 +36,14 @@ class Loaded:
         base: for each weight that an adapter has entries of, the mask of all of them and the base's own entries.
         shares: how much of each adapter the weights hold now.
         fingerprint: of the model outside `base`.
-        kept: digests of what the weights held under `base` when it was in a file: none other may be written over.
+        saved: what is in a file of the entries under `base`, on the CPU: nothing else there may be written over.
     """
 
     adapters: dict[str, AdapterFile]
     base: dict[str, tuple[Mask, Tensor]]
     shares: dict[str, float]
     fingerprint: str
-    kept: set[str] = field(default_factory=set)
+    saved: dict[str, Tensor] = field(default_factory=dict)
 
     def held(self, model: nn.Module) -> Iterator[tuple[str, tuple[Mask, Tensor]]]:
         """What the weights hold under `base` now, one after the other."""
@@ -53,28 +52,26 @@ class Loaded:
             weight = frozen_weight(*targets[name].sites[0])
             yield name, (mask, weight.gather(mask.indices.to(weight.device)))
 
-    def keep(self, model: nn.Module) -> None:
-        """Note that what the weights hold now is in a file."""
-        self.kept.add(self._digest(model))
+    def note_saved(self, model: nn.Module, masks: Mapping[str, Mask] | None = None) -> None:
+        """Note that files have what the weights hold now at `masks`; None for everywhere."""
+        for name, (mask, entries) in self.held(model):
+            if masks is None:
+                self.saved[name] = entries.cpu()
+            elif name in masks:
+                place, inside = find(mask.indices, masks[name].indices.to(mask.device))
+                self.saved[name][place[inside]] = entries.cpu()[place[inside]]
 
-    def check_kept(self, model: nn.Module) -> None:
+    def check_saved(self, model: nn.Module) -> None:
         """Refuse to lose what was trained.
 
         Raises:
             ValueError: what the weights hold is in no file.
         """
-        if self._digest(model) not in self.kept:
+        if not all(torch.equal(self.saved[name], entries.cpu()) for name, (_, entries) in self.held(model)):
             raise ValueError(
                 "The adapters' entries were trained on and not saved, so that changing adapters would lose them; "
                 "sparsify again and save_adapter, or make them the model's own with merge_adapters(model)."
             )
-
-    def _digest(self, model: nn.Module) -> str:
-        digest = hashlib.sha256()
-        for name, (_, values) in self.held(model):
-            digest.update(name.encode())
-            digest.update(values.contiguous().view(torch.uint8).cpu().numpy())
-        return digest.hexdigest()
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Masks:
@@ -108,11 +105,11 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         _check_base(model, adapter, path)
         _put(model, {key: (mask, adapter.values[key]) for key, mask in adapter.masks.items()})
         if LOADED in model.__dict__:
-            model.__dict__[LOADED].keep(model)
+            model.__dict__[LOADED].note_saved(model, adapter.masks)
         return adapter.masks
     before = model.__dict__.get(LOADED) or Loaded({}, {}, {}, "")
     if before.adapters:
-        before.check_kept(model)
+        before.check_saved(model)
     # Not what the adapters' files hold: they may have been trained on.
     held = dict(before.held(model))
     _restore_base(model, before)
@@ -200,7 +197,7 @@ def _loaded(model: nn.Module) -> Loaded:
             "Weights outside the adapters' masks have changed since they were loaded, so that the base is gone; load "
             "it anew, or keep the weights as they are with merge_adapters(model)."
         )
-    loaded.check_kept(model)
+    loaded.check_saved(model)
     return loaded
 
 
@@ -244,7 +241,7 @@ def _use(model: nn.Module, loaded: Loaded, shares: dict[str, float]) -> None:
         mixed[name] = (Mask(union.indices[touched], union.shape), entries[touched].to(base.dtype))
     _put(model, mixed)
     loaded.shares = shares
-    loaded.keep(model)
+    loaded.note_saved(model)
 
 
 def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:

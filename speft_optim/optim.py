@@ -163,8 +163,10 @@ class SparseAdamW(Optimizer):
             raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
         self._on_nonfinite = on_nonfinite
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        if not isinstance(params, Iterable) or isinstance(params, Tensor):
-            raise TypeError(f"params is a {type(params).__name__}; pass sparsify(model, masks), or parameter groups.")
+        if not isinstance(params, Iterable) or isinstance(params, Tensor | dict | set):
+            raise TypeError(
+                f"params is a {type(params).__name__}; pass the list sparsify(model, masks), or a list of groups."
+            )
         if not (params := list(params)):
             raise ValueError("params is empty, so nothing would train; pass sparsify(model, masks), or groups of it.")
         super().__init__(params, {**defaults, "state_bits": state_bits})
@@ -321,6 +323,7 @@ class SparseAdamW(Optimizer):
         """For copies and pickles, a schedule and its model included: torch's own leaves out all but groups and state.
 
         A copy of the optimizer belongs to a copy of the model: copy both in one go, as `copy.deepcopy((model, o))`.
+        What the schedule was given must allow it too: a density that is a lambda cannot be pickled, a function can.
         """
         own = ("_on_nonfinite", "_stepped", "_told_of_zeros", "skipped_steps", "schedule")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}

@@ -22,7 +22,8 @@ def plot_masks(masks: Masks, path: str | Path) -> None:
     figure = Figure(figsize=(11, max(3.5, 0.2 * len(layers) + 1.5)), layout="constrained")
     kinds = FigureCanvasAgg(figure).get_supported_filetypes()
     if kind not in kinds:
-        raise ValueError(f"Cannot draw {path}: .{kind} is no picture; it must be one of {', '.join(sorted(kinds))}.")
+        known = ", ".join(sorted(kinds))
+        raise ValueError(f"Cannot draw {path}: .{kind} is no picture; append one of these, such as .png: {known}.")
     heat, bars = figure.subplots(1, 2)
     draw_density(heat, masks)
     draw_concentration(bars, masks)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from speft_optim.batches import IGNORED_LABEL, Batch, BatchReader, LossFunction, loss_of, model_loss
 from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
-from speft_optim.linear import Sink, Throughout, input_of, tap_target
+from speft_optim.linear import Sink, input_of, tap_target
 from speft_optim.pieces import Piece
 from speft_optim.targets import is_product, is_transposed_linear
 
@@ -23,26 +23,20 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: Lo
     for piece in group:
         piece.allocate()
 
-    with tapped(group, {piece: piece for piece in group}, model), together():
+    with tapped(group, {piece: piece for piece in group}), together():
         for batch in reader:
             backward_of((loss or model_loss)(model, batch), reader)
     average_([piece.accumulator for piece in group], total(reader.used))
 
 
 @contextlib.contextmanager
-def tapped(group: list[Piece], sinks: dict[Piece, Sink], model: nn.Module | None = None) -> Iterator[None]:
-    """Feed the gradient of each piece's weight to its sink while this lasts.
-
-    Args:
-        group: the pieces.
-        sinks: where each one's gradient goes.
-        model: sees uses of weights outside their modules too, where given.
-    """
+def tapped(group: list[Piece], sinks: dict[Piece, Sink]) -> Iterator[None]:
+    """Feed the gradient of each piece's weight to its sink while this lasts."""
     anchor = torch.zeros((), requires_grad=True)
     with contextlib.ExitStack() as stack, torch.enable_grad():
-        taps = [tap for piece in group for tap in tap_target(piece.target, anchor, sinks[piece])]
-        for hooks in taps if model is None else (*taps, Throughout(model, taps)):
-            stack.callback(hooks.remove)
+        for piece in group:
+            for tap in tap_target(piece.target, anchor, sinks[piece]):
+                stack.callback(tap.remove)
         yield
 
 
@@ -66,7 +60,7 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     """
     sinks = {piece: _ExampleSquares(piece) for piece in group}
     examples = 0
-    with tapped(group, sinks, model), _counted_uses(sinks.values()), together():
+    with tapped(group, sinks), _counted_uses(sinks.values()), together():
         for batch in reader:
             done, counting = [], None
             if loss is None:

@@ -22,7 +22,6 @@ from speft_optim.compact import SparseWeight, child_name, sparse_weights
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.export import original_entries
 from speft_optim.frozen import frozen_weight, is_quantized_linear
-from speft_optim.linear import Throughout
 from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
 from speft_optim.quantized import declare_trainable, hand_back, take_over
@@ -88,8 +87,6 @@ def sparsify(
             module.add_module(child_name(attribute), weight)
             weights.append(weight)
     hooks = [model.register_forward_pre_hook(refresh_all), *_let_checkpoints_see_gradients(model)]
-    # After the refreshing: what autograd has saved must not be written.
-    hooks.append(Throughout(model, [tap for weight in weights for tap in weight.taps]))
     model.__dict__[_BEFORE] = (weights, required_grad, hooks)
     return [weight.values for weight in weights]
 

@@ -163,6 +163,34 @@ def test_training_goes_on_from_an_adapter_and_is_never_written_over_unsaved(path
     assert same(weights_of(model), trained)
 
 
+def test_saving_one_adapter_says_nothing_of_what_another_was_trained_to(paths):
+    (_, first), (_, second) = (train_adapter(path, seed) for seed, path in enumerate(paths))
+    model = tiny_model()
+    load_adapter(model, paths[0], name="a")
+    load_adapter(model, paths[1], name="b")
+    use_adapters(model, {"a": 1.0, "b": 1.0})
+    for masks in (first, second):
+        optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+        model(**token_batch()).loss.backward()
+        optimizer.step()
+        if masks is second:
+            save_adapter(model, paths[1])
+        desparsify(model)
+    trained = weights_of(model)
+    # Nor does a file loaded while the other trains.
+    sparsify(model, second)
+    load_adapter(model, paths[1])
+    desparsify(model)
+    with pytest.raises(ValueError, match="trained on and not saved"):
+        unload_adapter(model)
+    assert same(weights_of(model), trained)
+    sparsify(model, first)
+    save_adapter(model, paths[0])
+    desparsify(model)
+    unload_adapter(model)
+    assert same(weights_of(model), weights_of(tiny_model()))
+
+
 def test_a_base_that_changed_meanwhile_is_not_restored(paths):
     train_adapter(paths[0], 0)
     model = tiny_model()

@@ -1,13 +1,9 @@
 """Weights of every kind, one training run each: what a user may have masked, against REF."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from conftest import Reference, assert_close, tiny_model, token_batch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, SparseAdamW, load_adapter, save_adapter, select_masks, sparsify
@@ -77,24 +73,6 @@ class Table(nn.Module):
         return self.norm(self.turned(self.strided(x))).sin().square().sum()
 
 
-class ReadElsewhere(nn.Module):
-    """Weights that are read outside their modules' calls, also in a checkpointed block."""
-
-    def __init__(self, reentrant):
-        super().__init__()
-        self.reentrant = reentrant
-        self.embedding, self.norm, self.inner = nn.Embedding(11, 6), nn.LayerNorm(6), nn.Linear(6, 6)
-
-    def block(self, x):
-        return torch.tanh(self.inner(self.norm(x)))
-
-    def forward(self, ids):
-        x = self.embedding(ids) * self.norm.weight
-        x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
-        logits = functional.linear(x, self.embedding.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
-
-
 def images(seed):
     return torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
@@ -114,9 +92,6 @@ CASES = {
     "the same in reentrant checkpoints": (lambda: Shared(True), vectors),
     "the same in other checkpoints": (lambda: Shared(False), vectors),
     "embeddings and strided weights": (Table, tokens),
-    "weights read outside their modules": (lambda: ReadElsewhere(None), tokens),
-    "the same around a reentrant checkpoint": (lambda: ReadElsewhere(True), tokens),
-    "the same around another checkpoint": (lambda: ReadElsewhere(False), tokens),
 }
 
 
@@ -145,30 +120,6 @@ def test_training_equals_the_reference(case, density, tmp_path):
     fresh = build()
     load_adapter(fresh, tmp_path / "a.safetensors")
     assert all(torch.equal(part, model.state_dict()[name]) for name, part in fresh.state_dict().items())
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_weights_read_outside_their_modules_keep_all_of_their_gradient(copied):
-    """In selection, in copies, and after an exception; and nothing is left on the modules."""
-    torch.manual_seed(0)
-    model, ids = ReadElsewhere(None), tokens(0)
-    dense = copy.deepcopy(model)
-    dense(ids).backward()
-    choose = dict(targets=["embedding", "norm"], density=0.2, scope="global", progress=False)
-    masks = select_masks(model, [{"ids": ids, "labels": ids}], loss=lambda model, batch: model(batch["ids"]), **choose)
-    gradient = torch.cat([dense.embedding.weight.grad.flatten(), dense.norm.weight.grad]).abs()
-    assert masks.count == 14
-    kept = [gradient[mask.indices.long() + start] for mask, start in zip(masks.values(), (0, 66), strict=True)]
-    assert_close(torch.cat(kept).sort().values, gradient.sort().values[-14:])
-    sparsify(model, masks)
-    for each in (model, copied(model)):
-        with pytest.raises(TypeError):
-            each("no ids")
-        each(ids).backward()
-        for weight in sparse_weights(each):
-            expected = dense.get_parameter(weight.name).grad.flatten()[weight.mask.indices.long()]
-            assert_close(weight.values.grad, expected)
-        assert not any(name == "weight" or "shadowed" in name for m in each.modules() for name in m.__dict__)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "mixtral"])
