@@ -244,7 +244,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name in ("lr", "epochs", "clip", "train_minutes"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be above 0")
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is {getattr(args, name)}; it must be above 0 and finite")
     if args.method == "full" and args.base_bits != 16:
         parser.error(
             f"--base-bits {args.base_bits} freezes the weights, and --method full trains them; leave out one of the two"

@@ -813,6 +813,7 @@ def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, mon
         (["--preset", "demo", "--density", "1.5"], "density is 1.5"),
         (["--preset", "demo", "--steps", "0"], "steps is 0; it must be at least 1"),
         (["--preset", "demo", "--lr", "0"], "lr is 0.0; it must be above 0"),
+        (["--preset", "demo", "--train-minutes", "inf"], "train-minutes is inf; it must be above 0 and finite"),
         (["--preset", "demo", "--warmup", "3"], "warmup is 3.0"),
         (["--preset", "demo", "--method", "full", "--budget", "9"], "--method full trains all weights"),
         (["--preset", "demo", "--steps", "1", "--epochs", "1"], "not allowed with"),
