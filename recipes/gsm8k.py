@@ -59,7 +59,7 @@ PRESETS = {
         "train_limit": 4000,
         # At most; a CPU without bf16 instructions gets through a quarter of them in these minutes.
         "steps": 220,
-        "train_minutes": 3.5,
+        "train_minutes": 3.0,
         "batch_size": 4,
         "accumulation": 1,
         "max_length": 256,
