@@ -214,6 +214,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             defaults.pop(other, None)
         if getattr(chosen, other) is not None or (chosen.paper and other == "epochs"):
             defaults.pop(one, None)
+    # A length that was asked for is not cut to the minutes of a preset.
+    if chosen.paper or chosen.steps is not None or chosen.epochs is not None:
+        defaults.pop("train_minutes", None)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     for flag in ("density", "budget", "targets", "state_bits"):

@@ -853,6 +853,9 @@ def test_presets_and_paper_give_defaults_that_typed_options_override():
     args = gsm8k.parse(["--preset", "demo", "--epochs", "2", "--budget", "1000"])
     assert (args.steps, args.epochs, args.density, args.budget) == (None, 2.0, None, 1000)
     assert gsm8k.parse(["--preset", "demo", "--paper"]).steps is None
+    for length, minutes in (([], 3.0), (["--steps", "9"], None), (["--epochs", "1"], None), (["--paper"], None)):
+        assert gsm8k.parse(["--preset", "demo", *length]).train_minutes == minutes
+        assert gsm8k.parse(["--preset", "demo", *length, "--train-minutes", "2"]).train_minutes == 2.0
     assert gsm8k.parse(["--preset", "qwen2-7b"]).budget == 40_370_176
     assert gsm8k.parse(["--model", "m", "--data", "d"]).density == 0.01
 
