@@ -54,7 +54,8 @@ PRESETS = {
         "model": "smollm2",
         "data": "generator",
         "density": 0.01,
-        # A few minutes hold too few steps for the rate that suits whole epochs: 1.5e-3 was the best of a sweep.
+        # A few minutes hold too few steps for the rate that suits whole epochs: 1.5e-3 was the best of a sweep, in 110
+        # steps of 8 problems.
         "lr": 1.5e-3,
         "train_limit": 4000,
         # At most; a CPU without bf16 instructions gets through a quarter of them in these minutes.

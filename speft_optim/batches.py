@@ -97,8 +97,8 @@ class BatchReader:
         self.used = 0
         self.went_back = False
         self._warned = False
-        # Whether no label but the first counts in the last batch: a shifted loss, as of causal models, has none then.
-        self._unsure = False
+        # Of the last batch.
+        self._labels: Tensor | None = None
         self._start: _RandomState | None = None
 
     def _rewind(self) -> None:
@@ -131,16 +131,14 @@ class BatchReader:
                 keys = ", ".join(map(str, batch))
                 raise ValueError(f"Calibration batch {seen} has no labels (only {keys}); this measure needs a loss.")
             if self.labelled:
-                labels = batch["labels"]
+                self._labels = labels = batch["labels"]
                 if not isinstance(labels, Tensor):
                     raise TypeError(
                         f"The labels of calibration batch {seen} are a {type(labels).__name__}; pass tensors, as a "
                         "collator with return_tensors='pt' makes them."
                     )
-                counted = labels != IGNORED_LABEL
-                if not bool(counted.any()):
+                if bool((labels == IGNORED_LABEL).all()):
                     continue
-                self._unsure = counted.dim() > 1 and counted.shape[1] > 1 and not bool(counted[:, 1:].any())
             self.used += 1
             yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         if not seen:
@@ -164,11 +162,30 @@ class BatchReader:
             ValueError: it is not finite, or not a single number.
             TypeError: it is no tensor.
         """
-        if self._unsure and isinstance(loss, Tensor) and bool(loss.detach().isnan().all()):
-            self.used -= 1
-            return False
+        if is_nan(loss):
+            labelled, by_first_only = labelled_examples(self._labels)
+            if torch.equal(labelled, by_first_only):
+                self.used -= 1
+                return False
         _check_loss(loss, self.used)
         return True
+
+
+def labelled_examples(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which examples have a label that counts, and which of them none but the first; both (batch,) bool.
+
+    For the latter a shifted loss, as of causal models, is a mean over no label, and NaN.
+    """
+    counted = (labels != IGNORED_LABEL).reshape(len(labels), -1)
+    labelled = counted.any(1)
+    # Of a single label none can be shifted away.
+    by_first_only = labelled & ~counted[:, 1:].any(1) if counted.shape[1] > 1 else torch.zeros_like(labelled)
+    return labelled, by_first_only
+
+
+def is_nan(loss: Any) -> bool:
+    """Whether a loss is a tensor of nothing but NaN."""
+    return isinstance(loss, Tensor) and bool(loss.detach().isnan().all())
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:

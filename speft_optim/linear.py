@@ -115,12 +115,13 @@ class _TapWeight(torch.autograd.Function):
 
 
 class Tap:
-    """Hooks on one module that feed the gradient of one of its frozen weights to a sink, whenever grad mode is on.
+    """Hooks on one module that feed the gradient of one of its frozen weights to a sink.
 
     Args:
         module: the module that uses the weight in its forward.
         attribute: the weight's name in the module.
-        anchor: a tensor that requires gradients; it makes the output require them, and gets what the sink returns.
+        anchor: a tensor that requires gradients, else the tap rests; it makes the output require them, and gets what
+            the sink returns.
         sink: where the gradient's parts go.
     """
 

@@ -108,8 +108,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             model.__dict__[LOADED].note_saved(model, adapter.masks)
         return adapter.masks
     before = model.__dict__.get(LOADED) or Loaded({}, {}, {}, "")
-    if before.adapters:
-        before.check_saved(model)
+    before.check_saved(model)
     # Not what the adapters' files hold: they may have been trained on.
     held = dict(before.held(model))
     _restore_base(model, before)

@@ -300,7 +300,7 @@ class Masks(dict[str, Mask]):
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
                 shapes = json.loads(metadata["shapes"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
             return cls({name: Mask.unpack(parts_of(name, tensors), shape) for name, shape in shapes.items()})
         except UNREADABLE as error:
             raise ValueError(

@@ -22,7 +22,7 @@ from speft_optim.masks import Masks
 from speft_optim.moments import carry_moments_
 from speft_optim.optim import SparseAdamW
 from speft_optim.salience import MEASURES
-from speft_optim.selection import check_choice, select_masks
+from speft_optim.selection import check_choice, is_whole, select_masks
 
 _OPTIONS = {"loss", "memory_budget", "seed", "progress"}
 
@@ -171,7 +171,7 @@ class MaskSchedule:
             raise ValueError("The optimizer does not train all of the model's values; build it from sparsify(...).")
         for name, usual in (("interval", 1000), ("probe", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1, such as {usual}.")
         if not isinstance(self.moments, str) or self.moments not in ("reset", "carry"):
             raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speft_optim.batches import IGNORED_LABEL, Batch, BatchReader, LossFunction, loss_of, model_loss
+from speft_optim.batches import (
+    IGNORED_LABEL,
+    Batch,
+    BatchReader,
+    LossFunction,
+    is_nan,
+    labelled_examples,
+    loss_of,
+    model_loss,
+)
 from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
 from speft_optim.linear import Sink, input_of, tap_target
@@ -178,7 +187,9 @@ def _backward_by_example(
         The rows that counted.
     """
     size = len(batch["labels"])
-    rows, unsure = (counting, set()) if counting is not None else _labelled_examples(batch["labels"])
+    rows, unsure = counting, []
+    if counting is None:
+        rows, unsure = (which.nonzero().squeeze(1).tolist() for which in labelled_examples(batch["labels"]))
     counted = []
     for sink in rest:
         sink.mode, sink.example = "example", torch.zeros_like(sink.piece.accumulator)
@@ -188,7 +199,7 @@ def _backward_by_example(
             for key, value in batch.items()
         }
         value = loss(model, one)
-        if row in unsure and isinstance(value, Tensor) and bool(value.detach().isnan().all()):
+        if row in unsure and is_nan(value):
             # A mean over no label: the loss is a shifted one, for which this example has none.
             continue
         backward_of(value, reader)
@@ -198,18 +209,6 @@ def _backward_by_example(
     for sink in rest:
         sink.mode, sink.example = "off", None
     return counted
-
-
-def _labelled_examples(labels: Tensor) -> tuple[list[int], set[int]]:
-    """Rows of a batch with labels, and those among them with no label but the first, which a shifted loss ignores."""
-    labelled = labels != IGNORED_LABEL
-    if labelled.dim() == 1:
-        return labelled.nonzero().squeeze(1).tolist(), set()
-    labelled = labelled.flatten(1)
-    rows = labelled.any(1).nonzero().squeeze(1).tolist()
-    # Of a single label none can be shifted away.
-    unsure = labelled.any(1) & ~labelled[:, 1:].any(1) if labelled.shape[1] > 1 else labelled.new_zeros(len(labelled))
-    return rows, set(unsure.nonzero().squeeze(1).tolist())
 
 
 def example_losses(logits: Tensor | None, labels: Tensor, loss: Tensor) -> tuple[Tensor, Tensor] | None:

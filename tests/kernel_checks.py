@@ -198,7 +198,8 @@ def test_the_product_is_formed_in_blocks_where_that_pays(monkeypatch):
     assert not formed_in_blocks(mask, tokens=500) and not formed_in_blocks(mask, dtype=torch.float32)
     assert mask.nbytes == at_rest
     assert formed_in_blocks(mask) and mask.nbytes - at_rest == mask.derived(row_blocks).nbytes > 0
-    assert mask.to("cpu").nbytes == mask.nbytes or DEVICE == "cuda"
+    if DEVICE == "cuda":
+        assert mask.to("cpu").nbytes == at_rest
     assert copy.deepcopy(mask).nbytes == at_rest
     uniform = Mask(torch.arange(0, 2048 * 4096, 97).to(DEVICE), (2048, 4096))
     at_rest = uniform.nbytes

@@ -90,7 +90,7 @@ def test_file_takes_few_bytes_an_entry_all_told(dtype, most, share, path):
     save_adapter(model, path)
     assert path.stat().st_size <= most * masks.count
     with safe_open(path, "pt") as file:
-        assert {file.get_tensor(key).dtype for key in file.keys() if key.endswith(":values")} == {dtype}  # noqa: SIM118
+        assert {file.get_tensor(key).dtype for key in file.keys() if key.endswith(":values")} == {dtype}
 
 
 def edited(name):

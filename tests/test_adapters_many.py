@@ -340,7 +340,7 @@ def test_bytes_per_entry(tmp_path, dtype, limit):
 
 def edit(path, target, change):
     with safe_open(str(path), "pt") as file:
-        metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}
     change(metadata, tensors)
     save_file(tensors, str(target), metadata)
 

@@ -62,7 +62,7 @@ def tensors(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            found.update({name: file.get_tensor(name) for name in file.keys()})
     return found
 
 

@@ -152,9 +152,6 @@ def above(model, batch, block):
     return {"inputs_embeds": hidden, "labels": batch["labels"]}
 
 
-PROJECTIONS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-
-
 @torch.no_grad()
 def held_out_loss(model, batches):
     model.eval()

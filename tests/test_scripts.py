@@ -449,7 +449,7 @@ def save(how, model, folder):
         accelerator.prepare(model)
         accelerator.save_state(str(folder))
     with safe_open(folder / "model.safetensors", "pt") as file:
-        return {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+        return {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
 
 
 @pytest.mark.parametrize("how", ["save_pretrained", "Trainer", "accelerate"])

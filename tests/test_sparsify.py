@@ -117,7 +117,7 @@ def test_saved_checkpoint_is_ordinary_and_gives_the_same_logits(kind, tied, dtyp
         with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
             contents.append(
                 {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}
-            )  # noqa: SIM118
+            )
     assert contents[0] == contents[1]
     loaded = load(tmp_path / "trained", dtype="auto").eval()
     assert loaded.dtype == dtype and not sparse_weights(loaded)
