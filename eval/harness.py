@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import random
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +22,28 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = ("demo", "gsm8k_local")
 # The one number to quote where a task reports several; other tasks: the first they report.
 HEADLINES = {task: ("exact_match", "strict-match") for task in ("gsm8k", *LOCAL_TASKS)}
+
+
+def check_names(names: list[str]) -> None:
+    """Refuses what is no list of at least one name."""
+    if isinstance(names, str) or not names:
+        raise ValueError(f"tasks is {names!r}; give a list of at least one name, e.g. ['demo']")
+
+
+@lru_cache(maxsize=2)
+def task_manager(folder: str, include_defaults: bool, data: str | None) -> TaskManager:
+    """Returns lm-eval's index of tasks, which takes seconds to build with its own ones.
+
+    Args:
+        folder: of further task files.
+        include_defaults: whether lm-eval's own tasks are in it too.
+        data: folder that the local tasks read.
+    """
+    return TaskManager(
+        include_path=folder,
+        include_defaults=include_defaults,
+        metadata={} if data is None else {"data": data},
+    )
 
 
 def load_tasks(
@@ -44,8 +66,7 @@ def load_tasks(
     Returns:
         lm-eval's dict of tasks and groups.
     """
-    if isinstance(names, str) or not names:
-        raise ValueError(f"tasks is {names!r}; give a list of at least one name, e.g. ['demo']")
+    check_names(names)
     if fewshot is not None and fewshot < 0:
         raise ValueError(f"fewshot is {fewshot}; it must be at least 0, or None for the task's own number")
     if data is None and (local := [name for name in names if name in LOCAL_TASKS]):
@@ -55,12 +76,8 @@ def load_tasks(
     if data is not None and not Path(data).is_dir():
         raise ValueError(f"no such data folder: {data}; it must hold train.jsonl and test.jsonl")
     with quiet():
-        # lm-eval's own index takes seconds to build, so it is left out where nobody asks for it.
-        manager = TaskManager(
-            include_path=str(TASK_FOLDER),
-            include_defaults=not set(names) <= set(LOCAL_TASKS),
-            metadata={} if data is None else {"data": str(data)},
-        )
+        own = not set(names) <= set(LOCAL_TASKS)
+        manager = task_manager(str(TASK_FOLDER), own, None if data is None else str(data))
         for name in names:
             if name not in manager.task_index:
                 near = difflib.get_close_matches(name, manager.all_tasks) or LOCAL_TASKS

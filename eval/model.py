@@ -4,8 +4,9 @@ lm-eval's `HFLM` does the work. Two of its habits are replaced, both measured to
 
 - It ends a batch only when one and the same stop sequence has appeared in every row. A batch in which one row ends with
   EOS and another with a blank line runs to the limit. Here each row ends at its own first stop.
-- It leaves BOS to the tokenizer. Gemma models score near zero without it, and a tokenizer can lose the setting on its
-  way through conversions. Here the tokenizer, then the model family in `config.json`, decide; never the path.
+- It leaves BOS to the tokenizer, looks at the first prompt of a batch only, and cuts BOS off where a prompt is too
+  long. Gemma models score near zero without it. Here prompts are encoded one by one, with the rule that training
+  follows too (`eval.checkpoints`).
 """
 
 import logging
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
+
+from eval.checkpoints import begins_with_bos, prompt_ids
 
 
 class StopEachRow(StoppingCriteria):
@@ -47,7 +50,29 @@ class StopEachRow(StoppingCriteria):
 
 
 class CheckpointLM(HFLM):
-    """`HFLM` around a loaded model: rows stop one by one, and progress bars show on a terminal only."""
+    """`HFLM` around a loaded model: one BOS a prompt, rows stop one by one, progress bars show on a terminal only."""
+
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **_) -> list[int]:
+        """Encodes one text, as a prompt unless `add_special_tokens` is False; a long one loses what follows its BOS."""
+        if add_special_tokens is False or self.add_bos_token is False:
+            ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        else:
+            (ids,) = prompt_ids(self.tokenizer, [string])
+        if not left_truncate_len or len(ids) <= left_truncate_len:
+            return ids
+        kept = int(ids[0] == self.tokenizer.bos_token_id and begins_with_bos(self.tokenizer))
+        return ids[:kept] + ids[len(ids) - left_truncate_len + kept :]
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, **_):
+        """Encodes and pads prompts: ids and attention mask, each of shape (batch, length)."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            place = slice(length - len(tokens), length) if padding_side == "left" else slice(len(tokens))
+            ids[row, place], mask[row, place] = torch.tensor(tokens, dtype=torch.long), 1
+        return ids, mask
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
         if not generation_kwargs.get("do_sample"):
@@ -71,51 +96,17 @@ class CheckpointLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not bars_wanted())
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        """Scores whole texts; see `HFLM`."""
-        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not bars_wanted())
+        """Scores whole texts; see `HFLM`, which by itself puts a BOS before each."""
+        self.add_bos_token = False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not bars_wanted())
+        finally:
+            self.add_bos_token = None
 
 
 def bars_wanted() -> bool:
     """Tells whether someone watches: bars in a log file are noise."""
     return sys.stderr.isatty()
-
-
-def load_tokenizer(folder: Path):
-    """Loads a tokenizer that puts exactly one BOS before a text where the model wants one.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        The tokenizer, and whether it prepends BOS.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer, ensure_bos(tokenizer, AutoConfig.from_pretrained(folder).model_type)
-
-
-def ensure_bos(tokenizer, model_type: str) -> bool:
-    """Makes the tokenizer prepend BOS where the model wants it; tells whether it does.
-
-    A tokenizer that prepends one is left alone, and one that does not is believed: many models (Qwen2, SmolLM2) name a
-    BOS and were trained without it. Only the Gemma family is known to need it always.
-
-    Args:
-        tokenizer: changed in place.
-        model_type: as in config.json, e.g. `gemma2`.
-    """
-    if not starts_with_bos(tokenizer) and model_type.startswith("gemma"):
-        tokenizer.add_bos_token = True
-        if not starts_with_bos(tokenizer):
-            raise ValueError(
-                f"a {model_type} model needs BOS before its prompt, but its tokenizer ({type(tokenizer).__name__}, "
-                f"bos_token {tokenizer.bos_token!r}) does not prepend one; save the base model's tokenizer with it"
-            )
-    return starts_with_bos(tokenizer)
-
-
-def starts_with_bos(tokenizer) -> bool:
-    """Asks the tokenizer itself: flags and templates disagree too often."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def load_model(folder: Path, adapter: Path | None, dtype: str | None, device: str) -> torch.nn.Module:

@@ -8,23 +8,29 @@ demo's word problems (`demo`) and GSM8K without a hub (`gsm8k_local`). GSM8K's t
 often tens of points apart: `strict-match` wants the number after `####`, as the training answers write it, and
 `flexible-extract` takes the last number of the text. Both are always reported, with standard errors, and the headline
 is named.
+
+The file is written whenever a task ends. The same command again goes on after an interruption, with the tasks that its
+`unfinished` still lists.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import platform
 import re
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from eval.harness import load_tasks, run
-from eval.model import as_language_model, load_model, load_tokenizer
+from eval.checkpoints import begins_with_bos, fetch, load_tokenizer
+from eval.harness import check_names, load_tasks, run
+from eval.model import as_language_model, load_model
+from speft_optim.files import write_atomically
+
+PACKAGES = ("torch", "transformers", "lm_eval")
 
 
 def score(
@@ -55,7 +61,8 @@ def score(
         batch_size: prompts scored together. Results can differ in a few problems between sizes: compare at one.
         fewshot: solved examples before each problem; None is the task's own number.
         chat_template: wrap each prompt in the tokenizer's chat template.
-        out: JSON file to write; None writes none.
+        out: JSON file, written whenever a task ends; None writes none. A run that was interrupted goes on from it when
+            repeated.
         seed: seeds the choice of few-shot examples and all generators. 1234 draws those of lm-eval's own command line.
         max_gen_tokens: limit of a generated answer; None is the task's own.
         dtype: `float32`, `bfloat16`, ...; None is float32 on CPU and the checkpoint's own elsewhere.
@@ -71,53 +78,86 @@ def score(
     check_files(adapter=adapter, out=out)
     check_counts(limit=limit, batch_size=batch_size, max_gen_tokens=max_gen_tokens)
     check_dtype(dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_tasks(tasks, data=data, fewshot=fewshot, max_gen_tokens=max_gen_tokens, seed=seed)
-    tokenizer, prepends_bos = load_tokenizer(folder)
+    check_names(tasks)
+    options = dict(data=data, fewshot=fewshot, max_gen_tokens=max_gen_tokens, seed=seed)
+    # One by one: a task's result depends on no other's, so that it can be kept while the others run.
+    loaded = {name: load_tasks([name], **options) for name in tasks}
+    tokenizer = load_tokenizer(folder)
     if chat_template and tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer in {checkpoint} has no chat template; score it without chat_template")
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder, None if adapter is None else Path(adapter), dtype, device)
-    start = time.perf_counter()
-    language_model = as_language_model(model, tokenizer, batch_size)
-    scores = run(language_model, loaded, limit=limit, chat_template=chat_template, seed=seed)
-    seconds = time.perf_counter() - start
-    record = {
+    settings = {
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": hash_files(sorted(folder.glob("*.safetensors"))),
         "adapter": None if adapter is None else str(adapter),
         "adapter_sha256": None if adapter is None else hash_files([Path(adapter)]),
-        "tasks": scores,
+        "asked": list(loaded),
         "data": None if data is None else str(data),
+        "data_sha256": None if data is None else hash_files(sorted(Path(data).glob("*.jsonl"))),
         "limit": limit,
         "batch_size": batch_size,
+        "fewshot": fewshot,
         "chat_template": chat_template,
-        "prepends_bos": prepends_bos,
+        "prepends_bos": begins_with_bos(tokenizer),
         "seed": seed,
         "max_gen_tokens": max_gen_tokens,
-        "seconds": round(seconds, 1),
         **environment(model),
     }
-    if out is not None:
-        write_json(Path(out), record)
+    record = earlier_record(out, settings) or {
+        **settings,
+        "tasks": {},
+        "unfinished": list(loaded),
+        "seconds": 0.0,
+    }
+    language_model = as_language_model(model, tokenizer, batch_size)
+    for name in list(record["unfinished"]):
+        start = time.perf_counter()
+        record["tasks"] |= run(language_model, loaded[name], limit=limit, chat_template=chat_template, seed=seed)
+        record["unfinished"].remove(name)
+        record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
+        if out is not None:
+            write_json(Path(out), record)
     return record
+
+
+def earlier_record(out: str | None, settings: dict) -> dict | None:
+    """Returns what an interrupted run with the same settings has written to `out`, or None; its tasks are not rerun."""
+    if out is None or not Path(out).is_file():
+        return None
+    try:
+        record = json.loads(Path(out).read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # no file of ours; it is replaced when the first task ends
+    same = isinstance(record, dict) and settings.items() <= record.items()
+    return record if same and record.get("unfinished") else None
 
 
 def environment(model: torch.nn.Module) -> dict:
     """Collects what a score depends on beside the arguments: dtype, device and versions."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
-    versions = {package: version(package) for package in ("torch", "transformers", "lm_eval")}
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
     }
+
+
+def package_version(name: str) -> str | None:
+    """Returns the version of a package; None where it runs from a source tree that was never installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def find_checkpoint(checkpoint: str) -> Path:
     """Returns the complete folder of a checkpoint, fetched first where it is a name on the hub."""
     folder = Path(checkpoint)
     if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+            raise ValueError(f"no such checkpoint folder: {checkpoint}; give a folder that save_pretrained wrote")
         folder = fetch(str(checkpoint))
     missing = [pattern for pattern in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(pattern))]
     if missing:
@@ -127,25 +167,24 @@ def find_checkpoint(checkpoint: str) -> Path:
     return folder
 
 
-def fetch(name: str) -> Path:
-    """Fetches a model from the hub, weights and tokenizer only."""
-    remedy = "give a folder that save_pretrained wrote"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"no such checkpoint folder: {name}; {remedy}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except Exception as error:  # no network, no such name, no licence accepted: the remedy is the same
-        raise ValueError(f"{name} is no folder, nor could it be fetched from the hub ({error}); {remedy}") from error
-
-
 def check_files(*, adapter: str | None, out: str | None) -> None:
     """Refuses an adapter that is not there and a result file that could not be written at the end."""
     if adapter is not None and not Path(adapter).is_file():
         raise ValueError(f"no such adapter file: {adapter}; give the file that save_adapter wrote")
     if out is not None and Path(out).is_dir():
         raise ValueError(f"out is {out}, a folder; give the name of a JSON file")
+    if out is not None:
+        try:
+            write_probe(Path(out))
+        except OSError as error:
+            raise ValueError(f"out is {out}, which cannot be written ({error}); choose another place") from error
+
+
+def write_probe(path: Path) -> None:
+    """Writes and removes a small file where `path` is to go: its end is too late to find out that it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        pass
 
 
 def check_counts(**counts: int | None) -> None:
@@ -175,17 +214,10 @@ def hash_files(paths: list[Path]) -> str:
 def write_json(path: Path, record: dict) -> None:
     """Writes under a temporary name and renames, so that a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            # One line for the values of all problems, not one each. Strings hold no raw newline, so none is touched.
-            text = json.dumps(record, indent=2)
-            file.write(re.sub(r"\[\n[\d\s.,e+-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n")
-        os.chmod(temporary, 0o644)  # mkstemp lets only the owner read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    # One line for the values of all problems, not one each. Strings hold no raw newline, so none is touched.
+    text = json.dumps(record, indent=2)
+    text = re.sub(r"\[\n[\d\s.,e+-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def table(record: dict) -> str:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from eval.checkpoints import prompt_ids
+
 IGNORED = -100  # the label that PyTorch's and transformers' losses leave out
 PROMPT = "Question: {question}\nAnswer:"
 # Pairs of columns that data sets of this kind use for the problem and its worked solution.
@@ -394,12 +396,6 @@ def _load_from_hub(source: str, train_limit: int | None, held_out: int) -> tuple
 # Tokens
 
 
-def begins_with_bos(tokenizer) -> bool:
-    """Whether this tokenizer puts a BOS before a text by itself (Gemma and Llama 3 do, Qwen2 and SmolLM2 do not)."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
 def tokenize(tokenizer, examples: Sequence[Example], *, max_length: int) -> list[Sample]:
     """Tokenise problems as [BOS] prompt answer EOS, with labels on the answer and on EOS.
 
@@ -417,21 +413,16 @@ def tokenize(tokenizer, examples: Sequence[Example], *, max_length: int) -> list
     if not examples:
         return []
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     texts = [PROMPT.format(question=example.question) for example in examples]
     answers = [" " + example.answer for example in examples]
-    wholes = encode([text + answer for text, answer in zip(texts, answers, strict=True)])
+    wholes = prompt_ids(tokenizer, [text + answer for text, answer in zip(texts, answers, strict=True)])
     samples = []
-    for prompt, answer, whole in zip(encode(texts), answers, wholes, strict=True):
+    for prompt, answer, whole in zip(prompt_ids(tokenizer, texts), answers, wholes, strict=True):
         if whole[: len(prompt)] == prompt:
             labels = whole[len(prompt) :]
         else:  # a token straddles the boundary; generation will start from the prompt alone, so training does too
-            labels = encode([answer])[0]
+            labels = tokenizer([answer], add_special_tokens=False)["input_ids"][0]
         labels = [*labels, tokenizer.eos_token_id]
-        prompt = bos + prompt
         samples.append(Sample(prompt + labels, [IGNORED] * len(prompt) + labels))
     kept = [sample for sample in samples if len(sample.input_ids) <= max_length]
     if not kept:

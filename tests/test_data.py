@@ -1,6 +1,7 @@
 """The generator, reading of data, tokenisation and batches."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, LlamaConfig
 
+from eval.checkpoints import begins_with_bos, ensure_one_bos, load_tokenizer, prompt_ids
 from recipes import data, models
 
 CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
@@ -215,7 +219,7 @@ def tokenizer(request, tokenizers):
 def test_one_bos_where_wanted_prompt_unlabelled_and_eos_trained(tokenizer):
     for example in data.generate(20, split="train"):
         (sample,) = data.tokenize(tokenizer, [example], max_length=10_000)
-        wants_bos = data.begins_with_bos(tokenizer)
+        wants_bos = begins_with_bos(tokenizer)
         assert sample.input_ids.count(tokenizer.bos_token_id) == int(wants_bos)
         if wants_bos:
             assert sample.input_ids[0] == tokenizer.bos_token_id
@@ -248,7 +252,7 @@ def test_packaged_tokenizers_are_the_published_ones(tokenizers):
         size, bos, eos, wants_bos, ids = facts[name]
         tokenizer = tokenizers[name]
         assert (len(tokenizer), tokenizer.bos_token, tokenizer.eos_token) == (size, bos, eos)
-        assert data.begins_with_bos(tokenizer) is wants_bos
+        assert begins_with_bos(tokenizer) is wants_bos
         assert tokenizer(" 48/2=24", add_special_tokens=False)["input_ids"] == ids
     if "smollm2" in tokenizers:
         assert "<|im_start|>" in tokenizers["smollm2"].chat_template
@@ -268,6 +272,74 @@ def test_a_token_across_the_boundary_is_not_trained_on():
 
     (sample,) = data.tokenize(Merging(), [data.Example("q", "7")], max_length=9)
     assert sample == data.Sample([1, 2, 4, 7, 9], [-100, -100, 4, 7, 9])
+
+
+# --- One BOS, in training and in scoring ---
+
+
+def stacked_processors():
+    """A template with two BOS behind another processor, as Llama 3 has one."""
+    tokenizer = byte_tokenizer(template="<s> <s> $A")
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.Sequence([processors.ByteLevel(), backend.post_processor])
+    return tokenizer
+
+
+BOS_COUNTS = {
+    "none": (lambda: byte_tokenizer(), 0),
+    "one": (lambda: byte_tokenizer(template="<s> $A"), 1),
+    "one and eos": (lambda: byte_tokenizer(template="<s> $A </s>"), 1),
+    "two": (lambda: byte_tokenizer(template="<s> <s> $A"), 2),
+    "two and eos": (lambda: byte_tokenizer(template="<s> <s> $A </s>"), 2),
+    "three": (lambda: byte_tokenizer(template="<s> <s> <s> $A"), 3),
+    "two processors": (stacked_processors, 2),
+}
+
+
+@pytest.mark.parametrize("kind", BOS_COUNTS)
+def test_a_tokenizer_that_puts_several_bos_is_set_to_one_with_a_warning_and_stays_so(kind, tmp_path, caplog):
+    make, count = BOS_COUNTS[kind]
+    tokenizer = make()
+    assert tokenizer("ab")["input_ids"].count(1) == count
+    tokenizer.save_pretrained(tmp_path / "base")
+    LlamaConfig().save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.WARNING, "eval.checkpoints"):
+        loaded = load_tokenizer(tmp_path / "base")
+    assert [f"put {count} BOS" in record.getMessage() for record in caplog.records] == [True] * (count > 1)
+    loaded.save_pretrained(tmp_path / "saved")
+    for each in (loaded, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        ids = each("ab")["input_ids"]
+        assert ids.count(1) == min(count, 1) and ids.index(68) == min(count, 1)
+        assert ids.count(2) == tokenizer("ab")["input_ids"].count(2)  # whether it adds an EOS stays as it was
+        assert each.decode(ids, skip_special_tokens=True) == "ab"
+
+
+@pytest.mark.parametrize("kind", BOS_COUNTS)
+def test_training_and_scoring_encode_a_prompt_alike(kind):
+    make, count = BOS_COUNTS[kind]
+    tokenizer = make()
+    example = data.Example("1 and 1?", "2")
+    prompt = data.PROMPT.format(question=example.question)
+    (ids,) = prompt_ids(tokenizer, [prompt])
+    (sample,) = data.tokenize(tokenizer, [example], max_length=100)
+    assert sample.input_ids[: sample.labels.count(data.IGNORED)] == ids
+    assert begins_with_bos(tokenizer) is (count > 0)
+    assert ids.count(1) == min(count, 1) and ids.count(2) == 0
+    # What a chat template has written already counts.
+    assert prompt_ids(tokenizer, ["<s>" + prompt, "<s><s>" + prompt, prompt])[:2] == [[1, *ids[min(count, 1) :]]] * 2
+
+
+def test_a_tokenizer_that_cannot_be_set_to_one_bos_is_refused():
+    class Stubborn:
+        """Puts two BOS whatever it is told."""
+
+        bos_token_id, bos_token, eos_token_id = 1, "<s>", 2
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1, 1, 5] if add_special_tokens else [5]}
+
+    with pytest.raises(ValueError, match="exactly one, but its tokenizer .* puts 2 there"):
+        ensure_one_bos(Stubborn(), "llama")
 
 
 def test_long_problems_are_dropped_counted_and_never_cut(tokenizers):

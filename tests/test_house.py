@@ -92,7 +92,7 @@ def test_constraints_pin_what_pyproject_asks_for():
 
 def test_the_changelog_has_this_version():
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert "## [Unreleased]" in changelog or f"## [{PROJECT['project']['version']}]" in changelog
+    assert "## [Unreleased]" in changelog or f"## [{speft_optim.__version__}]" in changelog
 
 
 def test_the_readmes_tree_lists_every_file():

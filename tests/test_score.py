@@ -11,14 +11,14 @@ import yaml
 from conftest import tiny_model
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GemmaTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval.score as score_module
 from eval import compare
+from eval.checkpoints import ensure_one_bos, load_tokenizer
 from eval.harness import TASK_FOLDER, load_tasks, run
-from eval.model import StopEachRow, as_language_model, ensure_bos, load_model, load_tokenizer
+from eval.model import CheckpointLM, StopEachRow, as_language_model, load_model
 from eval.score import hash_files, score, table
 from speft_optim import SparseAdamW, save_adapter, select_masks, sparsify
 
@@ -177,20 +177,20 @@ def test_two_tasks_in_one_run(data):
 @pytest.mark.parametrize("options", [{}, {"add_bos_token": False}, {"add_bos_token": True}])
 def test_gemma_gets_one_bos_whatever_its_tokenizer_says(kind, options):
     tokenizer = gemma_tokenizer(**options)
-    assert ensure_bos(tokenizer, kind)
+    assert ensure_one_bos(tokenizer, kind)
     assert tokenizer("ab")["input_ids"].count(2) == 1 and tokenizer("ab")["input_ids"][0] == 2
 
 
 def test_the_tokenizer_is_believed_elsewhere():
-    assert not ensure_bos(character_tokenizer(), "llama")  # names a BOS, was trained without it
-    assert ensure_bos(character_tokenizer(adds_bos=True), "llama")
+    assert not ensure_one_bos(character_tokenizer(), "llama")  # names a BOS, was trained without it
+    assert ensure_one_bos(character_tokenizer(adds_bos=True), "llama")
 
 
 def test_gemma_without_a_bos_token_is_refused():
     tokenizer = character_tokenizer()
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="needs BOS"):
-        ensure_bos(tokenizer, "gemma2")
+        ensure_one_bos(tokenizer, "gemma2")
 
 
 @pytest.mark.parametrize("template", [None, "{{ bos_token }}{% for turn in messages %}{{ turn.content }}{% endfor %}"])
@@ -199,13 +199,45 @@ def test_every_prompt_starts_with_exactly_one_bos(template, data, tmp_path, monk
     tokenizer.chat_template = template
     folder = save_checkpoint(tmp_path / "run", "gemma2", tokenizer)
     seen = []
-    monkeypatch.setattr(HFLM, "tok_batch_encode", _remember(HFLM.tok_batch_encode, seen))
+    monkeypatch.setattr(CheckpointLM, "tok_batch_encode", _remember(CheckpointLM.tok_batch_encode, seen))
     record = score(folder, ["demo"], data=data, max_gen_tokens=2, chat_template=template is not None)
     assert record["prepends_bos"]
     for ids, mask in seen:
         for row, real in zip(ids, mask, strict=True):
             prompt = row[real.bool()].tolist()
             assert prompt[0] == 2 and prompt.count(2) == 1
+
+
+class Asked:
+    """A request of lm-eval."""
+
+    def __init__(self, *arguments):
+        self.args = arguments
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_every_kind_of_request_sends_one_bos_where_the_tokenizer_puts_any(count, tmp_path, monkeypatch):
+    """Also in a batch whose first prompt is the only one with a BOS in its text, and where a prompt is too long."""
+    tokenizer = character_tokenizer()
+    if count:
+        template = " ".join(["<bos>"] * count + ["$A"])
+        special = processors.TemplateProcessing(single=template, special_tokens=[("<bos>", 2)])
+        tokenizer.backend_tokenizer.post_processor = special
+    folder = save_checkpoint(tmp_path / "run", tokenizer=tokenizer)
+    model = load_model(Path(folder), None, None, "cpu")
+    language_model = as_language_model(model, load_tokenizer(folder), 2)
+    wanted = min(count, 1)
+    ids, mask = language_model.tok_batch_encode(["<bos>abc", "ab"])
+    assert [row[real.bool()].tolist().count(2) for row, real in zip(ids, mask, strict=True)] == [1, wanted]
+    ids, _ = language_model.tok_batch_encode(["abcdef", "abcdef"], left_truncate_len=3)
+    kept = [2] * wanted + tokenizer("abcdef", add_special_tokens=False)["input_ids"][-3 + wanted :]
+    assert ids.tolist() == [kept] * 2
+    seen = []
+    monkeypatch.setattr(CheckpointLM, "_model_call", _remember_inputs(CheckpointLM._model_call, seen))
+    language_model.loglikelihood([Asked("ab", " c")])
+    language_model.loglikelihood_rolling([Asked("abc")])
+    # Whole texts are read from a BOS on in any case, where the tokenizer names one.
+    assert [row.tolist().count(2) for rows in seen for row in rows] == [wanted, 1]
 
 
 def test_the_path_does_not_matter(data, tmp_path):
@@ -291,6 +323,52 @@ def test_end_to_end(data, tmp_path, capsys):
     assert "strict-match *" in shown and "flexible-extract" in shown
     streams = capsys.readouterr()
     assert "it/s" not in streams.err and "%|" not in streams.err  # no terminal, no bars
+
+
+def test_an_interrupted_run_keeps_each_tasks_result_and_goes_on_with_the_others(data, tmp_path, monkeypatch):
+    folder, out = save_checkpoint(tmp_path / "run"), tmp_path / "scores.json"
+    options = dict(data=data, limit=2, max_gen_tokens=5)
+    names = ["demo", "gsm8k_local"]
+    whole = score(folder, names, **options, out=str(tmp_path / "whole.json"))
+    real, ran = score_module.run, []
+
+    def counted(model, loaded, **more):
+        ran.append([*loaded["tasks"]])
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return real(model, loaded, **more)
+
+    monkeypatch.setattr(score_module, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        score(folder, names, **options, out=str(out))
+    kept = json.loads(out.read_text())
+    assert kept["tasks"] == {"demo": whole["tasks"]["demo"]} and kept["unfinished"] == ["gsm8k_local"]
+    again = score(folder, names, **options, out=str(out))
+    assert ran == [["demo"], ["gsm8k_local"], ["gsm8k_local"]]
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0} and json.loads(out.read_text()) == again
+    # Nothing of a complete run is taken over, nor of one on other problems.
+    problems = tmp_path / "data" / "test.jsonl"
+    for found, text in ((again, problems.read_text()), (kept, problems.read_text() + "\n")):
+        out.write_text(json.dumps(found))
+        problems.write_text(text)
+        ran[:] = [[]] * 3
+        score(folder, names, **options, out=str(out))
+        assert ran[3:] == [["demo"], ["gsm8k_local"]]
+
+
+def test_a_result_file_that_cannot_be_written_is_refused_before_weights_are_read(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(score_module, "load_model", None)
+    folder = save_checkpoint(tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot be written"):
+        score(folder, ["demo"], data=data, out=str(tmp_path / "run" / "config.json" / "scores.json"))
+
+
+def test_versions_of_packages_that_are_not_installed_are_none(monkeypatch):
+    def missing(name):
+        raise score_module.PackageNotFoundError(name)
+
+    monkeypatch.setattr(score_module, "version", missing)
+    assert score_module.package_version("lm_eval") is None
 
 
 def test_two_runs_are_equal(data, tmp_path):
@@ -488,9 +566,19 @@ def _remember(function, seen):
     return wrapped
 
 
+def _remember_inputs(function, seen):
+    """Wraps `_model_call` and keeps the ids it is given."""
+
+    def wrapped(self, ids, *arguments, **options):
+        seen.append(ids.clone())
+        return function(self, ids, *arguments, **options)
+
+    return wrapped
+
+
 def _answers(folder, data, adapter=None):
     """The raw text a checkpoint generates for each problem."""
-    tokenizer, _ = load_tokenizer(Path(folder))
+    tokenizer = load_tokenizer(folder)
     model = load_model(Path(folder), adapter, None, "cpu")
     results = evaluate(as_language_model(model, tokenizer, 2), load_tasks(["demo"], data=data, max_gen_tokens=12))
     return [sample["resps"] for sample in results["samples"]["demo"]]
