@@ -8,7 +8,9 @@
     python -m recipes.gsm8k --list-presets
 
 Under `--out` a run leaves `checkpoint/` (an ordinary checkpoint), `adapter.safetensors` and `masks.safetensors` (sparse
-only), `run.json` and `report.png`. The same command with `--resume` goes on after an interruption.
+only), `run.json` and `report.png`; with `--score` also `scores_before.json` and `scores_after.json`. The same command
+with `--resume` goes on after an interruption. Where training was over and only what comes after it was interrupted or
+failed, the same command repeats that alone.
 
 **The learning rate decides**, and no one rate fits every method or model. Best ones of a sweep on SmolLM2-135M and
 GSM8K: 1e-3 with 9 % of the target weights masked, 3e-3 to 1e-2 with 1 %, 1e-4 for all weights. A step of Adam moves
@@ -40,9 +42,9 @@ if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
 
 import torch
 
-from recipes import data, loop, memory, models, report
-from speft_optim import Masks, SparseAdamW, save_adapter, select_masks, sparsify
-from speft_optim.files import whole_folder
+from recipes import data, ending, loop, memory, models, report
+from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
+from speft_optim import Masks, SparseAdamW, select_masks, sparsify
 from speft_optim.frozen import frozen_weight
 
 METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
@@ -353,8 +355,11 @@ def read_data(args: argparse.Namespace) -> tuple[list[data.Example], list[data.E
     return train, test, args.data if Path(args.data).is_dir() else None
 
 
-def run_scores(args: argparse.Namespace, checkpoint: str | Path, data_folder: str | None) -> dict:
-    """Score a checkpoint with lm-eval, by task; empty where no task was asked for."""
+def run_scores(args: argparse.Namespace, checkpoint: str | Path, data_folder: str | None, when: str) -> dict:
+    """Score a checkpoint with lm-eval, by task; empty where no task was asked for.
+
+    Each task's result is kept in `scores_WHEN.json` when the task ends, from where an interrupted run goes on.
+    """
     if not args.score:
         return {}
     from eval.score import score
@@ -366,14 +371,15 @@ def run_scores(args: argparse.Namespace, checkpoint: str | Path, data_folder: st
         limit=args.score_limit,
         batch_size=args.score_batch_size,
         seed=args.seed,
+        out=str(Path(args.out) / f"scores_{when}.json"),
     )
     return result["tasks"]
 
 
-def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int) -> Masks:
+def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int, resumes: bool) -> Masks:
     """Rank the entries over training samples drawn by the seed and keep the best; a resumed run keeps its own."""
     path = Path(args.out) / MASKS
-    if args.resume and path.is_file():
+    if resumes and path.is_file():
         return Masks.load(path)
     drawn = random.Random(args.seed).sample(samples, min(args.calibration_samples, len(samples)))
     batches = data.make_batches(drawn, args.batch_size, pad_id=pad_id)
@@ -393,66 +399,118 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
     return masks
 
 
-def save_checkpoint(model, tokenizer, folder: Path) -> None:
-    """Write an ordinary checkpoint with its tokenizer; the folder appears complete or not at all."""
-    with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-def earlier_record(args: argparse.Namespace, path: Path) -> dict:
-    """What an interrupted run has written; its arguments must be this run's."""
-    if not args.resume or not path.is_file():
+def read_record(out: Path) -> dict:
+    """What the last run in this folder has written; empty where there was none."""
+    path = out / "run.json"
+    if not path.is_file():
         return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or choose another --out") from error
+
+
+def is_trained(record: dict, out: Path) -> bool:
+    """Whether the run in this folder has taken its last step but not come to its end."""
+    state = newest_checkpoint(out / "resume")
+    return state is not None and "files" not in record and step_of(state) == record.get("steps")
+
+
+def earlier_record(args: argparse.Namespace, out: Path) -> dict:
+    """What the run that this one continues has written; empty where this one begins anew.
+
+    Raises:
+        ValueError: the run in the folder has other arguments, so that this one can neither continue it nor, where it
+            is trained, take its place.
+    """
+    record = read_record(out)
+    if not record or not (args.resume or is_trained(record, out)):
+        return {}
     if "files" in record:
         raise ValueError(f"--resume, but the run in {args.out} is complete; choose another --out for a new one")
     now = {key: value for key, value in vars(args).items() if key != "resume"}
-    differing = sorted(key for key in now if record["arguments"].get(key) != now[key])
-    if differing:
+    if differing := sorted(key for key in now if record["arguments"].get(key) != now[key]):
         name = differing[0]
+        flag = "--resume with " if args.resume else ""
+        trained = "" if args.resume else f", is trained and lacks only its end; delete {out / 'resume'} to give it up"
         raise ValueError(
-            f"--resume with --{name.replace('_', '-')} {now[name]}, but the run in {args.out} had "
-            f"{record['arguments'].get(name)}; repeat its command, or choose another --out"
+            f"{flag}--{name.replace('_', '-')} {now[name]}, but the run in {args.out} had "
+            f"{record['arguments'].get(name)}{trained}; repeat its command, or choose another --out"
         )
     return record
 
 
+class Run:
+    """The folder of a run and its record, which goes to `run.json` after every stage.
+
+    Attributes:
+        args: the command line.
+        out: the folder.
+        record: what is known so far.
+        resumes: whether an earlier run in the folder is continued.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out = args, Path(args.out)
+        ending.check_packages(scoring=bool(args.score))
+        ending.prepare_folder(self.out)
+        earlier = earlier_record(args, self.out)
+        self.resumes = args.resume or bool(earlier)
+        if is_trained(earlier, self.out):
+            print(f"training is over in {self.out}: only what comes after it is done again", flush=True)
+        if not self.resumes:
+            # Of an earlier run, which a later --resume must not take for this one's.
+            remove_checkpoints(self.out / "resume")
+            (self.out / MASKS).unlink(missing_ok=True)
+        self.record = {"scores": {}, "held_out_loss": {}, "seconds": {}} | earlier
+        self.record["arguments"] = {key: value for key, value in vars(args).items() if key != "resume"}
+        self.record |= {"base": args.model, "seed": args.seed, "machine": report.machine()}
+
+    @contextmanager
+    def stage(self, name: str):
+        """Time a stage and write the record when it ends."""
+        print(f"== {name}", flush=True)
+        begin = time.perf_counter()
+        yield
+        seconds = self.record["seconds"]
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+        report.write_json(self.record, self.out / "run.json")
+
+    def score(self, when: str, checkpoint: Path, data_folder: str | None) -> None:
+        """Score before or after training, unless that is known."""
+        if when not in self.record["scores"]:
+            with self.stage(f"score {when}"):
+                self.record["scores"][when] = run_scores(self.args, checkpoint, data_folder, when)
+
+    def measure_loss(self, when: str, model, held_out: list[data.Sample], pad_id: int) -> None:
+        """Measure the held-out loss before or after training, unless that is known."""
+        if when not in self.record["held_out_loss"]:
+            with self.stage(f"held-out loss {when}"):
+                loss = loop.evaluate(model, held_out, batch_size=self.args.batch_size, pad_id=pad_id)
+                self.record["held_out_loss"][when] = loss
+
+
 def main(argv: list[str] | None = None) -> dict:
-    """Load, calibrate, select, attach, train, save, report; returns what it wrote to run.json, or what a run needs."""
+    """Load, calibrate, select, attach, try the ending, train, save, report; returns what it wrote to run.json.
+
+    With `--dry-run` it returns what a run needs, and does nothing else.
+    """
     args = parse(argv)
     if args.dry_run:
         moments = expected_memory(args)
         print(memory.describe(moments))
         return moments
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    run = Run(args)
+    record, out = run.record, run.out
     memory.let_segments_grow()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {"scores": {}, "held_out_loss": {}, "seconds": {}} | earlier_record(args, out / "run.json")
-    if not args.resume:
-        # Of an earlier run, which a later --resume must not take for this one's.
-        loop.remove_checkpoints(out / "resume")
-        (out / MASKS).unlink(missing_ok=True)
-    record["arguments"] = {key: value for key, value in vars(args).items() if key != "resume"}
-    record |= {"base": args.model, "seed": args.seed, "machine": report.machine()}
 
-    @contextmanager
-    def stage(name: str):
-        print(f"== {name}", flush=True)
-        begin = time.perf_counter()
-        yield
-        record["seconds"][name] = record["seconds"].get(name, 0.0) + time.perf_counter() - begin
-        report.write_json(record, out / "run.json")
-
-    with stage("load"):
+    with run.stage("load"):
         base = models.resolve(args.model, cache=args.cache)
         train_examples, test_examples, data_folder = read_data(args)
-    if "before" not in record["scores"]:
-        with stage("score before"):
-            record["scores"]["before"] = run_scores(args, base, data_folder)
+    run.score("before", base, data_folder)
 
-    with stage("prepare"):
+    with run.stage("prepare"):
         torch.manual_seed(args.seed)
         dtype = DTYPES[record["dtype"]] if "dtype" in record else choose_dtype(args, device)
         record["dtype"] = str(dtype).removeprefix("torch.")
@@ -464,14 +522,12 @@ def main(argv: list[str] | None = None) -> dict:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         per_epoch = data.steps_per_epoch(len(samples), args.batch_size * args.accumulation)
         steps = record.get("steps") or args.steps or max(1, round(args.epochs * per_epoch))
-        if "before" not in record["held_out_loss"]:
-            before = loop.evaluate(model, held_out, batch_size=args.batch_size, pad_id=pad_id)
-            record["held_out_loss"]["before"] = before
+    run.measure_loss("before", model, held_out, pad_id)
 
     masks = None
     if args.method == "sparse":
-        with stage("calibrate"), models.products_of(dtype):
-            masks = choose_masks(args, model, samples, pad_id)
+        with run.stage("calibrate"), models.products_of(dtype):
+            masks = choose_masks(args, model, samples, pad_id, run.resumes)
             parameters = sparsify(model, masks)
             print(masks.summary())
             record["mask"] = {"count": masks.count, "density": masks.density, "fingerprint": masks.fingerprint()}
@@ -484,14 +540,20 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         optimizer = torch.optim.AdamW(parameters, **options)
 
+    if not is_trained(record, out):
+        with run.stage("try the ending"):
+            ending.check_space(out, ending.expected_bytes(model, masks, args.state_bits))
+            ending.rehearse(model, tokenizer, optimizer, masks, base, out, args.salience)
     if args.train_minutes is not None and "steps" not in record:
-        with stage("try a step"), models.products_of(dtype):
+        with run.stage("try a step"), models.products_of(dtype):
             window = dict(batch_size=args.batch_size, accumulation=args.accumulation, pad_id=pad_id, seed=args.seed)
             fit = int(60 * args.train_minutes / loop.seconds_per_step(model, samples, **window))
-            # A resumed run takes as many as it would have.
-            record["steps"] = steps = max(1, min(steps, fit))
+            steps = max(1, min(steps, fit))
 
-    with stage("train"), models.products_of(dtype):
+    with run.stage("begin training"):
+        # A run that goes on takes as many steps as it would have, and knows by them whether it has taken its last.
+        record |= {"steps": steps, "lr": lr}
+    with run.stage("train"), models.products_of(dtype):
         history = loop.train(
             model,
             optimizer,
@@ -506,36 +568,34 @@ def main(argv: list[str] | None = None) -> dict:
             seed=args.seed,
             checkpoint_folder=out / "resume",
             checkpoint_every=args.checkpoint_every,
-            resume=args.resume,
+            resume=run.resumes,
         )
-        record |= {"steps": steps, "lr": lr, "history": vars(history)}
-        record["tokens_per_second"] = history.tokens_per_second
+        record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
         record["optimizer_bytes"] = {
             "held": report.optimizer_bytes(optimizer, masks),
             "adamw": report.adamw_bytes(model, masks),
         }
 
-    with stage("save"):
-        record["held_out_loss"]["after"] = loop.evaluate(model, held_out, batch_size=args.batch_size, pad_id=pad_id)
-        files = {"checkpoint": str(out / "checkpoint")}
-        save_checkpoint(model, tokenizer, out / "checkpoint")
-        if masks:
-            save_adapter(model, out / "adapter.safetensors", details={"measure": args.salience})
-            files |= {"adapter": str(out / "adapter.safetensors"), "masks": str(out / "masks.safetensors")}
-            record["adapter_sha256"] = report.sha256(out / "adapter.safetensors")
+    # From here on each result is written before the next begins, and all can be had again from the last state.
+    run.measure_loss("after", model, held_out, pad_id)
+    files = {"checkpoint": str(out / "checkpoint")}
+    if masks:
+        with run.stage("save the adapter"):
+            record["adapter_sha256"] = ending.save_masked_entries(model, out, args.salience)
+            files |= {"adapter": str(out / "adapter.safetensors"), "masks": str(out / MASKS)}
+    with run.stage("save the checkpoint"):
+        ending.save_model(model, tokenizer, out)
         record["moved"] = report.moved_share(base, out / "checkpoint", masks, model)
-        loop.remove_checkpoints(out / "resume")
     del model, optimizer, parameters
-
-    with stage("score after"):
-        record["scores"]["after"] = run_scores(args, out / "checkpoint", data_folder)
-
-    with stage("report"):
+    with run.stage("draw"):
         losses = record["held_out_loss"]
         title = f"{args.model}, {report.trained_line(record)}"
         report.draw(history.loss, (losses["before"], losses["after"]), masks, out / "report.png", title)
+    run.score("after", out / "checkpoint", data_folder)
+    with run.stage("end"):
         files |= {"picture": str(out / "report.png"), "record": str(out / "run.json")}
         record |= {"files": files, "peak_bytes": report.peak_bytes()}
+    remove_checkpoints(out / "resume")
     print(report.table(record))
     return record
 

@@ -5,21 +5,17 @@ a sparse mask, all weights, or an adapter. One optimizer step sees one *window* 
 and its loss is the mean over all label tokens of the window. Averaging the micro-batches' means instead would weigh a
 token by the company it was batched with, and training would change with the accumulation.
 
-A checkpoint holds the trained tensors, the optimizer, the random generators and the history. The position in the data
-and the learning rate are functions of the step number and need no state.
+A training that was interrupted goes on from its last state (`recipes.training_state`). The position in the data and the
+learning rate are functions of the step number and need no state.
 """
 
 import itertools
 import math
-import random
-import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,27 +23,16 @@ from tqdm import tqdm
 
 from recipes.data import IGNORED, Sample, collate, make_batches, sample_windows
 from recipes.loss import frozen_head, linear_cross_entropy
-from speft_optim.files import write_atomically
+from recipes.training_state import (
+    History,
+    load_checkpoint,
+    newest_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
 
 SCHEDULES = ("linear", "cosine", "constant")
-
-
-@dataclass
-class History:
-    """What happened, one entry a step, and the counts of what was left out."""
-
-    loss: list[float] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    skipped_batches: int = 0
-    skipped_steps: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens through the model a second, prompts included and padding not."""
-        return sum(self.tokens) / max(sum(self.step_seconds), 1e-9)
 
 
 def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float:
@@ -147,9 +132,10 @@ def train(
         schedule: one of `SCHEDULES`.
         clip: largest norm of the gradient over all trained tensors; None does not clip.
         seed: decides the order of the data.
-        checkpoint_folder: where checkpoints go; only the newest complete one is kept.
-        checkpoint_every: steps between checkpoints. None writes none.
-        resume: go on from the checkpoint in `checkpoint_folder`, or start where there is none.
+        checkpoint_folder: where the training state goes, always after the last step, so that nothing that comes
+            after training can lose it; only the newest complete one is kept. None writes none.
+        checkpoint_every: steps between further ones before the last. None writes none of these.
+        resume: go on from the state in `checkpoint_folder`, or start where there is none.
 
     Returns:
         The history of the whole run.
@@ -199,7 +185,8 @@ def train(
                 f"step {step + 1}/{steps}  loss {history.loss[-1]:.4f}  {history.tokens_per_second:.0f} tokens/s",
                 flush=True,
             )
-        if checkpoint_every is not None and (step + 1) % checkpoint_every == 0:
+        last = step + 1 == steps and checkpoint_folder is not None
+        if last or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0):
             save_checkpoint(checkpoint_folder, model, optimizer, history, step + 1)
     return history
 
@@ -217,7 +204,7 @@ def seconds_per_step(
         accumulation: forward passes in one optimizer step.
         seed: decides the order of the data.
     """
-    state, was_training, seconds = _random_state(), model.training, []
+    state, was_training, seconds = random_state(), model.training, []
     model.train()
     for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed), 3):
         begin = time.perf_counter()
@@ -225,7 +212,7 @@ def seconds_per_step(
         seconds.append(time.perf_counter() - begin)
         model.zero_grad()
     model.train(was_training)
-    _restore_random_state(state)
+    restore_random_state(state)
     # The first pays for what is prepared once.
     return max(seconds[1:])
 
@@ -279,85 +266,3 @@ def _skip(history: History, step: int, reason: str) -> None:
 
 def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def save_checkpoint(
-    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, step: int
-) -> Path:
-    """Write the state after `step` steps, then remove older checkpoints.
-
-    The file is written under another name and renamed, so a run that is killed at any moment leaves a complete one.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        "step": step,
-        "trained": {
-            name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
-        },
-        "optimizer": optimizer.state_dict(),
-        "history": asdict(history),
-        "random": _random_state(),
-    }
-    path = folder / f"step-{step:08d}.pt"
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-    for other in folder.glob("step-*.pt"):
-        if other != path:
-            other.unlink()
-    return path
-
-
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The latest complete checkpoint in `folder`, or None."""
-    return max(Path(folder).glob("step-*.pt"), default=None)
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[History, int]:
-    """Put model, optimizer and random generators back to a checkpoint; its history and step number."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved = state["trained"]
-    for name in parameters.keys() | saved.keys():
-        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, parameters)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{path} cannot resume this run: {name} has shape {shapes[0]} there and {shapes[1]} here; "
-                "resume with the model, method, mask and density of the first run"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    optimizer.load_state_dict(state["optimizer"])
-    _restore_random_state(state["random"])
-    return History(**state["history"]), state["step"]
-
-
-def remove_checkpoints(folder: str | Path) -> None:
-    """Delete a folder of checkpoints, once a run has saved its result."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _random_state() -> dict:
-    # Plain numbers and tensors only, so that the file opens with weights_only=True.
-    version, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = numpy.random.get_state()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _restore_random_state(state: dict) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    keys, *rest = state["numpy"]
-    numpy.random.set_state(("MT19937", keys.numpy().astype(numpy.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

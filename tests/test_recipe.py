@@ -307,8 +307,8 @@ def test_resumed_run_is_bit_equal(method, dtype, samples, tmp_path, monkeypatch)
     monkeypatch.setattr(optimizer, "step", step_or_die)
     with pytest.raises(Killed):
         loop.train(killed, optimizer, samples, checkpoint_folder=tmp_path / "killed", **options)
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["step-00000004.pt"]
-    (tmp_path / "killed" / ".step-00000006.pt.1.tmp").write_bytes(b"half a file")
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["step-00000004.safetensors"]
+    (tmp_path / "killed" / ".step-00000006.safetensors.1.tmp").write_bytes(b"half a file")
 
     resumed, optimizer = start()
     torch.manual_seed(99)

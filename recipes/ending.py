@@ -1,0 +1,139 @@
+"""What a run leaves when training is over, and the trial of all of it before training begins.
+
+A package that is missing, a full disk, a folder that refuses files or a model whose saver fails would otherwise show
+after hours of training. So `rehearse` writes everything once, by the functions that will write it in the end, from the
+untrained state, and removes it again.
+"""
+
+import importlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from recipes import report
+from recipes.training_state import History, load_checkpoint, save_checkpoint, training_state_bytes
+from speft_optim import Masks, save_adapter
+from speft_optim.files import whole_folder
+from speft_optim.targets import all_targets
+
+# Hidden names of temporary files and folders, here and in `speft_optim.files`, all end so.
+TEMPORARY = ".*.tmp"
+
+
+def save_model(model, tokenizer, out: Path) -> None:
+    """Write an ordinary checkpoint with its tokenizer to `out/checkpoint`; it appears complete or not at all."""
+    with whole_folder(out / "checkpoint") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_masked_entries(model, out: Path, salience: str) -> str:
+    """Write the adapter to `out/adapter.safetensors`; its checksum."""
+    save_adapter(model, out / "adapter.safetensors", details={"measure": salience})
+    return report.sha256(out / "adapter.safetensors")
+
+
+def check_packages(*, scoring: bool) -> None:
+    """Refuse a run whose later stages need a package that cannot be imported."""
+    needed = {"matplotlib": "the picture of the run"} | ({"lm_eval": "--score"} if scoring else {})
+    for package, purpose in needed.items():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            name = package.replace("_", "-")
+            raise ValueError(f"{purpose} needs {name}, which is missing ({error}); pip install {name}") from error
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the folder, refuse one that takes no files, and remove what a killed run left there half written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error}); choose another --out") from error
+    for path in [*out.glob(TEMPORARY), *(out / "resume").glob(TEMPORARY)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_space(out: Path, needed: dict[str, int]) -> None:
+    """Refuse a run whose files would not fit on the disk.
+
+    Args:
+        out: the run's folder.
+        needed: expected bytes by what they are of.
+    """
+    free, total = shutil.disk_usage(out).free, sum(needed.values())
+    if free < total:
+        parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needed.items())
+        raise ValueError(
+            f"{out} has {free / 1e9:.2f} GB free, but this run writes up to {total / 1e9:.2f} GB ({parts}); "
+            "free some room, or choose an --out on another disk"
+        )
+
+
+def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int) -> dict[str, int]:
+    """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole."""
+    values = {id(parameter) for parameter in model.parameters() if masks is not None and parameter.requires_grad}
+    weights = [target for target in all_targets(model).values() if id(target.parameter) not in values]
+    # Quantised weights are saved in 16 bits.
+    sizes = (
+        target.shape.numel() * (target.parameter.element_size() if target.parameter.is_floating_point() else 2)
+        for target in weights
+    )
+    needed = {
+        "checkpoint": sum(sizes),
+        "training state": 2 * training_state_bytes(model, state_bits, masked=masks is not None),
+    }
+    return needed | ({} if masks is None else {"adapter and masks": 12 * masks.count})
+
+
+def rehearse(model, tokenizer, optimizer, masks: Masks | None, base: Path, out: Path, salience: str) -> None:
+    """Write everything that the run will leave from its untrained state, check it, and remove it again.
+
+    Args:
+        model: with the mask attached, untrained.
+        tokenizer: saved with it.
+        optimizer: over the trained tensors.
+        masks: what is trained; None for all weights.
+        base: folder of the base checkpoint.
+        out: the run's folder; all is written inside it, so on the disk that matters.
+        salience: measure that chose the masks.
+
+    Raises:
+        ValueError: something cannot be written, or the checkpoint is not that of the base.
+    """
+    with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-", suffix=".tmp") as folder:
+        trial = Path(folder)
+        with _trying("the training state"):
+            state = save_checkpoint(trial, model, optimizer, History(), 0)
+            load_checkpoint(state, model, optimizer)
+            state.unlink()
+        if masks is not None:
+            with _trying("the adapter"):
+                save_masked_entries(model, trial, salience)
+        with _trying("the checkpoint"):
+            save_model(model, tokenizer, trial)
+            moved = report.moved_share(base, trial / "checkpoint", masks, model)["moved"]
+            if moved:
+                raise ValueError(f"before any training, {moved:,} entries of it differ from those of {base}")
+        with _trying("the picture"):
+            report.draw([1.0], (1.0, 1.0), masks, trial / "report.png", str(base))
+
+
+@contextmanager
+def _trying(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever it is, it would have come after training
+        raise ValueError(
+            f"{what} of this run cannot be saved, so it was not started ({type(error).__name__}: {error}); "
+            "mend this, or choose another model or --out"
+        ) from error

@@ -1,0 +1,248 @@
+"""The state of an unfinished training, in one file, which goes on bit for bit where it was written.
+
+It holds the trained tensors, the optimizer, the random generators and the history. It is a safetensors file, so reading
+it runs no code and takes no more memory than it has bytes; all that is no tensor is JSON in its metadata. A checksum
+over everything refuses a file that was damaged, and a refused file changes neither model nor optimizer.
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from speft_optim.files import write_safetensors
+
+FORMAT = "speft_optim.training_state/1"
+# What a damaged or foreign file can raise on its way to a state.
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+
+
+@dataclass
+class History:
+    """What happened, one entry a step, and the counts of what was left out."""
+
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    skipped_batches: int = 0
+    skipped_steps: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens through the model a second, prompts included and padding not."""
+        return sum(self.tokens) / max(sum(self.step_seconds), 1e-9)
+
+
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, step: int
+) -> Path:
+    """Write the state after `step` steps, then remove older ones.
+
+    The file is written under another name and renamed, so a run that is killed at any moment leaves a complete one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    state = {
+        "step": step,
+        "trained": {name: parameter.detach() for name, parameter in _trained(model).items()},
+        "optimizer": optimizer.state_dict(),
+        "history": dataclasses.asdict(history),
+        "random": random_state(),
+    }
+    plan = json.dumps(_to_plan(state, tensors))
+    path = folder / f"step-{step:08d}.safetensors"
+    write_safetensors(tensors, path, {"format": FORMAT, "plan": plan, "sha256": _digest(plan, tensors)})
+    for other in folder.glob("step-*.safetensors"):
+        if other != path:
+            other.unlink()
+    return path
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The latest complete state in `folder`, or None."""
+    return max(Path(folder).glob("step-*.safetensors"), default=None)
+
+
+def step_of(path: Path) -> int:
+    """After how many steps a state was written, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Delete a folder of states, once a run has saved its results."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[History, int]:
+    """Put model, optimizer and random generators back to a state; its history and step number.
+
+    Raises:
+        ValueError: the file is damaged, no file of `save_checkpoint`, or of another run. Nothing is changed then.
+    """
+    state = _read(path)
+    parameters = _trained(model)
+    _check_same_run(path, state["trained"], parameters)
+    before = random_state()
+    try:
+        restore_random_state(state["random"])
+        _check_moments(state["optimizer"], optimizer)
+        optimizer.load_state_dict(state["optimizer"])
+    except (*UNREADABLE, RuntimeError) as error:
+        restore_random_state(before)
+        raise ValueError(
+            f"{path} cannot resume this run ({type(error).__name__}: {error}); resume with the command of the first run"
+        ) from error
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state["trained"][name])
+    return History(**state["history"]), state["step"]
+
+
+def training_state_bytes(model: nn.Module, state_bits: int, *, masked: bool) -> int:
+    """Expected size of the file.
+
+    Args:
+        model: with what is trained attached.
+        state_bits: of each of the two moments.
+        masked: whether a mask is trained, of which the optimizer keeps values and positions too.
+    """
+    beside = 2 * state_bits // 8 + (8 if masked else 0)
+    return sum(parameter.nbytes + beside * parameter.numel() for parameter in _trained(model).values())
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _read(path: Path) -> dict:
+    """The checked content of a file."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if _digest(metadata["plan"], tensors) != metadata["sha256"]:
+            raise ValueError("its checksum does not fit its content")
+        state = _from_plan(json.loads(metadata["plan"]), tensors)
+        _check_content(state)
+        return state
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{path} is no readable training state ({type(error).__name__}: {error}); delete it to start anew"
+        ) from error
+
+
+def _check_content(state: dict) -> None:
+    fields = {one.name for one in dataclasses.fields(History)}
+    if state.keys() != {"step", "trained", "optimizer", "history", "random"} or state["history"].keys() != fields:
+        raise ValueError("it lacks a part of the state")
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise ValueError(f"its step is {state['step']!r}, which is no whole number from 0 on")
+    if not all(isinstance(tensor, Tensor) for tensor in state["trained"].values()):
+        raise ValueError("its trained tensors are none")
+    if not {"state", "param_groups"} <= state["optimizer"].keys():
+        raise ValueError("its optimizer has no state or no parameter groups")
+
+
+def _check_same_run(path: Path, saved: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    for name in sorted(parameters.keys() | saved.keys()):
+        there, here = (
+            f"shape {tuple(tensors[name].shape)} and {tensors[name].dtype}" if name in tensors else "no such tensor"
+            for tensors in (saved, parameters)
+        )
+        if there != here:
+            raise ValueError(
+                f"{path} cannot resume this run: {name} has {there} there and {here} here; "
+                "resume with the model, method, mask and density of the first run"
+            )
+
+
+def _check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse moments of other sizes, which torch's own optimizers take without a look."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for number, entries in saved["state"].items():
+        count = parameters[number].numel()
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.numel() not in (1, count):
+                raise ValueError(f"{key} of parameter {number} has {value.numel()} entries, not {count}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nested containers as JSON beside a flat list of tensors
+
+
+def _to_plan(value, tensors: dict[str, Tensor]):
+    """JSON that `_from_plan` turns back into `value`; its tensors go to `tensors`."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):  # as pairs: JSON would turn the numbers that optimizers use for keys into text
+        return {"dict": [[key, _to_plan(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_to_plan(item, tensors) for item in value]}
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise TypeError(f"a training state holds a {type(value).__name__}; it takes tensors, numbers and text")
+    return value
+
+
+def _from_plan(plan, tensors: dict[str, Tensor]):
+    if not isinstance(plan, dict):
+        return plan
+    ((kind, content),) = plan.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _from_plan(item, tensors) for key, item in content}
+    items = [_from_plan(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _digest(plan: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(plan.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random generators
+
+
+def random_state() -> dict:
+    """The states of all generators that training may draw from, as plain numbers and tensors."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = numpy.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict) -> None:
+    """Put all generators back to a result of `random_state`."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    keys, *rest = state["numpy"]
+    numpy.random.set_state(("MT19937", keys.numpy().astype(numpy.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
