@@ -184,6 +184,7 @@ def test_memory_is_far_below_dense_training():
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_trains_and_its_codes_stay(tmp_path, kind):
     pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
     import transformers
     from quantized_models import configuration, save_original, stored
 
@@ -309,6 +310,7 @@ two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 @pytest.mark.parametrize("spread", [over_host_and_card, pytest.param(over_two_cards, marks=two_cards)])
 def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
     """Global selection, five clipped steps, save and resume, as on one card; no whole weight moves between them."""
+    pytest.importorskip("accelerate")
     # Weights larger than what selection moves at a time: 2048 scores that may be among the best, at this budget.
     tiny_model(hidden_size=64, num_key_value_heads=4).save_pretrained(tmp_path)
     parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)

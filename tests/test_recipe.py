@@ -1,11 +1,17 @@
 """The training loop, the loading of models, and the GSM8K job from its command line to its files."""
 
+import contextlib
 import copy
+import importlib.metadata
 import json
 import os
+import pickle
 import random
 import shutil
+import signal
+import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +21,18 @@ import pytest
 import torch
 import transformers
 from byte_tokenizer import VOCABULARY, byte_tokenizer
-from conftest import BytesSince, tiny_model
+from conftest import BytesSince, equal_states, tiny_model
 from quantized_models import SIZES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import data, gsm8k, loop, memory, models, report
+import speft_optim
+from recipes import data, ending, gsm8k, loop, memory, models, report, training_state
 from recipes.loss import frozen_head
 from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
+from speft_optim.compact import sparse_weights
 from speft_optim.frozen import frozen_weight, quantized_linears
 
 ROOT = Path(__file__).parent.parent
@@ -800,7 +810,9 @@ def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, mon
     more = ["--steps", 1, "--score", "demo", "--score-limit", 4, "--score-batch-size", 2]
     record = gsm8k.main(command(folders, "llama", tmp_path, *more))
     assert [checkpoint for checkpoint, _, _ in asked] == [str(folders / "llama"), str(tmp_path / "checkpoint")]
-    assert asked[0][1:] == (["demo"], dict(data=str(folders / "problems"), limit=4, batch_size=2, seed=0))
+    options = dict(data=str(folders / "problems"), limit=4, batch_size=2, seed=0)
+    assert asked[0][1:] == (["demo"], options | {"out": str(tmp_path / "scores_before.json")})
+    assert asked[1][2]["out"] == str(tmp_path / "scores_after.json")
     assert "25.0 % +- 10.0 -> 50.0 % +- 10.0   (n = 4)" in capsys.readouterr().out
     assert record["scores"]["after"]["demo"]["scores"]["exact_match"]["strict-match"]["value"] == 0.5
 
@@ -895,6 +907,343 @@ def test_moved_share_notices_strays_and_other_models(folders, tmp_path):
     assert report.moved_share(folders / "qwen2", tmp_path / "tuned", None, model)["stray"] == 0
     with pytest.raises(ValueError, match="the folders hold different models"):
         report.moved_share(folders / "gemma2", folders / "qwen2", None, model)
+
+
+# --- A run never loses its end ---
+
+ENDING = ["--steps", 3, "--density", 0.1, "--lr", 3e-3]
+
+
+def results(out):
+    """All that a run leaves but times, the machine's memory and names of folders."""
+    record = json.loads((out / "run.json").read_text())
+    record["history"].pop("step_seconds")
+    for key in ("seconds", "tokens_per_second", "peak_bytes", "files", "arguments"):
+        record.pop(key)
+    paths = ["adapter.safetensors", "masks.safetensors"]
+    paths += sorted(str(path.relative_to(out)) for path in (out / "checkpoint").iterdir())
+    return record, {path: (out / path).read_bytes() for path in paths if (out / path).is_file()}
+
+
+def no_training(*_, **__):
+    raise AssertionError("trained again")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folders, tmp_path_factory):
+    """The results of a run by `ENDING` that nothing disturbed, by method."""
+    found = {}
+    for method in ATTACH:
+        out = tmp_path_factory.mktemp("uninterrupted") / "run"
+        more = ENDING if method == "sparse" else [*ENDING[:2], *ENDING[4:], "--method", "full"]
+        gsm8k.main(command(folders, "qwen2", out, *more))
+        found[method] = results(out), more
+    return found
+
+
+def fail_once_trained(patch, module, name):
+    """Let a function fail after training; its trial before training is left to work."""
+    real, trained = getattr(module, name), []
+    train = loop.train
+    patch.setattr(loop, "train", lambda *a, **o: (train(*a, **o), trained.append(0))[0])
+
+    def fail(*arguments, **options):
+        if trained:
+            raise OSError("no space left on device")
+        return real(*arguments, **options)
+
+    patch.setattr(module, name, fail)
+
+
+@pytest.mark.parametrize("again", [[], ["--resume"]], ids=["same command", "resume"])
+@pytest.mark.parametrize(
+    ("method", "module", "name", "written"),
+    [
+        ("sparse", loop, "evaluate", []),
+        ("sparse", ending, "save_adapter", ["held-out loss after"]),
+        ("sparse", ending, "save_model", ["held-out loss after", "save the adapter"]),
+        ("full", report, "moved_share", ["held-out loss after"]),
+        ("sparse", report, "draw", ["held-out loss after", "save the adapter", "save the checkpoint"]),
+        ("sparse", report, "peak_bytes", ["draw"]),
+    ],
+)
+def test_a_failed_ending_is_repeated_without_training(
+    method, module, name, written, again, folders, tmp_path, monkeypatch, uninterrupted
+):
+    expected, more = uninterrupted[method]
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        fail_once_trained(patch, module, name)
+        gsm8k.main(command(folders, "qwen2", out, *more))
+    record = json.loads((out / "run.json").read_text())
+    assert set(written) <= record["seconds"].keys() and record["history"]["loss"] == expected[0]["history"]["loss"]
+    monkeypatch.setattr(loop, "_accumulate", no_training)
+    monkeypatch.setattr(gsm8k, "select_masks", no_training)
+    gsm8k.main(command(folders, "qwen2", out, *more, *again))
+    assert results(out) == expected
+    assert not list(out.glob(".*")) and not (out / "resume").exists()
+
+
+def test_another_command_does_not_throw_away_a_trained_run(folders, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        fail_once_trained(patch, ending, "save_model")
+        gsm8k.main(command(folders, "qwen2", tmp_path, *ENDING))
+    with pytest.raises(ValueError, match="--seed 1, but the run in .* had 0, is trained and lacks only its end"):
+        gsm8k.main(command(folders, "qwen2", tmp_path, *ENDING, "--seed", 1))
+    assert loop.newest_checkpoint(tmp_path / "resume").name == "step-00000003.safetensors"
+
+
+KILLED = """
+import os, signal, sys
+from recipes import ending, gsm8k, loop, report
+module, name, when = {"ending": ending, "loop": loop, "report": report}[sys.argv[1]], sys.argv[2], sys.argv[3]
+real, train, trained = getattr(module, name), loop.train, []
+
+def die(*arguments, **options):
+    if trained and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = real(*arguments, **options)
+    if trained:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+def remember(*arguments, **options):
+    trained.append(0)
+    return train(*arguments, **options)
+
+loop.train = remember
+setattr(module, name, die)
+gsm8k.main(sys.argv[4:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "when"),
+    [
+        ("loop", "save_checkpoint", "after"),  # before the record says that training is over
+        ("ending", "save_adapter", "after"),
+        ("ending", "save_model", "before"),
+        ("report", "moved_share", "before"),
+        ("report", "draw", "after"),
+    ],
+)
+def test_a_run_killed_in_its_ending_ends_as_if_it_had_not_been(
+    module, name, when, folders, tmp_path, monkeypatch, uninterrupted
+):
+    expected, more = uninterrupted["sparse"]
+    arguments = command(folders, "qwen2", tmp_path / "run", *more)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", KILLED, module, name, when, *arguments]
+    assert subprocess.run(program, cwd=ROOT, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    monkeypatch.setattr(loop, "_accumulate", no_training)
+    gsm8k.main(arguments)
+    assert results(tmp_path / "run") == expected
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def break_saver(patch):
+    def fail(*_, **__):
+        raise RuntimeError("the saver is broken")
+
+    patch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+
+
+def write_another_model(patch):
+    real = transformers.PreTrainedModel.save_pretrained
+
+    def off_by_one(self, folder, **options):
+        real(self, folder, **options)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    patch.setattr(transformers.PreTrainedModel, "save_pretrained", off_by_one)
+
+
+def fill_disk(patch):
+    patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+
+
+def break_tokenizer(patch):
+    def fail(*_, **__):
+        raise TypeError("not serialisable")
+
+    patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fail)
+
+
+def lose_package(name):
+    return lambda patch: patch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "message"),
+    [
+        (break_saver, [], "the checkpoint of this run cannot be saved, so it was not started .*the saver is broken"),
+        (break_tokenizer, [], "the checkpoint of this run cannot be saved, .*not serialisable"),
+        (write_another_model, [], "before any training, .* entries of it differ from those of"),
+        (fill_disk, [], r"has 0.00 GB free, but this run writes up to .* \(checkpoint .*free some room"),
+        (lose_package("matplotlib"), [], "the picture of the run needs matplotlib, which is missing"),
+        (lose_package("lm_eval"), ["--score", "demo"], "--score needs lm-eval, which is missing"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(spoil, more, message, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train", no_training)
+    spoil(monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        gsm8k.main(command(folders, "qwen2", tmp_path / "run", *ENDING, *more))
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_anything_is_loaded(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "resolve", no_training)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written .*choose another --out"):
+        gsm8k.main(command(folders, "qwen2", tmp_path / "file" / "run", *ENDING))
+
+
+@pytest.mark.parametrize("method", ATTACH)
+def test_expected_bytes_are_what_a_run_writes(method, samples, tmp_path):
+    model = tiny("llama")
+    optimizer = ATTACH[method](model)
+    masks = Masks({weight.name: weight.mask for weight in sparse_weights(model)}) if method == "sparse" else None
+    expected = ending.expected_bytes(model, masks, 32)
+    loop.train(model, optimizer, samples, steps=1, batch_size=2, pad_id=PAD, checkpoint_folder=tmp_path)
+    state = loop.newest_checkpoint(tmp_path).stat().st_size
+    assert 0.9 * state - 40_000 < expected["training state"] / 2 < 1.5 * state
+    model.save_pretrained(tmp_path / "saved")
+    saved = (tmp_path / "saved" / "model.safetensors").stat().st_size
+    assert expected["checkpoint"] <= saved < expected["checkpoint"] + 10_000
+
+
+def test_a_run_from_a_source_tree_that_was_never_installed(folders, tmp_path, monkeypatch):
+    real = importlib.metadata.distribution
+
+    def uninstalled(name):
+        if name.replace("_", "-") == "speft-optim":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", uninstalled)
+    record = gsm8k.main(command(folders, "qwen2", tmp_path, *ENDING))
+    assert record["machine"]["versions"]["speft-optim"] == speft_optim.__version__
+    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["about"])["speft_optim"] == speft_optim.__version__
+
+
+# --- Damaged training states ---
+
+
+def refused(path, contents, model, optimizer):
+    """Whether a file with each of these contents is refused, with everything as it was."""
+    before, moments = weights(model), copy.deepcopy(optimizer.state_dict())
+    draws, results = torch.get_rng_state(), []
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            loop.load_checkpoint(path, model, optimizer)
+        except ValueError as error:
+            results.append(str(path) in str(error))
+        else:
+            results.append(False)
+    if all(results):
+        assert_equal(weights(model), before)
+        assert equal_states(optimizer.state_dict(), moments) and torch.equal(torch.get_rng_state(), draws)
+    return results
+
+
+def mutated(content, generator):
+    """The content with some bytes changed, cut out, doubled, or from some place on missing."""
+    kind, place = generator.randrange(4), generator.randrange(len(content))
+    if kind == 0:
+        changed = bytearray(content)
+        for _ in range(generator.choice([1, 1, 4, 32])):
+            # In the header as often as in the tensors.
+            where = generator.randrange(generator.choice([16, int.from_bytes(content[:8], "little"), len(content)]))
+            changed[where] ^= 1 << generator.randrange(8)
+        return bytes(changed)
+    end = place + generator.choice([1, 8, 200])
+    return content[:place] + {1: content[end:], 2: content[place:end] * 2 + content[end:], 3: b""}[kind]
+
+
+@pytest.fixture
+def small_state(samples, tmp_path):
+    """A file of a training of a few hundred entries, with its model and optimizer."""
+    model = tiny("llama", hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1)
+    optimizer = attach(model)
+    options = dict(steps=1, batch_size=2, pad_id=PAD, checkpoint_folder=tmp_path / "states")
+    loop.train(model, optimizer, samples, **options)
+    return loop.newest_checkpoint(tmp_path / "states"), model, optimizer
+
+
+def test_a_thousand_damaged_states_are_refused_and_change_nothing(small_state, tmp_path):
+    path, model, optimizer = small_state
+    content, generator = path.read_bytes(), random.Random(0)
+    changed = {mutated(content, generator) for _ in range(1100)} - {content}
+    assert len(changed) >= 1000
+    assert all(refused(tmp_path / "bad", changed, model, optimizer))
+    assert refused(tmp_path / "good", [content], model, optimizer) == [False]
+
+
+def rewritten(path, change):
+    """The bytes of a state whose plan was changed and whose checksum is right again."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        state = training_state._from_plan(json.loads(file.metadata()["plan"]), tensors)
+    change(state)
+    tensors = {}
+    plan = json.dumps(training_state._to_plan(state, tensors))
+    metadata = {"format": training_state.FORMAT, "plan": plan, "sha256": training_state._digest(plan, tensors)}
+    return serialise({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("optimizer"),
+        lambda state: state.update(optimizer=[]),
+        lambda state: state.update(optimizer={"state": {}, "param_groups": []}),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(1)),
+        lambda state: state.update(step=-1),
+        lambda state: state.update(step="1"),
+        lambda state: state.update(history={"losses": []}),
+        lambda state: state.update(random={}),
+        lambda state: state["random"].update(torch=torch.ones(3, dtype=torch.uint8)),
+        lambda state: state["random"].update(python=[3, [1, 2], None]),
+        lambda state: state["trained"].popitem(),
+        lambda state: state["trained"].update(dict.fromkeys(state["trained"], torch.ones(2))),
+        lambda state: state["trained"].update({name: t.double() for name, t in state["trained"].items()}),
+        lambda state: state["trained"].update(dict.fromkeys(state["trained"], 1.0)),
+    ],
+)
+def test_a_state_of_wrong_content_is_refused_and_changes_nothing(change, small_state, tmp_path):
+    path, model, optimizer = small_state
+    assert refused(tmp_path / "bad", [rewritten(path, change)], model, optimizer) == [True]
+
+
+def test_a_pickle_in_place_of_a_state_runs_no_code(small_state, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    _, model, optimizer = small_state
+    torch.save({"step": Payload()}, tmp_path / "saved.pt")
+    contents = [pickle.dumps(Payload()), (tmp_path / "saved.pt").read_bytes()]
+    assert refused(tmp_path / "bad", contents, model, optimizer) == [True, True]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_reading_a_state_takes_no_more_than_twice_the_file(small_state, tmp_path):
+    path, _, _ = small_state
+    content = path.read_bytes()
+    (tmp_path / "huge").write_bytes((2**40).to_bytes(8, "little") + content[8:])  # a header that claims a terabyte
+    for each in (path, tmp_path / "huge"):
+        tracemalloc.start()
+        live = BytesSince()
+        with contextlib.suppress(ValueError):
+            kept = training_state._read(each)  # noqa: F841 - held while it is counted
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert live() <= 2 * len(content) and peak < 50e6
 
 
 GSM8K = Path(os.environ.get("SPEFT_GSM8K", ROOT.parent / "shared" / "data" / "gsm8k"))
