@@ -405,9 +405,12 @@ def read_record(out: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, or choose another --out") from error
+    if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
+        raise ValueError(f"{path} is no record of a run; delete it, or choose another --out")
+    return record
 
 
 def is_trained(record: dict, out: Path) -> bool:

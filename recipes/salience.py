@@ -3,10 +3,10 @@
     python -m recipes.salience --model smollm2 --data generator --density 0.01
     python -m recipes.salience --model FOLDER --data FOLDER --measures gradient snip fisher --scope global
 
-Prints a table with the seconds and the peak memory of each measure and a table of the overlaps of their masks, and
-leaves
-`salience.json`, `overlap.png` and one picture of each mask under `--out`. Two independent masks of density d share a
-share d of their entries, so that is chance level, and the `random` measure shows it.
+Prints a table with the seconds and the peak memory of each measure and a table of the overlaps of their masks. Leaves
+`salience.json` and a picture of each mask under `--out`, written as each measure ends, and `overlap.png`. Two
+independent masks of density d share a share d of their entries, so that is chance level, and the `random` measure shows
+it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from recipes import data, models, report
+from recipes import data, ending, models, report
 from speft_optim import Masks, select_masks
 from speft_optim.files import write_atomically
 from speft_optim.salience import MEASURES
@@ -84,17 +84,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(model, batches: list[dict], names: list[str], options: dict) -> tuple[dict[str, Masks], list[dict]]:
-    """Select masks by each measure; the masks, and a row of seconds and peak bytes for each."""
-    masks, rows = {}, []
-    for name in names:
-        with PeakMemory(next(model.parameters()).device) as peak:
-            begin = time.perf_counter()
-            masks[name] = select_masks(model, batches, salience=name, **options)
-        seconds = time.perf_counter() - begin
-        rows.append({"measure": name, "seconds": seconds, "peak_bytes": peak.bytes})
-        print(f"{name:<11} {seconds:8.1f} s  {peak.bytes / 2**30:7.2f} GiB", flush=True)
-    return masks, rows
+def measure(model, batches: list[dict], name: str, options: dict) -> tuple[Masks, dict]:
+    """Select masks by one measure; the masks, and its row of seconds and peak bytes."""
+    with PeakMemory(next(model.parameters()).device) as peak:
+        begin = time.perf_counter()
+        masks = select_masks(model, batches, salience=name, **options)
+    seconds = time.perf_counter() - begin
+    print(f"{name:<11} {seconds:8.1f} s  {peak.bytes / 2**30:7.2f} GiB", flush=True)
+    return masks, {"measure": name, "seconds": seconds, "peak_bytes": peak.bytes}
 
 
 def overlaps(masks: dict[str, Masks]) -> dict[str, dict[str, float]]:
@@ -136,7 +133,8 @@ def main(argv: list[str] | None = None) -> dict:
     """Load, select by every measure, compare; returns what it wrote to salience.json."""
     args = parse(argv)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    ending.check_packages(scoring=False)
+    ending.prepare_folder(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = models.load(
         models.resolve(args.model, cache=args.cache), dtype=models.fastest_dtype(device), device=device
@@ -148,14 +146,16 @@ def main(argv: list[str] | None = None) -> dict:
     samples = data.tokenize(tokenizer, examples, max_length=args.max_length)
     batches = data.make_batches(samples, args.batch_size, pad_id=tokenizer.pad_token_id)
     options = dict(density=args.density, scope=args.scope, memory_budget=args.memory_budget, seed=args.seed)
-    masks, rows = measure(model, batches, args.measures, options)
-    shared = overlaps(masks)
-    print(table(shared))
-    record = {"arguments": vars(args), "machine": report.machine(), "costs": rows, "overlaps": shared}
-    report.write_json(record, out / "salience.json")
-    draw(shared, out / "overlap.png")
-    for name, chosen in masks.items():
-        chosen.plot(out / f"mask_{name}.png")
+    record, masks = {"arguments": vars(args), "machine": report.machine(), "costs": []}, {}
+    for name in args.measures:
+        masks[name], row = measure(model, batches, name, options)
+        # Written before the next measure begins, which may take hours and fail.
+        record["costs"].append(row)
+        record["overlaps"] = overlaps(masks)
+        report.write_json(record, out / "salience.json")
+        masks[name].plot(out / f"mask_{name}.png")
+    print(table(record["overlaps"]))
+    draw(record["overlaps"], out / "overlap.png")
     print(f"pictures and salience.json in {out}")
     return record
 

@@ -278,6 +278,7 @@ def test_a_card_that_is_too_small_is_a_result(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="simulates a small card on a large one")
 def test_a_simulated_card_sets_the_limit(tmp_path):
+    pytest.importorskip("accelerate")
     command = ["memory", "--shape", "llama3-8b", "--modes", "frozen-bf16", "--card", "12", "--out", str(tmp_path)]
     (row,) = benchmark.main(command)
     assert row["error"] == "out of memory" and row["simulated_gb"] == 12

@@ -984,6 +984,35 @@ def test_a_failed_ending_is_repeated_without_training(
     assert not list(out.glob(".*")) and not (out / "resume").exists()
 
 
+def test_a_score_that_fails_after_training_is_repeated_alone(folders, tmp_path, monkeypatch):
+    asked = []
+
+    def fake_score(checkpoint, tasks, **options):
+        asked.append(Path(options["out"]).name)
+        if len(asked) == 2:
+            raise OSError("no space left on device")
+        entry = {"value": 0.25 * len(asked), "stderr": 0.1, "n": 4, "each": None}
+        return {"tasks": {"demo": {"scores": {"exact_match": {"strict-match": entry}}}}}
+
+    monkeypatch.setitem(sys.modules, "eval.score", SimpleNamespace(score=fake_score))
+    words = command(folders, "qwen2", tmp_path, *ENDING, "--score", "demo")
+    with pytest.raises(OSError, match="no space"):
+        gsm8k.main(words)
+    assert (tmp_path / "checkpoint" / "config.json").is_file() and (tmp_path / "report.png").is_file()
+    monkeypatch.setattr(loop, "_accumulate", no_training)
+    record = gsm8k.main(words)
+    assert asked == ["scores_before.json", "scores_after.json", "scores_after.json"]
+    entries = {when: scores["demo"]["scores"]["exact_match"] for when, scores in record["scores"].items()}
+    assert {when: entry["strict-match"]["value"] for when, entry in entries.items()} == {"before": 0.25, "after": 0.75}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"arguments": 3}'])
+def test_a_foreign_or_damaged_record_is_refused(text, folders, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match="run.json is .*choose another --out"):
+        gsm8k.main(command(folders, "qwen2", tmp_path, *ENDING, "--resume"))
+
+
 def test_another_command_does_not_throw_away_a_trained_run(folders, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         fail_once_trained(patch, ending, "save_model")
