@@ -493,6 +493,80 @@ class Run:
                 self.record["held_out_loss"][when] = loss
 
 
+def attach(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torch.dtype):
+    """Attach what is trained: the masks (None for all weights) and the optimizer over it."""
+    args, record = run.args, run.record
+    masks, parameters, record["mask"] = None, list(model.parameters()), None
+    if args.method == "sparse":
+        with run.stage("calibrate"), models.products_of(dtype):
+            masks = choose_masks(args, model, samples, pad_id, run.resumes)
+            parameters = sparsify(model, masks)
+            print(masks.summary())
+            record["mask"] = {"count": masks.count, "density": masks.density, "fingerprint": masks.fingerprint()}
+    density = 1.0 if masks is None else masks.density
+    record["lr"] = args.lr or default_rate(args.method, density, linear_weight_size(model))
+    options = dict(lr=record["lr"], weight_decay=args.weight_decay)
+    if masks is None:
+        return None, torch.optim.AdamW(parameters, **options)
+    return masks, SparseAdamW(parameters, state_bits=args.state_bits, **options)
+
+
+def fitting_steps(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torch.dtype, steps: int) -> int:
+    """As many of the steps as fit in the minutes given, at least one; all of them where none were given."""
+    args = run.args
+    if args.train_minutes is None:
+        return steps
+    with run.stage("try a step"), models.products_of(dtype):
+        window = dict(batch_size=args.batch_size, accumulation=args.accumulation, pad_id=pad_id, seed=args.seed)
+        fit = int(60 * args.train_minutes / loop.seconds_per_step(model, samples, **window))
+    return max(1, min(steps, fit))
+
+
+def train(run: Run, model, optimizer, masks: Masks | None, samples: list[data.Sample], pad_id: int, dtype) -> None:
+    """Train, or take the last state of a run that is trained; what happened goes to the record."""
+    args, record = run.args, run.record
+    with run.stage("train"), models.products_of(dtype):
+        history = loop.train(
+            model,
+            optimizer,
+            samples,
+            steps=record["steps"],
+            batch_size=args.batch_size,
+            pad_id=pad_id,
+            accumulation=args.accumulation,
+            warmup=args.warmup,
+            schedule=args.schedule,
+            clip=args.clip,
+            seed=args.seed,
+            checkpoint_folder=run.out / "resume",
+            checkpoint_every=args.checkpoint_every,
+            resume=run.resumes,
+        )
+        record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
+        record["optimizer_bytes"] = {
+            "held": report.optimizer_bytes(optimizer, masks),
+            "adamw": report.adamw_bytes(model, masks),
+        }
+
+
+def save(run: Run, model, tokenizer, masks: Masks | None, base: Path) -> dict[str, str]:
+    """Write adapter, checkpoint and picture, one stage each; the paths of all files of the run."""
+    record, out = run.record, run.out
+    files = {"checkpoint": str(out / "checkpoint")}
+    if masks is not None:
+        with run.stage("save the adapter"):
+            record["adapter_sha256"] = ending.save_masked_entries(model, out, run.args.salience)
+        files |= {"adapter": str(out / "adapter.safetensors"), "masks": str(out / MASKS)}
+    with run.stage("save the checkpoint"):
+        ending.save_model(model, tokenizer, out)
+        record["moved"] = report.moved_share(base, out / "checkpoint", masks, model)
+    with run.stage("draw"):
+        held_out = (record["held_out_loss"]["before"], record["held_out_loss"]["after"])
+        title = f"{run.args.model}, {report.trained_line(record)}"
+        report.draw(record["history"]["loss"], held_out, masks, out / "report.png", title)
+    return files | {"picture": str(out / "report.png"), "record": str(out / "run.json")}
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Load, calibrate, select, attach, try the ending, train, save, report; returns what it wrote to run.json.
 
@@ -524,79 +598,23 @@ def main(argv: list[str] | None = None) -> dict:
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         per_epoch = data.steps_per_epoch(len(samples), args.batch_size * args.accumulation)
-        steps = record.get("steps") or args.steps or max(1, round(args.epochs * per_epoch))
+        steps = args.steps or max(1, round(args.epochs * per_epoch))
     run.measure_loss("before", model, held_out, pad_id)
 
-    masks = None
-    if args.method == "sparse":
-        with run.stage("calibrate"), models.products_of(dtype):
-            masks = choose_masks(args, model, samples, pad_id, run.resumes)
-            parameters = sparsify(model, masks)
-            print(masks.summary())
-            record["mask"] = {"count": masks.count, "density": masks.density, "fingerprint": masks.fingerprint()}
-    else:
-        parameters, record["mask"] = list(model.parameters()), None
-    lr = args.lr or default_rate(args.method, masks.density if masks else 1.0, linear_weight_size(model))
-    options = dict(lr=lr, weight_decay=args.weight_decay)
-    if masks:
-        optimizer = SparseAdamW(parameters, state_bits=args.state_bits, **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **options)
-
+    masks, optimizer = attach(run, model, samples, pad_id, dtype)
+    # A run that goes on takes as many steps as it would have, and knows by them whether it has taken its last.
+    record["steps"] = record.get("steps") or fitting_steps(run, model, samples, pad_id, dtype, steps)
     if not is_trained(record, out):
         with run.stage("try the ending"):
             ending.check_space(out, ending.expected_bytes(model, masks, args.state_bits))
             ending.rehearse(model, tokenizer, optimizer, masks, base, out, args.salience)
-    if args.train_minutes is not None and "steps" not in record:
-        with run.stage("try a step"), models.products_of(dtype):
-            window = dict(batch_size=args.batch_size, accumulation=args.accumulation, pad_id=pad_id, seed=args.seed)
-            fit = int(60 * args.train_minutes / loop.seconds_per_step(model, samples, **window))
-            steps = max(1, min(steps, fit))
-
-    with run.stage("begin training"):
-        # A run that goes on takes as many steps as it would have, and knows by them whether it has taken its last.
-        record |= {"steps": steps, "lr": lr}
-    with run.stage("train"), models.products_of(dtype):
-        history = loop.train(
-            model,
-            optimizer,
-            samples,
-            steps=steps,
-            batch_size=args.batch_size,
-            pad_id=pad_id,
-            accumulation=args.accumulation,
-            warmup=args.warmup,
-            schedule=args.schedule,
-            clip=args.clip,
-            seed=args.seed,
-            checkpoint_folder=out / "resume",
-            checkpoint_every=args.checkpoint_every,
-            resume=run.resumes,
-        )
-        record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
-        record["optimizer_bytes"] = {
-            "held": report.optimizer_bytes(optimizer, masks),
-            "adamw": report.adamw_bytes(model, masks),
-        }
-
+    train(run, model, optimizer, masks, samples, pad_id, dtype)
     # From here on each result is written before the next begins, and all can be had again from the last state.
     run.measure_loss("after", model, held_out, pad_id)
-    files = {"checkpoint": str(out / "checkpoint")}
-    if masks:
-        with run.stage("save the adapter"):
-            record["adapter_sha256"] = ending.save_masked_entries(model, out, args.salience)
-            files |= {"adapter": str(out / "adapter.safetensors"), "masks": str(out / MASKS)}
-    with run.stage("save the checkpoint"):
-        ending.save_model(model, tokenizer, out)
-        record["moved"] = report.moved_share(base, out / "checkpoint", masks, model)
-    del model, optimizer, parameters
-    with run.stage("draw"):
-        losses = record["held_out_loss"]
-        title = f"{args.model}, {report.trained_line(record)}"
-        report.draw(history.loss, (losses["before"], losses["after"]), masks, out / "report.png", title)
+    files = save(run, model, tokenizer, masks, base)
+    del model, optimizer
     run.score("after", out / "checkpoint", data_folder)
     with run.stage("end"):
-        files |= {"picture": str(out / "report.png"), "record": str(out / "run.json")}
         record |= {"files": files, "peak_bytes": report.peak_bytes()}
     remove_checkpoints(out / "resume")
     print(report.table(record))

@@ -187,8 +187,20 @@ def train(
             )
         last = step + 1 == steps and checkpoint_folder is not None
         if last or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0):
-            save_checkpoint(checkpoint_folder, model, optimizer, history, step + 1)
+            _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
     return history
+
+
+def _keep_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, step: int):
+    """Write the state; a disk that takes none is warned of, since what is trained is still there to go on with."""
+    try:
+        save_checkpoint(folder, model, optimizer, history, step)
+    except OSError as error:
+        warnings.warn(
+            f"the state after step {step} cannot be written to {folder} ({error}); training goes on, but a run that "
+            "stops now begins again at an earlier state: free some room",
+            stacklevel=3,
+        )
 
 
 def seconds_per_step(

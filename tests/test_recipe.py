@@ -984,6 +984,20 @@ def test_a_failed_ending_is_repeated_without_training(
     assert not list(out.glob(".*")) and not (out / "resume").exists()
 
 
+def test_a_state_that_cannot_be_written_is_warned_of_and_costs_no_training(
+    folders, tmp_path, monkeypatch, uninterrupted
+):
+    expected, more = uninterrupted["sparse"]
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(loop, "save_checkpoint", fail)
+    with pytest.warns(UserWarning, match="the state after step 3 cannot be written .*no space left"):
+        gsm8k.main(command(folders, "qwen2", tmp_path, *more))
+    assert results(tmp_path) == expected
+
+
 def test_a_score_that_fails_after_training_is_repeated_alone(folders, tmp_path, monkeypatch):
     asked = []
 
