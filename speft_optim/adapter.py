@@ -22,7 +22,8 @@ from speft_optim.compact import sparse_weights
 from speft_optim.files import checked_path, write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
 from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
-from speft_optim.targets import Target, all_targets, uncompiled
+from speft_optim.targets import Target, all_targets
+from speft_optim.wrappers import unwrapped
 
 _FORMAT = "speft_optim.adapter/1"
 _FILE = "adapter.safetensors"
@@ -111,7 +112,7 @@ def named_root(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, and an adapter belongs to one; "
             "pass one of them."
         )
-    return roots.pop() if roots else uncompiled(model)
+    return roots.pop() if roots else unwrapped(model)
 
 
 def _about(masks: Masks) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from speft_optim.frozen import DenseWeight, FrozenWeight, frozen_weight
 from speft_optim.kernels import gather_entries, scatter_entries_
 from speft_optim.masks import Mask
 from speft_optim.optim import linked
-from speft_optim.targets import Target, all_targets, uncompiled
+from speft_optim.targets import Target, all_targets
+from speft_optim.wrappers import unwrapped
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # As safetensors calls the dtypes of weights. Its F8_E4M3 is none: with 8 bits go scales, which lie beside it.
@@ -61,7 +62,7 @@ def export_merged(
             an option is out of its range.
         TypeError: an option has the wrong type.
     """
-    model, out, limit = uncompiled(model), Path(out), _bytes(max_shard_size)
+    model, out, limit = unwrapped(model), Path(out), _bytes(max_shard_size)
     _check_dtype(dtype)
     with whole_folder(out) as folder:
         if out.is_dir() and any(out.iterdir()):

@@ -21,7 +21,8 @@ from speft_optim.compact import sparse_weights
 from speft_optim.frozen import find, frozen_weight
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import hand_back, take_over
-from speft_optim.targets import Target, all_targets, uncompiled
+from speft_optim.targets import Target, all_targets
+from speft_optim.wrappers import unwrapped
 
 # Far beyond sense, and far from where base and shares would overflow.
 _LARGEST_SHARE = 1000
@@ -135,7 +136,7 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
             and not saved.
         TypeError: `shares` is no mapping.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     loaded = _loaded(model)
     if not isinstance(shares, Mapping):
         raise TypeError(f"shares is a {type(shares).__name__}; pass a dict from names to shares, such as {{'a': 1.0}}.")
@@ -161,7 +162,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
     Raises:
         ValueError: it is not loaded, or the model is sparsified, or was changed meanwhile and not saved.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     loaded = _loaded(model)
     if name is not None and name not in loaded.adapters:
         raise ValueError(f"No adapter {name!r} is loaded; there are {sorted(loaded.adapters)}.")
@@ -179,7 +180,7 @@ def merge_adapters(model: nn.Module) -> None:
     Raises:
         ValueError: no adapter is loaded.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     if LOADED not in model.__dict__:
         raise ValueError(f"No adapter is loaded on this {type(model).__name__}; there is nothing to merge.")
     del model.__dict__[LOADED]

@@ -25,7 +25,8 @@ from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
 from speft_optim.quantized import declare_trainable, hand_back, take_over
-from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory, uncompiled
+from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
+from speft_optim.wrappers import check_not_parallel, unwrapped
 
 
 def sparsify(
@@ -64,8 +65,9 @@ def sparsify(
     # Not at import: its decorator loads the compiler, and Triton with it.
     from speft_optim.eager import refresh_all
 
-    model = uncompiled(model)
+    wrapper, model = model, unwrapped(model)
     with together():
+        check_not_parallel(wrapper)
         check_differentiable(model)
         targets = all_targets(model)
         _check_masks(model, masks, targets)

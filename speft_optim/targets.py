@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.frozen import frozen_weight, is_quantized_linear
+from speft_optim.wrappers import plain_modules, steps_to
 
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -64,17 +65,12 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
     """Every floating or quantised weight of the model by its first name, shared ones once, in the model's order."""
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[int, str] = {}
-    for path, module in uncompiled(model).named_modules():
+    for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
                 sites.setdefault(id(parameter), []).append((module, attribute))
     return {name: Target(name, tuple(sites[key])) for key, name in names.items()}
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper of `torch.compile`, which shows its names with a prefix."""
-    return getattr(model, "_orig_mod", model)
 
 
 def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
@@ -198,8 +194,7 @@ def _is_block_matrix(model: nn.Module, target: Target) -> bool:
     module, attribute = target.sites[0]
     if len(target.shape) < 2 or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return False
-    parts = target.name.split(".")[:-1]
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
+    return any(isinstance(parent, nn.ModuleList) for parent, _, _ in steps_to(model, target.name.rpartition(".")[0]))
 
 
 def is_product(module: nn.Module, attribute: str) -> bool:
