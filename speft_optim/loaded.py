@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from speft_optim.adapter import LOADED, AdapterFile, fingerprint, named_root, read_adapter
 from speft_optim.compact import sparse_weights
+from speft_optim.foreign import check_layers, check_parameters
 from speft_optim.frozen import find, frozen_weight
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import hand_back, take_over
@@ -92,7 +93,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         ValueError: the file is damaged or no adapter, belongs to another base (a name, a shape or any weight
             outside the masks differs), or holds values too large for the weights' dtype, or an adapter loaded before
             was trained on and not saved; the model is then as it was.
-        TypeError: `name` is no string.
+        TypeError: `name` is no string, or a weight of the model is a quantiser's other than bitsandbytes'.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string to call the adapter by.")
@@ -254,9 +255,11 @@ def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:
 
 
 def _check_fits(model: nn.Module, adapter: AdapterFile, path: str | Path) -> None:
+    check_parameters(model)
     targets = all_targets(model)
     for name, mask in adapter.masks.items():
         if name not in targets:
+            check_layers(model, name.removesuffix(".weight"))
             raise ValueError(
                 f"{path} was made for a model with a parameter {name}, which {type(model).__name__} lacks."
             )

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from speft_optim.compact import SparseWeight, child_name, sparse_weights
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.export import original_entries
+from speft_optim.foreign import check_layers, check_parameters
 from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
@@ -59,7 +60,8 @@ def sparsify(
     Raises:
         ValueError: a name or shape does not fit the model, the masks are empty or differ between processes, or the
             model is sparsified already; the model is then as it was.
-        TypeError: a masked weight is not floating, or `masks` is no mapping to `Mask`.
+        TypeError: a masked weight is not floating, a weight is a quantiser's other than bitsandbytes', or `masks` is no
+            mapping to `Mask`.
         RuntimeError: another process of the group failed; the model is as it was.
     """
     # Not at import: its decorator loads the compiler, and Triton with it.
@@ -141,8 +143,10 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
         )
     if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
         raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
+    check_parameters(model)
     for name, mask in masks.items():
         if name not in targets:
+            check_layers(model, name.removesuffix(".weight"))
             shared = dict(model.named_parameters(remove_duplicate=False)).get(name)
             first = next((n for n, target in targets.items() if target.parameter is shared), None)
             raise ValueError(
