@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from speft_optim.compact import sparse_weights
 from speft_optim.files import checked_path, write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
-from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
+from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of, places_outside
 from speft_optim.targets import Target, all_targets
 from speft_optim.wrappers import unwrapped
 
@@ -158,11 +158,7 @@ def fingerprint(model: nn.Module, masks: Masks) -> str:
 
 def _probe(target: Target, mask: Mask | None) -> Tensor:
     """Evenly spaced entries of a weight with the masked ones left out."""
-    count = target.shape.numel()
-    # An odd step, or all places would lie in one column of a matrix with 2^n columns, which the mask may fill.
-    places = torch.arange(0, count, max(1, count // _PROBES) | 1, dtype=torch.int64)
-    if mask is not None:
-        places = places[~torch.isin(places, mask.indices.cpu().long(), assume_unique=True)]
+    places = places_outside(mask, target.shape.numel(), _PROBES)
     weight = frozen_weight(*target.sites[0])
     # With what is laid over codes, as a dense weight would show it: outside the mask it is not the base's.
     return weight.gather(places.to(weight.device))

@@ -21,6 +21,7 @@ from speft_optim.calibration import default_memory_budget, stream_scores
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
+from speft_optim.provenance import note_weights
 from speft_optim.salience import MEASURES, Measure
 from speft_optim.targets import Target, Targets, check_differentiable, find_targets
 from speft_optim.wrappers import unwrapped
@@ -219,6 +220,7 @@ def select_masks(
 
     Returns:
         The masks by parameter name, in the model's order. A weight whose share rounds to nothing has an empty mask.
+        They remember a few entries of the weights: a warning tells where training begins with others.
 
     Raises:
         ValueError: an argument is out of range, the data cannot be used, or scores are not finite.
@@ -274,8 +276,12 @@ def select_masks(
         longest = 2**22 if next(iter(found.values())).device.type == "cuda" else 2**20
         step = max(2**10, min(longest, memory_budget // 512))
         if scope == "local":
-            return _select_local(scores, found, shares, step)
-        return _select_global(scores, found, total, step)
+            masks = _select_local(scores, found, shares, step)
+        else:
+            masks = _select_global(scores, found, total, step)
+    if salience != "random":
+        note_weights(masks, found)
+    return masks
 
 
 def check_choice(

@@ -25,6 +25,7 @@ from speft_optim.foreign import check_layers, check_parameters
 from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
+from speft_optim.provenance import compare_at_first_step, compare_weights
 from speft_optim.quantized import declare_trainable, hand_back, take_over
 from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
 from speft_optim.wrappers import check_not_parallel, unwrapped
@@ -92,6 +93,7 @@ def sparsify(
             weights.append(weight)
     hooks = [model.register_forward_pre_hook(refresh_all), *_let_checkpoints_see_gradients(model)]
     model.__dict__[_BEFORE] = (weights, required_grad, hooks)
+    compare_weights(weights)
     return [weight.values for weight in weights]
 
 
@@ -198,6 +200,7 @@ _following: list = []
 
 
 def _write_after_step(optimizer, args, kwargs) -> None:
+    compare_at_first_step(optimizer)
     if isinstance(optimizer, SparseAdamW):
         return
     for group in optimizer.param_groups:
