@@ -78,7 +78,7 @@ def sparsify(
         entries = {} if original is None else original_entries(original, found, targets)
     check_equal_masks(masks)
     _follow_optimizers()
-    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
     model.requires_grad_(False)
     take_over(model)
     declare_trainable(model)
@@ -115,8 +115,9 @@ def desparsify(model: nn.Module) -> None:
         weights, required_grad, hooks = root.__dict__.pop(_BEFORE)
         for weight in weights:
             weight.detach_from_model()
-        for name, parameter in root.named_parameters():
-            parameter.requires_grad_(required_grad.get(name, parameter.requires_grad))
+        # By plain names, since blocks may have been wrapped meanwhile.
+        for name, target in all_targets(root).items():
+            target.parameter.requires_grad_(required_grad.get(name, target.parameter.requires_grad))
         for hook in hooks:
             hook.remove()
         hand_back(root)
