@@ -86,7 +86,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         name: what `use_adapters` and `unload_adapter` call it; an adapter of that name is replaced.
 
     Returns:
-        The adapter's masks, ready for `sparsify` to go on training.
+        The adapter's masks, ready for `sparsify` to go on training. What was trained whole beside is loaded too and has
+        no mask; let it require gradients again to go on.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -108,7 +109,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         _put(model, {key: (mask, adapter.values[key]) for key, mask in adapter.masks.items()})
         if LOADED in model.__dict__:
             model.__dict__[LOADED].note_saved(model, adapter.masks)
-        return adapter.masks
+        return adapter.sparse_masks
     before = model.__dict__.get(LOADED) or Loaded({}, {}, {}, "")
     before.check_saved(model)
     # Not what the adapters' files hold: they may have been trained on.
@@ -121,7 +122,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         raise
     _remember(model, {**before.adapters, name: adapter})
     _use(model, model.__dict__[LOADED], {name: 1.0})
-    return adapter.masks
+    return adapter.sparse_masks
 
 
 def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
