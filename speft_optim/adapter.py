@@ -156,8 +156,8 @@ def named_root(model: nn.Module) -> nn.Module:
     if len(roots) > 1:
         names = [name for name, module in model.named_modules() if module in roots]
         raise ValueError(
-            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, and an adapter belongs to one; "
-            "pass one of them."
+            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, and an adapter or schedule "
+            "belongs to one; pass one of them."
         )
     return roots.pop() if roots else unwrapped(model)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from speft_optim.adapter import named_root
 from speft_optim.batches import Batches, check_batches, check_max_batches
 from speft_optim.compact import SparseWeight, sparse_weights
 from speft_optim.distributed import check_equal_masks, is_distributed
@@ -23,7 +24,6 @@ from speft_optim.moments import carry_moments_
 from speft_optim.optim import SparseAdamW
 from speft_optim.salience import MEASURES
 from speft_optim.selection import check_choice, is_whole, select_masks
-from speft_optim.wrappers import unwrapped
 
 _OPTIONS = {"loss", "max_batches", "memory_budget", "seed", "progress"}
 
@@ -74,7 +74,7 @@ class MaskSchedule:
         **options: Any,
     ):
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.model, self.optimizer, self.batches = unwrapped(model), optimizer, batches
+        self.model, self.optimizer, self.batches = named_root(model), optimizer, batches
         self.interval, self.salience, self.scope, self.density = interval, salience, scope, density
         self.moments, self.threshold, self.probe, self.options = moments, threshold, probe, options
         self.steps, self.history = 0, []

@@ -182,3 +182,16 @@ def test_a_module_that_only_calls_a_child_module_is_no_wrapper():
             return self.module(x)
 
     assert list(select_masks(Model(), salience="magnitude", density=0.5, targets=["module"])) == ["module.weight"]
+
+
+def test_a_schedule_finds_the_model_inside_a_module_of_the_users():
+    class Module(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    model = tiny_model()
+    masks = select_masks(model, [token_batch()], density=0.1, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks))
+    schedule = MaskSchedule(Module(model), optimizer, [token_batch()], progress=False)
+    assert schedule.reselect() == masks
