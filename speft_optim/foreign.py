@@ -32,7 +32,7 @@ def foreign_parameter(module: nn.Module, attribute: str) -> str | None:
     if attribute == "weight" and is_quantized_linear(module):
         return None
     if parameter.dim() > 1 and _holds_codes(parameter):
-        return f"stored in {parameter.dtype} by a {type(module).__name__}"
+        return f"a weight in the storage of a {type(module).__name__}"
     return None
 
 
@@ -67,7 +67,7 @@ def check_parameters(model: nn.Module) -> None:
             if parameter is None:
                 continue
             if how := foreign_parameter(module, attribute):
-                raise TypeError(f"{name} is {how} with dtype {parameter.dtype}, which cannot be trained. {_REMEDY}")
+                raise TypeError(f"{name} has dtype {parameter.dtype} and is {how}, which cannot be trained. {_REMEDY}")
             if hasattr(parameter, "device_mesh"):
                 raise ValueError(
                     f"{name} is sharded over a device mesh (a {type(parameter).__name__}): a rank holds a piece of it, "

@@ -149,7 +149,7 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
     check_parameters(model)
     for name, mask in masks.items():
         if name not in targets:
-            check_layers(model, name.removesuffix(".weight"))
+            check_layers(model, str(name).removesuffix(".weight"))
             shared = dict(model.named_parameters(remove_duplicate=False)).get(name)
             first = next((n for n, target in targets.items() if target.parameter is shared), None)
             raise ValueError(

@@ -73,7 +73,7 @@ def torch_quantized(linear):
 
 
 BASES = {
-    "tensor subclass": (subclassed, "a Codes of test_foreign.*float32"),
+    "tensor subclass": (subclassed, "float32 and is a Codes of test_foreign"),
     "fp8": (lambda linear: ByParameter(linear, "weight", torch.float8_e4m3fn), "float8_e4m3fn"),
     "hqq": (lambda linear: ByParameter(linear, "W_q", torch.uint8), "uint8"),
     "gptq": (lambda linear: ByBuffers(linear, "qweight", torch.int32), "int32"),
