@@ -8,7 +8,6 @@ their operations are missing, and what reports it is an error from inside of PyT
 import torch
 from torch import Tensor, nn
 
-from speft_optim.frozen import is_quantized_linear
 from speft_optim.wrappers import plain_modules
 
 _REMEDY = (
@@ -29,7 +28,8 @@ def foreign_parameter(module: nn.Module, attribute: str) -> str | None:
     kind = type(parameter)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {kind.__name__} of {kind.__module__.partition('.')[0]}"
-    if attribute == "weight" and is_quantized_linear(module):
+    # Whatever else of it there is, embeddings and parametrised experts, can stay beside what is trained.
+    if any(type(part).__module__.startswith("bitsandbytes") for part in (parameter, module, *module.children())):
         return None
     if parameter.dim() > 1 and _holds_codes(parameter):
         return f"a weight in the storage of a {type(module).__name__}"

@@ -129,6 +129,26 @@ def test_dense_weights_beside_layers_without_a_weight_can_be_named(kind):
     model(**token_batch()).loss.backward()
 
 
+@pytest.mark.parametrize("name", ["Embedding8bit", "Embedding4bit"])
+def test_embeddings_of_bitsandbytes_stay_beside_what_is_trained(name, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def make():
+        model = tiny_model(hidden_size=64)
+        embedding = getattr(bnb.nn, name)(61, 64)
+        embedding.load_state_dict(model.model.embed_tokens.state_dict())
+        model.model.embed_tokens = embedding.to("cpu")
+        return model
+
+    model = make()
+    sparsify(model, select_masks(model, [token_batch()], density=0.1, progress=False))
+    model(**token_batch()).loss.backward()
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    load_adapter(make(), tmp_path / "adapter.safetensors")
+    with pytest.raises(TypeError, match="embed_tokens.weight has dtype torch.u?int8"):
+        select_masks(make(), salience="random", density=0.1, targets=["embed_tokens"])
+
+
 def test_a_sharded_weight_has_its_own_message():
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.device_mesh = types.SimpleNamespace()
