@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import equal_states, tiny_model, token_batch
 
-from speft_optim import Masks, SparseAdamW, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim import Masks, MaskSchedule, SparseAdamW, load_adapter, save_adapter, select_masks, sparsify
 from speft_optim.adapter import read_adapter
 
 COUNT = 1000
@@ -355,3 +355,19 @@ def test_no_file_runs_code(trained, tmp_path):
                 read(path)
     assert not mark.exists()
     assert zipfile.is_zipfile(file)
+
+
+@pytest.mark.parametrize("key", ["values", "indices", "exp_avg", "exp_avg_sq"])
+def test_a_state_whose_tensors_only_claim_their_size_takes_no_memory(key, trained):
+    _, masks, *_ = trained
+    model = tiny_model()
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
+    # With a schedule masks of another length are taken.
+    MaskSchedule(model, optimizer, [token_batch()], progress=False)
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    part = state_dict["state"][0][key]
+    state_dict["state"][0][key] = part[:1].expand(2**40)
+    with Memory(2**20), pytest.raises(ValueError, match=f"saved {key} of .* has fewer numbers than its shape"):
+        optimizer.load_state_dict(state_dict)
