@@ -7,6 +7,7 @@ dtype of whatever input comes.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ from torch import Tensor, nn
 from speft_optim.compact import sparse_weights
 from speft_optim.files import checked_path, write_atomically, write_safetensors
 from speft_optim.frozen import frozen_weight
-from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
-from speft_optim.targets import Target, all_targets, uncompiled
+from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of, places_outside
+from speft_optim.targets import Target, all_targets
 from speft_optim.version import __version__
+from speft_optim.wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "speft_optim.adapter/1"
 _FILE = "adapter.safetensors"
 _PROBES = 4096
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Under this name a model keeps what it knows of its loaded adapters (see `loaded.py`).
 LOADED = "_loaded_adapters"
 _BASE = ("name", "revision", "fingerprint")
@@ -37,18 +42,27 @@ class AdapterFile:
     """What an adapter's file holds, checked.
 
     Attributes:
-        masks: which entries it sets.
+        masks: which entries it sets; all of the parameters in `whole`.
         values: (k,) for each weight, in the dtype of the base it was trained on.
         base: name, revision and fingerprint of the base; the first two are empty where unknown.
+        whole: names of the parameters that were trained densely beside, as a new head.
     """
 
     masks: Masks
     values: dict[str, Tensor]
     base: dict[str, str]
+    whole: tuple[str, ...] = ()
+
+    @property
+    def sparse_masks(self) -> Masks:
+        """The masks without the parameters that were trained densely."""
+        return Masks({name: mask for name, mask in self.masks.items() if name not in self.whole})
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, Any] | None = None) -> None:
     """Write the trained entries of a sparsified model; the file appears whole or not at all.
+
+    Parameters that require gradients beside the compact values, as a new classification head, are written whole.
 
     Args:
         model: the sparsified model, or a wrapper around it: the file is for the module that `sparsify` was called on.
@@ -74,16 +88,21 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         masks[weight.name] = mask
         tensors[f"{weight.name}:values"] = values.cpu()
     tensors.update(masks.parts())
+    whole = _trained_beside(model, masks)
+    for name, target in whole.items():
+        tensors[f"{name}:values"] = target.parameter.detach().flatten().cpu()
+    everything = Masks({**masks, **{name: _whole_mask(target.shape) for name, target in whole.items()}})
     config = getattr(model, "config", None)
     base = {
         "name": getattr(config, "_name_or_path", "") or "",
         "revision": getattr(config, "_commit_hash", "") or "",
-        "fingerprint": fingerprint(model, masks),
+        "fingerprint": fingerprint(model, everything),
     }
-    about = _about(masks) | dict(details or {})
+    about = _about(masks, whole) | dict(details or {})
     metadata = {
         "format": _FORMAT,
-        "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
+        "shapes": json.dumps({name: list(mask.shape) for name, mask in everything.items()}),
+        "whole": json.dumps(list(whole)),
         "base": json.dumps(base),
         "about": json.dumps(about),
     }
@@ -95,7 +114,36 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         card = _card(base, about)
         write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
     if LOADED in model.__dict__:
-        model.__dict__[LOADED].note_saved(model, masks)
+        model.__dict__[LOADED].note_saved(model, everything)
+
+
+def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
+    """The parameters without a mask that require gradients, by name; says which of them no file can hold."""
+    compact = {id(weight.values) for weight in sparse_weights(model)}
+    loaded = model.__dict__[LOADED].adapters.values() if LOADED in model.__dict__ else ()
+    # Also what an adapter brought that the training began with: it is not the base's.
+    brought = {name for adapter in loaded for name in adapter.whole}
+    found = {
+        name: target
+        for name, target in all_targets(model).items()
+        if (target.parameter.requires_grad or name in brought) and id(target.parameter) not in compact
+    }
+    found = {name: target for name, target in found.items() if name not in masks and target.shape.numel()}
+    left_out = [name for name, target in found.items() if target.parameter.dtype not in _DTYPES]
+    if left_out:
+        logger.warning(
+            "%s is trained beside the masked entries and left out of the adapter, which holds fp32, bf16 and fp16, and "
+            "not %s; save the model too.",
+            ", ".join(left_out),
+            found[left_out[0]].parameter.dtype,
+        )
+    return {name: target for name, target in found.items() if name not in left_out}
+
+
+def _whole_mask(shape: torch.Size) -> Mask:
+    # A new tensor of eight bytes an entry would be the largest of all.
+    count = shape.numel()
+    return Mask(torch.arange(count, dtype=torch.int32 if count < 2**31 else torch.int64), shape)
 
 
 def named_root(model: nn.Module) -> nn.Module:
@@ -108,20 +156,23 @@ def named_root(model: nn.Module) -> nn.Module:
     if len(roots) > 1:
         names = [name for name, module in model.named_modules() if module in roots]
         raise ValueError(
-            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, and an adapter belongs to one; "
-            "pass one of them."
+            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, and an adapter or schedule "
+            "belongs to one; pass one of them."
         )
-    return roots.pop() if roots else uncompiled(model)
+    return roots.pop() if roots else unwrapped(model)
 
 
-def _about(masks: Masks) -> dict[str, Any]:
+def _about(masks: Masks, whole: Mapping[str, Target] | None = None) -> dict[str, Any]:
     """What a file tells of itself."""
+    sizes = {name: target.shape.numel() for name, target in (whole or {}).items()}
+    beside = {"trained whole": ", ".join(f"{name} ({size:,})" for name, size in sizes.items())} if whole else {}
     return {
         "entries": masks.count,
         "density": masks.density,
         "masks": masks.fingerprint(),
         "speft_optim": __version__,
         "torch": torch.__version__,
+        **beside,
     }
 
 
@@ -135,7 +186,7 @@ def _check_details(details: Mapping[str, Any] | None) -> None:
     for key, value in details.items():
         if not isinstance(key, str) or not isinstance(value, str | int | float):
             raise TypeError(f"details holds {key!r}: {value!r}; it takes strings and numbers by name.")
-    reserved = [*_about(Masks()), *(f"base {key}" for key in _BASE)]
+    reserved = [*_about(Masks()), "trained whole", *(f"base {key}" for key in _BASE)]
     if taken := [key for key in details if key in reserved]:
         raise ValueError(f"details names {taken}, but {reserved} are written by themselves; choose other names.")
 
@@ -157,11 +208,7 @@ def fingerprint(model: nn.Module, masks: Masks) -> str:
 
 def _probe(target: Target, mask: Mask | None) -> Tensor:
     """Evenly spaced entries of a weight with the masked ones left out."""
-    count = target.shape.numel()
-    # An odd step, or all places would lie in one column of a matrix with 2^n columns, which the mask may fill.
-    places = torch.arange(0, count, max(1, count // _PROBES) | 1, dtype=torch.int64)
-    if mask is not None:
-        places = places[~torch.isin(places, mask.indices.cpu().long(), assume_unique=True)]
+    places = places_outside(mask, target.shape.numel(), _PROBES)
     weight = frozen_weight(*target.sites[0])
     # With what is laid over codes, as a dense weight would show it: outside the mask it is not the base's.
     return weight.gather(places.to(weight.device))
@@ -184,19 +231,24 @@ def read_adapter(path: str | Path) -> AdapterFile:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             shapes, base = json.loads(metadata["shapes"]), json.loads(metadata["base"])
+            whole = json.loads(metadata.get("whole", "[]"))
+            if not isinstance(whole, list) or not set(whole) <= set(shapes):
+                raise ValueError(f"its whole parameters are {whole!r}, of which it has no shapes")
             parts = {key: file.get_tensor(key) for key in file.keys()}
         masks, values = Masks(), {}
         for name, shape in shapes.items():
-            own = parts_of(name, parts)
+            own, shape = parts_of(name, parts), _checked_shape(name, shape)
             values[name] = own.pop("values")
-            masks[name] = Mask.unpack(own, _checked_shape(name, shape))
+            if name in whole and values[name].numel() != math.prod(shape):
+                raise ValueError(f"it holds {values[name].numel():,} values of {name} with shape {shape}")
+            masks[name] = _whole_mask(torch.Size(shape)) if name in whole else Mask.unpack(own, shape)
             _check_values(name, values[name], len(masks[name]))
         base = {key: str(base.get(key, "")) for key in _BASE}
     except UNREADABLE as error:
         raise ValueError(
             f"{path} is no readable file of save_adapter ({type(error).__name__}: {error}); pass another."
         ) from error
-    return AdapterFile(masks, values, base)
+    return AdapterFile(masks, values, base, tuple(name for name in masks if name in whole))
 
 
 def _checked_shape(name: str, shape: object) -> list[int]:
@@ -208,7 +260,7 @@ def _checked_shape(name: str, shape: object) -> list[int]:
 
 
 def _check_values(name: str, values: Tensor, entries: int) -> None:
-    if values.shape != (entries,) or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if values.shape != (entries,) or values.dtype not in _DTYPES:
         raise ValueError(f"it holds {tuple(values.shape)} values of {values.dtype} for {entries} entries of {name}")
     if not bool(values.isfinite().all()):
         raise ValueError(f"it holds values of {name} that are not finite")
@@ -222,6 +274,7 @@ def _card(base: dict[str, str], about: dict[str, Any]) -> str:
         front.insert(0, f"base_model: {json.dumps(base['name'])}")
     rows = {f"base {key}": value for key, value in base.items() if value}
     rows.update({key: f"{value:,}" if isinstance(value, int) else value for key, value in about.items()})
+    beside = f" {about['trained whole']} was trained whole beside them." if "trained whole" in about else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 {chr(10).join(front)}
@@ -229,7 +282,8 @@ def _card(base: dict[str, str], about: dict[str, Any]) -> str:
 
 # Sparse adapter
 
-{about["entries"]:,} entries ({about["density"]:.3%} of the weights they lie in) to write into the base's weights.
+{about["entries"]:,} entries ({about["density"]:.3%} of the weights they lie in) to write into the base's
+weights.{beside}
 
 ```python
 from speft_optim import load_adapter, unload_adapter

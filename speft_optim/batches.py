@@ -3,12 +3,18 @@
 The model is in eval mode meanwhile, without dropout. Afterwards it is exactly as before.
 """
 
+import collections
 import contextlib
+import copy
+import dataclasses
 import functools
+import itertools
 import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +27,8 @@ from speft_optim.quantized import frozen_forwards
 
 logger = logging.getLogger(__name__)
 
-Batch = Mapping[str, Any]
+# What the model takes by name, or with a loss function whatever that takes.
+Batch = Any
 Batches = Iterable[Batch]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -37,13 +44,101 @@ def check_batches(batches: Batches | None, passes: int) -> None:
     """
     if batches is None:
         raise ValueError("This salience measure needs calibration batches; pass batches=[...] or a DataLoader.")
-    if not isinstance(batches, Iterable) or isinstance(batches, Mapping | torch.Tensor):
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping | torch.Tensor | str):
         raise TypeError(f"batches is a {type(batches).__name__}; pass a list of dicts or a DataLoader.")
     if isinstance(batches, Iterator) and passes > 1:
         raise ValueError(
             f"batches is a {type(batches).__name__}, which can be iterated once, but {passes} passes are needed; "
             "pass a list or a DataLoader, or a larger memory_budget."
         )
+
+
+def check_max_batches(max_batches: int | None) -> None:
+    """Refuse a limit that is none.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is less than 1.
+    """
+    if max_batches is None:
+        return
+    if isinstance(max_batches, bool) or not isinstance(max_batches, Integral):
+        raise TypeError(f"max_batches={max_batches!r} is a {type(max_batches).__name__}; pass a whole number or None.")
+    if max_batches < 1:
+        raise ValueError(f"max_batches={max_batches} leaves no batch; pass at least 1, such as 64, or None for all.")
+
+
+def map_tensors(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """A copy of the batch with `change` applied to each of its tensors and other leaves, in the same containers.
+
+    Containers are mappings, lists, tuples (named ones too), dataclasses and namespaces.
+    """
+    again = functools.partial(map_tensors, change=change)
+    if isinstance(batch, Mapping):
+        parts = {key: again(part) for key, part in batch.items()}
+        if type(batch) is dict:
+            return parts
+        if not hasattr(batch, "__setitem__"):
+            return parts
+        # Not made anew, since a BatchEncoding or a defaultdict takes other arguments than a dict.
+        other = copy.copy(batch)
+        for key, part in parts.items():
+            other[key] = part
+        return other
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(again, batch))
+    if isinstance(batch, list | tuple):
+        # A subclass, as a PackedSequence's, may take other arguments.
+        whole = map(again, batch)
+        return list(whole) if isinstance(batch, list) else tuple(whole)
+    if isinstance(batch, SimpleNamespace) or dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        other = copy.copy(batch)
+        names = vars(batch) if isinstance(batch, SimpleNamespace) else [f.name for f in dataclasses.fields(batch)]
+        for name in list(names):
+            # As a frozen dataclass does it itself.
+            object.__setattr__(other, name, again(getattr(batch, name)))
+        return other
+    return change(batch)
+
+
+def labels_of(batch: Batch) -> Tensor | None:
+    """The tensor of labels in a batch, if it has one under that name."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else getattr(batch, "labels", None)
+    return labels if isinstance(labels, Tensor) and labels.dim() else None
+
+
+def examples_in(batch: Batch) -> int:
+    """How many examples a batch has: the length of its labels, else the leading size that most of its tensors have.
+
+    Raises:
+        ValueError: it holds no tensor.
+    """
+    labels = labels_of(batch)
+    if labels is not None:
+        return len(labels)
+    sizes = collections.Counter()
+    map_tensors(batch, lambda part: sizes.update([len(part)]) if isinstance(part, Tensor) and part.dim() else None)
+    if not sizes:
+        raise ValueError(
+            f"A calibration batch is a {type(batch).__name__} without a tensor, so that it cannot be cut into the "
+            "examples that this measure looks at; pass tensors, or choose another measure."
+        )
+    return sizes.most_common(1)[0][0]
+
+
+def example_of(batch: Batch, row: int, examples: int) -> Batch:
+    """The batch of one example: `row` of each tensor that is as long as the batch, the others whole."""
+
+    def cut(part: Any) -> Any:
+        whole = not isinstance(part, Tensor) or not part.dim() or len(part) != examples
+        return part if whole else part[row : row + 1]
+
+    return map_tensors(batch, cut)
+
+
+def _move(part: Any, device: torch.device) -> Any:
+    """A tensor, or what else moves as one, on the device."""
+    return part.to(device) if isinstance(part, Tensor) or callable(getattr(part, "to", None)) else part
 
 
 class _RandomState:
@@ -85,15 +180,27 @@ class BatchReader:
         batches: the user's batches.
         device: where the model wants them.
         bar: shows each batch read.
-        labelled: whether batches need labels; those with none that counts are then left out.
+        labelled: whether the model computes the loss, for which batches need labels; those with none that counts are
+            then left out.
+        keyed: whether the model takes the batches, by the names in them; else a loss function of the user's does.
+        most: read no more than so many of the batches; None for all.
 
     Attributes:
         used: batches handed out in the last iteration.
         went_back: whether the loss of any batch so far could be differentiated.
     """
 
-    def __init__(self, batches: Batches, device: torch.device, bar: tqdm, labelled: bool = True):
-        self.batches, self.device, self.bar, self.labelled = batches, device, bar, labelled
+    def __init__(
+        self,
+        batches: Batches,
+        device: torch.device,
+        bar: tqdm,
+        labelled: bool = True,
+        keyed: bool = True,
+        most: int | None = None,
+    ):
+        self.batches, self.device, self.bar = batches, device, bar
+        self.labelled, self.keyed, self.most = labelled, keyed, most
         self.used = 0
         self.went_back = False
         self._warned = False
@@ -116,31 +223,19 @@ class BatchReader:
 
         Raises:
             ValueError: there is no batch, one has no labels, or no label of any counts.
-            TypeError: a batch is no mapping.
+            TypeError: the model takes the batches and one is no mapping, or labels are no tensor.
         """
         self._rewind()
         seen = self.used = 0
-        for batch in self.batches:
+        for batch in itertools.islice(self.batches, self.most):
             seen += 1
             self.bar.update()
-            if not isinstance(batch, Mapping):
-                raise TypeError(
-                    f"Calibration batch {seen} is a {type(batch).__name__}; pass dicts that the model takes."
-                )
-            if self.labelled and batch.get("labels") is None:
-                keys = ", ".join(map(str, batch))
-                raise ValueError(f"Calibration batch {seen} has no labels (only {keys}); this measure needs a loss.")
-            if self.labelled:
-                self._labels = labels = batch["labels"]
-                if not isinstance(labels, Tensor):
-                    raise TypeError(
-                        f"The labels of calibration batch {seen} are a {type(labels).__name__}; pass tensors, as a "
-                        "collator with return_tensors='pt' makes them."
-                    )
-                if bool((labels == IGNORED_LABEL).all()):
-                    continue
+            self._check(batch, seen)
+            self._labels = labels_of(batch)
+            if self.labelled and bool((self._labels == IGNORED_LABEL).all()):
+                continue
             self.used += 1
-            yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            yield map_tensors(batch, lambda part: _move(part, self.device))
         if not seen:
             raise ValueError("There are no calibration batches; pass at least one dict with input_ids and labels.")
         if not self.used:
@@ -152,6 +247,27 @@ class BatchReader:
             self._warned = True
             logger.warning("%d of %d calibration batches have no label that counts; left out.", seen - self.used, seen)
 
+    def _check(self, batch: Batch, number: int) -> None:
+        """Refuse what the model cannot take, or give a loss for."""
+        if self.keyed and not isinstance(batch, Mapping):
+            raise TypeError(
+                f"Calibration batch {number} is a {type(batch).__name__}; pass dicts that the model takes, or "
+                "loss=function of (model, batch)."
+            )
+        if not self.labelled:
+            return
+        if batch.get("labels") is None:
+            keys = ", ".join(map(str, batch))
+            raise ValueError(
+                f"Calibration batch {number} has no labels (only {keys}), without which the model returns no loss; add "
+                "them, or pass loss=function of (model, batch)."
+            )
+        if labels_of(batch) is None:
+            raise TypeError(
+                f"The labels of calibration batch {number} are a {type(batch['labels']).__name__}; pass tensors with "
+                "one row an example, as a collator with return_tensors='pt' makes them."
+            )
+
     def takes(self, loss: Any) -> bool:
         """Check the loss of the last batch.
 
@@ -162,7 +278,7 @@ class BatchReader:
             ValueError: it is not finite, or not a single number.
             TypeError: it is no tensor.
         """
-        if is_nan(loss):
+        if is_nan(loss) and self._labels is not None:
             labelled, by_first_only = labelled_examples(self._labels)
             if torch.equal(labelled, by_first_only):
                 self.used -= 1

@@ -67,6 +67,7 @@ def stream_scores(
     memory_budget: int,
     candidates: int = 0,
     loss: LossFunction | None = None,
+    max_batches: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[tuple[str, int, Tensor]]:
@@ -74,12 +75,13 @@ def stream_scores(
 
     Args:
         model: the model; left as it was, also when the iteration is broken off.
-        batches: an iterable of the dicts that the model takes, iterated once per group.
+        batches: an iterable of the dicts that the model takes, or of what `loss` takes, iterated once per group.
         targets: the weights to score.
         measure: the salience measure.
         memory_budget: bytes for accumulators, chunks and what the caller keeps of them.
         candidates: bytes of the latter.
         loss: from model and batch to a scalar; None for the `loss` of the model's own output.
+        max_batches: how many of the batches to read in each iteration; None for all.
         seed: of the `random` measure.
         progress: whether to show a progress bar on a terminal.
 
@@ -113,7 +115,8 @@ def stream_scores(
                 check_batches(batches, len(gradient_groups) + len(groups))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
             device = next(iter(targets.values())).device
-            reader = BatchReader(batches, device, bar, labelled=measure.signal != "squared_input")
+            keyed, differentiated = loss is None, measure.signal != "squared_input"
+            reader = BatchReader(batches, device, bar, keyed and differentiated, keyed, max_batches)
         if second_order:
             warn_of_plain_attention(model)
             for group in gradient_groups:
@@ -129,7 +132,7 @@ def stream_scores(
                 fill(model, reader, group, loss)
             while group:
                 yield from _score(group.pop(0), measure, chunk, seed)
-        if reader is not None and reader.labelled and not second_order:
+        if reader is not None and differentiated and not second_order:
             with together():
                 _check_differentiated(reader)
 

@@ -15,6 +15,7 @@ from speft_optim.masks import Mask
 from speft_optim.optim import link, unlink
 from speft_optim.quantized import forward_of
 from speft_optim.targets import Target
+from speft_optim.wrappers import steps_to
 
 _REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
 
@@ -57,7 +58,7 @@ class SparseWeight(nn.Module):
         self.mask = mask.to(target.parameter.device)
         # In a tuple, since a module kept as an attribute would become a child of its own child.
         self._places = (model, target)
-        self._path = _path_to(model, self.name)
+        self._path = steps_to(model, self.name.rpartition(".")[0])
         base = frozen_weight(*target.sites[0])
         # Codes may be stored under a floating dtype, so that a look at the tensor does not tell.
         self._dense = isinstance(base, DenseWeight)
@@ -318,16 +319,6 @@ class SparseWeight(nn.Module):
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
     """The sparsified weights of a model, in the order of its parameters; none on a plain model."""
     return [module for module in model.modules() if isinstance(module, SparseWeight)]
-
-
-def _path_to(model: nn.Module, name: str) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
-    """The (parent, name, child) that lead from the model to the module of a parameter."""
-    steps, parent = [], model
-    for part in name.split(".")[:-1]:
-        child = parent._modules[part]
-        steps.append((parent, part, child))
-        parent = child
-    return tuple(steps)
 
 
 def child_name(attribute: str) -> str:

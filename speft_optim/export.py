@@ -24,7 +24,8 @@ from speft_optim.frozen import DenseWeight, FrozenWeight, frozen_weight
 from speft_optim.kernels import gather_entries, scatter_entries_
 from speft_optim.masks import Mask
 from speft_optim.optim import linked
-from speft_optim.targets import Target, all_targets, uncompiled
+from speft_optim.targets import Target, all_targets
+from speft_optim.wrappers import plain_modules, unwrapped
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # As safetensors calls the dtypes of weights. Its F8_E4M3 is none: with 8 bits go scales, which lie beside it.
@@ -61,7 +62,7 @@ def export_merged(
             an option is out of its range.
         TypeError: an option has the wrong type.
     """
-    model, out, limit = uncompiled(model), Path(out), _bytes(max_shard_size)
+    model, out, limit = unwrapped(model), Path(out), _bytes(max_shard_size)
     _check_dtype(dtype)
     with whole_folder(out) as folder:
         if out.is_dir() and any(out.iterdir()):
@@ -103,7 +104,7 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int)
         if linked(target.parameter) is None:
             weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
             tensors[name] = (weight.shape, lambda weight=weight, module=module: as_stored(module, weight.dense(dtype)))
-    for path, module in model.named_modules():
+    for path, module in plain_modules(model):
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
                 tensors[f"{path}.{attribute}" if path else attribute] = (buffer.shape, lambda buffer=buffer: buffer)
@@ -144,8 +145,9 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
 def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> dict[str, Target]:
     """The model's weights by their names in a checkpoint; one that is shared may be stored under several."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for path, module in plain_modules(model):
+        for attribute, parameter in module._parameters.items():
+            names.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
     targets = {}
     for first, target in all_targets(model).items():
         # Offloaded weights, which are on the meta device, cannot have been trained.

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from speft_optim.adapter import LOADED, AdapterFile, fingerprint, named_root, read_adapter
 from speft_optim.compact import sparse_weights
+from speft_optim.foreign import check_layers, check_parameters
 from speft_optim.frozen import find, frozen_weight
 from speft_optim.masks import Mask, Masks
 from speft_optim.quantized import hand_back, take_over
-from speft_optim.targets import Target, all_targets, uncompiled
+from speft_optim.targets import Target, all_targets
+from speft_optim.wrappers import unwrapped
 
 # Far beyond sense, and far from where base and shares would overflow.
 _LARGEST_SHARE = 1000
@@ -84,14 +86,15 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         name: what `use_adapters` and `unload_adapter` call it; an adapter of that name is replaced.
 
     Returns:
-        The adapter's masks, ready for `sparsify` to go on training.
+        The adapter's masks, ready for `sparsify` to go on training. What was trained whole beside is loaded too and has
+        no mask; let it require gradients again to go on.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or no adapter, belongs to another base (a name, a shape or any weight
             outside the masks differs), or holds values too large for the weights' dtype, or an adapter loaded before
             was trained on and not saved; the model is then as it was.
-        TypeError: `name` is no string.
+        TypeError: `name` is no string, or a weight of the model is a quantiser's other than bitsandbytes'.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string to call the adapter by.")
@@ -106,7 +109,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         _put(model, {key: (mask, adapter.values[key]) for key, mask in adapter.masks.items()})
         if LOADED in model.__dict__:
             model.__dict__[LOADED].note_saved(model, adapter.masks)
-        return adapter.masks
+        return adapter.sparse_masks
     before = model.__dict__.get(LOADED) or Loaded({}, {}, {}, "")
     before.check_saved(model)
     # Not what the adapters' files hold: they may have been trained on.
@@ -119,7 +122,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         raise
     _remember(model, {**before.adapters, name: adapter})
     _use(model, model.__dict__[LOADED], {name: 1.0})
-    return adapter.masks
+    return adapter.sparse_masks
 
 
 def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
@@ -135,7 +138,7 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
             and not saved.
         TypeError: `shares` is no mapping.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     loaded = _loaded(model)
     if not isinstance(shares, Mapping):
         raise TypeError(f"shares is a {type(shares).__name__}; pass a dict from names to shares, such as {{'a': 1.0}}.")
@@ -161,7 +164,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
     Raises:
         ValueError: it is not loaded, or the model is sparsified, or was changed meanwhile and not saved.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     loaded = _loaded(model)
     if name is not None and name not in loaded.adapters:
         raise ValueError(f"No adapter {name!r} is loaded; there are {sorted(loaded.adapters)}.")
@@ -179,7 +182,7 @@ def merge_adapters(model: nn.Module) -> None:
     Raises:
         ValueError: no adapter is loaded.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     if LOADED not in model.__dict__:
         raise ValueError(f"No adapter is loaded on this {type(model).__name__}; there is nothing to merge.")
     del model.__dict__[LOADED]
@@ -253,9 +256,11 @@ def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:
 
 
 def _check_fits(model: nn.Module, adapter: AdapterFile, path: str | Path) -> None:
+    check_parameters(model)
     targets = all_targets(model)
     for name, mask in adapter.masks.items():
         if name not in targets:
+            check_layers(model, name.removesuffix(".weight"))
             raise ValueError(
                 f"{path} was made for a model with a parameter {name}, which {type(model).__name__} lacks."
             )

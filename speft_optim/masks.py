@@ -26,6 +26,9 @@ _INT64_LIMIT = 2**63 - 1
 _UINT16_COLUMNS = 2**16
 _GROUPS = (64, 32, 16, 8, 4, 2, 1)
 
+# About how many entries outside itself a mask remembers of the weight it was selected on.
+PROBES = 64
+
 Made = TypeVar("Made")
 
 
@@ -39,6 +42,8 @@ class Mask:
     Attributes:
         row_group: of packed positions, how many rows share a group start (see `packed`): 64, or the largest smaller
             power of two at which all fits; None where positions are held flat.
+        selected_on: 64 or some more entries outside the mask of the weight it was selected on, 1-D fp32 on the CPU, see
+            `provenance.py`; None where that is not known or did not matter.
 
     Raises:
         TypeError: `indices` is not a 1-D integer tensor.
@@ -46,6 +51,7 @@ class Mask:
     """
 
     row_group: int | None = None
+    selected_on: Tensor | None = None
 
     def __init__(self, indices: Tensor, shape: Sequence[int]):
         self.shape = _checked_shape(shape)
@@ -188,6 +194,7 @@ class Mask:
             return self
         other = object.__new__(Mask)
         other.shape, other.row_group, other._length = self.shape, self.row_group, self._length
+        other.selected_on = self.selected_on
         other._packed = {key: part.to(device) for key, part in self._packed.items()}
         other._derived = {}
         return other
@@ -278,7 +285,11 @@ class Masks(dict[str, Mask]):
     def save(self, path: str | Path) -> None:
         """Write all masks to one safetensors file; the file appears whole or not at all."""
         shapes = {name: list(mask.shape) for name, mask in self.items()}
-        write_safetensors(self.parts(), path, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+        tensors = self.parts()
+        for name, mask in self.items():
+            if mask.selected_on is not None:
+                tensors[f"{name}:selected_on"] = mask.selected_on
+        write_safetensors(tensors, path, {"format": _FORMAT, "shapes": json.dumps(shapes)})
 
     def parts(self) -> dict[str, Tensor]:
         """What `Mask.packed` gives for each, in CPU memory under `name:part`, for a file."""
@@ -301,7 +312,7 @@ class Masks(dict[str, Mask]):
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
                 shapes = json.loads(metadata["shapes"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return cls({name: Mask.unpack(parts_of(name, tensors), shape) for name, shape in shapes.items()})
+            return cls({name: _read_mask(parts_of(name, tensors), shape) for name, shape in shapes.items()})
         except UNREADABLE as error:
             raise ValueError(
                 f"{path} is no readable file of Masks.save ({type(error).__name__}: {error}); pass another."
@@ -348,6 +359,28 @@ UNREADABLE = (
     OverflowError,
     RuntimeError,
 )
+
+
+def places_outside(mask: Mask | None, count: int, most: int) -> Tensor:
+    """Evenly spaced flat positions, less than twice `most` of `count`, without a mask's; int64 on its device."""
+    # An odd step, or all places would lie in one column of a matrix with 2^n columns, which the mask may fill.
+    places = torch.arange(0, count, max(1, count // most) | 1, dtype=torch.int64)
+    if mask is None or not len(mask):
+        return places
+    places, indices = places.to(mask.device), mask.indices
+    found = torch.searchsorted(indices, places.to(indices.dtype)).clamp_(max=len(indices) - 1)
+    return places[indices[found] != places]
+
+
+def _read_mask(parts: dict[str, Tensor], shape: list[int]) -> Mask:
+    """A mask from its parts in a file, with what it remembers."""
+    selected_on = parts.pop("selected_on", None)
+    mask = Mask.unpack(parts, shape)
+    if selected_on is not None:
+        if selected_on.dtype != torch.float32 or selected_on.dim() != 1 or len(selected_on) >= 2 * PROBES:
+            raise ValueError(f"entries of dtype {selected_on.dtype} and shape {tuple(selected_on.shape)} beside a mask")
+        mask.selected_on = selected_on.cpu()
+    return mask
 
 
 def parts_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

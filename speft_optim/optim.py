@@ -506,10 +506,24 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(wrong_betas)
 
 
+def _check_numbers(name: str, saved: dict[str, Any]) -> None:
+    """Refuse saved tensors that only claim their size, and numbers that would spread from one step to all weights."""
+    for key, part in saved.items():
+        if not isinstance(part, Tensor):
+            continue
+        if part.layout != torch.strided or part.untyped_storage().nbytes() < part.nbytes:
+            raise ValueError(f"The saved {key} of {name} has fewer numbers than its shape {tuple(part.shape)} says.")
+        # A step takes the root of these; 8-bit codes are never negative.
+        negative = key in ("exp_avg_sq", "exp_avg_sq_scale", "step") and bool((part < 0).any())
+        if negative or not bool(part.isfinite().all()):
+            raise ValueError(f"The saved {key} of {name} holds numbers that are negative or not finite; load another.")
+
+
 def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> None:
     """Refuse the state of another mask, or with `any_mask` of another weight, before anything is changed."""
     weight = linked(parameter)
     name = weight.name if weight is not None else f"a parameter of shape {tuple(parameter.shape)}"
+    _check_numbers(name, saved)
     if any_mask and weight is not None and isinstance(saved.get("values"), Tensor):
         parameter = saved["values"]
     for key in ("values", "exp_avg", "exp_avg_sq"):

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from speft_optim.batches import Batches, check_batches
+from speft_optim.adapter import named_root
+from speft_optim.batches import Batches, check_batches, check_max_batches
 from speft_optim.compact import SparseWeight, sparse_weights
 from speft_optim.distributed import check_equal_masks, is_distributed
 from speft_optim.masks import Masks
@@ -24,7 +25,7 @@ from speft_optim.optim import SparseAdamW
 from speft_optim.salience import MEASURES
 from speft_optim.selection import check_choice, is_whole, select_masks
 
-_OPTIONS = {"loss", "memory_budget", "seed", "progress"}
+_OPTIONS = {"loss", "max_batches", "memory_budget", "seed", "progress"}
 
 
 class MaskSchedule:
@@ -46,7 +47,7 @@ class MaskSchedule:
         threshold: select only when the current masks and those that `probe` batches give overlap less than this, 0 to
             1; None selects every time.
         probe: batches for that cheaper estimate.
-        **options: `loss`, `memory_budget`, `seed` or `progress` of `select_masks`.
+        **options: `loss`, `max_batches`, `memory_budget`, `seed` or `progress` of `select_masks`.
 
     Attributes:
         steps: optimizer steps counted.
@@ -73,7 +74,7 @@ class MaskSchedule:
         **options: Any,
     ):
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.model, self.optimizer, self.batches = getattr(model, "module", model), optimizer, batches
+        self.model, self.optimizer, self.batches = named_root(model), optimizer, batches
         self.interval, self.salience, self.scope, self.density = interval, salience, scope, density
         self.moments, self.threshold, self.probe, self.options = moments, threshold, probe, options
         self.steps, self.history = 0, []
@@ -187,6 +188,7 @@ class MaskSchedule:
                 f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks; "
                 f"it takes {', '.join(sorted(_OPTIONS))}."
             )
+        check_max_batches(self.options.get("max_batches"))
         if isinstance(self.batches, Iterator):
             raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")
         if MEASURES[self.salience].takes_batches:

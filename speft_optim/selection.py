@@ -16,13 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from speft_optim.batches import Batches, LossFunction
+from speft_optim.batches import Batches, LossFunction, check_max_batches
 from speft_optim.calibration import default_memory_budget, stream_scores
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks import Mask, Masks
 from speft_optim.offload import streaming
+from speft_optim.provenance import note_weights
 from speft_optim.salience import MEASURES, Measure
-from speft_optim.targets import Target, Targets, check_differentiable, find_targets, uncompiled
+from speft_optim.targets import Target, Targets, check_differentiable, find_targets
+from speft_optim.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +176,7 @@ def select_masks(
     targets: Targets = None,
     memory_budget: int | None = None,
     loss: LossFunction | None = None,
+    max_batches: int | None = None,
     offload: str | torch.device | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
@@ -181,10 +184,16 @@ def select_masks(
 ) -> Masks:
     """Choose which entries to train (SPEFT, Sections 3.1 to 3.3).
 
+    Load the weights first: masks chosen on others fit them no better than random ones. A pass takes the memory of a
+    forward and backward as the model is set up now. Trainers turn activation checkpointing on only when they begin to
+    train, so where memory is short call `model.gradient_checkpointing_enable()` before; and autocast, which a trainer
+    adds too, takes effect with `with torch.autocast("cuda", torch.bfloat16):` around this call.
+
     Args:
         model: the model; exactly as before afterwards, also after an error.
-        batches: calibration data: an iterable of the dicts the model takes, with labels (a list or a DataLoader; the
-            paper uses 64 batches of 16 examples). Not needed by `magnitude`, `random` and `synflow`.
+        batches: calibration data: an iterable of the dicts the model takes, with labels, or of whatever `loss` takes (a
+            list or a DataLoader; the paper uses 64 batches of 16 examples). Not needed by `magnitude`, `random` and
+            `synflow`. The data that is trained on, since the entries are chosen for it.
         salience: name of the measure, see `speft_optim.salience`.
         density: share of the targeted entries to keep, in (0, 1]; per weight in local scope, rounded to whole entries.
         budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or
@@ -196,7 +205,13 @@ def select_masks(
             it: about 10 bytes an entry that is kept, over all targets in global scope. However many these are, an
             eighth of the budget goes to what a pass accumulates, and at least one row of a weight, so that a budget
             too small for the candidates is exceeded by them.
-        loss: from (model, batch) to a scalar; default the loss that the model returns.
+        loss: from (model, batch) to a scalar; default the loss that the model returns. With it a batch may be of any
+            kind, without labels too: its tensors are moved to the model's device wherever they stand in dicts, lists,
+            tuples and dataclasses. It gets the model without wrappers, so that none exchanges gradients. `fisher`
+            calls it with one example at a time: one row of each tensor that is as long as the labels, or without
+            labels as most tensors of the batch are.
+        max_batches: how many of the batches to read, the same ones in each pass; None for all. A DataLoader would else
+            be read whole.
         offload: device to compute on while the weights stay in CPU memory and visit it block by block, for a model that
             does not fit there; the masks are those of a resident model. Not for `grasp`.
         checkpoint: with `offload`, folder whose safetensors hold the weights of a model on the meta device.
@@ -205,17 +220,19 @@ def select_masks(
 
     Returns:
         The masks by parameter name, in the model's order. A weight whose share rounds to nothing has an empty mask.
+        They remember a few entries of the weights: a warning tells where training begins with others.
 
     Raises:
         ValueError: an argument is out of range, the data cannot be used, or scores are not finite.
         TypeError: an argument is of the wrong kind.
         RuntimeError: another process of the group failed.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     with contextlib.ExitStack() as stack:
         with together():
             check_choice(salience, scope, offload, checkpoint)
             check_differentiable(model)
+            check_max_batches(max_batches)
             if loss is not None and not callable(loss):
                 raise TypeError(f"loss={loss!r} is not callable; pass a function of (model, batch), or None.")
             if offload is not None:
@@ -250,7 +267,8 @@ def select_masks(
         total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
         # All cut the weights alike, even if some were asked for other numbers of entries.
         candidates = largest(_candidate_bytes(sizes, shares, total, MEASURES[salience]))
-        options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, seed=seed, progress=progress)
+        options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, max_batches=max_batches)
+        options.update(seed=seed, progress=progress)
         scores = stream_scores(model, batches, found, MEASURES[salience], **options)
         # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
         stack.enter_context(contextlib.closing(scores))
@@ -258,8 +276,12 @@ def select_masks(
         longest = 2**22 if next(iter(found.values())).device.type == "cuda" else 2**20
         step = max(2**10, min(longest, memory_budget // 512))
         if scope == "local":
-            return _select_local(scores, found, shares, step)
-        return _select_global(scores, found, total, step)
+            masks = _select_local(scores, found, shares, step)
+        else:
+            masks = _select_global(scores, found, total, step)
+    if salience != "random":
+        note_weights(masks, found)
+    return masks
 
 
 def check_choice(

@@ -15,8 +15,11 @@ from speft_optim.batches import (
     Batch,
     BatchReader,
     LossFunction,
+    example_of,
+    examples_in,
     is_nan,
     labelled_examples,
+    labels_of,
     loss_of,
     model_loss,
 )
@@ -186,19 +189,20 @@ def _backward_by_example(
     Returns:
         The rows that counted.
     """
-    size = len(batch["labels"])
+    size, labels = examples_in(batch), labels_of(batch)
     rows, unsure = counting, []
-    if counting is None:
-        rows, unsure = (which.nonzero().squeeze(1).tolist() for which in labelled_examples(batch["labels"]))
+    if counting is None and labels is None:
+        rows = range(size)
+    elif counting is None:
+        labelled, by_first_only = labelled_examples(labels)
+        # The user's loss may count an example for other things than labels.
+        rows = labelled.nonzero().squeeze(1).tolist() if loss is model_loss else range(size)
+        unsure = (by_first_only if loss is model_loss else ~labelled | by_first_only).nonzero().squeeze(1).tolist()
     counted = []
     for sink in rest:
         sink.mode, sink.example = "example", torch.zeros_like(sink.piece.accumulator)
     for row in rows:
-        one = {
-            key: value[row : row + 1] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-            for key, value in batch.items()
-        }
-        value = loss(model, one)
+        value = loss(model, example_of(batch, row, size))
         if row in unsure and is_nan(value):
             # A mean over no label: the loss is a shifted one, for which this example has none.
             continue
@@ -259,13 +263,20 @@ def _ignored(labels: Tensor) -> Tensor:
 
 @dataclass
 class _Attention:
-    """The present batch's attention mask, for hooks."""
+    """The attention mask of the present forward, for hooks."""
 
     mask: Tensor | None = None
+
+    def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the model."""
+        mask = kwargs.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) else None
 
 
 def squared_input(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
     """Sum the squares of each input feature over all tokens that are no padding; forward only.
+
+    Which tokens are padding tells the attention mask that the model is called with, by whomever.
 
     Raises:
         ValueError: a weight is no linear one, so that its entries have no input feature.
@@ -274,9 +285,12 @@ def squared_input(model: nn.Module, reader: BatchReader, group: list[Piece], los
     with contextlib.ExitStack() as stack, together(), torch.no_grad():
         for piece in group:
             _watch_inputs(piece, attention, stack)
+        # A loss of the user's may leave the head out and call what is below it.
+        for part in {model, getattr(model, "base_model", model)}:
+            stack.callback(part.register_forward_pre_hook(attention.see, with_kwargs=True).remove)
         for batch in reader:
-            attention.mask = batch.get("attention_mask")
-            model(**batch)
+            attention.mask = None
+            model(**batch) if loss is None else loss(model, batch)
     average_([piece.accumulator for piece in group], 1)
 
 

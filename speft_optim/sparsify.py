@@ -21,11 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from speft_optim.compact import SparseWeight, child_name, sparse_weights
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.export import original_entries
+from speft_optim.foreign import check_layers, check_parameters
 from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
 from speft_optim.optim import SparseAdamW, linked
+from speft_optim.provenance import compare_at_first_step, compare_weights
 from speft_optim.quantized import declare_trainable, hand_back, take_over
-from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory, uncompiled
+from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
+from speft_optim.wrappers import check_not_parallel, unwrapped
 
 
 def sparsify(
@@ -58,14 +61,16 @@ def sparsify(
     Raises:
         ValueError: a name or shape does not fit the model, the masks are empty or differ between processes, or the
             model is sparsified already; the model is then as it was.
-        TypeError: a masked weight is not floating, or `masks` is no mapping to `Mask`.
+        TypeError: a masked weight is not floating, a weight is a quantiser's other than bitsandbytes', or `masks` is no
+            mapping to `Mask`.
         RuntimeError: another process of the group failed; the model is as it was.
     """
     # Not at import: its decorator loads the compiler, and Triton with it.
     from speft_optim.eager import refresh_all
 
-    model = uncompiled(model)
+    wrapper, model = model, unwrapped(model)
     with together():
+        check_not_parallel(wrapper)
         check_differentiable(model)
         targets = all_targets(model)
         _check_masks(model, masks, targets)
@@ -73,7 +78,7 @@ def sparsify(
         entries = {} if original is None else original_entries(original, found, targets)
     check_equal_masks(masks)
     _follow_optimizers()
-    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
     model.requires_grad_(False)
     take_over(model)
     declare_trainable(model)
@@ -88,6 +93,7 @@ def sparsify(
             weights.append(weight)
     hooks = [model.register_forward_pre_hook(refresh_all), *_let_checkpoints_see_gradients(model)]
     model.__dict__[_BEFORE] = (weights, required_grad, hooks)
+    compare_weights(weights)
     return [weight.values for weight in weights]
 
 
@@ -109,8 +115,9 @@ def desparsify(model: nn.Module) -> None:
         weights, required_grad, hooks = root.__dict__.pop(_BEFORE)
         for weight in weights:
             weight.detach_from_model()
-        for name, parameter in root.named_parameters():
-            parameter.requires_grad_(required_grad.get(name, parameter.requires_grad))
+        # By plain names, since blocks may have been wrapped meanwhile.
+        for name, target in all_targets(root).items():
+            target.parameter.requires_grad_(required_grad.get(name, target.parameter.requires_grad))
         for hook in hooks:
             hook.remove()
         hand_back(root)
@@ -139,8 +146,10 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
         )
     if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
         raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
+    check_parameters(model)
     for name, mask in masks.items():
         if name not in targets:
+            check_layers(model, str(name).removesuffix(".weight"))
             shared = dict(model.named_parameters(remove_duplicate=False)).get(name)
             first = next((n for n, target in targets.items() if target.parameter is shared), None)
             raise ValueError(
@@ -192,6 +201,7 @@ _following: list = []
 
 
 def _write_after_step(optimizer, args, kwargs) -> None:
+    compare_at_first_step(optimizer)
     if isinstance(optimizer, SparseAdamW):
         return
     for group in optimizer.param_groups:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from speft_optim.foreign import check_layers, check_parameters
 from speft_optim.frozen import frozen_weight, is_quantized_linear
+from speft_optim.wrappers import plain_modules, steps_to
 
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -64,17 +66,12 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
     """Every floating or quantised weight of the model by its first name, shared ones once, in the model's order."""
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[int, str] = {}
-    for path, module in uncompiled(model).named_modules():
+    for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
                 sites.setdefault(id(parameter), []).append((module, attribute))
     return {name: Target(name, tuple(sites[key])) for key, name in names.items()}
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper of `torch.compile`, which shows its names with a prefix."""
-    return getattr(model, "_orig_mod", model)
 
 
 def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
@@ -87,12 +84,15 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
             (`"q_proj.bias"`); or a predicate of a parameter's full name and the parameter.
 
     Raises:
-        TypeError: `targets` is of another kind.
+        TypeError: `targets` is of another kind, or weights are a quantiser's other than bitsandbytes'.
         ValueError: nothing matches, a suffix matches nothing or occurs twice, or a match is on the meta device
             or used out of sight of hooks.
     """
+    # Before anything else looks at them: a quantiser's tensors may lack the very operations of a look.
+    check_parameters(model)
     known = all_targets(model)
     if targets is None:
+        check_layers(model)
         found = {name: target for name, target in known.items() if _is_block_matrix(model, target)}
         remedy = "the model has no nn.ModuleList of blocks with linear weights; name them with targets=[...]"
     elif callable(targets):
@@ -104,6 +104,9 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
     if not found:
         raise ValueError(f"No weight to select among the {len(known)} parameters of {type(model).__name__}: {remedy}.")
     for name, target in found.items():
+        parameter = target.parameter
+        if not parameter.is_floating_point() and not is_quantized_linear(target.sites[0][0]):
+            raise TypeError(f"{name} has dtype {parameter.dtype}, and only floating weights train; leave it out.")
         if target.device.type == "meta":
             check_in_memory(name, target.parameter)
         check_called(name, target)
@@ -187,6 +190,7 @@ def _by_suffix(model: nn.Module, known: dict[str, Target], suffixes: Iterable[st
                 raise ValueError(
                     f"targets names {suffix!r}, whose weight is shared and goes by its first name, {first}."
                 )
+            check_layers(model, suffix.removesuffix(".weight"))
             examples = ", ".join(list(known)[:3])
             raise ValueError(f"targets names {suffix!r}, which no parameter ends with; there are e.g. {examples}.")
         chosen.update(matches)
@@ -198,8 +202,7 @@ def _is_block_matrix(model: nn.Module, target: Target) -> bool:
     module, attribute = target.sites[0]
     if len(target.shape) < 2 or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return False
-    parts = target.name.split(".")[:-1]
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(1, len(parts)))
+    return any(isinstance(parent, nn.ModuleList) for parent, _, _ in steps_to(model, target.name.rpartition(".")[0]))
 
 
 def is_product(module: nn.Module, attribute: str) -> bool:

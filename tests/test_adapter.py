@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model, token_batch
+import transformers
+from conftest import VOCABULARY, tiny_model, token_batch
+from quantized_models import SIZES, load_quantized
 from safetensors import safe_open
 from torch import distributed as dist
 from torch import nn
@@ -20,6 +22,7 @@ from speft_optim import (
     select_masks,
     sparsify,
     unload_adapter,
+    use_adapters,
 )
 from speft_optim.adapter import fingerprint, read_adapter
 from speft_optim.compact import sparse_weights
@@ -322,3 +325,120 @@ def test_saving_needs_a_sparsified_model_and_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_adapter(model, tmp_path / "nowhere.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+# --- Parameters that were trained densely beside the masked entries ---
+
+
+def classifier(head_seed=0, tie=False, **config):
+    """A base with a new head, which is another one each time that the base is loaded."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    options = transformers.LlamaConfig(num_attention_heads=4, num_labels=3, pad_token_id=0, **sizes, **config)
+    model = transformers.LlamaForSequenceClassification(options)
+    torch.manual_seed(100 + head_seed)
+    torch.nn.init.normal_(model.score.weight)
+    return model.eval()
+
+
+def train_classifier(model, masks, beside=("score.weight",), steps=4):
+    values = sparsify(model, masks)
+    dense = [parameter for name, parameter in model.named_parameters() if name in beside]
+    for parameter in dense:
+        parameter.requires_grad_(True)
+    optimizer = SparseAdamW([*values, *dense], lr=1e-2)
+    for step in range(steps):
+        batch = {**token_batch(step), "labels": torch.tensor([0, 1, 2])}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_head_trained_beside_is_in_the_file_and_the_base_with_any_head_is_the_base(tmp_path):
+    model = classifier()
+    masks = random_masks(model)
+    train_classifier(model, masks)
+    folder = tmp_path / "adapter"
+    save_adapter(model, folder)
+    base, before = classifier(head_seed=1), classifier(head_seed=1)
+    assert not torch.equal(base.score.weight, model.score.weight)
+    assert load_adapter(base, folder) == masks
+    assert equal_weights(base, model)
+    assert read_adapter(folder).whole == ("score.weight",)
+    assert "score.weight (72) was trained whole beside them" in (folder / "README.md").read_text()
+    use_adapters(base, {"default": 0.5})
+    torch.testing.assert_close(base.score.weight, (model.score.weight + before.score.weight) / 2)
+    unload_adapter(base)
+    assert equal_weights(base, before)
+    # Any other weight still tells another base.
+    with torch.no_grad():
+        base.model.norm.weight[0] += 1
+    with pytest.raises(ValueError, match="weights outside the masks differ"):
+        load_adapter(base, folder)
+    assert torch.equal(base.score.weight, before.score.weight)
+
+
+def test_a_head_of_another_shape_is_refused_by_name(tmp_path):
+    model = classifier()
+    train_classifier(model, random_masks(model))
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    base = classifier()
+    base.score = nn.Linear(24, 5, bias=False)
+    with pytest.raises(ValueError, match=r"another base: score.weight has shape \(3, 24\) there and \(5, 24\) here"):
+        load_adapter(base, tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("train_head_again", [True, False])
+def test_training_goes_on_with_a_loaded_head(train_head_again, tmp_path):
+    model = classifier()
+    train_classifier(model, random_masks(model))
+    save_adapter(model, tmp_path / "first.safetensors")
+    model = classifier(head_seed=1)
+    masks = load_adapter(model, tmp_path / "first.safetensors")
+    train_classifier(model, masks, ("score.weight",) if train_head_again else ())
+    save_adapter(model, tmp_path / "second.safetensors")
+    base = classifier(head_seed=2)
+    load_adapter(base, tmp_path / "second.safetensors")
+    assert equal_weights(base, model)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_head_beside_entries_of_a_quantised_base(kind, tmp_path):
+    folder = tmp_path / "base"
+    model = tiny_model("llama", torch.bfloat16, **SIZES)
+    model.save_pretrained(folder)
+    model = load_quantized(folder, kind)
+    values = sparsify(model, random_masks(model))
+    dense = [model.lm_head.weight, model.model.norm.weight]
+    for parameter in dense:
+        parameter.requires_grad_(True)
+    train(model, SparseAdamW([*values, *dense], lr=1e-2), 3)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    base = load_quantized(folder, kind)
+    start = copy.deepcopy(base.lm_head.weight)
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    with torch.no_grad():
+        assert torch.equal(base(**token_batch(9)).logits, model(**token_batch(9)).logits)
+    unload_adapter(base)
+    assert torch.equal(base.lm_head.weight, start)
+
+
+def test_a_tied_weight_trained_whole_goes_by_its_first_name(path):
+    model = tiny_model("qwen2")
+    values = sparsify(model, random_masks(model))
+    model.lm_head.weight.requires_grad_(True)
+    train(model, SparseAdamW([*values, model.lm_head.weight], lr=1e-2), 2)
+    save_adapter(model, path)
+    base = tiny_model("qwen2")
+    load_adapter(base, path)
+    assert equal_weights(base, model) and base.lm_head.weight is base.model.embed_tokens.weight
+    assert read_adapter(path).whole == ("model.embed_tokens.weight",)
+
+
+def test_what_no_file_holds_is_told_of(path, caplog):
+    model = tiny_model()
+    sparsify(model, random_masks(model))
+    model.model.norm.weight = nn.Parameter(model.model.norm.weight.double())
+    save_adapter(model, path)
+    assert "model.norm.weight is trained beside the masked entries and left out" in caplog.text
+    assert read_adapter(path).whole == ()

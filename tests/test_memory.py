@@ -55,6 +55,30 @@ def test_linear_cross_entropy_is_cross_entropy(softcap, chunk_bytes):
     assert_close(hidden.grad, twin.grad, atol=1e-6)
 
 
+def test_a_frozen_head_is_multiplied_as_it_lies_and_never_in_a_batched_product():
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+                self.seen.append((function.overloadpacket.__name__, [tuple(a.stride()) for a in args[:2]]))
+            return function(*args, **(kwargs or {}))
+
+    hidden, head = torch.randn(2, 8, 24, requires_grad=True), torch.randn(61, 24)
+    with Products() as products:
+        loss = linear_cross_entropy(hidden.flatten(0, 1), head, torch.zeros(16).long(), chunk_bytes=4 * 61 * 5)
+        loss.backward()
+    # Forward and input gradient of four chunks.
+    assert [name for name, _ in products.seen] == ["mm"] * 8
+    with Products() as products:
+        nn.functional.linear(hidden[:, 2:5], head)
+    assert [name for name, _ in products.seen] == ["bmm"], (
+        "PyTorch does strided chunks otherwise now; see recipes/loss.py"
+    )
+
+
 def test_linear_cross_entropy_in_bf16_and_without_gradients():
     torch.manual_seed(0)
     hidden, head = torch.randn(9, 24, dtype=torch.bfloat16), torch.randn(61, 24, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import load_model
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim import Masks, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.compact import sparse_weights
 from speft_optim.optim import linked
 
@@ -785,3 +786,172 @@ def test_model_cast_after_attaching_trains_in_its_new_dtype():
         weight = linked(parameter)
         assert parameter.dtype == torch.float32 and not torch.equal(parameter, start)
         assert torch.equal(weight.base.tensor.flatten()[weight.mask.indices], parameter.to(torch.bfloat16))
+
+
+# --- Public scripts: a plain loop over (x, y) batches, and a trainer that is given a path ---
+
+
+class Block(nn.Module):
+    """Attention and MLP."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.c_fc, self.c_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.c_attn(self.ln_1(x)).chunk(3, -1)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.c_out(nn.functional.gelu(self.c_fc(self.ln_2(x))))
+
+
+class PlainGPT(nn.Module):
+    """A GPT without transformers: tied head, logits and loss as a tuple, no labels by name."""
+
+    def __init__(self, width=24, layers=2, heads=4, length=16):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
+        self.h = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, idx, targets=None):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))
+        if targets is None:
+            return logits, None
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def get_batch(number, size=4, length=12):
+    """Random places in a text that has something to learn."""
+    data = torch.arange(400).remainder(7).add(torch.arange(400) // 100)
+    starts = torch.randint(len(data) - length - 1, (size,), generator=torch.Generator().manual_seed(number))
+    rows = torch.stack([data[start : start + length + 1] for start in starts.tolist()])
+    return rows[:, :-1], rows[:, 1:]
+
+
+def cosine(step, warm=2, most=12, rate=2e-2, least=2e-3):
+    if step < warm:
+        return rate * (step + 1) / (warm + 1)
+    share = (step - warm) / (most - warm)
+    return least + 0.5 * (1 + math.cos(math.pi * share)) * (rate - least)
+
+
+def plain_loop(folder, steps, resume=False, dense=False, accumulation=2):
+    """A training script: groups by dimension, accumulation, autocast, clipping, cosine rate, checkpoints."""
+    torch.manual_seed(0)
+    model = PlainGPT()
+    start, state = 0, None
+    if resume:
+        state = torch.load(folder / "ckpt.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        start = state["step"]
+    if (folder / "masks.safetensors").exists():
+        masks = Masks.load(folder / "masks.safetensors")
+    else:
+        masks = select_masks(
+            model, [get_batch(100 + i) for i in range(4)], density=0.1, loss=lambda m, b: m(*b)[1], progress=False
+        )
+        masks.save(folder / "masks.safetensors")
+    if dense:
+        reference = Reference(model, masks, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        reference.stand_alone()
+        model, optimizer = reference.model, reference.optimizer
+    else:
+        values = sparsify(model, masks)
+        # Compact values are 1-D: the usual "two dimensions decay, others do not" would decay none of them.
+        decay = [p for p in model.parameters() if p.requires_grad and (p.dim() >= 2 or linked(p) is not None)]
+        rest = [p for p in model.parameters() if p.requires_grad and not (p.dim() >= 2 or linked(p) is not None)]
+        assert len(decay) == len(values) and not rest
+        groups = [dict(params=decay, weight_decay=0.1)]
+        optimizer = SparseAdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    if resume:
+        optimizer.load_state_dict(state["optimizer"])
+    losses = []
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step)
+        for micro in range(accumulation):
+            with torch.autocast("cpu", torch.bfloat16):
+                _, loss = model(*get_batch(step * accumulation + micro))
+                loss = loss / accumulation
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item() * accumulation)
+        if step == 5 and not dense:
+            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=6), folder / "ckpt.pt")
+    return model, masks, losses, optimizer
+
+
+def test_a_plain_loop_over_tuples_trains_as_a_dense_one_and_resumes_bit_equal(tmp_path, caplog):
+    model, masks, losses, optimizer = plain_loop(tmp_path, 12)
+    _, _, expected, _ = plain_loop(tmp_path, 12, dense=True)
+    assert losses[-1] < 0.8 * losses[0]
+    assert losses == pytest.approx(expected, rel=2e-2)
+    torch.manual_seed(0)
+    start, trained = dict(PlainGPT().named_parameters()), model.state_dict()
+    for name, parameter in start.items():
+        changed = (trained[name] != parameter).flatten().nonzero().squeeze(1)
+        inside = masks[name].indices.long() if name in masks else changed[:0]
+        assert bool(torch.isin(changed, inside).all())
+    resumed, _, rest, again = plain_loop(tmp_path, 12, resume=True)
+    assert rest == losses[6:]
+    assert equal_states(dict(resumed.state_dict()), dict(trained))
+    assert equal_states(again.state_dict(), optimizer.state_dict())
+    assert "selected on other weights" not in caplog.text
+    # A checkpoint is the plain model's, for a script that knows nothing of masks.
+    PlainGPT().load_state_dict(torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"])
+
+
+def run_sft_of_a_path(path, folder, resume=None):
+    """A script that gives SFTTrainer the name of a model, so that the model is first there after construction."""
+    from byte_tokenizer import byte_tokenizer
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    options = trainer_arguments(folder, max_steps=4, gradient_accumulation_steps=2).to_dict()
+    options |= dict(save_strategy="steps", save_steps=2, learning_rate=1e-2, gradient_checkpointing=False, bf16=False)
+    trainer = SFTTrainer(
+        str(path),
+        args=SFTConfig(**options, max_length=24, model_init_kwargs=dict(dtype="float32")),
+        train_dataset=Dataset.from_dict({"text": [f"the answer to {i} is {i + 1}" for i in range(16)]}),
+        processing_class=byte_tokenizer(),
+    )
+    loader = trainer.get_train_dataloader()
+    masks = select_masks(trainer.model, loader, density=0.05, max_batches=4, progress=False)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.optimizer = SparseAdamW(sparsify(trainer.model, masks), lr=1e-2)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer, masks, before
+
+
+def test_a_trainer_that_is_given_a_path_takes_the_optimizer_after_construction(tmp_path):
+    from byte_tokenizer import VOCABULARY as BYTES
+
+    tiny_model(vocab_size=BYTES).save_pretrained(tmp_path / "base")
+    trainer, masks, before = run_sft_of_a_path(tmp_path / "base", tmp_path / "run")
+    assert [entry["grad_norm"] > 0 for entry in trainer.state.log_history if "grad_norm" in entry] == [True] * 4
+    after = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    for name, weight in before.items():
+        changed = (after[name] != weight).flatten().nonzero().squeeze(1)
+        assert bool(torch.isin(changed, masks[name].indices.long()).all()) if name in masks else not len(changed)
+    assert any(not torch.equal(after[name], before[name]) for name in masks)
+    state = trainer.optimizer.state_dict()
+    trainer.save_model(tmp_path / "out")
+    saved = type(tiny_model()).from_pretrained(tmp_path / "out").state_dict()
+    assert equal_states(dict(saved), after)
+    resumed, again, _ = run_sft_of_a_path(tmp_path / "base", tmp_path / "run", tmp_path / "run" / "checkpoint-2")
+    assert again == masks
+    assert equal_states(dict(resumed.model.state_dict()), after)
+    assert equal_states(resumed.optimizer.state_dict(), state)

@@ -1,19 +1,25 @@
 """Selection against one sort over everything, on models whose arithmetic is exact so that ties are really ties."""
 
+import collections
 import contextlib
+import copy
+import dataclasses
+import itertools
 import logging
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
-from speft_optim import select_masks, sparsify
+from speft_optim import Mask, MaskSchedule, SparseAdamW, select_masks, sparsify
 from speft_optim.calibration import default_memory_budget
 from speft_optim.compact import sparse_weights
 from speft_optim.selection import BestEntries, _kth_best, _shares
@@ -526,3 +532,196 @@ def test_the_default_budget_is_half_of_what_this_process_may_use(monkeypatch, fr
     for name, value in dict(card, get_per_process_memory_fraction=fraction).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert default_memory_budget(torch.device("cuda")) == half * gib
+
+
+# --- Batches of any kind, with a loss of one's own ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """A batch as a frozen dataclass."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+KINDS_OF_BATCHES = {
+    "tuple": (lambda x, y: (x, y), lambda batch: batch),
+    "list": (lambda x, y: [x, y], lambda batch: batch),
+    "nested": (lambda x, y: {"text": {"x": x}, "of": [(y, "names")]}, lambda b: (b["text"]["x"], b["of"][0][0])),
+    "dict": (lambda x, y: dict(x=x, y=y, weight=torch.ones(())), lambda batch: (batch["x"], batch["y"])),
+    "dataclass": (Pairs, lambda batch: (batch.x, batch.y)),
+    "namespace": (lambda x, y: types.SimpleNamespace(x=x, y=y), lambda batch: (batch.x, batch.y)),
+    "named tuple": (collections.namedtuple("Named", "x y"), lambda batch: (batch.x, batch.y)),
+    "encoding": (lambda x, y: transformers.BatchEncoding(dict(x=x, y=y)), lambda batch: (batch.x, batch.y)),
+    "tensor": (lambda x, y: x, lambda batch: (batch, batch)),
+}
+
+
+def cross_entropy(model, x, y):
+    return nn.functional.cross_entropy(model(input_ids=x).logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "activation", "grasp"])
+@pytest.mark.parametrize("kind", KINDS_OF_BATCHES)
+def test_a_loss_takes_any_kind_of_batch_and_no_labels_are_asked_for(kind, salience, llama):
+    make, take = KINDS_OF_BATCHES[kind]
+    ids = [token_batch(seed)["input_ids"] for seed in range(3)]
+    options = dict(salience=salience, density=0.1, progress=False)
+    seen = []
+
+    def loss(model, batch):
+        seen.append(type(batch))
+        return cross_entropy(model, *take(batch))
+
+    masks = select_masks(llama, [make(x, x) for x in ids], loss=loss, **options)
+    assert masks == select_masks(llama, [dict(input_ids=x, labels=x) for x in ids], **options)
+    assert set(seen) == {type(make(ids[0], ids[0]))}
+
+
+def test_the_users_batch_is_left_as_it_was(llama):
+    batch = transformers.BatchEncoding(dict(x=token_batch()["input_ids"]))
+    before = dict(batch)
+    select_masks(llama, [batch], salience="fisher", density=0.1, loss=lambda m, b: cross_entropy(m, b.x, b.x))
+    assert all(batch[key] is part for key, part in before.items())
+
+
+def preference_batch(seed):
+    """As collators for preference losses make them: no labels, no input_ids, and the text beside."""
+    chosen, rejected = token_batch(seed, ragged=True), token_batch(seed + 50, length=7)
+    parts = {
+        f"{side}_{key}": batch[key] for side, batch in (("chosen", chosen), ("rejected", rejected)) for key in batch
+    }
+    parts = {key: part for key, part in parts.items() if not key.endswith("labels")}
+    return {**parts, "prompt": ["a", "b", "c"]}
+
+
+def preference_loss(model, batch):
+    def score(side):
+        ids, mask = batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"]
+        each = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
+        return (each.gather(2, ids[:, 1:, None]).squeeze(2) * mask[:, 1:]).sum(1)
+
+    assert "labels" not in batch
+    return -nn.functional.logsigmoid(0.1 * (score("chosen") - score("rejected"))).mean()
+
+
+def test_a_preference_loss_selects_by_its_own_gradient(llama):
+    pairs = [preference_batch(seed) for seed in range(2)]
+    name = "model.layers.1.mlp.up_proj.weight"
+    masks = select_masks(llama, pairs, loss=preference_loss, density=0.1, progress=False)
+    twin = copy.deepcopy(llama)
+    sum(preference_loss(twin, pair) for pair in pairs).backward()
+    best = dict(twin.named_parameters())[name].grad.abs().flatten().topk(len(masks[name])).indices
+    assert torch.equal(masks[name].indices.long(), best.sort().values)
+
+
+def test_fisher_takes_single_examples_of_a_preference_batch(llama):
+    pairs = [preference_batch(seed) for seed in range(2)]
+    name = "model.layers.1.mlp.up_proj.weight"
+    masks = select_masks(llama, pairs, loss=preference_loss, salience="fisher", density=0.1, progress=False)
+    squares = 0
+    for pair in pairs:
+        for row in range(3):
+            twin = copy.deepcopy(llama)
+            preference_loss(twin, {key: part[row : row + 1] for key, part in pair.items()}).backward()
+            squares = squares + dict(twin.named_parameters())[name].grad.double().square().flatten()
+    best = squares.topk(len(masks[name])).indices
+    assert masks[name].overlap(Mask(best, masks[name].shape)) > 0.99
+
+
+def test_activation_leaves_out_what_each_forward_calls_padding(llama):
+    pairs = [preference_batch(seed) for seed in range(2)]
+    apart = [
+        {key: pair[f"{side}_{key}"] for key in ("input_ids", "attention_mask")}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+    options = dict(salience="activation", density=0.1, progress=False)
+    assert select_masks(llama, pairs, loss=preference_loss, **options) == select_masks(llama, apart, **options)
+
+
+def test_a_loss_without_labels_that_is_nan_is_refused(llama):
+    with pytest.raises(ValueError, match="loss of calibration batch 1 is nan"):
+        select_masks(
+            llama,
+            [(token_batch()["input_ids"],)],
+            density=0.1,
+            loss=lambda model, batch: model(input_ids=batch[0]).logits.sum() * torch.nan,
+        )
+
+
+def test_what_the_model_itself_cannot_take_is_refused_with_the_remedy(llama):
+    ids = token_batch()["input_ids"]
+    with pytest.raises(TypeError, match=r"batch 1 is a tuple; .*loss=function"):
+        select_masks(llama, [(ids, ids)], density=0.1)
+    with pytest.raises(ValueError, match=r"batch 1 has no labels \(only input_ids\).*loss=function"):
+        select_masks(llama, [dict(input_ids=ids)], density=0.1)
+    with pytest.raises(ValueError, match="without a tensor.*examples"):
+        select_masks(
+            llama,
+            [["words"]],
+            salience="fisher",
+            density=0.1,
+            loss=lambda model, batch: model(input_ids=ids).logits.square().mean(),
+        )
+
+
+# --- A part of a loader ---
+
+
+class Counted(torch.utils.data.Dataset):
+    """Counts what is read of it."""
+
+    def __init__(self, samples):
+        self.samples, self.read = samples, 0
+
+    def __len__(self):
+        return len(self.samples["input_ids"])
+
+    def __getitem__(self, item):
+        self.read += 1
+        return {key: part[item] for key, part in self.samples.items()}
+
+
+def test_max_batches_reads_so_many_batches_in_each_pass_and_the_same_ones(llama):
+    data = Counted(token_batch(batch=40))
+    loader = DataLoader(data, batch_size=2, shuffle=True)
+    torch.manual_seed(3)
+    first = list(itertools.islice(iter(loader), 3))
+    data.read = 0
+    # A budget for one row at a time takes many passes.
+    passes = []
+    for budget in (None, 20_000):
+        torch.manual_seed(3)
+        masks = select_masks(llama, loader, density=0.1, max_batches=3, memory_budget=budget, progress=False)
+        assert masks == select_masks(llama, first, density=0.1, progress=False)
+        passes.append(data.read / 6)
+        data.read = 0
+    assert passes[0] == 1 and passes[1] > 3 and passes[1] == int(passes[1])
+
+
+def test_max_batches_ends_an_endless_stream_and_none_reads_all(llama, batches):
+    endless = (batches[i % 4] for i in itertools.count())
+    masks = select_masks(llama, endless, density=0.1, max_batches=4, progress=False)
+    everything = select_masks(llama, batches, density=0.1, progress=False)
+    assert masks == everything == select_masks(llama, batches, density=0.1, max_batches=9, progress=False)
+    # Not one batch more than asked for was taken from the stream.
+    assert next(endless) is batches[0]
+
+
+@pytest.mark.parametrize("most, error", [(0, ValueError), (-1, ValueError), (True, TypeError), (2.0, TypeError)])
+def test_a_limit_that_is_none_is_refused(most, error, llama, batches):
+    with pytest.raises(error, match=f"max_batches={most}.*64|whole number"):
+        select_masks(llama, batches, density=0.1, max_batches=most)
+    optimizer = SparseAdamW(sparsify(llama, select_masks(llama, salience="magnitude", density=0.1)))
+    with pytest.raises(error, match=f"max_batches={most}"):
+        MaskSchedule(llama, optimizer, batches, max_batches=most)
+
+
+def test_a_schedule_reads_no_more_than_it_may(llama):
+    data = Counted(token_batch(batch=8))
+    loader = DataLoader(data, batch_size=1)
+    optimizer = SparseAdamW(sparsify(llama, select_masks(llama, salience="magnitude", density=0.1)))
+    MaskSchedule(llama, optimizer, loader, max_batches=2, progress=False).reselect()
+    assert data.read == 2
