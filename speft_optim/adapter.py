@@ -24,7 +24,7 @@ from speft_optim.frozen import frozen_weight
 from speft_optim.masks import UNREADABLE, Mask, Masks, parts_of
 from speft_optim.targets import Target, all_targets, uncompiled
 
-_FORMAT = "speft_optim.adapter/1"
+_FORMAT = "speft_optim.adapter/2"
 _FILE = "adapter.safetensors"
 _PROBES = 4096
 # Under this name a model keeps what it knows of its loaded adapters (see `loaded.py`).
