@@ -28,7 +28,7 @@ from speft_optim.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "speft_optim.adapter/1"
+_FORMAT = "speft_optim.adapter/2"
 _FILE = "adapter.safetensors"
 _PROBES = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight
-from speft_optim.kernels import gather_entries, launches, sampled_gradient, scatter_entries_
+from speft_optim.kernels import CSR, gather_entries, launches, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
 from speft_optim.optim import link, unlink
@@ -145,7 +145,7 @@ class SparseWeight(nn.Module):
         """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
         weight = self._places[1].parameter
         writable = self._dense and weight.device == self.values.device and launches(weight)
-        return weight.detach() if writable and self._placed_mask().row_group is not None else None
+        return weight.detach() if writable and isinstance(self._placed_mask().positions, CSR) else None
 
     def written(self) -> None:
         """A kernel wrote the values into `writable()`."""
@@ -245,7 +245,7 @@ class SparseWeight(nn.Module):
         """Sampled gradient of a linear weight, (k,) fp32."""
         if not len(self.mask):
             return torch.zeros_like(self.values)
-        return sampled_gradient(left.flatten(0, -2), right.flatten(0, -2), self._placed_mask())
+        return self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2))
 
     def from_dense(self, gradient: Tensor) -> Tensor:
         """Masked entries of a dense gradient, (k,) fp32."""

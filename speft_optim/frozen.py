@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.kernels import (
+    CSR,
     dequantize_4bit,
     dequantize_int8,
     gather_entries,
     launches,
-    lay_over_,
+    overlay_,
     scatter_entries_,
 )
 from speft_optim.masks import Mask
@@ -71,7 +72,7 @@ class DenseWeight:
 
     def write(self, mask: Mask, values: Tensor) -> None:
         """Bring what the weight holds at `mask` up to the attached `values`."""
-        lay_over_(self.tensor, mask, values)
+        overlay_(self.tensor, mask.positions, values)
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:
         """What attached `values` have to be, given what the weight holds: where it is their rounding, they stand."""
@@ -107,12 +108,12 @@ class QuantizedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in `dtype`, newly made."""
         overlays = [(mask.to(self.device), values.detach().to(self.device)) for mask, values in self.overlays]
-        fused = bool(overlays) and overlays[0][0].row_group is not None
+        fused = bool(overlays) and isinstance(overlays[0][0].positions, CSR)
         weight = self._launch(dtype, *(overlays[0] if fused else (None, None)))
         if weight is None:
             weight, fused = self._dequantize(dtype), False
         for mask, values in overlays[fused:]:
-            lay_over_(weight, mask, values)
+            overlay_(weight, mask.positions, values)
         return weight
 
     def dense_base(self, dtype: torch.dtype) -> Tensor:
@@ -197,7 +198,8 @@ class Int8Weight(QuantizedWeight):
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
-        return dequantize_int8(self.codes, self.scales, dtype, mask, values) if launches(self.codes) else None
+        positions = None if mask is None else mask.positions
+        return dequantize_int8(self.codes, self.scales, dtype, positions, values) if launches(self.codes) else None
 
     def _row_scales(self) -> Tensor:
         return self.scales.float() * (1 / 127)
@@ -240,7 +242,7 @@ class FourBitWeight(QuantizedWeight):
         if state.nested:
             second = twice.code, twice.absmax, twice.blocksize, state.offset
         scales = codes, state.code, state.absmax, state.blocksize, second
-        return dequantize_4bit(*scales, self.shape, dtype, mask, values)
+        return dequantize_4bit(*scales, self.shape, dtype, None if mask is None else mask.positions, values)
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
         count, size = self.shape.numel(), self.state.blocksize

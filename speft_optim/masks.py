@@ -2,34 +2,31 @@
 
 A mask is the sorted set of flat, row-major positions of its entries. It is never held as a boolean tensor of the
 weight's shape: at 1 % density that would cost a hundred bytes per entry kept. Where it is smaller, the positions are
-packed as 16-bit columns and where each row begins, about two bytes an entry; `Mask.indices` unpacks them for the moment
-of use. A row's beginning takes 16 bits too, counted from an int32 one of its group of rows: at 1 % of 576 columns,
-int32 row pointers would add 0.7 bytes to each entry.
+held by rows (CSR): a 16-bit column for each entry and an int32 pointer for each row. `Mask.indices` makes flat
+positions of them for the moment of use.
 """
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speft_optim.files import checked_path, write_safetensors
+from speft_optim.kernels import CSR, RowBlocks, row_blocks, sampled_gradient, suits_blocks
 
-_FORMAT = "speft_optim.masks/2"
+_FORMAT = "speft_optim.masks/3"
 _INT32_LIMIT = 2**31 - 1
 _INT64_LIMIT = 2**63 - 1
 _UINT16_COLUMNS = 2**16
-_GROUPS = (64, 32, 16, 8, 4, 2, 1)
 
 # About how many entries outside itself a mask remembers of the weight it was selected on.
 PROBES = 64
-
-Made = TypeVar("Made")
 
 
 class Mask:
@@ -40,8 +37,8 @@ class Mask:
         shape: shape of the weight they refer to.
 
     Attributes:
-        row_group: of packed positions, how many rows share a group start (see `packed`): 64, or the largest smaller
-            power of two at which all fits; None where positions are held flat.
+        shape: shape of the weight.
+        positions: the positions as held, by rows or flat (`CSR` or a 1-D integer tensor); not to be changed.
         selected_on: 64 or some more entries outside the mask of the weight it was selected on, 1-D fp32 on the CPU, see
             `provenance.py`; None where that is not known or did not matter.
 
@@ -50,7 +47,6 @@ class Mask:
         ValueError: a position lies outside the weight or occurs twice, or the shape is none.
     """
 
-    row_group: int | None = None
     selected_on: Tensor | None = None
 
     def __init__(self, indices: Tensor, shape: Sequence[int]):
@@ -80,33 +76,19 @@ class Mask:
         # Only now: a position beyond the int32 range would come out of the cast as one that looks valid.
         indices = indices.to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
         self._length = indices.numel()
-        self._packed = self._pack(indices)
-        self._derived = {}
-        if "columns" in self._packed:
-            self.row_group = _row_group(self._packed["group_starts"], self._packed["row_starts"])
+        self.positions = self._by_rows(indices) or indices.clone()
 
-    def _pack(self, indices: Tensor) -> dict[str, Tensor]:
+    def _by_rows(self, indices: Tensor) -> CSR | None:
+        """The positions by rows, where that takes fewer bytes."""
         columns = self._columns
         rows = self.shape.numel() // columns
-        flat = {"indices": indices.clone()}
-        # Not even tried where it cannot pay: row starts of a weight with few entries could take gigabytes.
-        at_least = 2 * (self._length + rows + 1)
-        if columns > _UINT16_COLUMNS or self._length > _INT32_LIMIT or at_least >= indices.nbytes:
-            return flat
+        # Not even tried where it cannot pay: row pointers of a weight with few entries could take gigabytes.
+        size = 2 * self._length + 4 * (rows + 1)
+        if columns > _UINT16_COLUMNS or self._length > _INT32_LIMIT or size >= indices.nbytes:
+            return None
         starts = torch.arange(rows + 1, device=indices.device, dtype=torch.int64) * columns
         pointers = torch.searchsorted(indices, starts.to(indices.dtype), out_int32=True)
-        for group in _GROUPS:
-            groups = pointers[::group].contiguous()
-            offsets = pointers - _spread(groups, group, rows + 1)
-            # A group of one row always fits, so that the loop ends with a packed form.
-            if int(offsets.max()) < _UINT16_COLUMNS:
-                break
-        packed = {
-            "group_starts": groups,
-            "row_starts": offsets.to(torch.uint16),
-            "columns": (indices % columns).to(torch.uint16),
-        }
-        return packed if sum(part.nbytes for part in packed.values()) < indices.nbytes else flat
+        return CSR(pointers, (indices % columns).to(torch.uint16))
 
     @property
     def _columns(self) -> int:
@@ -115,27 +97,24 @@ class Mask:
     @property
     def indices(self) -> Tensor:
         """Sorted unique flat positions, int32 (int64 for weights of 2^31 entries or more), shape (len(self),)."""
-        if "indices" in self._packed:
-            return self._packed["indices"]
+        if not isinstance(self.positions, CSR):
+            return self.positions
         dtype = torch.int32 if self.shape.numel() <= _INT32_LIMIT else torch.int64
-        counts = _pointers(self._packed).diff()
-        row_starts = torch.arange(len(counts), device=counts.device, dtype=dtype).mul_(self._columns)
-        columns = self._packed["columns"].to(dtype)
-        return row_starts.repeat_interleave(counts, output_size=self._length).add_(columns)
+        return self.positions.flat(self._columns, dtype)
 
-    def packed(self) -> Mapping[str, Tensor]:
-        """The positions as held: `indices`, or where rows begin and their columns; not to be changed.
+    def sampled_gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """Masked entries of `left.T @ right`, (len(self),) fp32, for (T, rows) and (T, columns) in one dtype."""
+        blocks = self._row_blocks if suits_blocks(left, right, self.positions) else None
+        return sampled_gradient(left, right, self.positions, blocks)
 
-        The latter are `columns` (len(self), uint16), `group_starts` (groups, int32), `row_starts` (rows + 1, uint16):
-        row r begins at entry `group_starts[r // g] + row_starts[r]`, for groups of g = `row_group` rows.
-        """
-        return self._packed
+    @functools.cached_property
+    def _row_blocks(self) -> RowBlocks | None:
+        """Blocks of rows for the kernel of concentrated masks, made at the first use and not copied with the mask."""
+        return row_blocks(self.positions, self._columns)
 
-    def derived(self, make: Callable[["Mask"], Made]) -> Made:
-        """What `make` makes of this mask, made once and kept with it; not by its copies."""
-        if make not in self._derived:
-            self._derived[make] = make(self)
-        return self._derived[make]
+    def packed(self) -> dict[str, Tensor]:
+        """The positions as held, for a file: `indices`, or `row_pointers` (rows + 1,) int32 and `columns` uint16."""
+        return self.positions._asdict() if isinstance(self.positions, CSR) else {"indices": self.positions}
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":
@@ -148,26 +127,10 @@ class Mask:
         if "indices" in parts:
             return cls(parts["indices"], shape)
         shape = _checked_shape(shape)
-        groups, offsets, columns = parts["group_starts"], parts["row_starts"], parts["columns"]
-        width = max(1, shape[-1]) if shape else 1
-        rows = shape.numel() // width
-        pointers = None
-        if (groups.dtype, offsets.dtype, columns.dtype) == (torch.int32, torch.uint16, torch.uint16) and (
-            groups.dim() == offsets.dim() == columns.dim() == 1 and len(offsets) == rows + 1
-        ):
-            if any(len(groups) == -(-(rows + 1) // group) for group in _GROUPS):
-                pointers = _pointers(parts).long()
-        whole = (
-            pointers is not None
-            and len(columns) == int(pointers[-1])
-            and int(pointers[0]) == 0
-            and bool((pointers[1:] >= pointers[:-1]).all())
-            and bool((columns.int() < width).all())
-        )
-        if not whole:
-            raise ValueError(f"Row starts and columns do not describe entries of a weight of shape {tuple(shape)}.")
-        starts = torch.arange(rows, device=pointers.device) * width
-        return cls(starts.repeat_interleave(pointers.diff()) + columns.long(), shape)
+        csr, width = CSR(parts["row_pointers"], parts["columns"]), max(1, shape[-1]) if shape else 1
+        if not _describes_rows(csr, shape.numel() // width, width):
+            raise ValueError(f"Row pointers and columns do not describe entries of a weight of shape {tuple(shape)}.")
+        return cls(csr.flat(width), shape)
 
     def __len__(self) -> int:
         """Number of masked entries."""
@@ -180,23 +143,23 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the positions take at rest, with what was derived from them."""
-        return sum(part.nbytes for part in (*self._packed.values(), *self._derived.values()) if part is not None)
+        """Bytes the positions take at rest, with the blocks of rows where they were made."""
+        blocks = self.__dict__.get("_row_blocks")
+        return sum(part.nbytes for part in self.packed().values()) + (0 if blocks is None else blocks.nbytes)
 
     @property
     def device(self) -> torch.device:
         """Device that holds the positions."""
-        return next(iter(self._packed.values())).device
+        return next(iter(self.packed().values())).device
 
     def to(self, device: torch.device | str) -> "Mask":
         """The same mask with its positions on `device`."""
         if torch.device(device) == self.device:
             return self
         other = object.__new__(Mask)
-        other.shape, other.row_group, other._length = self.shape, self.row_group, self._length
-        other.selected_on = self.selected_on
-        other._packed = {key: part.to(device) for key, part in self._packed.items()}
-        other._derived = {}
+        other.shape, other._length, other.selected_on = self.shape, self._length, self.selected_on
+        moved = {key: part.to(device) for key, part in self.packed().items()}
+        other.positions = moved["indices"] if "indices" in moved else CSR(**moved)
         return other
 
     def fingerprint(self) -> str:
@@ -237,13 +200,20 @@ class Mask:
     __hash__ = None
 
     def __getstate__(self) -> dict:
-        """State for pickle, which cannot carry uint16 tensors: their bits go as int16."""
-        parts = {key: _as(part, torch.uint16, torch.int16) for key, part in self._packed.items()}
-        return {**self.__dict__, "_packed": parts, "_derived": {}}
+        """State for copies and pickle, which cannot carry uint16 tensors: their bits go as int16."""
+        state = {**self.__dict__, "positions": self.packed()}
+        state.pop("_row_blocks", None)
+        if "columns" in state["positions"]:
+            state["positions"]["columns"] = state["positions"]["columns"].view(torch.int16)
+        return state
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._packed = {key: _as(part, torch.int16, torch.uint16) for key, part in self._packed.items()}
+        parts = state["positions"]
+        if "columns" in parts:
+            positions = CSR(parts["row_pointers"], parts["columns"].view(torch.uint16))
+        else:
+            positions = parts["indices"]
+        self.__dict__.update(state, positions=positions)
 
     def __repr__(self) -> str:
         """Shape, count and density."""
@@ -425,23 +395,18 @@ def _fractions(counts: Iterable[Tensor], share: float) -> Iterator[float]:
             yield (int((covered < share * total).sum()) + 1) / count.numel()
 
 
-def _row_group(group_starts: Tensor, row_starts: Tensor) -> int:
-    """How many rows share one of the group starts of a packed mask; a power of two."""
-    return next(group for group in _GROUPS if len(group_starts) == -(-len(row_starts) // group))
-
-
-def _pointers(packed: Mapping[str, Tensor]) -> Tensor:
-    """Row pointers (rows + 1,) int32 of packed positions."""
-    groups, offsets = packed["group_starts"], packed["row_starts"]
-    return _spread(groups, _row_group(groups, offsets), len(offsets)) + offsets.int()
-
-
-def _spread(group_starts: Tensor, group: int, length: int) -> Tensor:
-    return group_starts.repeat_interleave(group)[:length]
-
-
-def _as(part: Tensor, dtype: torch.dtype, other: torch.dtype) -> Tensor:
-    return part.view(other) if part.dtype == dtype else part
+def _describes_rows(csr: CSR, rows: int, width: int) -> bool:
+    """Whether what may come from a file has the form that a matrix of this size asks for."""
+    pointers, columns = csr
+    return (
+        (pointers.dtype, columns.dtype) == (torch.int32, torch.uint16)
+        and pointers.dim() == columns.dim() == 1
+        and len(pointers) == rows + 1
+        and int(pointers[0]) == 0
+        and int(pointers[-1]) == len(columns)
+        and bool((pointers[1:] >= pointers[:-1]).all())
+        and bool((columns.int() < width).all())
+    )
 
 
 def _checked_shape(shape: Sequence[int]) -> torch.Size:

@@ -453,9 +453,9 @@ class _Prepared:
         if not _can_launch(parameter, moments, scales):
             return cls(parameter, weight, state, None)
         writable = None if weight is None else weight.writable()
-        mask = None if writable is None else weight.mask
+        positions = None if writable is None else weight.mask.positions
         step = int(state["step"]) + 1
-        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, mask)
+        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, positions)
         return cls(parameter, weight, state, update)
 
 

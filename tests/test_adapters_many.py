@@ -370,7 +370,7 @@ def flat(function):
     """Replace the positions by flat ones."""
 
     def change(metadata, tensors):
-        keys = [f"{NAME}:{part}" for part in ("group_starts", "row_starts", "columns")]
+        keys = [f"{NAME}:{part}" for part in ("row_pointers", "columns")]
         if keys[0] in tensors:
             parts = {key.removeprefix(f"{NAME}:"): tensors.pop(key) for key in keys}
             tensors[f"{NAME}:indices"] = Mask.unpack(parts, (24, 24)).indices

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
 from speft_optim.compact import sparse_weights
 from speft_optim.frozen import frozen_weight
-from speft_optim.kernels.reference import accumulate_product_, sampled_gradient
+from speft_optim.kernels import accumulate_product_
+from speft_optim.kernels.sampling import from_panels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -41,7 +42,7 @@ def test_products_are_summed_in_fp32(dtype, sizes):
     limit = 1e-3 if dtype == torch.float32 else 1e-6 * tokens**0.5 + 1e-6
     assert relative(total - before.float(), exact) < max(limit, 2e-6)
     indices = torch.randperm(rows * columns, device=CUDA)[: rows * columns // 3 + 1].sort().values.int()
-    sampled = sampled_gradient(left, right, indices, panel_bytes=4 * columns * 7)
+    sampled = from_panels(left, right, indices, panel_bytes=4 * columns * 7)
     assert sampled.dtype == torch.float32
     assert relative(sampled, exact.view(-1)[indices.long()]) < max(limit, 2e-6)
 

@@ -1,4 +1,4 @@
-"""The reference operations against plain definitions: one matmul and a lookup, torch's own AdamW, a case by hand."""
+"""The definitions of the operations against plainer ones: a matmul and a lookup, torch's own AdamW, a case by hand."""
 
 import math
 
@@ -7,13 +7,8 @@ import torch
 from conftest import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim.kernels.reference import (
-    accumulate_product_,
-    adamw_,
-    gather_entries,
-    sampled_gradient,
-    scatter_entries_,
-)
+from speft_optim.kernels import accumulate_product_, adamw_, gather_entries, scatter_entries_
+from speft_optim.kernels.sampling import from_panels
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -48,7 +43,7 @@ def test_sampled_gradient_is_the_product_looked_up(tokens, rows, columns, share,
     # Low precision is compared with the product of the same operands in fp64, not in low precision.
     expected = (left.double().T @ right.double()).view(-1)[indices.long()]
     for panel_bytes in (1, 4 * columns * 3, 4 * columns * rows, 2**27):
-        actual = sampled_gradient(left, right, indices, panel_bytes)
+        actual = from_panels(left, right, indices, panel_bytes)
         assert actual.dtype == torch.float32 and actual.shape == indices.shape
         assert_close(actual, expected, atol=1e-5)
 
@@ -60,14 +55,14 @@ def test_sampled_gradient_takes_strided_operands_and_both_index_dtypes(index_dty
     indices = positions(77, 0.4, index_dtype)
     expected = (left.T @ right).reshape(-1)[indices.long()]
     for panel_bytes in (1, 100, 2**27):
-        assert_close(sampled_gradient(left, right, indices, panel_bytes), expected, atol=1e-6)
+        assert_close(from_panels(left, right, indices, panel_bytes), expected, atol=1e-6)
 
 
 def test_sampled_gradient_never_holds_more_than_a_panel_and_skips_empty_ones():
     left, right = draw(3, 64), draw(3, 32, seed=1)
     indices = torch.tensor([5, 6, 64 * 32 - 1], dtype=torch.int32)
     with Watch() as seen:
-        actual = sampled_gradient(left, right, indices, panel_bytes=4 * 32 * 4)
+        actual = from_panels(left, right, indices, panel_bytes=4 * 32 * 4)
     # Panels of four rows: the entries lie in the first and the last of sixteen.
     assert seen.entries <= max(left.numel(), 4 * 32) and seen.products == 2
     assert_close(actual, (left.T @ right).view(-1)[indices.long()], atol=1e-6)
@@ -78,7 +73,7 @@ def test_products_are_fp32_also_inside_the_users_autocast(operation):
     left, right = draw(9, 5), draw(9, 6, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         if operation == "sampled":
-            actual = sampled_gradient(left, right, torch.arange(30, dtype=torch.int32)).view(5, 6)
+            actual = from_panels(left, right, torch.arange(30, dtype=torch.int32)).view(5, 6)
         else:
             actual = torch.zeros(5, 6)
             accumulate_product_(actual, left, right)

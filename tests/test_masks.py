@@ -23,7 +23,7 @@ def mask_of(*positions, shape=(4, 6)):
 
 
 def is_packed(mask):
-    return set(mask.packed()) == {"group_starts", "row_starts", "columns"}
+    return set(mask.packed()) == {"row_pointers", "columns"}
 
 
 @st.composite
@@ -141,7 +141,7 @@ def test_holds_sixteen_bit_columns_where_they_fit_and_pay(columns, packs):
     positions[-1] = 4 * columns - 1
     mask = Mask(positions, (4, columns))
     assert is_packed(mask) == packs
-    assert mask.nbytes == (2 * 400 + 2 * 5 + 4 if packs else 4 * 400)
+    assert mask.nbytes == (2 * 400 + 4 * 5 if packs else 4 * 400)
     assert mask.indices.dtype == torch.int32 and torch.equal(mask.indices.long(), positions)
     flat = Mask.unpack({"indices": positions}, (4, columns))
     assert flat == mask and flat.fingerprint() == mask.fingerprint()
@@ -152,40 +152,33 @@ def test_packs_wide_weights_of_more_than_2_31_entries():
     shape = (2**16, 2**16)
     positions = torch.arange(0, 2**32, 2**16 - 3, dtype=torch.int64)
     mask = Mask(positions, shape)
-    assert is_packed(mask) and mask.nbytes == 2 * len(positions) + 2 * (2**16 + 1) + 4 * (2**16 // 64 + 1)
+    assert is_packed(mask) and mask.nbytes == 2 * len(positions) + 4 * (2**16 + 1)
     assert mask.indices.dtype == torch.int64 and torch.equal(mask.indices, positions)
 
 
-@pytest.mark.parametrize("share, group", [(0.01, 64), (0.5, 64), (0.6, 32), (1.0, 32)])
-def test_groups_of_rows_are_as_large_as_sixteen_bits_allow(share, group):
-    """64 rows of 2,048 columns: more than 65,535 entries between two group starts would not be countable."""
-    rows, columns = 130, 2048
-    order = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
-    positions = (order[:, : round(share * columns)] + torch.arange(rows)[:, None] * columns).flatten()
-    mask = Mask(positions, (rows, columns))
-    parts = mask.packed()
-    assert mask.row_group == group
-    assert torch.equal(mask.indices.long(), positions.sort().values)
-    assert Mask.unpack(parts, mask.shape) == mask and pickle.loads(pickle.dumps(mask)) == mask
+def test_rows_longer_than_sixteen_bits_count():
+    """All of 2^16 columns of a row: pointers are of 32 bits."""
+    positions = torch.arange(2**16, 3 * 2**16)
+    mask = Mask(positions, (4, 2**16))
+    assert mask.positions.row_pointers.tolist() == [0, 0, 2**16, 2**17, 2**17]
+    assert torch.equal(mask.indices.long(), positions)
+    assert Mask.unpack(mask.packed(), mask.shape) == mask and pickle.loads(pickle.dumps(mask)) == mask
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        dict(row_starts=torch.tensor([0, 2, 1, 4]).to(torch.uint16)),
-        dict(row_starts=torch.tensor([1, 2, 3, 4]).to(torch.uint16)),
-        dict(row_starts=torch.tensor([0, 2, 3, 5]).to(torch.uint16)),
-        dict(row_starts=torch.tensor([0, 2, 3]).to(torch.uint16)),
-        dict(row_starts=torch.tensor([[0, 2, 3, 4]]).to(torch.uint16)),
-        dict(row_starts=torch.tensor(4).to(torch.uint16)),
-        dict(row_starts=torch.tensor([]).to(torch.uint16)),
-        dict(row_starts=torch.tensor([0, 2, 3, 4], dtype=torch.int32)),
-        dict(group_starts=torch.tensor([1], dtype=torch.int32)),
-        dict(group_starts=torch.tensor([2**31 - 1], dtype=torch.int32)),
-        dict(group_starts=torch.tensor([0, 0, 0], dtype=torch.int32)),
-        dict(group_starts=torch.tensor([[0]], dtype=torch.int32)),
-        dict(group_starts=torch.tensor([], dtype=torch.int32)),
-        dict(group_starts=torch.tensor([0.0])),
+        dict(row_pointers=torch.tensor([0, 2, 1, 4], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([1, 2, 3, 4], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([0, 2, 3, 5], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([0, 2, 3], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([0, -2, 3, 4], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([0, 2**31 - 1, 3, 4], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([[0, 2, 3, 4]], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor(4, dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([], dtype=torch.int32)),
+        dict(row_pointers=torch.tensor([0, 2, 3, 4])),
+        dict(row_pointers=torch.tensor([0.0, 2.0, 3.0, 4.0])),
         dict(columns=torch.tensor([0, 6, 2, 3]).to(torch.uint16)),
         dict(columns=torch.tensor([1, 1, 2, 3]).to(torch.uint16)),
         dict(columns=torch.tensor([0, 1, -1, 3], dtype=torch.int16)),
@@ -201,8 +194,7 @@ def test_groups_of_rows_are_as_large_as_sixteen_bits_allow(share, group):
 )
 def test_unpack_refuses_hostile_parts(change):
     good = dict(
-        group_starts=torch.tensor([0], dtype=torch.int32),
-        row_starts=torch.tensor([0, 2, 3, 4]).to(torch.uint16),
+        row_pointers=torch.tensor([0, 2, 3, 4], dtype=torch.int32),
         columns=torch.tensor([0, 5, 2, 3]).to(torch.uint16),
         shape=(3, 6),
     )
@@ -215,8 +207,7 @@ def test_unpack_refuses_hostile_parts(change):
 
 def test_unpack_names_a_missing_part():
     with pytest.raises(KeyError, match="columns"):
-        starts = torch.tensor([0, 1]).to(torch.uint16)
-        Mask.unpack({"group_starts": torch.zeros(1, dtype=torch.int32), "row_starts": starts}, (1, 3))
+        Mask.unpack({"row_pointers": torch.tensor([0, 1], dtype=torch.int32)}, (1, 3))
 
 
 def test_copies_and_pickles_equal_and_apart():
@@ -293,7 +284,7 @@ def test_empty_selection_has_a_file_too(tmp_path):
 
 
 def hostile(metadata=None, **tensors):
-    good = {"format": "speft_optim.masks/2", "shapes": json.dumps({"w": [4, 6]})}
+    good = {"format": "speft_optim.masks/3", "shapes": json.dumps({"w": [4, 6]})}
     tensors = tensors or {"indices": torch.tensor([1, 2], dtype=torch.int32)}
     return lambda path: save_file(
         {f"w:{part}": tensor for part, tensor in tensors.items()}, path, {**good, **(metadata or {})}
@@ -304,7 +295,7 @@ def hostile(metadata=None, **tensors):
     "write",
     [
         lambda path: save_file({"w": torch.zeros(2)}, path),
-        hostile({"format": "speft_optim.adapter/1"}),
+        hostile({"format": "speft_optim.adapter/2"}),
         hostile({"shapes": "no json"}),
         hostile({"shapes": "[1, 2]"}),
         hostile({"shapes": '{"w": "abc"}'}),
@@ -319,7 +310,7 @@ def hostile(metadata=None, **tensors):
         hostile(indices=torch.tensor([1.5])),
         hostile(indices=torch.tensor([[1]])),
         hostile(columns=torch.tensor([1]).to(torch.uint16)),
-        hostile({"format": "speft_optim.masks/1"}),
+        hostile({"format": "speft_optim.masks/2"}),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"PK\x03\x04 no safetensors file at all"),
         lambda path: path.write_bytes(b"\xff" * 64),

@@ -1,136 +1,20 @@
-"""Triton kernels that make a dense matrix of bitsandbytes codes with compact values laid over it, in one launch.
+"""Quantised weights made dense, with an overlay of compact values, by Triton kernels.
 
-One program takes one row: it writes the row as the codes give it, and then the row's values over it. The arithmetic is
-that of `frozen.py`, product by product, so that a weight read by entries or rows is the same to the bit.
+The definitions in PyTorch stand with the classes that know bitsandbytes' layouts.
 """
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from speft_optim.kernels.operands import Positions, row_starts_of
-from speft_optim.kernels.rows import ENTRIES, lay_over_row
 
-_CHUNK = 2048
+def dequantize_int8(*arguments) -> Tensor:
+    """See `dequantize_triton.dequantize_int8`; for quantised weights that `launches`."""
+    from speft_optim.kernels import dequantize_triton
 
-
-@triton.jit
-def _int8(
-    codes, scales, values, group_starts, row_starts, columns, group, out, width, CHUNK: tl.constexpr, B: tl.constexpr
-):
-    row = tl.program_id(0)
-    start = row.to(tl.int64) * width
-    scale = tl.load(scales + row).to(tl.float32) * (1 / 127)
-    for first in range(0, width, CHUNK):
-        column = first + tl.arange(0, CHUNK)
-        code = tl.load(codes + start + column, column < width, other=0).to(tl.float32)
-        tl.store(out + start + column, (code * scale).to(out.dtype.element_ty), column < width)
-    if values is not None:
-        # Other threads of the program wrote what is written over.
-        tl.debug_barrier()
-        lay_over_row(out + start, row, values, group_starts, row_starts, columns, group, B)
+    return dequantize_triton.dequantize_int8(*arguments)
 
 
-@triton.jit
-def _four_bits(
-    codes,
-    table,
-    scales,
-    second_table,
-    second_scales,
-    offset,
-    values,
-    group_starts,
-    row_starts,
-    columns,
-    group,
-    out,
-    runs,
-    SIZE: tl.constexpr,
-    SECOND_SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    B: tl.constexpr,
-):
-    row = tl.program_id(0)
-    start = row.to(tl.int64) * runs
-    HALF: tl.constexpr = SIZE // 2
-    for first in range(0, runs, CHUNK // SIZE):
-        run = first + tl.arange(0, CHUNK // SIZE)
-        inside = run < runs
-        scale = tl.load(scales + start + run, inside, other=0)
-        if second_table is not None:
-            second = tl.load(second_scales + (start + run) // SECOND_SIZE, inside, other=0)
-            scale = tl.load(second_table + scale.to(tl.int32)) * second + tl.load(offset)
-        place = (start + run)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        pair = tl.load(codes + place, inside[:, None], other=0).to(tl.int32)
-        high, low = tl.load(table + (pair >> 4)), tl.load(table + (pair & 15))
-        both = tl.interleave(high * scale[:, None], low * scale[:, None])
-        place = (start + run)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        tl.store(out + place, both.to(out.dtype.element_ty), inside[:, None])
-    if values is not None:
-        tl.debug_barrier()
-        lay_over_row(out + start * SIZE, row, values, group_starts, row_starts, columns, group, B)
+def dequantize_4bit(*arguments) -> Tensor:
+    """See `dequantize_triton.dequantize_4bit`; for quantised weights that `launches`."""
+    from speft_optim.kernels import dequantize_triton
 
-
-def dequantize_int8(
-    codes: Tensor, scales: Tensor, dtype: torch.dtype, positions: Positions | None, values: Tensor | None
-) -> Tensor:
-    """`codes` (R, C) int8 times `scales` (R,) / 127, in `dtype`, with `values` (k,) fp32 at packed `positions`."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    rows, width = codes.shape
-    with torch.cuda.device_of(out):
-        _int8[(rows,)](codes, scales, *_laid(positions, values), out, width, CHUNK=_CHUNK, B=ENTRIES)
-    return out
-
-
-def dequantize_4bit(
-    codes: Tensor,
-    table: Tensor,
-    scales: Tensor,
-    size: int,
-    second: tuple[Tensor, Tensor, int, Tensor] | None,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    positions: Positions | None,
-    values: Tensor | None,
-) -> Tensor:
-    """A matrix of 4-bit codes, with `values` (k,) fp32 at packed `positions`.
-
-    Args:
-        codes: two in each uint8, the high half first, in row-major order.
-        table: (16,) fp32, what the codes stand for.
-        scales: one for each run of `size` entries: fp32, or uint8 codes where they are quantised themselves.
-        size: a power of two that divides the rows' length.
-        second: of quantised scales the table (256,), their own scales, how many share one, and what is added, fp32.
-        shape: (R, C).
-        dtype: of the result.
-        positions: packed; None to lay nothing over.
-        values: None with it.
-    """
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
-    rows, width = shape
-    second_table, second_scales, second_size, offset = second or (None, None, 1, None)
-    with torch.cuda.device_of(out):
-        _four_bits[(rows,)](
-            codes,
-            table,
-            scales,
-            second_table,
-            second_scales,
-            offset,
-            *_laid(positions, values),
-            out,
-            width // size,
-            SIZE=size,
-            SECOND_SIZE=second_size,
-            CHUNK=max(size, _CHUNK),
-            B=ENTRIES,
-            # A product and a sum rounded once would differ from those of the other ways to read an entry.
-            enable_fp_fusion=False,
-        )
-    return out
-
-
-def _laid(positions: Positions | None, values: Tensor | None) -> tuple:
-    return (None, None, None, None, 1) if positions is None else (values.contiguous(), *row_starts_of(positions))
+    return dequantize_triton.dequantize_4bit(*arguments)
