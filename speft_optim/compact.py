@@ -199,6 +199,12 @@ class SparseWeight(nn.Module):
         return sum(v.nbytes for v in [self.values, *(v for _, v in beside)]), sum(mask.nbytes for mask in masks)
 
     @property
+    def weight(self) -> Tensor | None:
+        """The masked weight as the model holds it, or None if it is gone."""
+        module, attribute = self._places[1].sites[0]
+        return module._parameters.get(attribute)
+
+    @property
     def holds_entries(self) -> bool:
         """Whether the weight itself holds its entries, as a dense one does and a quantised one cannot."""
         return self._dense

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, Protocol
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class WriteThrough(Protocol):
     mask: Mask
     former: Mask | None
     holds_entries: bool
+    weight: Tensor | None
 
     def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Train other entries from now on."""
@@ -104,6 +105,7 @@ class Schedule(Protocol):
 
 
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_told: WeakSet = WeakSet()
 
 
 def link(values: nn.Parameter, weight: WriteThrough) -> None:
@@ -135,6 +137,25 @@ def linked(values: Tensor) -> WriteThrough | None:
     return weight
 
 
+def warn_if_built_before(optimizer: Optimizer) -> None:
+    """Say once that an optimizer holds masked weights, frozen by `sparsify`, in place of their compact values."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    frozen, held = {id(p) for p in parameters if not p.requires_grad}, {id(p) for p in parameters}
+    if not frozen or optimizer in _told:
+        return
+    behind = [(id(values), weight()) for values, (_, weight) in list(_weights.items())]
+    names = [w.name for values, w in behind if w is not None and id(w.weight) in frozen and values not in held]
+    if names:
+        _told.add(optimizer)
+        logger.warning(
+            "%s holds %d masked weights, e.g. %s, which sparsify froze, and not the compact values that train them: "
+            "it was built before sparsify, or from parameters listed before. Build it from sparsify(model, masks).",
+            type(optimizer).__name__,
+            len(names),
+            names[0],
+        )
+
+
 class SparseAdamW(Optimizer):
     """AdamW for `sparsify(model, masks)`; ordinary parameters among them get ordinary AdamW.
 
@@ -147,8 +168,7 @@ class SparseAdamW(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay of the masked entries; the others never move. Compact values are 1-D, so a script
             that decays only parameters with two or more dimensions (`p.ndim >= 2`) decays none of them. Write instead
-            `decayed = [p for p in model.parameters() if p.requires_grad and (p.ndim >= 2 or linked(p))]`, with
-            `from speft_optim.optim import linked`, or pass all of `sparsify(model, masks)` in a group with decay.
+            `if p.ndim >= 2 or name.endswith(".values")`, over `model.named_parameters()`.
         maximize: ascend instead of descend.
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
         on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
@@ -238,6 +258,8 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._stepped:
+            self._restore_past_loading()
         # All of them before any update, and those without a gradient too: a weight that is gone never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
         for weight in weights.values():
@@ -557,6 +579,17 @@ class SparseAdamW(Optimizer):
             weight.restore_former(former_of(saved), saved.get("former_values"))
             parameter.copy_(saved["values"])
             weight.write()
+
+    def _restore_past_loading(self) -> None:
+        """Restore what was put straight into the live state, as `ZeroRedundancyOptimizer` does with a saved one."""
+        loaded = {p: state for p in self._parameters() if len((state := self.state.get(p, {})).get("values", ()))}
+        for parameter, saved in loaded.items():
+            self._check_saved(parameter, saved)
+        for parameter, saved in loaded.items():
+            del self.state[parameter]
+            self._restore(parameter, saved)
+            self.skipped_steps = int(saved["skipped_steps"])
+        self._reserve_state()
 
     def _with_bits(self) -> list[tuple[Tensor, int]]:
         """The parameters, each with the width of its group's moments."""

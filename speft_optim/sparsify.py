@@ -23,7 +23,7 @@ from speft_optim.distributed import check_equal_masks, together
 from speft_optim.export import original_entries
 from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
-from speft_optim.optim import SparseAdamW, linked
+from speft_optim.optim import SparseAdamW, linked, warn_if_built_before
 from speft_optim.quantized import declare_trainable, hand_back, take_over
 from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory, uncompiled
 
@@ -192,6 +192,7 @@ _following: list = []
 
 
 def _write_after_step(optimizer, args, kwargs) -> None:
+    warn_if_built_before(optimizer)
     if isinstance(optimizer, SparseAdamW):
         return
     for group in optimizer.param_groups:
