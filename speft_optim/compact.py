@@ -6,7 +6,9 @@ before the weight is used or saved; a weight that was loaded or written from out
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight
 from speft_optim.kernels import CSR, gather_entries, launches, scatter_entries_
@@ -178,8 +180,7 @@ class SparseWeight(nn.Module):
         ever = self.ever_trained().to(self.values.device).indices
         former = ever[~torch.isin(ever, indices, assume_unique=True)]
         base.release(self.values)
-        self.values.grad = None
-        self.values.data = entries
+        _exchange(self.values, entries)
         self.mask, self.former = mask, Mask(former, mask.shape)
         base.attach(mask, self.values)
         self._remember()
@@ -198,14 +199,26 @@ class SparseWeight(nn.Module):
         masks = [self.mask, *(mask for mask, _ in beside), *([] if self.former is None else [self.former])]
         return sum(v.nbytes for v in [self.values, *(v for _, v in beside)]), sum(mask.nbytes for mask in masks)
 
-    def former_entries(self) -> Tensor:
-        """What the entries of `former` hold, (k,): on codes it stands nowhere but beside them."""
-        return self.base.gather(self.former.indices)
+    @property
+    def weight(self) -> Tensor | None:
+        """The masked weight as the model holds it, or None if it is gone."""
+        module, attribute = self._places[1].sites[0]
+        return module._parameters.get(attribute)
 
-    def restore_former(self, former: Mask, entries: Tensor) -> None:
+    @property
+    def holds_entries(self) -> bool:
+        """Whether the weight itself holds its entries, as a dense one does and a quantised one cannot."""
+        return self._dense
+
+    def former_entries(self) -> Tensor:
+        """What the entries of `former` hold, (k,), on a quantised weight; (0,) on a dense one, which holds them."""
+        return self.values.new_empty(0) if self.holds_entries else self.base.gather(self.former.indices)
+
+    def restore_former(self, former: Mask | None, entries: Tensor | None) -> None:
         """Let the entries of `former` hold what `former_entries` gave."""
-        self.former = former.to(self.values.device)
-        self.base.put(self.former, entries)
+        self.former = None if former is None else former.to(self.values.device)
+        if former is not None and not self.holds_entries:
+            self.base.put(self.former, entries)
 
     def _placed_mask(self) -> Mask:
         """The mask, beside the values."""
@@ -314,6 +327,29 @@ class SparseWeight(nn.Module):
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""
         return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
+
+
+def _exchange(values: nn.Parameter, entries: Tensor) -> None:
+    """Let the parameter hold other entries; a graph of before can no longer go backward into it.
+
+    A parameter's node in autograd lives as long as any graph that leads to it, knows the length, and would serve the
+    next graphs too. DistributedDataParallel keeps it for its own hooks, so that with a process group a parameter that
+    keeps its length keeps it as well. The parameter's own hooks are not the node's and stay.
+    """
+    values.grad = None
+    if len(entries) != len(values) or not (dist.is_available() and dist.is_initialized()):
+        if values.requires_grad:
+            get_gradient_edge(values).node.register_prehook(_refuse_gradient)
+        # Autograd makes a new node only for data of another dtype or device.
+        values.data = entries.new_empty(0, dtype=torch.float16)
+    values.data = entries
+
+
+def _refuse_gradient(gradients: tuple) -> None:
+    raise RuntimeError(
+        "This loss was computed before the trained entries were chosen anew or restored, so that its gradient is of "
+        "other entries; compute it again, and call backward before optimizer.step()."
+    )
 
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:

@@ -55,12 +55,22 @@ def check_equal(text: str, what: str, remedy: str) -> None:
         raise ValueError(f"{what} differ between processes (by rank: {', '.join(texts)}); {remedy}")
 
 
-def check_equal_masks(masks: Mapping[str, Mask]) -> None:
+def check_equal_masks(masks: Mapping[str, Mask], *, may_be_divided: bool = False) -> None:
     """Replicas whose masks differ would average gradients of different entries, and nothing would say so.
+
+    Args:
+        masks: by weight.
+        may_be_divided: accept processes of which no two have a weight in common, as the shares that
+            `ZeroRedundancyOptimizer` gives to the optimizer of each.
 
     Raises:
         ValueError: they differ.
     """
+    if may_be_divided and is_distributed():
+        by_rank = _by_rank("\n".join(masks))
+        names = [name for of_one in by_rank for name in of_one.split("\n") if name]
+        if len(set(names)) == len(names):
+            return
     remedy = (
         "select them once and share the file (Masks.save, Masks.load), or let all processes calibrate on the same "
         "batches and seed."

@@ -4,15 +4,17 @@ PyTorch's `SparseAdam` takes sparse *gradients* of a dense parameter and keeps d
 and moments all have the length of the mask; the weight itself is written at the masked entries in the same step.
 """
 
+import copy
 import logging
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, Protocol
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +27,25 @@ from speft_optim.masks import Mask
 from speft_optim.moments import (
     STATE_BITS,
     moment_bytes,
-    moments_fit,
     new_moments_,
     store_moments_,
     stored_moments,
     unpack_moments,
+)
+from speft_optim.state import (
+    FORMER_KEYS,
+    MASK_KEYS,
+    SCHEDULE_KEYS,
+    check_common,
+    check_saved,
+    check_saved_mask,
+    former_of,
+    has_moments,
+    mask_of,
+    moment_keys,
+    positions_to_bits,
+    text_of,
+    text_to_tensor,
 )
 
 logger = logging.getLogger(__name__)
@@ -41,6 +57,8 @@ class WriteThrough(Protocol):
     name: str
     mask: Mask
     former: Mask | None
+    holds_entries: bool
+    weight: Tensor | None
 
     def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Train other entries from now on."""
@@ -49,10 +67,10 @@ class WriteThrough(Protocol):
         """Bytes of values and of positions."""
 
     def former_entries(self) -> Tensor:
-        """What the entries of `former` hold."""
+        """What the entries of `former` hold; empty where the weight itself holds them."""
 
-    def restore_former(self, former: Mask, entries: Tensor) -> None:
-        """Let the entries of `former` hold these."""
+    def restore_former(self, former: Mask | None, entries: Tensor) -> None:
+        """Let `former` be these entries, and hold these unless the weight itself does."""
 
     def check(self) -> None:
         """Raise a ValueError if the weight is gone."""
@@ -76,14 +94,18 @@ class Schedule(Protocol):
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Optimizer post-hook: a step was taken."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors of fixed shape under `SCHEDULE_KEYS`."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Raise a ValueError if `load_state_dict` could not restore it."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
 
 
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_told: WeakSet = WeakSet()
 
 
 def link(values: nn.Parameter, weight: WriteThrough) -> None:
@@ -115,6 +137,25 @@ def linked(values: Tensor) -> WriteThrough | None:
     return weight
 
 
+def warn_if_built_before(optimizer: Optimizer) -> None:
+    """Say once that an optimizer holds masked weights, frozen by `sparsify`, in place of their compact values."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    frozen, held = {id(p) for p in parameters if not p.requires_grad}, {id(p) for p in parameters}
+    if not frozen or optimizer in _told:
+        return
+    behind = [(id(values), weight()) for values, (_, weight) in list(_weights.items())]
+    names = [w.name for values, w in behind if w is not None and id(w.weight) in frozen and values not in held]
+    if names:
+        _told.add(optimizer)
+        logger.warning(
+            "%s holds %d masked weights, e.g. %s, which sparsify froze, and not the compact values that train them: "
+            "it was built before sparsify, or from parameters listed before. Build it from sparsify(model, masks).",
+            type(optimizer).__name__,
+            len(names),
+            names[0],
+        )
+
+
 class SparseAdamW(Optimizer):
     """AdamW for `sparsify(model, masks)`; ordinary parameters among them get ordinary AdamW.
 
@@ -125,13 +166,17 @@ class SparseAdamW(Optimizer):
         lr: learning rate, a float or a scalar tensor.
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay of the masked entries; the others never move.
+        weight_decay: decoupled decay of the masked entries; the others never move. Compact values are 1-D, so a script
+            that decays only parameters with two or more dimensions (`p.ndim >= 2`) decays none of them. Write instead
+            `if p.ndim >= 2 or name.endswith(".values")`, over `model.named_parameters()`.
         maximize: ascend instead of descend.
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
         on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
             and count it in `skipped_steps`, "raise" a FloatingPointError before anything changed, or "ignore" it, as
             torch's AdamW does. The first two read one number back from the device per step; they also tell once of a
             step whose gradients are all zero, as those of a batch without labels may be.
+        **others: options of `torch.optim.AdamW` that this optimizer lacks, taken only when None or False, so that a
+            script may keep writing `fused=False`.
 
     Attributes:
         skipped_steps: steps left out because of a gradient that was not finite; saved in `state_dict()`.
@@ -139,7 +184,7 @@ class SparseAdamW(Optimizer):
 
     Raises:
         ValueError: a hyper-parameter is out of range, or there is no parameter.
-        TypeError: a parameter is not a floating tensor.
+        TypeError: a parameter is not a floating tensor, or an option is not known.
     """
 
     _stepped = False
@@ -158,7 +203,9 @@ class SparseAdamW(Optimizer):
         maximize: bool = False,
         state_bits: Literal[8, 32] = 32,
         on_nonfinite: Literal["skip", "raise", "ignore"] = "skip",
+        **others: Any,
     ):
+        _check_others(others)
         if not isinstance(on_nonfinite, str) or on_nonfinite not in ("skip", "raise", "ignore"):
             raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
         self._on_nonfinite = on_nonfinite
@@ -191,6 +238,7 @@ class SparseAdamW(Optimizer):
                 )
             linked(parameter)
         super().add_param_group({**param_group, "params": params})
+        self._reserve_state()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -210,6 +258,8 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._stepped:
+            self._restore_past_loading()
         # All of them before any update, and those without a gradient too: a weight that is gone never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
         for weight in weights.values():
@@ -218,8 +268,10 @@ class SparseAdamW(Optimizer):
         if not self._stepped:
             # Not only in `sparsify`, which may have run before there were other processes: DistributedDataParallel lays
             # the values of one over the positions of another.
-            check_equal_masks({weight.name: weight.mask for weight in weights.values() if weight is not None})
+            masks = {weight.name: weight.mask for weight in weights.values() if weight is not None}
+            check_equal_masks(masks, may_be_divided=True)
             _warn_of_missing_gradients(weights)
+            _warn_of_dense_training(weights)
             self._stepped = True
         # What the host does is done while the card is still at the gradients, of which one number is waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
@@ -318,6 +370,13 @@ class SparseAdamW(Optimizer):
         """Let a schedule change the masks from now on, after steps of this optimizer."""
         self.schedule = schedule
         self.register_step_post_hook(schedule.after_step)
+        self._reserve_state()
+
+    def reset_moments(self, parameter: Tensor) -> None:
+        """Forget the moments and step count of a parameter, as before its first step."""
+        for key in [key for key in self.state[parameter] if key == "step" or key.startswith("exp_avg")]:
+            del self.state[parameter][key]
+        self._reserve_state()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, a schedule and its model included: torch's own leaves out all but groups and state.
@@ -332,94 +391,209 @@ class SparseAdamW(Optimizer):
         super().__setstate__(state)
         # Also called by `load_state_dict`, on one that has its hook already.
         if "schedule" in state and self.schedule is not None:
-            self.follow(self.schedule)
+            # Not `follow`: the model of this copy may not be there yet.
+            self.register_step_post_hook(self.schedule.after_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, and for each compact parameter its values, mask positions and the weight's name and shape.
+        """For each parameter its moments, for each compact one also its values, mask and the weight's name and shape.
 
-        Only tensors, numbers, strings, lists and dicts: `torch.load(..., weights_only=True)` opens it.
+        All of it is tensors under each parameter (see `state.py`), so that every tool for checkpoints carries it and
+        `torch.load(..., weights_only=True)` opens it. The counters of optimizer and schedule stand with each parameter.
         """
-        packed = super().state_dict()
-        packed["skipped_steps"] = self.skipped_steps
-        packed["state"] = {key: dict(state) for key, state in packed["state"].items()}
-        for key, parameter in enumerate(self._parameters()):
-            weight = linked(parameter)
-            if weight is not None:
-                weight.synchronize()
-                packed["state"].setdefault(key, {}).update(
-                    values=parameter.detach(),
-                    indices=weight.mask.indices,
-                    shape=list(weight.mask.shape),
-                    name=weight.name,
-                )
-                if weight.former is not None:
-                    former = dict(former=weight.former.indices, former_values=weight.former_entries())
-                    packed["state"][key].update(former)
-        if self.schedule is not None:
-            packed["schedule"] = self.schedule.state_dict()
-        return packed
+        live = self.state
+        complete = {p: self._saved_state(p, bits) for p, bits in self._with_bits() if p in live or p.requires_grad}
+        self.state = defaultdict(dict, complete)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = live
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, dtypes kept, and write the values into the weights.
 
-        With a `MaskSchedule` the saved masks are restored too.
+        With a `MaskSchedule` the saved masks are restored too; graphs from before cannot go backward after that.
 
         Raises:
-            ValueError: groups or parameters differ in number, or without a schedule a parameter's mask is not the
-                saved one; nothing is changed.
+            ValueError: groups or parameters differ in number, a key is missing or damaged, or without a schedule a
+                parameter's mask is not the saved one; nothing is changed.
         """
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
         try:
-            pairs, groups, skipped_steps = self._checked_state(state_dict)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            pairs, groups = self._checked_state(state_dict)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"The saved optimizer state is damaged ({type(error).__name__}: {error}); load another."
             ) from error
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.skipped_steps, self._stepped = skipped_steps, False
+        # Not by torch's own loader, which would cast the moments to the parameter's dtype.
+        groups = [
+            {**({"param_names": own["param_names"]} if "param_names" in own else {}), **saved, "params": own["params"]}
+            for own, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True)
+        ]
+        self.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+        self._stepped = False
         for parameter, saved in pairs:
             self._restore(parameter, saved)
-        if self.schedule is not None and "schedule" in state_dict:
-            self.schedule.load_state_dict(state_dict["schedule"])
+            if "skipped_steps" in saved:
+                self.skipped_steps = int(saved["skipped_steps"])
+            if self.schedule is not None and "schedule_steps" in saved:
+                self.schedule.load_state_dict(saved)
+        self._reserve_state()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
-    def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list, int]:
-        """Pairs of parameters with their saved state, the saved groups, and the number of skipped steps."""
-        groups, skipped_steps = state_dict["param_groups"], state_dict.get("skipped_steps", 0)
-        if not isinstance(skipped_steps, int):
-            raise TypeError(f"skipped_steps is {skipped_steps!r}, no whole number")
+    def _saved_state(self, parameter: Tensor, state_bits: int) -> dict[str, Any]:
+        """What `state_dict` tells of a parameter."""
+        live, weight = self.state.get(parameter, {}), linked(parameter)
+        saved = {"step": torch.zeros((), dtype=torch.float32)}
+        if has_moments(live):
+            saved = {key: part for key, part in live.items() if key == "step" or key.startswith("exp_avg")}
+        else:
+            new_moments_(saved, parameter.detach(), state_bits)
+        saved["skipped_steps"] = torch.tensor(self.skipped_steps)
+        if weight is None:
+            return saved
+        weight.synchronize()
+        mask, device = weight.mask, parameter.device
+        # Copies, since a tool may load into them: the mask must not change unseen, nor the values beside the old mask.
+        saved.update(
+            values=parameter.detach().clone(),
+            indices=mask.indices.to(device, copy=True),
+            shape=torch.tensor(mask.shape, device=device),
+            name=text_to_tensor(weight.name, device),
+        )
+        if self.schedule is not None:
+            saved.update(self.schedule.state_dict())
+        if "former" in self._own_keys(weight):
+            saved["former"] = positions_to_bits(weight.former, mask.shape.numel(), device)
+            saved["former_values"] = parameter.new_empty(0) if weight.former is None else weight.former_entries()
+        return saved
+
+    def _own_keys(self, weight: WriteThrough | None) -> list[str]:
+        """The keys of a saved state beside moments."""
+        keys = ["skipped_steps"]
+        if weight is not None:
+            keys += MASK_KEYS
+            if self.schedule is not None:
+                keys += SCHEDULE_KEYS
+            if self.schedule is not None or weight.former is not None:
+                keys += FORMER_KEYS
+        return keys
+
+    def _reserve_state(self) -> None:
+        """Let each parameter's state have all its keys from the start, of which tools that load ask it.
+
+        What is computed only as the state is saved, and moments before the first step, are empty tensors meanwhile.
+        """
+        for parameter, state_bits in self._with_bits():
+            weight = linked(parameter)
+            if weight is None and not parameter.requires_grad:
+                continue
+            state = self.state[parameter]
+            moments = () if has_moments(state) else moment_keys(state_bits)
+            for key in (*moments, *self._own_keys(weight)):
+                if key not in state:
+                    state[key] = torch.zeros(() if key == "step" else 0)
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list]:
+        """Pairs of parameters with their saved state, and the saved groups."""
+        groups = state_dict["param_groups"]
+        states = [state_dict["state"].get(key) or {} for group in groups for key in group["params"]]
+        self._check_origin(states)
         sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
         if sizes != saved_sizes:
             raise ValueError(
                 f"The saved optimizer has parameter groups of sizes {saved_sizes}, this one of {sizes}; "
                 "build it with the same masks and groups as the saved run."
             )
-        keys = [key for group in groups for key in group["params"]]
-        pairs = [(p, state_dict["state"].get(key, {})) for p, key in zip(self._parameters(), keys, strict=True)]
+        pairs = list(zip(self._parameters(), states, strict=True))
         for parameter, saved in pairs:
-            _check_saved(parameter, saved, any_mask=self.schedule is not None)
+            self._check_saved(parameter, saved)
+        for key in ("skipped_steps", *SCHEDULE_KEYS):
+            check_common(key, [saved[key] for saved in states if key in saved])
+        if self.schedule is not None:
+            self.schedule.check_state_dict(next(saved for saved in states if "schedule_steps" in saved))
         for group in groups:
             _check_options(group)
-        return pairs, groups, skipped_steps
+        return pairs, groups
+
+    def _check_origin(self, states: list[dict[str, Any]]) -> None:
+        """Refuse what another optimizer saved."""
+        names = [weight.name for parameter in self._parameters() if (weight := linked(parameter)) is not None]
+        if names and not any("values" in saved for saved in states):
+            raise ValueError(
+                f"The saved optimizer state knows no values of {names[0]}: the state of a dense run, or of another "
+                "optimizer, cannot be used; start without it."
+            )
+
+    def _check_saved(self, parameter: Tensor, saved: dict[str, Any]) -> None:
+        """Refuse the state of another mask, or with a schedule of another weight, before anything is changed."""
+        weight = linked(parameter)
+        if weight is None:
+            if saved or parameter.requires_grad:
+                what = f"a parameter of shape {tuple(parameter.shape)}"
+                check_saved(what, parameter, saved, ("step", "exp_avg", "exp_avg_sq", *self._own_keys(None)))
+            return
+        weight.check()
+        if self.schedule is None and "schedule_steps" in saved:
+            raise ValueError(
+                "The saved run had a MaskSchedule, this optimizer has none; build that MaskSchedule before loading."
+            )
+        if self.schedule is not None and "values" in saved and "schedule_steps" not in saved:
+            raise ValueError(
+                "The saved state has no schedule_steps: that run had no MaskSchedule; load the state first, then build "
+                "the MaskSchedule."
+            )
+        kept = [key for key in self._own_keys(weight) if self.schedule is not None or key not in FORMER_KEYS]
+        fits = saved["values"] if self.schedule is not None and isinstance(saved.get("values"), Tensor) else parameter
+        check_saved(weight.name, fits, saved, ("step", "exp_avg", "exp_avg_sq", *kept))
+        self._check_mask(weight, check_saved_mask(weight.name, saved, weight.holds_entries), text_of(saved["name"]))
+
+    def _check_mask(self, weight: WriteThrough, mask: Mask, name: str) -> None:
+        fits = mask.shape == weight.mask.shape if self.schedule is not None else mask == weight.mask
+        if name != weight.name or not fits:
+            raise ValueError(
+                f"{weight.name} has mask {weight.mask.fingerprint()} ({len(weight.mask):,} entries), the saved state "
+                f"is of {name} with mask {mask.fingerprint()} ({len(mask):,} entries); sparsify the model with the "
+                "saved run's masks (Masks.load) before loading, or build the run's MaskSchedule before loading if it "
+                "had one."
+            )
 
     @torch.no_grad()
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        moments = {key: part for key, part in saved.items() if key == "step" or key.startswith("exp_avg")}
-        if moments:
-            # torch's own loader would cast the moments to the parameter's dtype. The step is read at each step, which
-            # on a card would wait for it.
+        if has_moments(saved):
+            # The step is read at each step, which on a GPU would wait for it.
             self.state[parameter] = {
-                key: value.detach().to("cpu" if key == "step" else parameter.device, copy=True)
-                for key, value in moments.items()
+                key: part.detach().to("cpu" if key == "step" else parameter.device, copy=True)
+                for key, part in saved.items()
+                if key == "step" or key.startswith("exp_avg")
             }
         weight = linked(parameter)
         if weight is not None:
-            mask = Mask(saved["indices"], saved["shape"])
+            mask = mask_of(saved)
             if weight.mask != mask:
                 weight.change_mask(mask)
-            weight.former = None
-            if "former" in saved:
-                weight.restore_former(Mask(saved["former"], saved["shape"]), saved["former_values"])
+            weight.restore_former(former_of(saved), saved.get("former_values"))
             parameter.copy_(saved["values"])
             weight.write()
+
+    def _restore_past_loading(self) -> None:
+        """Restore what was put straight into the live state, as `ZeroRedundancyOptimizer` does with a saved one."""
+        loaded = {p: state for p in self._parameters() if len((state := self.state.get(p, {})).get("values", ()))}
+        for parameter, saved in loaded.items():
+            self._check_saved(parameter, saved)
+        for parameter, saved in loaded.items():
+            del self.state[parameter]
+            self._restore(parameter, saved)
+            self.skipped_steps = int(saved["skipped_steps"])
+        self._reserve_state()
+
+    def _with_bits(self) -> list[tuple[Tensor, int]]:
+        """The parameters, each with the width of its group's moments."""
+        return [(parameter, group["state_bits"]) for group in self.param_groups for parameter in group["params"]]
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -446,7 +620,7 @@ class _Prepared:
         cls, parameter: Tensor, weight: WriteThrough | None, state: dict[str, Any] | None, state_bits: int
     ) -> "_Prepared":
         """The next step of a parameter, with a new state where it has none."""
-        if not state or "step" not in state:
+        if not has_moments(state):
             state = {**(state or {}), "step": torch.zeros((), dtype=torch.float32)}
             new_moments_(state, parameter, state_bits)
         moments, scales = stored_moments(state)
@@ -483,6 +657,37 @@ def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> No
         )
 
 
+def _warn_of_dense_training(weights: dict[Tensor, WriteThrough | None]) -> None:
+    dense = [parameter for parameter in weights if parameter.ndim >= 2 and parameter.grad is not None]
+    if dense and not any(weights.values()):
+        logger.warning(
+            "SparseAdamW trains %d weights whole, as torch's AdamW does, and no compact values: to train masked "
+            "entries, build it from sparsify(model, masks) and not from model.parameters().",
+            len(dense),
+        )
+
+
+def _check_others(options: dict[str, Any]) -> None:
+    """Take what a script for torch's AdamW may pass if it asks for nothing, else say why not."""
+    for name, value in options.items():
+        if name not in _LACKING:
+            raise TypeError(
+                f"SparseAdamW takes no {name}; choose from lr, betas, eps, weight_decay, maximize, state_bits and "
+                "on_nonfinite."
+            )
+        if value is not None and value is not False:
+            raise ValueError(f"{name}={value!r}: {_LACKING[name]}; leave {name} out.")
+
+
+_LACKING = {
+    "fused": "SparseAdamW always takes the step of all parameters in fused kernels where there are kernels",
+    "foreach": "SparseAdamW has one implementation, which does what foreach is for",
+    "capturable": "SparseAdamW counts steps on the CPU and cannot be captured in a CUDA graph",
+    "differentiable": "the step of SparseAdamW cannot be differentiated through",
+    "amsgrad": "SparseAdamW has no AMSGrad variant, only AdamW",
+}
+
+
 def _check_options(options: dict[str, Any]) -> None:
     lr, eps, decay = options["lr"], options["eps"], options["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -504,61 +709,3 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
     if not all(float(beta) < 1.0 for beta in betas):
         raise ValueError(wrong_betas)
-
-
-def _check_numbers(name: str, saved: dict[str, Any]) -> None:
-    """Refuse saved tensors that only claim their size, and numbers that would spread from one step to all weights."""
-    for key, part in saved.items():
-        if not isinstance(part, Tensor):
-            continue
-        if part.layout != torch.strided or part.untyped_storage().nbytes() < part.nbytes:
-            raise ValueError(f"The saved {key} of {name} has fewer numbers than its shape {tuple(part.shape)} says.")
-        # A step takes the root of these; 8-bit codes are never negative.
-        negative = key in ("exp_avg_sq", "exp_avg_sq_scale", "step") and bool((part < 0).any())
-        if negative or not bool(part.isfinite().all()):
-            raise ValueError(f"The saved {key} of {name} holds numbers that are negative or not finite; load another.")
-
-
-def _check_saved(parameter: Tensor, saved: dict[str, Any], any_mask: bool) -> None:
-    """Refuse the state of another mask, or with `any_mask` of another weight, before anything is changed."""
-    weight = linked(parameter)
-    name = weight.name if weight is not None else f"a parameter of shape {tuple(parameter.shape)}"
-    _check_numbers(name, saved)
-    if any_mask and weight is not None and isinstance(saved.get("values"), Tensor):
-        parameter = saved["values"]
-    for key in ("values", "exp_avg", "exp_avg_sq"):
-        if key in saved and saved[key].shape != parameter.shape:
-            raise ValueError(
-                f"{name} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; use its masks."
-            )
-    step = saved.get("step")
-    counted = step is None if "exp_avg" not in saved else isinstance(step, Tensor) and step.numel() == 1
-    if not counted or not moments_fit(saved, parameter):
-        raise ValueError(f"The saved moments of {name} are incomplete or damaged; its keys are {sorted(saved)}.")
-    if weight is None:
-        return
-    weight.check()
-    if missing := {"values", "indices", "shape", "name"} - saved.keys():
-        raise ValueError(
-            f"The saved state of {name} has no {' and '.join(sorted(missing))}; it was not saved by SparseAdamW over "
-            "sparsify(...)."
-        )
-    if saved["values"].dtype != torch.float32:
-        raise ValueError(f"The saved values of {name} are of {saved['values'].dtype}, not of torch.float32.")
-    try:
-        saved_mask = Mask(saved["indices"], saved["shape"])
-        if "former" in saved and saved["former_values"].shape != (len(Mask(saved["former"], saved["shape"])),):
-            raise ValueError("the entries that left the mask and their values differ in number")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The saved mask of {name} is damaged; load another state: {error}") from error
-    if any_mask:
-        fits = saved_mask.shape == weight.mask.shape and len(saved_mask) == len(parameter)
-    else:
-        fits = saved_mask == weight.mask
-    if saved["name"] != name or not fits:
-        raise ValueError(
-            f"{name} has mask {weight.mask.fingerprint()} ({len(weight.mask):,} entries), the saved state is of "
-            f"{saved['name']} with mask {saved_mask.fingerprint()} ({len(saved_mask):,} entries); "
-            "sparsify the model with the saved run's masks (Masks.load) before loading, or build the run's "
-            "MaskSchedule before loading if it had one."
-        )

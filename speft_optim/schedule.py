@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from speft_optim.adapter import named_root
 from speft_optim.batches import Batches, check_batches, check_max_batches
@@ -24,8 +25,11 @@ from speft_optim.moments import carry_moments_
 from speft_optim.optim import SparseAdamW
 from speft_optim.salience import MEASURES
 from speft_optim.selection import check_choice, is_whole, select_masks
+from speft_optim.state import has_moments
 
 _OPTIONS = {"loss", "max_batches", "memory_budget", "seed", "progress"}
+_EVENT = ("step", "entries", "overlap")
+_KEPT_EVENTS = 256
 
 
 class MaskSchedule:
@@ -95,20 +99,41 @@ class MaskSchedule:
         for weight in self._weights():
             places, stays = weight.change_mask(masks[weight.name])
             state = self.optimizer.state.get(weight.values, {})
-            if self.moments == "carry" and state:
+            if self.moments == "carry" and has_moments(state):
                 carry_moments_(state, weight.values.detach(), places, stays)
             else:
-                self.optimizer.state.pop(weight.values, None)
+                self.optimizer.reset_moments(weight.values)
         return masks
 
-    def state_dict(self) -> dict[str, Any]:
-        """Counter and history; the masks themselves are in the optimizer's state."""
-        return {"steps": self.steps, "history": [dict(event) for event in self.history]}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counter and latest events; the masks themselves are in the optimizer's state.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        Returns:
+            `schedule_steps`, an int64 scalar, and `schedule_history`, (256, 3) float64: step, entries and overlap of
+            the latest 256 events, and rows of -1 after the last. Its size must not change, see `state.py`.
+        """
+        history = torch.full((_KEPT_EVENTS, 3), -1.0, dtype=torch.float64)
+        for row, event in zip(history, self.history[-_KEPT_EVENTS:], strict=False):
+            row.copy_(torch.tensor([event[key] for key in _EVENT], dtype=torch.float64))
+        return {"schedule_steps": torch.tensor(self.steps), "schedule_history": history}
+
+    def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Raise a ValueError for what `state_dict` cannot have given."""
+        steps, history = state_dict["schedule_steps"], state_dict["schedule_history"]
+        if steps.dtype != torch.int64 or steps.dim() or int(steps) < 0:
+            raise ValueError(f"The saved schedule_steps is {steps}, not a whole number as int64; load another state.")
+        kept = (history.dtype, tuple(history.shape)) == (torch.float64, (_KEPT_EVENTS, 3))
+        if not kept or not bool(history.isfinite().all()):
+            raise ValueError(
+                f"The saved schedule_history is of {history.dtype} and shape {tuple(history.shape)} or not finite; it "
+                f"must be of torch.float64, ({_KEPT_EVENTS}, 3) and finite."
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave; the optimizer does so in its own."""
-        self.steps = int(state_dict["steps"])
-        self.history = [dict(event) for event in state_dict["history"]]
+        self.steps = int(state_dict["schedule_steps"])
+        rows = [row for row in state_dict["schedule_history"].tolist() if row[0] >= 0]
+        self.history = [{"step": int(step), "entries": int(n), "overlap": overlap} for step, n, overlap in rows]
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
         """Post-hook of the optimizer: count a step, and select when it is time."""

@@ -24,7 +24,7 @@ from speft_optim.export import original_entries
 from speft_optim.foreign import check_layers, check_parameters
 from speft_optim.frozen import frozen_weight, is_quantized_linear
 from speft_optim.masks import Mask
-from speft_optim.optim import SparseAdamW, linked
+from speft_optim.optim import SparseAdamW, linked, warn_if_built_before
 from speft_optim.provenance import compare_at_first_step, compare_weights
 from speft_optim.quantized import declare_trainable, hand_back, take_over
 from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
@@ -202,6 +202,7 @@ _following: list = []
 
 def _write_after_step(optimizer, args, kwargs) -> None:
     compare_at_first_step(optimizer)
+    warn_if_built_before(optimizer)
     if isinstance(optimizer, SparseAdamW):
         return
     for group in optimizer.param_groups:

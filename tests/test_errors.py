@@ -245,6 +245,8 @@ def test_mask_schedule(options, batches):
 def test_optimizer_state(data):
     model = Blocks()
     optimizer = SparseAdamW(sparsify(model, select_masks(model, salience="random", density=0.25, progress=False)))
+    if data.draw(st.booleans(), "with a schedule"):
+        MaskSchedule(model, optimizer, BATCHES, interval=1, moments="carry", progress=False)
     model(**BATCHES[0])["loss"].backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.optim import linked
+from speft_optim.state import has_moments
 
 # With the default eps, entries whose gradient is nothing but rounding error would move by that error's sign.
 OPTIONS = dict(lr=1e-2, weight_decay=0.1, eps=1e-4)
@@ -338,7 +339,9 @@ def test_decay_reaches_no_unused_or_frozen_parameter():
         idle = {"a": "b", "frozen": "a"}.get(phase)
         for name, value in ours.items():
             assert torch.equal(value, kept[name]) == (idle is not None and name.startswith(idle))
-        assert all((value in optimizer.state) == (phase != "a" or name[0] == "a") for name, value in ours.items())
+        assert all(
+            has_moments(optimizer.state[value]) == (phase != "a" or name[0] == "a") for name, value in ours.items()
+        )
     reference.assert_agrees(model, optimizer, values)
     assert {int(optimizer.state[value]["step"]) for value in values} == {15}
 
@@ -375,8 +378,9 @@ def test_loading_casts_no_state_to_the_dtype_of_the_weights():
     state = optimizer.state_dict()
     for key, (name, mask) in enumerate(masks.items()):
         entry = state["state"][key]
-        assert set(entry) == {"step", "exp_avg", "exp_avg_sq", "values", "indices", "shape", "name"}
-        assert (entry["name"], entry["shape"]) == (name, list(mask.shape))
+        moments = {"step", "exp_avg", "exp_avg_sq"}
+        assert set(entry) == moments | {"values", "indices", "shape", "name", "skipped_steps"}
+        assert (bytes(entry["name"].tolist()).decode(), entry["shape"].tolist()) == (name, list(mask.shape))
         assert torch.equal(entry["indices"], mask.indices) and entry["indices"].dtype == torch.int32
         assert {entry[part].dtype for part in ("step", "exp_avg", "exp_avg_sq", "values")} == {torch.float32}
         assert entry["step"] == 2 and entry["step"].shape == ()
@@ -432,6 +436,171 @@ def test_names_and_shapes_in_the_state_do_not_break_sharded_checkpoints(tmp_path
     assert equal_states(*results)
 
 
+# --- State that other tools carry ---
+
+
+def flat(model, optimizer, load=None):
+    """The state as `torch.distributed.checkpoint` flattens it, or one loaded from that form."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    if load is None:
+        return get_optimizer_state_dict(model, optimizer, options=options)
+    return set_optimizer_state_dict(model, optimizer, optim_state_dict=load, options=options)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_every_part_of_a_state_survives_flattening(stepped, state_bits):
+    """Also a dense head trained beside, an empty mask and a parameter that never got a gradient."""
+
+    def start():
+        model = tiny_model()
+        masks = random_masks(model, ["q_proj", "k_proj"])
+        last = list(masks)[-1]
+        values = sparsify(model, {**masks, last: Mask(torch.tensor([], dtype=torch.int64), masks[last].shape)})
+        model.lm_head.weight.requires_grad_()
+        model.model.norm.weight.requires_grad_()
+        optimizer = SparseAdamW([*values, model.lm_head.weight], state_bits=state_bits, **OPTIONS)
+        optimizer.add_param_group({"params": [model.model.norm.weight], "lr": 0.5})
+        return model, optimizer
+
+    model, optimizer = start()
+    if stepped:
+        model(**token_batch()).loss.backward()
+        model.model.norm.weight.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.skipped_steps = 2
+    saved = copy.deepcopy(flat(model, optimizer))
+    assert all(isinstance(part, torch.Tensor) for key, part in saved.items() if key.startswith("state."))
+    expected = optimizer.state_dict()
+    assert {int(entry["step"]) for entry in expected["state"].values()} == ({0, 1} if stepped else {0})
+    other, other_optimizer = start()
+    flat(other, other_optimizer, saved)
+    assert other_optimizer.skipped_steps == 2
+    assert equal_states(other_optimizer.state_dict(), expected)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "values", "indices", "shape", "name", "skipped_steps"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_key_that_a_tool_dropped_is_named(key):
+    for flattened in (False, True):
+        model, _, values, optimizer = attached(targets=["q_proj"])
+        train(model, optimizer, 1)
+        other, _, _, other_optimizer = attached(targets=["q_proj"])
+        before = copy.deepcopy(other_optimizer.state_dict())
+        saved = flat(model, optimizer) if flattened else optimizer.state_dict()
+        if flattened:
+            del saved[next(k for k in saved if k.endswith(f"layers.1.self_attn.q_proj.sparse_weight.values.{key}"))]
+        else:
+            del saved["state"][1][key]
+        with pytest.raises(ValueError, match=rf"layers\.1\.self_attn\.q_proj\.weight has no {key}"):
+            flat(other, other_optimizer, saved) if flattened else other_optimizer.load_state_dict(saved)
+        assert equal_states(other_optimizer.state_dict(), before)
+
+
+def test_hooks_on_saving_and_loading_see_the_whole_state():
+    model, masks, values, optimizer = attached(targets=["q_proj"])
+    train(model, optimizer, 2)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(copy.deepcopy(state)))
+    saved = optimizer.state_dict()
+    assert equal_states(seen[0], saved)
+    other = SparseAdamW(sparsify(model := tiny_model(), masks), lr=3.0)
+    other.register_load_state_dict_pre_hook(
+        lambda _, state: {**state, "param_groups": [{**state["param_groups"][0], "lr": 0.25}]}
+    )
+    other.register_load_state_dict_post_hook(lambda done: seen.append(int(done.state_dict()["state"][0]["step"])))
+    other.load_state_dict(saved)
+    assert seen[1:] == [2] and other.param_groups[0]["lr"] == 0.25
+    assert all(map(torch.equal, other.param_groups[0]["params"], values))
+
+
+def test_a_state_is_no_alias_of_values_or_masks():
+    """Checkpoints are loaded in place, into the state that the fresh optimizer gives."""
+    model, masks, values, optimizer = attached()
+    kept = [value.detach().clone() for value in values]
+    for entry in optimizer.state_dict()["state"].values():
+        entry["values"].zero_()
+        entry["indices"].zero_()
+    assert all(map(torch.equal, kept, values))
+    assert all(torch.equal(linked(value).mask.indices, masks[linked(value).name].indices) for value in values)
+
+
+def test_the_state_of_a_dense_run_is_refused_with_what_to_do():
+    dense = tiny_model()
+    theirs = torch.optim.AdamW(dense.parameters())
+    train(dense, theirs, 1)
+    _, _, _, optimizer = attached()
+    with pytest.raises(ValueError, match="the state of a dense run, or of another optimizer, cannot be used; start"):
+        optimizer.load_state_dict(theirs.state_dict())
+
+
+def test_a_state_of_an_older_version_is_refused():
+    _, _, _, optimizer = attached()
+    saved = optimizer.state_dict()
+    saved["state"][0].update(name="model.layers.0.self_attn.q_proj.weight", shape=[24, 24])
+    with pytest.raises(ValueError, match="older version of speft_optim; go on with that version"):
+        optimizer.load_state_dict(saved)
+
+
+# --- An optimizer that does not train what its script thinks ---
+
+
+def test_full_training_without_sparsify_is_told_once(caplog):
+    model = tiny_model()
+    optimizer = SparseAdamW(model.parameters())
+    train(model, optimizer, 2)
+    (record,) = caplog.records
+    assert "SparseAdamW trains 16 weights whole" in record.message and "sparsify(model, masks)" in record.message
+
+
+def test_a_head_beside_compact_values_is_nothing_to_tell(caplog):
+    model, _, values, _ = attached()
+    model.lm_head.weight.requires_grad_()
+    train(model, SparseAdamW([*values, model.lm_head.weight]), 1)
+    # Groups made over all parameters, frozen ones too, hold the values as well.
+    train(model, torch.optim.AdamW(model.parameters()), 1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", [SparseAdamW, torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_built_before_sparsify_is_told_once(kind, caplog):
+    model = tiny_model()
+    optimizer = kind(model.parameters(), lr=1e-3)
+    masks = random_masks(model)
+    sparsify(model, masks)
+    train(model, optimizer, 2)
+    (record,) = caplog.records
+    name = f"{kind.__name__} holds {len(masks)} masked weights"
+    assert name in record.message and "built before sparsify" in record.message
+
+
+@pytest.mark.parametrize("option", ["fused", "foreach", "capturable", "differentiable", "amsgrad"])
+def test_options_of_adamw_that_are_lacking_say_so(option):
+    parameters = [nn.Parameter(torch.ones(2))]
+    for value in (None, False):
+        SparseAdamW(parameters, **{option: value})
+    with pytest.raises(ValueError, match=rf"{option}=True: .*; leave {option} out"):
+        SparseAdamW(parameters, **{option: True})
+    with pytest.raises(TypeError, match="takes no momentum; choose from lr, betas"):
+        SparseAdamW(parameters, momentum=0.9)
+
+
+def test_the_documented_line_gives_decay_to_values():
+    model, masks, values, _ = attached()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert [p for name, p in named if p.ndim >= 2] == []
+    decayed = [p for name, p in named if p.ndim >= 2 or name.endswith(".values")]
+    assert [id(p) for p in decayed] == [id(value) for value in values]
+
+
 def damaged(change):
     """The saved state with one thing changed."""
 
@@ -452,7 +621,7 @@ OTHER = {
     "torch's own": lambda saved, masks: plain_state(masks),
     "moments of another length": damaged(lambda entry: entry.update(exp_avg=entry["exp_avg"][1:])),
     "positions outside": damaged(lambda entry: entry.update(indices=entry["indices"] + 10**6)),
-    "another name": damaged(lambda entry: entry.update(name="model.layers.7.mlp.up_proj.weight")),
+    "another name": damaged(lambda entry: entry.update(name=entry["name"].flip(0))),
     "no values": damaged(lambda entry: entry.pop("values")),
     "no name": damaged(lambda entry: entry.pop("name")),
     "no shape": damaged(lambda entry: entry.pop("shape")),

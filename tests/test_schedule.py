@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Reference, assert_close, tiny_model, token_batch
+from conftest import Reference, assert_close, equal_states, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -26,6 +26,7 @@ from speft_optim import (
 from speft_optim.compact import sparse_weights
 from speft_optim.moments import carry_moments_, new_moments_, store_moments_, unpack_moments
 from speft_optim.salience import MEASURES
+from speft_optim.state import has_moments
 
 CALIBRATION = [token_batch(1000 + seed) for seed in range(2)]
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
@@ -74,7 +75,7 @@ def test_reselection_equals_dense_training_with_reset_moments(scope):
         masks = select_masks(dense, CALIBRATION, density=0.05, scope=scope, progress=False)
     assert schedule.steps == 9 and [event["step"] for event in schedule.history] == [3, 6, 9]
     assert 0 < schedule.history[0]["overlap"] < 1
-    assert not optimizer.state
+    assert not any(map(has_moments, optimizer.state.values()))
 
 
 def test_entries_that_leave_keep_their_value_and_never_move():
@@ -107,7 +108,7 @@ def test_moments_are_reset_or_carried(state_bits):
         }
         new = schedule.reselect()
         if how == "reset":
-            assert not optimizer.state
+            assert not any(map(has_moments, optimizer.state.values()))
             continue
         for weight in sparse_weights(model):
             mask, first, second = old[weight.name]
@@ -225,6 +226,155 @@ def test_resume_is_bit_equal_across_selections(tmp_path, dtype, moments, state_b
             assert torch.equal(part, other_optimizer.state[b.values][key])
 
 
+# --- A graph of before the entries changed ---
+
+
+def growing(step):
+    return 0.05 + 0.01 * step
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("how", ["plain", "retained", "checkpointed", "compiled"])
+def test_a_loop_may_hold_its_losses(scope, how):
+    results = []
+    for hold in (False, True):
+        model, optimizer, _ = attach(scope=scope, interval=2, density=growing)
+        if how == "checkpointed":
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        run = torch.compile(model, backend="eager") if how == "compiled" else model
+        held = []
+        for step in range(4):
+            loss = run(**token_batch(step)).loss
+            loss.backward(retain_graph=how == "retained")
+            optimizer.step()
+            optimizer.zero_grad()
+            held += [loss] if hold else []
+            del loss
+        results.append(weights_of(model))
+    assert all(torch.equal(part, results[1][name]) for name, part in results[0].items())
+
+
+@pytest.mark.parametrize("density", [None, growing])
+def test_a_loss_of_before_gives_no_gradient_to_other_entries(density):
+    model, optimizer, _ = attach(interval=1, density=density)
+    early = model(**token_batch(1)).loss
+    train(model, optimizer, 1)
+    # The first is ours; of another length torch itself refuses.
+    with pytest.raises(RuntimeError, match="before the trained entries were chosen anew|invalid gradient"):
+        early.backward()
+    assert all(weight.values.grad is None for weight in sparse_weights(model))
+    train(model, optimizer, 1, first=1)
+
+
+def test_hooks_on_values_stay_after_a_change():
+    model, optimizer, _ = attach(interval=1, density=growing)
+    values, seen = sparse_weights(model)[0].values, []
+    values.register_hook(lambda gradient: seen.append(len(gradient)))
+    values.register_post_accumulate_grad_hook(lambda parameter: seen.append(len(parameter.grad)))
+    lengths = []
+    for step in range(2):
+        loss = model(**token_batch(step)).loss
+        lengths += 2 * [len(values)]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen == lengths and len(set(lengths)) == 2
+
+
+def test_a_run_may_look_at_its_loss_before_it_resumes():
+    model, optimizer, _ = attach(interval=2, density=growing)
+    train(model, optimizer, 3)
+    other, other_optimizer, _ = attach(interval=2, density=growing)
+    loss = other(**token_batch(0)).loss
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        train(*pair, 2, first=3)
+    assert loss.requires_grad
+    assert all(torch.equal(part, weights_of(other)[name]) for name, part in weights_of(model).items())
+
+
+# --- State that other tools carry ---
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("state_bits, moments", [(32, "reset"), (8, "carry")])
+@pytest.mark.parametrize("option", ["flatten_optimizer_state_dict", "full_state_dict", "cpu_offload"])
+def test_resume_through_distributed_checkpoints_is_bit_equal(tmp_path, option, state_bits, moments):
+    """Saved right after a selection, which leaves no moments if it resets them, and moved masks beside."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options, results = StateDictOptions(**{option: True}), []
+    for resume in (False, True):
+        model, optimizer, schedule = attach(torch.bfloat16, interval=2, state_bits=state_bits, moments=moments)
+        optimizer.skipped_steps = 0 if resume else 3
+        if not resume:
+            train(model, optimizer, 2)
+        parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+        if resume:
+            assert schedule.steps == 0
+            checkpoint.load(parts, checkpoint_id=tmp_path / "sharded")
+            loaded = dict(model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+            set_state_dict(model, optimizer, **loaded, options=options)
+        else:
+            checkpoint.save(parts, checkpoint_id=tmp_path / "sharded")
+        train(model, optimizer, 3, first=2)
+        former = [weight.former for weight in sparse_weights(model)]
+        results.append((weights_of(model), optimizer.state_dict(), schedule.history, optimizer.skipped_steps, former))
+    assert equal_states(*(result[:4] for result in results))
+    assert results[0][4] == results[1][4] and results[1][3] == 3 and len(results[1][2]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_masks_of_another_length_resume_from_a_state_saved_whole():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options, saved, results = StateDictOptions(full_state_dict=True), None, []
+    for resume in (False, True):
+        model, optimizer, schedule = attach(interval=2, density=growing)
+        if resume:
+            set_state_dict(model, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
+        else:
+            train(model, optimizer, 3)
+            saved = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+        train(model, optimizer, 3, first=3)
+        results.append((weights_of(model), optimizer.state_dict()))
+    assert equal_states(*results)
+
+
+@pytest.mark.parametrize("key", ["schedule_steps", "schedule_history", "former", "former_values"])
+def test_a_key_of_the_schedule_that_a_tool_dropped_is_named(key):
+    model, optimizer, _ = attach()
+    train(model, optimizer, 4)
+    other, other_optimizer, schedule = attach()
+    saved = optimizer.state_dict()
+    for entry in saved["state"].values():
+        del entry[key]
+    with pytest.raises(ValueError, match=f"has no {key}"):
+        other_optimizer.load_state_dict(saved)
+    assert schedule.steps == 0 and masks_of(other) != masks_of(model)
+
+
+def test_a_schedule_on_one_side_only_is_refused():
+    model, optimizer, schedule = attach()
+    plain = tiny_model()
+    others = SparseAdamW(sparsify(plain, masks_of(model)), **OPTIONS)
+    with pytest.raises(ValueError, match="build that MaskSchedule before loading"):
+        others.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="no schedule_steps: .* load the state first"):
+        optimizer.load_state_dict(others.state_dict())
+
+
+def test_a_long_history_is_saved_in_its_latest_part():
+    _, _, schedule = attach()
+    schedule.history = [{"step": step, "entries": 5, "overlap": 0.1} for step in range(300)]
+    saved = schedule.state_dict()
+    schedule.load_state_dict(saved)
+    assert [event["step"] for event in schedule.history] == list(range(44, 300))
+    assert schedule.history[0] == {"step": 44, "entries": 5, "overlap": 0.1}
+
+
 def test_without_a_schedule_changed_masks_are_refused():
     model, optimizer, _ = attach()
     train(model, optimizer, 4)
@@ -243,7 +393,7 @@ def test_damaged_state_is_refused_whole(key):
     before, masks = weights_of(other), masks_of(other)
     state = copy.deepcopy(optimizer.state_dict())
     last = state["state"][max(state["state"])]
-    last[key] = last[key][:-1] if key != "former" else last[key] + 10**6
+    last[key] = last[key][:-1] if key != "former_values" else torch.zeros(1)
     with pytest.raises(ValueError):
         other_optimizer.load_state_dict(state)
     assert masks_of(other) == masks and all(torch.equal(before[n], part) for n, part in weights_of(other).items())

@@ -244,6 +244,35 @@ def halving(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
 
 
+@pytest.mark.parametrize("way", ["optimizer_cls_and_kwargs", "trainer.optimizer"])
+def test_trainer_takes_the_optimizer_in_other_ways(tmp_path, way):
+    """By its class after `sparsify`, or put in place of the trainer's own; both resume bit-equal."""
+    from transformers import Trainer
+
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = tiny_model()
+        masks = select_masks(model, salience="random", density=0.05, progress=False)
+        arguments = trainer_arguments(tmp_path, max_steps=4, weight_decay=0.3, save_strategy="steps", save_steps=2)
+        if way == "optimizer_cls_and_kwargs":
+            sparsify(model, masks)
+            chosen = {way: (SparseAdamW, {"lr": 1e-2})}
+            trainer = Trainer(model, arguments, train_dataset=Samples(), **chosen)
+        else:
+            trainer = Trainer(model, arguments, train_dataset=Samples())
+            decay = trainer.args.weight_decay
+            trainer.optimizer = SparseAdamW(sparsify(trainer.model, masks), lr=1e-2, weight_decay=decay)
+        before = {name: part.clone() for name, part in model.state_dict().items()}
+        trainer.train(resume_from_checkpoint=resume)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        assert isinstance(optimizer, SparseAdamW)
+        decayed = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        assert len(decayed) == len(masks) and set(decayed.values()) == {0.3}
+        assert any(not torch.equal(before[name], part) for name, part in model.state_dict().items())
+        results.append((dict(model.state_dict()), optimizer.state_dict()))
+    assert equal_states(*results)
+
+
 def test_trainer_logs_no_grad_norm_of_zero(tmp_path):
     from transformers import Trainer
 
