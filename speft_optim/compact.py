@@ -8,7 +8,7 @@ before the weight is used or saved; a weight that was loaded or written from out
 import torch
 from torch import Tensor, nn
 
-from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight
+from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight, keep_attached
 from speft_optim.kernels import gather_entries, launches, sampled_gradient, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
@@ -106,6 +106,8 @@ class SparseWeight(nn.Module):
         known = not self._dense and weight is self._seen[0]
         if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
+        if not self._dense and not any(values is self._linked[0] for _, values in self.base.overlays):
+            return "was quantised anew, its trained entries with it,"
         return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
 
     def _is_in_model(self, module: nn.Module) -> bool:
@@ -308,6 +310,8 @@ class SparseWeight(nn.Module):
         weight = self._seen[0]
         if self._dense:
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
+        else:
+            keep_attached(weight, self.mask, self.values)
         self._seen = weight, self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
