@@ -54,8 +54,8 @@ class TrainedEntries:
         """The error for a use of the scales that has no place for the entries."""
         return RuntimeError(
             f"The quantised weight of {self.layer or 'a layer'} has trained entries beside its codes, which {use} "
-            "would lose. Write the merged model with export_merged(model, folder) and go on with that, or take the entries "
-            "off (unload_adapter, or load the base anew)."
+            "would lose. Write the merged model with export_merged(model, folder) and go on with that, or take the "
+            "entries off (unload_adapter, or load the base anew)."
         )
 
 
