@@ -106,7 +106,7 @@ class SparseWeight(nn.Module):
         known = not self._dense and weight is self._seen[0]
         if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
-        if not self._dense and not any(values is self._linked[0] for _, values in self.base.overlays):
+        if not self._dense and not self._is_attached():
             return "was quantised anew, its trained entries with it,"
         return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
 
@@ -240,7 +240,20 @@ class SparseWeight(nn.Module):
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
         if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
-            self.synchronize()
+            if not self._was_merged():
+                self.synchronize()
+
+    def _was_merged(self) -> bool:
+        """Whether what took a quantised weight's place has the trained entries in it, as a dequantised or merged one.
+
+        The model is then right as it is; what can no longer be done is to train on.
+        """
+        module, _ = self._places[1].sites[0]
+        return not self._dense and not (self._is_in_model(module) and self._is_attached())
+
+    def _is_attached(self) -> bool:
+        """Whether a quantised weight has the values as entries."""
+        return any(values is self._linked[0] for _, values in self.base.overlays)
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Sampled gradient of a linear weight, (k,) fp32."""

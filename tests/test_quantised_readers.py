@@ -344,7 +344,7 @@ def test_a_dequantised_model_is_the_trained_one_and_so_is_what_it_saves(model, t
     assert loss_of(dense) == pytest.approx(loss, abs=5e-3)
     dense.save_pretrained(tmp_path / "saved")
     holds(plain(tmp_path / "saved"), expected)
-    if hasattr(dense, "_before_sparsify"):
+    if "_before_sparsify" in dense.__dict__:
         desparsify(dense)
         assert loss_of(dense) == pytest.approx(loss, abs=5e-3)
 
@@ -550,3 +550,34 @@ def test_adapters_unload_to_the_base_and_merge_for_good(models):
         scales = layer.weight.SCB if is_int8(layer) else layer.weight.quant_state.absmax
         assert type(scales) is torch.Tensor
         near(by_transformers(layer), frozen_weight(layer).dense_base(torch.float32))
+
+
+def requantised(module):
+    """As peft's merge leaves the layer: with a new parameter, of what transformers or peft dequantised."""
+    weight = by_transformers(module)
+    if is_int8(module):
+        module.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+        module.state.reset_grads()
+    else:
+        kwargs = {key: part for key, part in module.weight.__dict__.items() if key not in ("data", "requires_grad")}
+        kwargs["bnb_quantized"] = False
+        module.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kwargs).to("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_quantised_anew_in_training_computes_on_and_is_not_trained_in_silence(models, kind):
+    model = copy.deepcopy(models[kind, "sparsified"])
+    loss = loss_of(model)
+    optimizer = SparseAdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _, module in quantized_linears(model):
+        before = frozen_weight(module).dense(torch.float32)
+        requantised(module)
+        after = frozen_weight(module)
+        assert not after.overlays and (after.dense(torch.float32) - before).abs().max() < 0.2 * before.abs().max()
+    assert loss_of(model) == pytest.approx(loss, abs=0.2)
+    model(**token_batch(0)).loss.backward()
+    with pytest.raises(ValueError, match="was quantised anew, its trained entries with it.*call desparsify"):
+        optimizer.step()
+    merged = effective(model)
+    desparsify(model)
+    assert all(torch.equal(weight, merged[name]) for name, weight in effective(model).items())
