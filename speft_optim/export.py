@@ -166,10 +166,26 @@ class _Conversion:
 
 
 def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers' `save_pretrained` writes for some of the model's tensors."""
+    """What transformers' `save_pretrained` writes for some of the model's tensors, were the model not quantised."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, tensors)
+    noted = getattr(model, "_weight_conversions", None)
+    if noted is None:
+        return revert_weight_conversion(model, tensors)
+    try:
+        model._weight_conversions = [conversion for conversion in noted if _has_way_back(conversion)]
+        return revert_weight_conversion(model, tensors)
+    finally:
+        model._weight_conversions = noted
+
+
+def _has_way_back(conversion) -> bool:
+    """Whether a conversion of loading is one of names and layouts, and not a quantiser's, which has no way back."""
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, limit: int) -> None:

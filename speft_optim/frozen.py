@@ -265,7 +265,7 @@ class FourBitWeight(QuantizedWeight):
             state = _quantisation_state(module)
         super().__init__(module, state)
         self.state = state
-        self.shape, self.device = torch.Size(state.shape), module._parameters["weight"].device
+        self.shape, self.device = torch.Size(state.shape), module.weight.device
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
         super()._carry(overlays)
@@ -276,7 +276,7 @@ class FourBitWeight(QuantizedWeight):
     @property
     def packed(self) -> Tensor:
         """The codes as bitsandbytes holds them."""
-        return self.module._parameters["weight"].detach()
+        return self.module.weight.detach()
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
@@ -392,7 +392,7 @@ def _layer_kind(cls: type) -> str | None:
 
 def _quantisation_state(module: nn.Module):
     """Scales, table and shape of a 4-bit layer; on the module alone where a copy or wrapper lost the weight's."""
-    state = getattr(module._parameters["weight"], "quant_state", None)
+    state = getattr(module.weight, "quant_state", None)
     return state if state is not None else module.quant_state
 
 

@@ -751,6 +751,18 @@ def test_the_merged_checkpoint_has_the_names_and_layout_of_the_base(name, tmp_pa
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_was_stored_quantised_is_saved_merged_too(kind, original, tmp_path):
+    """What loaded its codes has no way back, which transformers' own saving of it stumbles over."""
+    import transformers as tf
+
+    load_quantized(original, kind).save_pretrained(tmp_path / "codes")
+    model = train(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "codes", dtype=torch.float32, device_map="cpu"))
+    model.save_pretrained(tmp_path / "merged")
+    expected = model(**token_batch()).logits
+    assert (reload(tmp_path / "merged")(**token_batch()).logits - expected).norm() < 0.02 * expected.norm()
+
+
 def test_only_what_a_conversion_makes_from_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
     """Experts are taken apart layer by layer, and a model that is stored as it is in memory is not converted at all."""
     import transformers as tf
