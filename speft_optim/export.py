@@ -167,14 +167,14 @@ class _Conversion:
 
 def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What transformers' `save_pretrained` writes for some of the model's tensors, were the model not quantised."""
-    from transformers.core_model_loading import revert_weight_conversion
-
+    # Loaded with the model's class, and not imported here.
+    revert = sys.modules["transformers.core_model_loading"].revert_weight_conversion
     noted = getattr(model, "_weight_conversions", None)
     if noted is None:
-        return revert_weight_conversion(model, tensors)
+        return revert(model, tensors)
     try:
         model._weight_conversions = [conversion for conversion in noted if _has_way_back(conversion)]
-        return revert_weight_conversion(model, tensors)
+        return revert(model, tensors)
     finally:
         model._weight_conversions = noted
 

@@ -91,15 +91,18 @@ class TrainedScales(Tensor):
 def _answer(func: Callable, args: tuple, kwargs: dict):
     """What `func` gives for the trained weight whose scales are among its arguments."""
     entries = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TrainedScales)).entries
-    plain_args, plain_kwargs = tree_map(plain_scales, (args, kwargs))
-    name = _name_of(func)
+    name, plain_args, plain_kwargs = _name_of(func), *tree_map(plain_scales, (args, kwargs))
+    if not entries.overlays:
+        return func(*plain_args, **plain_kwargs)
     if name in _DEQUANTISERS:
         return _DEQUANTISERS[name](entries, func, plain_args, plain_kwargs)
-    keeps = name in _KEEPING or name in _ADDING and _adds_a_number(args)
-    if not (keeps or name in _PLAIN or name == "copy_" and isinstance(args[0], TrainedScales) or not entries.overlays):
-        raise entries.lost(f"{name} on its scales")
-    result = func(*plain_args, **plain_kwargs)
-    return entries.on(result) if keeps else result
+    if name in _KEEPING or name in _ADDING and _adds_a_number(args):
+        return entries.on(func(*plain_args, **plain_kwargs))
+    if name in _TELLING or name == "copy_" and isinstance(args[0], TrainedScales):
+        return func(*plain_args, **plain_kwargs)
+    if name.endswith(".__get__") and not isinstance(found := func(*plain_args, **plain_kwargs), Tensor):
+        return found
+    raise entries.lost(f"{name} on its scales")
 
 
 def plain_scales(scales):
@@ -143,8 +146,6 @@ def _scales_dequantised(entries: TrainedEntries, op: Callable, args: tuple, kwar
 
 def _product_4bit(entries: TrainedEntries, op: Callable, args: tuple, kwargs: dict) -> Tensor:
     """`x @ W.T + bias` by the dequantised weight, where bitsandbytes multiplies with the codes."""
-    if not entries.overlays:
-        return op(*args, **kwargs)
     names = [argument.name for argument in op._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     scales = given["absmax"]
@@ -169,18 +170,9 @@ _KEEPING = {
     *("to", "_to_copy", "cpu", "cuda", "xpu", "detach", "clone", "contiguous", "float", "pin_memory", "data.__get__"),
 }
 _ADDING = {"add", "add_", "__add__", "__iadd__"}
-# What says something about the scales and gives none of them away.
-_PLAIN = {
+# What says something about the scales and gives none of them away, beside properties that are no tensors.
+_TELLING = {
     *("__len__", "__repr__", "__format__", "__eq__", "__ne__", "eq", "ne", "equal", "allclose", "isclose"),
     *("dim", "size", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point", "get_device"),
     *("is_pinned", "is_shared", "storage_offset", "is_complex", "is_inference", "is_signed", "ndimension"),
-    *(
-        f"{name}.__get__"
-        for name in (
-            *("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "names", "requires_grad", "grad"),
-            *("grad_fn", "is_leaf", "is_meta", "is_cuda", "is_cpu", "is_xpu", "is_mps", "is_sparse", "is_quantized"),
-            *("is_nested", "is_sparse_csr", "is_vulkan", "is_xla", "is_hpu", "is_mkldnn", "is_mtia", "_version"),
-            *("retains_grad", "output_nr", "_backward_hooks", "_base", "is_maia", "is_ipu"),
-        )
-    ),
 }
