@@ -269,9 +269,11 @@ class FourBitWeight(QuantizedWeight):
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
         super()._carry(overlays)
-        # bitsandbytes' other layout for evaluation on some CPUs has no place for them.
-        if overlays:
-            self.module.support_avx512bf16_for_cpu = False
+        if hasattr(self.module, "support_avx512bf16_for_cpu"):
+            from bitsandbytes.functional import has_avx512bf16
+
+            # The other layout for evaluation on some CPUs has no place for them.
+            self.module.support_avx512bf16_for_cpu = not overlays and has_avx512bf16()
 
     @property
     def packed(self) -> Tensor:
@@ -283,8 +285,9 @@ class FourBitWeight(QuantizedWeight):
         state, codes = self.state, self._bytes()
         if self.shape[1] % state.blocksize or not launches(codes):
             return None
-        twice, second = state.state2, None
+        second = None
         if state.nested:
+            twice = state.state2
             second = twice.code, twice.absmax, twice.blocksize, state.offset
         scales = codes, state.code, self.scales, state.blocksize, second
         return dequantize_4bit(*scales, self.shape, dtype, mask, values)
