@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight
+from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight, keep_attached
 from speft_optim.kernels import CSR, gather_entries, launches, scatter_entries_
 from speft_optim.linear import tap_target
 from speft_optim.masks import Mask
@@ -109,6 +109,8 @@ class SparseWeight(nn.Module):
         known = not self._dense and weight is self._seen[0]
         if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
+        if not self._dense and not self._is_attached():
+            return "was quantised anew, its trained entries with it,"
         return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
 
     def _is_in_model(self, module: nn.Module) -> bool:
@@ -252,7 +254,20 @@ class SparseWeight(nn.Module):
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
         if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
-            self.synchronize()
+            if not self._was_merged():
+                self.synchronize()
+
+    def _was_merged(self) -> bool:
+        """Whether what took a quantised weight's place has the trained entries in it, as a dequantised or merged one.
+
+        The model is then right as it is; what can no longer be done is to train on.
+        """
+        module, _ = self._places[1].sites[0]
+        return not self._dense and not (self._is_in_model(module) and self._is_attached())
+
+    def _is_attached(self) -> bool:
+        """Whether a quantised weight has the values as entries."""
+        return any(values is self._linked[0] for _, values in self.base.overlays)
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Sampled gradient of a linear weight, (k,) fp32."""
@@ -322,6 +337,8 @@ class SparseWeight(nn.Module):
         weight = self._seen[0]
         if self._dense:
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
+        else:
+            keep_attached(weight, self.mask, self.values)
         self._seen = weight, self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:

@@ -9,9 +9,11 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,8 @@ _FLOATING = ("F64", "F32", "F16", "BF16")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PROBES = 4096
 _WEIGHTS = "model*.safetensors*"
+# By name the shape of a tensor to be written and what makes it.
+Tensors = dict[str, tuple[torch.Size, Callable[[], Tensor]]]
 # Of two weights, |a - b| / sqrt(|a|^2 + |b|^2): 1 for unrelated ones, about 0.07 for one and its 4-bit codes.
 _LARGEST_DISTANCE = 0.5
 
@@ -99,7 +103,7 @@ def _move_in(model: nn.Module, out: Path, limit: int) -> None:
 def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """All weights as the model computes with them, and its configuration without the quantiser's."""
     _flush(model)
-    tensors: dict[str, tuple[torch.Size, Callable[[], Tensor]]] = {}
+    tensors: Tensors = {}
     for name, target in all_targets(model).items():
         if linked(target.parameter) is None:
             weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
@@ -108,7 +112,7 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int)
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
                 tensors[f"{path}.{attribute}" if path else attribute] = (buffer.shape, lambda buffer=buffer: buffer)
-    _write_shards(tensors, folder, dtype, limit)
+    _write_shards(_as_in_base(model, tensors, dtype), folder, dtype, limit)
     config = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
         if hasattr(config, "quantization_config"):
@@ -117,6 +121,72 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int)
         config.save_pretrained(folder)
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.save_pretrained(folder)
+
+
+def _as_in_base(model: nn.Module, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """The tensors by the names and in the layout of the base checkpoint, as transformers' `save_pretrained` has them.
+
+    transformers renames some architectures' tensors when it loads them, and stacks experts; it also knows the way back.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return tensors
+    ignored = model._keys_to_ignore_on_save or ()
+    tensors = {name: made for name, made in tensors.items() if name not in ignored}
+    stand_ins = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, _) in tensors.items()}
+    whole = _revert(model, stand_ins)
+    if all(whole.get(name) is tensor for name, tensor in stand_ins.items()):
+        return tensors
+    conversion, found, together = _Conversion(model, tensors), {}, []
+    for name, tensor in stand_ins.items():
+        alone = _revert(model, {name: tensor})
+        # Not so where several tensors of the model make one of the checkpoint's.
+        if all(key in whole and whole[key].shape == part.shape and key not in found for key, part in alone.items()):
+            found |= {key: (part.shape, partial(conversion, (name,), key)) for key, part in alone.items()}
+        else:
+            together.append(name)
+    rest = tuple(together)
+    return found | {key: (t.shape, partial(conversion, rest, key)) for key, t in whole.items() if key not in found}
+
+
+class _Conversion:
+    """Makes tensors of the base checkpoint from some of the model's, which stay until others are asked for."""
+
+    def __init__(self, model: nn.Module, tensors: Tensors):
+        self.model, self.tensors = model, tensors
+        self.names: tuple[str, ...] = ()
+        self.made: dict[str, Tensor] = {}
+
+    def __call__(self, names: tuple[str, ...], key: str) -> Tensor:
+        """The tensor `key` of the checkpoint, of those that the model's tensors `names` make."""
+        if names != self.names:
+            self.made = {}
+            self.names, self.made = names, _revert(self.model, {name: self.tensors[name][1]() for name in names})
+        # They may be parts of one tensor, which a file cannot hold.
+        return self.made[key].clone() if len(self.made) > 1 else self.made[key]
+
+
+def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers' `save_pretrained` writes for some of the model's tensors, were the model not quantised."""
+    # Loaded with the model's class, and not imported here.
+    revert = sys.modules["transformers.core_model_loading"].revert_weight_conversion
+    noted = getattr(model, "_weight_conversions", None)
+    if noted is None:
+        return revert(model, tensors)
+    try:
+        model._weight_conversions = [conversion for conversion in noted if _has_way_back(conversion)]
+        return revert(model, tensors)
+    finally:
+        model._weight_conversions = noted
+
+
+def _has_way_back(conversion) -> bool:
+    """Whether a conversion of loading is one of names and layouts, and not a quantiser's, which has no way back."""
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, limit: int) -> None:
@@ -271,7 +341,7 @@ def _flush(model: nn.Module) -> None:
             weight.synchronize()
 
 
-def _write_shards(tensors: dict, folder: Path, dtype: torch.dtype, limit: int) -> None:
+def _write_shards(tensors: Tensors, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """Write named tensors, made one at a time, into files of at most `limit` bytes, and an index of more than one."""
     shards, sizes = [[]], [0]
     for name, (shape, _) in tensors.items():

@@ -1,7 +1,8 @@
 """The frozen weight behind one interface: a dense tensor, bitsandbytes int8 (LLM.int8 storage) or bitsandbytes 4-bit.
 
 A dense weight holds its trained entries itself. Codes cannot, so a quantised weight carries a list of overlays, masks
-with exact fp32 values, and *is* the dequantised codes with the overlays laid over; codes and scales are only read.
+with exact fp32 values, and *is* the dequantised codes with the overlays laid over; codes and scales are only read. The
+overlays travel with the scales (see `scales.py`), which every reader needs.
 
     int8    w = code * scale / 127, one fp32 scale a row
     4-bit   w = table[code] * scale, one scale for each run of `blocksize` flat positions, two codes in a byte; with
@@ -30,9 +31,11 @@ from speft_optim.kernels import (
     scatter_entries_,
 )
 from speft_optim.masks import Mask
+from speft_optim.scales import TRAINED, TrainedEntries, TrainedScales, trained_entries
 
 _CHUNK = 2**22
-_OVERLAYS = "_laid_over"
+# Under this name a layer that we compute knows its own name.
+LAYER_NAME = "_name_in_model"
 # Under this name a module holds its weights that lie elsewhere while a model is streamed (see `offload.py`).
 STREAMED = "_streamed_weights"
 
@@ -91,19 +94,48 @@ class DenseWeight:
 class QuantizedWeight:
     """The weight of a bitsandbytes linear layer: codes, scales, and overlays of exact values.
 
-    Subclasses read the codes: `_launch` and `_dequantize` all, `_panel` of rows, `_at` flat positions.
+    Subclasses read the codes: `_launch` and `_dequantize` all, `_panel` of rows, `_at` flat positions. The scales are
+    in `attribute` of `holder`, in bitsandbytes' own place.
     """
 
     # Of rows and entries, and of the gradient; what a product is formed in its input decides.
     dtype = torch.float32
+    attribute: str
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, module: nn.Module, holder: object):
+        self.module, self.holder = module, holder
 
     @property
     def overlays(self) -> list[tuple[Mask, Tensor]]:
         """(mask, values) pairs, later ones on top."""
-        return self.module.__dict__.get(_OVERLAYS, [])
+        entries = trained_entries(self.holder, self.attribute)
+        return [] if entries is None else entries.overlays
+
+    @property
+    def scales(self) -> Tensor:
+        """The plain scales, on the device of the codes."""
+        entries = trained_entries(self.holder, self.attribute)
+        scales = getattr(self.holder, self.attribute) if entries is None else entries.scales
+        if scales.device != self.device:
+            # bitsandbytes leaves those of an int8 weight behind that was quantised on another device and moved.
+            scales = scales.to(self.device)
+            kept = scales if entries is None else TrainedScales(TrainedEntries(scales, entries.overlays, entries.layer))
+            setattr(self.holder, self.attribute, kept)
+        return scales
+
+    def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
+        """Let the scales carry these overlays from now on, or be plain again without any."""
+        held, entries = getattr(self.holder, self.attribute), trained_entries(self.holder, self.attribute)
+        if entries is None:
+            if overlays:
+                name = self.module.__dict__.get(LAYER_NAME, "")
+                setattr(self.holder, self.attribute, TrainedScales(TrainedEntries(held, overlays, name)))
+        else:
+            # In place, for copies of the scales on another device.
+            entries.overlays[:] = overlays
+            if not overlays:
+                setattr(self.holder, self.attribute, entries.scales)
+        trained_entries(self.holder, self.attribute)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in `dtype`, newly made."""
@@ -148,7 +180,7 @@ class QuantizedWeight:
 
     def attach(self, mask: Mask, values: Tensor) -> None:
         """From now on `values`, which may change in place, are the weight's entries at `mask`."""
-        self.module.__dict__[_OVERLAYS] = [*self.overlays, (mask, values)]
+        self._carry([*self.overlays, (mask, values)])
 
     def release(self, values: Tensor) -> None:
         """`values` will change no more and may be forgotten, the weight keeps what they are now."""
@@ -156,9 +188,7 @@ class QuantizedWeight:
         indices = mask.indices.to(self.device)
         moved = entries != self.gather_base(indices)
         # One overlay of all entries, so that re-selecting masks does not pile them up; none where nothing was trained.
-        self.module.__dict__.pop(_OVERLAYS, None)
-        if bool(moved.any()):
-            self.attach(Mask(indices[moved], self.shape), entries[moved])
+        self._carry([(Mask(indices[moved], self.shape), entries[moved])] if bool(moved.any()) else [])
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:
         """The attached values: codes have no say in them."""
@@ -175,7 +205,7 @@ class QuantizedWeight:
             missing &= ~inside
         if bool(missing.any()):
             rest = (Mask(indices[missing], self.shape), values[missing])
-            self.module.__dict__[_OVERLAYS] = [rest, *self.overlays]
+            self._carry([rest, *self.overlays])
 
     def entries(self, mask: Mask | None = None) -> tuple[Mask, Tensor]:
         """What an adapter must hold for this weight: all entries that are not the codes'."""
@@ -189,12 +219,21 @@ class QuantizedWeight:
 class Int8Weight(QuantizedWeight):
     """Codes (out, in) int8 and one fp32 scale a row; bitsandbytes moves them from weight to state in first forward."""
 
+    attribute = "SCB"
+
     def __init__(self, module: nn.Module):
-        super().__init__(module)
-        weight, state = module.weight, module.state
-        scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
-        self.codes, self.scales = weight.detach(), scales
+        weight = module.weight
+        super().__init__(module, weight if _has_scales(weight) else module.state)
+        self.codes = weight.detach()
         self.shape, self.device = self.codes.shape, self.codes.device
+
+    def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
+        # Back to where they are before bitsandbytes' first forward: with the weight, and so wherever that goes.
+        weight, state = self.module.weight, self.module.state
+        if self.holder is state:
+            weight.SCB, self.holder = state.SCB, weight
+        weight.CB, state.CB, state.SCB = weight.data, None, None
+        super()._carry(overlays)
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
@@ -219,29 +258,40 @@ class Int8Weight(QuantizedWeight):
 class FourBitWeight(QuantizedWeight):
     """Two codes in a byte, high half first, in flat row-major order; scales for runs of `blocksize` positions."""
 
+    attribute = "absmax"
+
     def __init__(self, module: nn.Module):
-        super().__init__(module)
         state = _quantisation_state(module)
         if getattr(state, "packing_format_for_cpu", False):
             _unpack_cpu_layout(module)
             state = _quantisation_state(module)
+        super().__init__(module, state)
         self.state = state
-        self.shape, self.device = torch.Size(state.shape), module._parameters["weight"].device
+        self.shape, self.device = torch.Size(state.shape), module.weight.device
+
+    def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
+        super()._carry(overlays)
+        if hasattr(self.module, "support_avx512bf16_for_cpu"):
+            from bitsandbytes.functional import has_avx512bf16
+
+            # The other layout for evaluation on some CPUs has no place for them.
+            self.module.support_avx512bf16_for_cpu = not overlays and has_avx512bf16()
 
     @property
     def packed(self) -> Tensor:
         """The codes as bitsandbytes holds them."""
-        return self.module._parameters["weight"].detach()
+        return self.module.weight.detach()
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
         state, codes = self.state, self._bytes()
         if self.shape[1] % state.blocksize or not launches(codes):
             return None
-        twice, second = state.state2, None
+        second = None
         if state.nested:
+            twice = state.state2
             second = twice.code, twice.absmax, twice.blocksize, state.offset
-        scales = codes, state.code, state.absmax, state.blocksize, second
+        scales = codes, state.code, self.scales, state.blocksize, second
         return dequantize_4bit(*scales, self.shape, dtype, None if mask is None else mask.positions, values)
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -252,7 +302,7 @@ class FourBitWeight(QuantizedWeight):
 
         # As if each block were a row: the CPU kernel is wrong where a row is no whole number of blocks.
         state = copy.copy(self.state)
-        state.shape, state.dtype = torch.Size((count // size, size)), dtype
+        state.absmax, state.shape, state.dtype = self.scales, torch.Size((count // size, size)), dtype
         return by_bitsandbytes(self.packed, state).view(self.shape)
 
     def _panel(self, first: int, last: int) -> Tensor:
@@ -284,7 +334,7 @@ class FourBitWeight(QuantizedWeight):
 
     def _scales(self, blocks: Tensor) -> Tensor:
         """Scales of the given blocks, (k,) fp32; the scales' own codes resolved under double quantisation."""
-        scales, second = self.state.absmax[blocks], self.state.state2
+        scales, second = self.scales[blocks], getattr(self.state, "state2", None)
         if not self.state.nested:
             return scales.float()
         return second.code[scales.int()] * second.absmax[blocks // second.blocksize] + self.state.offset
@@ -319,6 +369,14 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if is_quantized_linear(module))
 
 
+def keep_attached(weight: Tensor, mask: Mask, values: Tensor) -> None:
+    """Let a copied weight follow the copied `values` of its top overlay: bitsandbytes copies scales on their own."""
+    state = getattr(weight, "quant_state", None)
+    holder, attribute = (weight, Int8Weight.attribute) if state is None else (state, FourBitWeight.attribute)
+    if hasattr(holder, attribute) and (entries := trained_entries(holder, attribute)) is not None:
+        entries.overlays[-1:] = [(mask, values)]
+
+
 def find(sorted_positions: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where each of `wanted` stands in `sorted_positions`, and whether it does (if not, the place means nothing)."""
     if not sorted_positions.numel():
@@ -339,8 +397,15 @@ def _layer_kind(cls: type) -> str | None:
 
 def _quantisation_state(module: nn.Module):
     """Scales, table and shape of a 4-bit layer; on the module alone where a copy or wrapper lost the weight's."""
-    state = getattr(module._parameters["weight"], "quant_state", None)
+    state = getattr(module.weight, "quant_state", None)
     return state if state is not None else module.quant_state
+
+
+def _has_scales(weight: Tensor) -> bool:
+    """Whether an int8 weight has its scales with it, and not its layer's state."""
+    # A compiler cannot look at scales that carry entries.
+    noted = torch.compiler.is_compiling() and getattr(weight, TRAINED, None) is not None
+    return noted or getattr(weight, "SCB", None) is not None
 
 
 def _unpack_cpu_layout(module: nn.Module) -> None:

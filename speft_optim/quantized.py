@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.export import as_stored, save_merged
-from speft_optim.frozen import QuantizedWeight, frozen_weight, quantized_linears
+from speft_optim.frozen import LAYER_NAME, QuantizedWeight, frozen_weight, quantized_linears
 from speft_optim.kernels import gather_entries
 from speft_optim.linear import Sink, keep_input, take_keeper
 from speft_optim.masks import Mask
+from speft_optim.scales import plain_scales
 
 # What transformers and trl read as "a purely quantised model, which cannot train" and act upon: Trainer refuses the
 # model, SFTTrainer casts whatever trains to bf16.
@@ -84,8 +85,9 @@ class FrozenForward:
     a floating `<layer>.weight` as a merged checkpoint has: its trained entries are taken over and the codes stay.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, name: str = ""):
         self.module = module
+        module.__dict__[LAYER_NAME] = name
         # accelerate wraps a forward to move inputs between devices; within its wrapper is the place of the layer's own.
         self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.before = module.__dict__.get(self.attribute)
@@ -123,6 +125,7 @@ class FrozenForward:
         """Give the layer its own forward back."""
         for hook in self.hooks:
             hook.remove()
+        self.module.__dict__.pop(LAYER_NAME, None)
         del self.module.__dict__[self.attribute]
         if self.before is not None:
             self.module.__dict__[self.attribute] = self.before
@@ -141,6 +144,8 @@ class Feed:
 
 
 def _save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for key, part in state.items():
+        state[key] = plain_scales(part)
     mask, values = frozen_weight(module).entries()
     if len(mask):
         state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
@@ -200,14 +205,16 @@ def _reset(weight: QuantizedWeight, saved: Mask | None) -> None:
 
 def take_over(model: nn.Module) -> None:
     """Compute every bitsandbytes linear of the model, masked or not, as a frozen linear layer. Does nothing twice."""
-    layers = [module for _, module in quantized_linears(model)]
-    for module in layers:
+    layers = dict(quantized_linears(model))
+    for name, module in layers.items():
         if forward_of(module) is None:
-            FrozenForward(module)
+            FrozenForward(module, name)
     if layers and _REPLICA_HOOK not in model.__dict__:
         model.__dict__[_REPLICA_HOOK] = model.register_forward_pre_hook(_refuse_replica, prepend=True)
-    if layers and hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = _SaveMerged(model)
+    for part in model.modules():
+        # The model and those in it, as the one without its head.
+        if hasattr(part, "save_pretrained") and next(quantized_linears(part), None) is not None:
+            part.__dict__["save_pretrained"] = _SaveMerged(part)
 
 
 def _refuse_replica(model: nn.Module, args: tuple) -> None:
@@ -245,8 +252,9 @@ def hand_back(model: nn.Module) -> None:
         return
     if _REPLICA_HOOK in model.__dict__:
         model.__dict__.pop(_REPLICA_HOOK).remove()
-    if isinstance(model.__dict__.get("save_pretrained"), _SaveMerged):
-        del model.__dict__["save_pretrained"]
+    for part in model.modules():
+        if isinstance(part.__dict__.get("save_pretrained"), _SaveMerged):
+            del part.__dict__["save_pretrained"]
 
 
 @contextmanager

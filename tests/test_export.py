@@ -649,3 +649,138 @@ def test_a_quantised_checkpoint_is_no_base_and_no_original(kind, original, tmp_p
     with pytest.raises(ValueError, match=refusal):
         export_merged(model, tmp_path / "out", base=tmp_path / "codes")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names in the merged checkpoint of a quantised model
+
+
+def architectures_with_other_names():
+    """Whose tensors have other names or layouts in checkpoints than in memory, tiny."""
+    import transformers as tf
+
+    text = dict(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    wide = dict(text, head_dim=16)
+    image = dict(intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
+    latent = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, v_head_dim=16, qk_nope_head_dim=8, head_dim=8)
+    groups = dict(n_routed_experts=8, n_group=2, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+    rope = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)
+    return {
+        "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig(**wide, num_local_experts=4)),
+        "qwen2_moe": (
+            tf.Qwen2MoeForCausalLM,
+            tf.Qwen2MoeConfig(
+                **text,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                shared_expert_intermediate_size=64,
+            ),
+        ),
+        "deepseek_v3": (
+            tf.DeepseekV3ForCausalLM,
+            tf.DeepseekV3Config(**text, **latent, **groups, moe_intermediate_size=64, num_experts_per_tok=2),
+        ),
+        "gemma3": (
+            tf.Gemma3ForConditionalGeneration,
+            tf.Gemma3Config(text_config=wide, vision_config=dict(image, hidden_size=64), mm_tokens_per_image=4),
+        ),
+        "llava": (
+            tf.LlavaForConditionalGeneration,
+            tf.LlavaConfig(
+                text_config=tf.LlamaConfig(**text),
+                vision_config=tf.CLIPVisionConfig(**image, hidden_size=64, projection_dim=64),
+            ),
+        ),
+        "qwen2_vl": (
+            tf.Qwen2VLForConditionalGeneration,
+            tf.Qwen2VLConfig(
+                text_config=dict(text, rope_parameters=rope),
+                vision_config=dict(depth=1, embed_dim=64, hidden_size=64, num_heads=4),
+            ),
+        ),
+    }
+
+
+def shapes_in(folder):
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gemma3", "llava", "qwen2_vl"])
+def test_the_merged_checkpoint_has_the_names_and_layout_of_the_base(name, tmp_path):
+    from quantized_models import configuration
+
+    torch.manual_seed(0)
+    cls, config = architectures_with_other_names()[name]
+    cls(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(
+        tmp_path / "base", quantization_config=configuration("nf4"), dtype=torch.float32, device_map="cpu"
+    ).eval()
+    masks = select_masks(model, salience="random", density=0.2, progress=False)
+    batch = dict(input_ids=torch.arange(3, 19).view(2, 8))
+    optimizer = SparseAdamW(sparsify(model, masks), lr=0.05)
+    model(**batch).logits.float().square().mean().backward()
+    optimizer.step()
+    in_memory = set(model.state_dict())
+    base = shapes_in(tmp_path / "base")
+    assert not set(base) <= in_memory, "the names are those in memory, and the test shows nothing"
+    model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
+    export_merged(model, tmp_path / "exported")
+    for folder in ("saved", "exported"):
+        assert shapes_in(tmp_path / folder) == base
+        plain = cls.from_pretrained(tmp_path / folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            found, expected = plain(**batch).logits, model(**batch).logits
+        # Rounded to bf16 once.
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_was_stored_quantised_is_saved_merged_too(kind, original, tmp_path):
+    """What loaded its codes has no way back, which transformers' own saving of it stumbles over."""
+    import transformers as tf
+
+    load_quantized(original, kind).save_pretrained(tmp_path / "codes")
+    model = train(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "codes", dtype=torch.float32, device_map="cpu"))
+    model.save_pretrained(tmp_path / "merged")
+    expected = model(**token_batch()).logits
+    assert (reload(tmp_path / "merged")(**token_batch()).logits - expected).norm() < 0.02 * expected.norm()
+
+
+def test_only_what_a_conversion_makes_from_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
+    """Experts are taken apart layer by layer, and a model that is stored as it is in memory is not converted at all."""
+    import transformers as tf
+    from quantized_models import configuration
+
+    torch.manual_seed(0)
+    cls, config = architectures_with_other_names()["mixtral"]
+    cls(config).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base", quantization_config=configuration("nf4"), device_map="cpu")
+    sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    asked = []
+
+    def watched(model, tensors):
+        if not next(iter(tensors.values())).is_meta:
+            asked.append(list(tensors))
+        return tf.core_model_loading.revert_weight_conversion(model, tensors)
+
+    monkeypatch.setattr(module_export, "_revert", watched)
+    model.save_pretrained(tmp_path / "saved")
+    assert all(len(names) == 1 for names in asked)
+    assert len(asked) == len({names[0] for names in asked}), "a tensor was converted twice"

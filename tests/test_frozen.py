@@ -87,6 +87,40 @@ def test_a_card_reads_what_the_definition_says(kind, shape):
     assert torch.equal(weight.rows(0, shape[0]), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["int8", "nf4", "double"])
+def test_a_layer_quantised_and_trained_on_the_cpu_moves_to_a_gpu_and_back(kind):
+    module, _ = layer(kind, (96, 192))
+    expected = by_definition(module, kind)
+    places = torch.arange(0, expected.numel(), 7)
+    frozen_weight(module).put(Mask(places, expected.shape), torch.full((len(places),), 3.0))
+    expected.view(-1)[places] = 3.0
+    for device in ("cuda", "cpu", "cuda"):
+        module = module.to(device)
+        weight = frozen_weight(module)
+        assert weight.scales.device == module.weight.device == weight.dense(torch.float32).device
+        assert torch.equal(weight.dense(torch.float32).cpu(), expected)
+        if kind == "int8":
+            theirs = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+        else:
+            theirs = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert_close(theirs.cpu().float(), expected)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_scales_that_were_left_on_another_device_are_brought_to_the_codes(trained):
+    """As bitsandbytes leaves those of an int8 weight that was quantised on the CPU and moved to a GPU."""
+    module, _ = layer("int8", (30, 50))
+    if trained:
+        frozen_weight(module).put(Mask(torch.tensor([7]), (30, 50)), torch.tensor([3.0]))
+    weight = frozen_weight(module)
+    # The one other device that is everywhere.
+    weight.device = torch.device("meta")
+    assert weight.scales.is_meta and module.weight.SCB.is_meta
+    assert len(frozen_weight(module).overlays) == trained
+
+
 def test_reads_as_bitsandbytes_does_where_that_is_right():
     for kind, shape in (("nf4", (64, 128)), ("double", (16, 64)), ("nf4", (30, 50))):
         module, _ = layer(kind, shape, torch.bfloat16)

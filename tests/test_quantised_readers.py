@@ -1,0 +1,583 @@
+"""Trained entries of a quantised layer: whoever reads, copies, moves, merges or saves it gets them, or a clear error.
+
+Each path is tried in three states (sparsified, desparsified, adapter loaded), for int8, nf4 and nf4 with double
+quantisation. A path either gives the weights that the model computes with, or raises with nothing written and the
+model computing what it did.
+"""
+
+import copy
+import io
+import pickle
+import warnings
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from conftest import assert_close, token_batch
+from quantized_models import KINDS, load_quantized, save_original
+from torch import nn
+
+from speft_optim import SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim.frozen import frozen_weight, quantized_linears
+
+STATES = ["sparsified", "desparsified", "loaded"]
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    # Rows of whole blocks: bitsandbytes itself is wrong about others on the CPU.
+    return save_original(tmp_path_factory.mktemp("base") / "llama", intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def models(original, tmp_path_factory):
+    """A trained model of each kind in each state, to be copied by the tests."""
+    made = {}
+    for kind in KINDS:
+        base = load_quantized(original, kind)
+        for state in STATES:
+            model = copy.deepcopy(base)
+            train(model)
+            if state == "desparsified":
+                desparsify(model)
+            elif state == "loaded":
+                adapter = tmp_path_factory.mktemp("adapter") / "a.safetensors"
+                save_adapter(model, adapter)
+                model = copy.deepcopy(base)
+                load_adapter(model, adapter)
+            made[kind, state] = model
+    return made
+
+
+def train(model, steps=2):
+    optimizer = SparseAdamW(
+        sparsify(model, select_masks(model, salience="random", density=0.2, progress=False)), lr=0.1
+    )
+    for seed in range(steps):
+        model(**token_batch(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(params=[(kind, state) for kind in KINDS for state in STATES], ids="-".join)
+def model(request, models):
+    return copy.deepcopy(models[request.param])
+
+
+def effective(model):
+    """Every quantised weight as the model computes with it, fp32, by name."""
+    return {f"{name}.weight": frozen_weight(module).dense(torch.float32) for name, module in quantized_linears(model)}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**token_batch(7)).logits
+
+
+def is_int8(module):
+    return isinstance(module, bnb.nn.Linear8bitLt)
+
+
+def near(actual, weight):
+    """Equal up to the rounding of a dequantised weight to a 16-bit dtype."""
+    assert_close(actual.float(), weight.float(), rtol=1e-2, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers of one layer
+
+
+def by_transformers(module):
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(module.weight, module.state if is_int8(module) else None)
+
+
+def by_peft(module):
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module)
+
+
+def by_peft_loftq(module):
+    """As `replace_lora_weights_loftq` and `peft.helpers` read it."""
+    if is_int8(module):
+        return bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+    return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+def by_the_parameter_itself(module):
+    """Not by its data: then the parameter's class answers for all arguments."""
+    if is_int8(module):
+        return bnb.functional.int8_vectorwise_dequant(module.weight, module.weight.SCB)
+    return bnb.functional.dequantize_4bit(module.weight, module.weight.quant_state)
+
+
+def by_products(module):
+    """The layer's own columns, by an identity through its forward."""
+    return module(torch.eye(module.in_features)).t()
+
+
+def by_bitsandbytes_forward(module):
+    return type(module).forward(module, torch.eye(module.in_features)).t()
+
+
+def by_bitsandbytes_forward_in_training(module):
+    module.train()
+    return type(module).forward(module, torch.eye(module.in_features).requires_grad_()).t()
+
+
+def by_bitsandbytes_matmul(module):
+    x = torch.eye(module.in_features)
+    if is_int8(module):
+        state = copy.copy(module.state)
+        state.CB, state.SCB = module.weight.data, module.weight.SCB
+        return bnb.matmul(x, module.weight, state=state).t()
+    return bnb.matmul_4bit(x, module.weight, quant_state=module.weight.quant_state).t()
+
+
+def by_bitsandbytes_backward(module):
+    """The input gradient of bitsandbytes' product."""
+    x = torch.zeros(module.out_features, module.in_features, requires_grad=True)
+    type(module).forward(module, x).backward(torch.eye(module.out_features))
+    return x.grad
+
+
+def by_gemv(module):
+    x = torch.eye(module.in_features)[:1]
+    if is_int8(module):
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(x.half())
+        return torch.ops.bitsandbytes.int8_scaled_mm(codes, module.weight.data, scales, module.weight.SCB)
+    return bnb.functional.gemv_4bit(x, module.weight, state=module.weight.quant_state)
+
+
+def by_arithmetic(module):
+    """The formula itself, as in libraries' own kernels."""
+    if is_int8(module):
+        return module.weight.data * module.weight.SCB.view(-1, 1) / 127
+    state = module.weight.quant_state
+    return state.absmax.repeat_interleave(state.blocksize)
+
+
+def by_pointer(module):
+    """As libraries that launch kernels of their own on addresses."""
+    return (module.weight.SCB if is_int8(module) else module.weight.quant_state.absmax).data_ptr()
+
+
+def by_numpy(module):
+    return (module.weight.SCB if is_int8(module) else module.weight.quant_state.absmax).cpu().numpy()
+
+
+def by_another_layer_with_its_weight(module):
+    other = copy.copy(module)
+    other.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
+    other._parameters = dict(module._parameters)
+    return by_transformers(other)
+
+
+def by_compiled_forward(module):
+    return torch.compile(module, backend="eager", fullgraph=True)(torch.eye(module.in_features)).t()
+
+
+READERS = [value for name, value in list(globals().items()) if name.startswith("by_")]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_whoever_reads_the_layer_gets_the_trained_entries_or_a_clear_error(model, read):
+    module = model.get_submodule(LAYER)
+    before, expected = effective(model)[f"{LAYER}.weight"], logits(model)
+    codes_alone = frozen_weight(module).dense_base(torch.float32)
+    assert (before - codes_alone).abs().max() > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = read(module)
+        except RuntimeError as error:
+            assert LAYER in str(error) and "export_merged" in str(error)
+        else:
+            if read is by_gemv:
+                near(found[0], before[:, 0])
+            else:
+                near(found, before)
+    assert torch.equal(effective(model)[f"{LAYER}.weight"], before)
+    assert torch.equal(logits(model), expected), "reading changed the model"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies and moves of a layer
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved_whole(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def with_a_copied_weight(module):
+    module.weight = copy.deepcopy(module.weight)
+    return module
+
+
+def with_a_shallow_copy_of_its_weight(module):
+    module.weight = copy.copy(module.weight)
+    return module
+
+
+def with_a_moved_weight(module):
+    module.weight = module.weight.to("cpu")
+    return module
+
+
+def parent_copied(module):
+    return copy.deepcopy(nn.ModuleList([module]))[0]
+
+
+def without_our_forward(module):
+    """As a library that gives the layer another forward, and as bitsandbytes' own."""
+    module.__dict__.pop("forward")
+    return module
+
+
+def as_another_instance(module):
+    """A fresh layer of bitsandbytes' that is given the weight, as libraries that exchange layers do."""
+    made = dict(bias=False) | (dict(has_fp16_weights=False) if is_int8(module) else dict(quant_type="nf4"))
+    other = type(module)(module.in_features, module.out_features, **made)
+    other.weight = module.weight
+    return other
+
+
+MOVES = [
+    copy.deepcopy,
+    copy.copy,
+    pickled,
+    saved_whole,
+    with_a_copied_weight,
+    with_a_shallow_copy_of_its_weight,
+    with_a_moved_weight,
+    parent_copied,
+    without_our_forward,
+    as_another_instance,
+    lambda module: module.cpu(),
+    lambda module: module.to("cpu"),
+    lambda module: module.float(),
+    lambda module: module.half(),
+    lambda module: module.bfloat16(),
+    lambda module: module.to(torch.float64),
+    lambda module: module.eval(),
+    lambda module: module.train().requires_grad_(False),
+]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_copies_and_moves_of_a_layer_carry_the_trained_entries(model, move):
+    module = model.get_submodule(LAYER)
+    before = frozen_weight(module).dense(torch.float32)
+    moved = move(module)
+    assert torch.equal(frozen_weight(moved).dense(torch.float32), before)
+    # torch pickles the weight as a plain parameter that has the scales; transformers then sees no quantised one.
+    if type(moved.weight) is not nn.Parameter:
+        near(by_transformers(moved), before)
+
+
+def test_a_copied_layer_is_trained_on_its_own(models):
+    for kind in KINDS:
+        model = copy.deepcopy(models[kind, "sparsified"])
+        twin = copy.deepcopy(model.model)
+        expected = effective(model)
+        layer = twin.get_submodule(LAYER.removeprefix("model."))
+        with torch.no_grad():
+            layer.sparse_weight.values.add_(1)
+        assert all(torch.equal(weight, effective(model)[name]) for name, weight in expected.items())
+        mask = layer.sparse_weight.mask
+        moved = frozen_weight(layer).gather(mask.indices) - frozen_weight(model.get_submodule(LAYER)).gather(
+            mask.indices
+        )
+        assert_close(moved, torch.ones_like(moved))
+
+
+def test_offloading_is_refused_before_the_scales_are_gone(model, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    for offload, options in ((cpu_offload, {}), (disk_offload, {"offload_dir": str(tmp_path)})):
+        twin = copy.deepcopy(model)
+        expected = effective(twin)
+        with pytest.raises((RuntimeError, ValueError), match="trained entries.*export_merged"):
+            offload(twin, execution_device="cpu", **options)
+        assert all(torch.equal(weight, expected[name]) for name, weight in effective(twin).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model: replaced, merged, saved
+
+
+def loss_of(model):
+    with torch.no_grad():
+        return model(**token_batch(0)).loss.item()
+
+
+def plain(folder, kind="AutoModelForCausalLM"):
+    import transformers as tf
+
+    return getattr(tf, kind).from_pretrained(folder, dtype=torch.float32)
+
+
+def holds(model, expected):
+    """Whether a plain model has the trained weights, rounded to bf16 at most."""
+    for name, weight in expected.items():
+        near(model.get_parameter(name), weight)
+
+
+def test_a_dequantised_model_is_the_trained_one_and_so_is_what_it_saves(model, tmp_path):
+    expected, loss, untrained = effective(model), loss_of(model), copy.deepcopy(model)
+    for _, module in quantized_linears(untrained):
+        frozen_weight(module)._carry([])
+    assert abs(loss_of(untrained) - loss) > 0.05
+    dense = model.dequantize()
+    assert next(quantized_linears(dense), None) is None
+    holds(dense, expected)
+    assert loss_of(dense) == pytest.approx(loss, abs=5e-3)
+    dense.save_pretrained(tmp_path / "saved")
+    holds(plain(tmp_path / "saved"), expected)
+    if "_before_sparsify" in dense.__dict__:
+        desparsify(dense)
+        assert loss_of(dense) == pytest.approx(loss, abs=5e-3)
+
+
+def by_root(model, folder):
+    model.save_pretrained(folder)
+    return plain(folder), ""
+
+
+def by_options(model, folder):
+    model.save_pretrained(folder, safe_serialization=True, max_shard_size="20KB")
+    return plain(folder), ""
+
+
+def by_inner_model(model, folder):
+    model.model.save_pretrained(folder)
+    return plain(folder, "AutoModel"), "model."
+
+
+def by_copy_of_inner_model(model, folder):
+    copy.deepcopy(model.model).save_pretrained(folder)
+    return plain(folder, "AutoModel"), "model."
+
+
+def by_export(model, folder):
+    from speft_optim import export_merged
+
+    export_merged(model, folder)
+    return plain(folder), ""
+
+
+def by_accelerator(model, folder):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.unwrap_model(model).save_pretrained(folder, state_dict=accelerator.get_state_dict(model))
+    return plain(folder), ""
+
+
+def by_wrapper(model, folder):
+    nn.DataParallel(model).module.save_pretrained(folder)
+    return plain(folder), ""
+
+
+SAVES = [by_root, by_options, by_inner_model, by_copy_of_inner_model, by_export, by_accelerator, by_wrapper]
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_whatever_saves_the_model_writes_the_trained_weights(model, save, tmp_path):
+    expected = effective(model)
+    found, prefix = save(model, tmp_path / "saved")
+    holds(found, {name.removeprefix(prefix): weight for name, weight in expected.items()})
+
+
+def states_of_torch(model, folder):
+    torch.save(model.state_dict(), folder / "state.pt")
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def state_of_inner_model(model, folder):
+    return {f"model.{key}": part for key, part in model.model.state_dict().items()}
+
+
+def states_of_layers(model, folder):
+    return {
+        f"{name}.{key}": part
+        for name, module in quantized_linears(model)
+        for key, part in copy.deepcopy(module).state_dict().items()
+    }
+
+
+def state_of_accelerate(model, folder):
+    from accelerate import Accelerator
+    from safetensors.torch import load_file
+
+    Accelerator(cpu=True).save_model(model, str(folder))
+    return load_file(folder / "model.safetensors")
+
+
+STATE_DICTS = [states_of_torch, state_of_inner_model, states_of_layers, state_of_accelerate]
+
+
+@pytest.mark.parametrize("read", STATE_DICTS)
+def test_state_dicts_carry_the_trained_entries_and_are_plain_tensors(model, models, read, tmp_path):
+    expected = effective(model)
+    state = read(model, tmp_path)
+    assert not any(type(part).__name__ == "TrainedScales" for part in state.values())
+    assert all(f"{name.removesuffix('weight')}trained_values" in state for name in expected)
+    fresh = copy.deepcopy(model)
+    for _, module in quantized_linears(fresh):
+        for _, values in frozen_weight(module).overlays:
+            values.detach().zero_()
+    assert not torch.equal(effective(fresh)[f"{LAYER}.weight"], expected[f"{LAYER}.weight"])
+    fresh.load_state_dict(state, strict=False)
+    assert all(torch.equal(weight, expected[name]) for name, weight in effective(fresh).items())
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft")
+    options = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"], **options}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+    return wrapped
+
+
+def disturb(wrapped):
+    """Make of the LoRA factors a change that is felt."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+
+
+@pytest.mark.parametrize("state", ["desparsified", "loaded"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_a_merged_lora_change_arrives_at_every_entry_and_the_trained_ones_stay(models, kind, state, options):
+    model = copy.deepcopy(models[kind, state])
+    before = effective(model)
+    wrapped = lora(model, **options)
+    disturb(wrapped)
+    base = wrapped.get_base_model()
+    change = {
+        f"{name}.weight": layer.get_delta_weight("default").detach()
+        for name, layer in base.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    expected = logits(wrapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = wrapped.merge_and_unload()
+    after = effective(merged)
+    for name, weight in before.items():
+        if name not in change:
+            assert torch.equal(after[name], weight)
+        else:
+            # Quantised anew, the trained entries with the rest: as far off as codes are.
+            step = 0.01 if kind == "int8" else 0.2
+            target = weight + change[name] if not options.get("use_dora") else after[name]
+            assert (after[name] - target).abs().max() < step * target.abs().max()
+            assert not frozen_weight(merged.get_submodule(name.removesuffix(".weight"))).overlays
+    error = (logits(merged) - expected).norm() / expected.norm()
+    assert error < 0.25
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_and_unmerging_keeps_the_trained_function(models, kind):
+    model = copy.deepcopy(models[kind, "desparsified"])
+    before = effective(model)
+    wrapped = lora(model)
+    disturb(wrapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.merge_adapter()
+        wrapped.unmerge_adapter()
+    for name, layer in wrapped.get_base_model().named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            weight, base = before[f"{name}.weight"], layer.get_base_layer()
+            step = 0.02 if kind == "int8" else 0.4
+            assert (frozen_weight(base).dense(torch.float32) - weight).abs().max() < step * weight.abs().max()
+
+
+@pytest.mark.parametrize("init", ["gaussian", "olora", "pissa", "orthogonal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_initialisations_keep_the_trained_function_or_raise(models, kind, init):
+    model = copy.deepcopy(models[kind, "desparsified"])
+    expected = logits(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = lora(model, init_lora_weights=init)
+    except (TypeError, RuntimeError) as error:
+        # peft's own refusals of quantised weights.
+        assert "PiSSA" in str(error) or "require gradients" in str(error)
+        assert torch.equal(logits(model), expected)
+    else:
+        error = (logits(wrapped) - expected).norm() / expected.norm()
+        assert error < 0.25, error
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_preparing_for_kbit_training_keeps_the_trained_function(models, kind, state):
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(models[kind, state])
+    expected = effective(model)
+    prepared = peft.prepare_model_for_kbit_training(model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in effective(prepared).items())
+
+
+def test_adapters_unload_to_the_base_and_merge_for_good(models):
+    from speft_optim import merge_adapters, unload_adapter
+
+    for kind in KINDS:
+        model = copy.deepcopy(models[kind, "loaded"])
+        expected = effective(model)
+        merged = copy.deepcopy(model)
+        merge_adapters(merged)
+        near(by_transformers(merged.get_submodule(LAYER)), expected[f"{LAYER}.weight"])
+        unload_adapter(model)
+        layer = model.get_submodule(LAYER)
+        assert not frozen_weight(layer).overlays and "forward" not in layer.__dict__
+        scales = layer.weight.SCB if is_int8(layer) else layer.weight.quant_state.absmax
+        assert type(scales) is torch.Tensor
+        near(by_transformers(layer), frozen_weight(layer).dense_base(torch.float32))
+
+
+def requantised(module):
+    """As peft's merge leaves the layer: with a new parameter, of what transformers or peft dequantised."""
+    weight = by_transformers(module)
+    if is_int8(module):
+        module.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+        module.state.reset_grads()
+    else:
+        kwargs = {key: part for key, part in module.weight.__dict__.items() if key not in ("data", "requires_grad")}
+        kwargs["bnb_quantized"] = False
+        module.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kwargs).to("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_quantised_anew_in_training_computes_on_and_is_not_trained_in_silence(models, kind):
+    model = copy.deepcopy(models[kind, "sparsified"])
+    loss = loss_of(model)
+    optimizer = SparseAdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _, module in quantized_linears(model):
+        before = frozen_weight(module).dense(torch.float32)
+        requantised(module)
+        after = frozen_weight(module)
+        assert not after.overlays and (after.dense(torch.float32) - before).abs().max() < 0.2 * before.abs().max()
+    assert loss_of(model) == pytest.approx(loss, abs=0.2)
+    model(**token_batch(0)).loss.backward()
+    with pytest.raises(ValueError, match="was quantised anew, its trained entries with it.*call desparsify"):
+        optimizer.step()
+    merged = effective(model)
+    desparsify(model)
+    assert all(torch.equal(weight, merged[name]) for name, weight in effective(model).items())
