@@ -79,7 +79,8 @@ def draw_quality() -> Figure:
         for place, point in zip(places, points, strict=True):
             axes.scatter([place] * len(point["losses"]), point["losses"], s=14, color=colour, alpha=0.45, linewidths=0)
     axes.axhline(data["full"], color="#888888", linewidth=1, linestyle=(0, (1, 3)))
-    axes.text(axes.get_xlim()[0], data["full"], "full fine-tuning", ha="left", va="bottom", fontsize=9, color="#555555")
+    label = dict(ha="left", va="bottom", fontsize=9, color="#555555", transform=axes.get_yaxis_transform())
+    axes.text(0.01, data["full"], "full fine-tuning", **label)
     budgets = sorted({point["entries"] for point in data["methods"]})
     axes.set_xscale("log")
     names = [f"{count / 1e6:.1f} M\n{100 * count / data['trainable']:.2f} %" for count in budgets]
