@@ -2,7 +2,8 @@
 
     python docs/figures.py
 
-Writes `docs/cost_llama3-8b.png` and `docs/quality_smollm2.png`. The numbers' conditions stand in the data files.
+Writes `docs/cost_llama3-8b.png`, `docs/quality_smollm2.png` and `docs/concentration.png`. The numbers' conditions stand
+in the data files; `recipes/mask_profile.json` tells where a mask lies.
 """
 
 import json
@@ -27,6 +28,7 @@ STYLES = {
     "static snip": ("#009E73", "^", "-"),
     "moving snip": ("#0072B2", "D", ":"),
 }
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0A0C0", "#0072B2", "#D55E00")
 BASES = ("bf16", "int8", "NF4")
 
 
@@ -96,11 +98,40 @@ def draw_quality() -> Figure:
     return figure
 
 
-def main() -> None:
-    """Draw all pictures."""
-    for name, figure in (("cost_llama3-8b.png", draw_cost()), ("quality_smollm2.png", draw_quality())):
+def draw_concentration() -> Figure:
+    """Draw how many masked entries the rows and columns of each projection hold, from the emptiest to the fullest."""
+    profile = json.loads((DOCS.parent / "recipes" / "mask_profile.json").read_text())["quantiles"]["0.01"]
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, name in zip(panels, ("rows", "cols"), ("rows", "columns"), strict=True):
+        for (projection, counts), colour in zip(profile.items(), COLOURS, strict=True):
+            shares = [100 * step / (len(counts[key]) - 1) for step in range(len(counts[key]))]
+            axes.plot(shares, counts[key], color=colour, label=projection)
+        axes.axhline(1, color="#888888", linewidth=1, linestyle=(0, (1, 3)))
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
+        axes.set(
+            xlabel=f"{name} of a weight, emptiest first (%)", title=name.capitalize(), xlim=(0, 100), ylim=(0, 100)
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#EEEEEE", zorder=0)
+    panels[0].set_ylabel("masked entries / mean")
+    panels[0].legend(frameon=False, fontsize=9)
+    figure.suptitle("Where a gradient mask lies: SmolLM2-135M, GSM8K, 1 %, mean of 30 layers")
+    return figure
+
+
+def main(folder: Path = DOCS) -> None:
+    """Draw all pictures into a folder."""
+    pictures = {
+        "cost_llama3-8b.png": draw_cost,
+        "quality_smollm2.png": draw_quality,
+        "concentration.png": draw_concentration,
+    }
+    for name, draw in pictures.items():
+        figure = draw()
         FigureCanvasAgg(figure)
-        figure.savefig(DOCS / name, dpi=130)
+        figure.savefig(folder / name, dpi=130)
 
 
 if __name__ == "__main__":

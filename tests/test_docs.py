@@ -1,5 +1,6 @@
 """README and docs: their Python runs, their links lead somewhere, and pictures and tables tell the same numbers."""
 
+import importlib.util
 import json
 import os
 import re
@@ -233,3 +234,15 @@ def test_numbers_of_the_pictures_stand_in_the_tables():
         assert f"{row['step_ms']} " in text and f"{row['peak_gib']:.2f}" in text, row
     for point in json.loads((ROOT / "docs" / "data" / "quality.json").read_text())["methods"]:
         assert f"{mean(point['losses']):.4f}" in text, point
+
+
+def test_every_picture_is_drawn_and_shown(tmp_path):
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    figures.main(tmp_path)
+    drawn = {picture.name for picture in tmp_path.iterdir()}
+    kept = {picture.name for picture in (ROOT / "docs").glob("*.png")}
+    assert drawn <= kept and len(drawn) == 3
+    text = "".join(page.read_text() for page in PAGES)
+    assert all(name in text for name in kept)
