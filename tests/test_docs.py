@@ -1,16 +1,23 @@
-"""The README's Python blocks run as they stand."""
+"""README and docs: their Python runs, their links lead somewhere, and pictures and tables tell the same numbers."""
 
+import importlib.util
+import json
+import os
 import re
 import types
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 from conftest import tiny_model, token_batch
 
 import speft_optim
+from speft_optim import SparseAdamW, save_adapter, select_masks, sparsify
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -28,52 +35,214 @@ class Rows(torch.utils.data.Dataset):
 
 
 def surroundings(folder):
-    """The names that a reader of the README has already: a model, batches, and the libraries of the block."""
+    """The names that a reader of the README has already: a model, batches, masks, and the libraries."""
+    import transformers
     from accelerate import Accelerator
-    from transformers import Trainer, TrainingArguments
 
     torch.manual_seed(0)
     model, batches = tiny_model(), [token_batch(seed) for seed in range(3)]
-    masks = speft_optim.select_masks(model, batches, density=0.05, progress=False)
-    names = dict(model=model, batches=batches, masks=masks, base=tiny_model(), torch=torch, dataset=Rows())
-    names["self"] = types.SimpleNamespace(model=tiny_model())
-    names |= {name: getattr(speft_optim, name) for name in speft_optim.__all__}
-    arguments = dict(per_device_train_batch_size=2, max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
-    names |= dict(Trainer=Trainer, training_arguments=TrainingArguments(output_dir=folder / "trainer", **arguments))
+    masks = select_masks(model, batches, density=0.05, progress=False)
+    names = {name: getattr(speft_optim, name) for name in speft_optim.__all__}
+    names |= dict(model=model, batches=batches, masks=masks, base=tiny_model(), torch=torch, Path=Path, dataset=Rows())
+    options = dict(per_device_train_batch_size=2, max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
+    names |= dict(arguments=transformers.TrainingArguments(output_dir=folder / "trainer", **options))
     names |= dict(accelerator=Accelerator(cpu=True), loader=torch.utils.data.DataLoader(Rows(), batch_size=2))
+    for name in ("Trainer", "AutoModelForCausalLM", "BitsAndBytesConfig"):
+        names[name] = getattr(transformers, name)
     return names
 
 
-def test_the_first_blocks_are_the_four_lines_and_the_saving():
-    assert "select_masks" in BLOCKS[0] and "SparseAdamW" in BLOCKS[0] and "save_pretrained" in BLOCKS[1]
-    assert len(BLOCKS) >= 9
+def entries(optimizer):
+    """A copy of all that an optimizer trains."""
+    return [parameter.detach().clone() for group in optimizer.param_groups for parameter in group["params"]]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number, tmp_path, monkeypatch):
+def assert_trains(model, optimizer):
+    """One step of an ordinary loop changes what the optimizer holds."""
+    before = entries(optimizer)
+    assert before
+    loss = model(**token_batch(5)).loss
+    loss.backward()
+    optimizer.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, entries(optimizer), strict=True))
+
+
+# --- The README's Python ---
+
+
+def test_the_quickstart_runs_as_it_stands_in_a_new_namespace(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(BLOCKS[0], "README.md quickstart", "exec"), names)
+    assert (tmp_path / "out" / "adapter.safetensors").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in names["model"].state_dict().items())
+    assert all(int(state["step"]) == len(names["batches"]) for state in names["optimizer"].state.values())
+
+
+def test_the_blocks_are_those_that_the_tests_know():
+    known = ["select_masks", "Masks.load", "p.ndim >= 2", "MaskSchedule", "load_adapter", "BitsAndBytesConfig"]
+    assert len(BLOCKS) == len(known)
+    assert all(word in block for word, block in zip(known, BLOCKS, strict=True))
+
+
+def run_block(number, names):
+    exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_lines_for_resuming_select_once(again, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = surroundings(tmp_path)
-    block = BLOCKS[number]
-    if not re.search(r"\bsparsify\(model", block):
-        names["optimizer"] = speft_optim.SparseAdamW(speft_optim.sparsify(names["model"], names["masks"]), lr=1e-3)
-    if "load_adapter" in block:
-        (tmp_path / "out").mkdir()
-        speft_optim.save_adapter(names["model"], tmp_path / "out" / "adapter.safetensors")
-    exec(compile(block, f"README.md block {number}", "exec"), names)
+    if again:
+        names["masks"].save("masks.safetensors")
+        names["batches"] = None  # would be needed to select
+    selected = names["masks"]
+    run_block(1, names)
+    assert speft_optim.Masks.load("masks.safetensors") == names["masks"]
+    assert (names["masks"] == selected) == again
+    assert_trains(names["model"], names["optimizer"])
+
+
+def test_the_line_for_weight_decay_finds_all_values(tmp_path):
+    names = surroundings(tmp_path)
+    values = sparsify(names["model"], names["masks"])
+    names["model"].model.norm.weight.requires_grad_()
+    run_block(2, names)
+    assert [id(found) for found in names["decayed"]] == [id(value) for value in values]
+
+
+def test_the_line_for_moving_masks_and_those_for_adapters_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = surroundings(tmp_path)
+    names["optimizer"] = SparseAdamW(sparsify(names["model"], names["masks"]), lr=1e-3)
+    run_block(3, names)
+    assert_trains(names["model"], names["optimizer"])
+    assert names["optimizer"].schedule.steps == 1
+    (tmp_path / "out").mkdir()
+    save_adapter(names["model"], tmp_path / "out" / "adapter.safetensors")
+    before = {name: weight.clone() for name, weight in names["base"].state_dict().items()}
+    run_block(4, names)
+    assert all(torch.equal(before[name], weight) for name, weight in names["base"].state_dict().items())
+
+
+def test_the_lines_for_a_quantised_base_run(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    names = surroundings(tmp_path)
+    names["folder"] = tmp_path / "base"
+    tiny_model(hidden_size=64, intermediate_size=64, dtype=torch.bfloat16).save_pretrained(names["folder"])
+    run_block(5, names)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert_trains(names["model"], names["optimizer"])
+
+
+# --- The table of objects and lines ---
+
+HEADER = "| script | where | line |"
+TABLE = [row.split(" | ")[-1].strip(" |`") for row in README.partition(HEADER)[2].split("\n\n")[0].splitlines()[2:]]
+
+
+@pytest.fixture
+def process_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def distributed_names():
+    """What the lines for several processes import."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = [get_optimizer_state_dict, ZeroRedundancyOptimizer, DistributedDataParallel]
+    return {part.__name__: part for part in found} | {"dcp": dcp}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("line", TABLE, ids=lambda line: re.sub(r"\W+", "-", line)[:40])
+def test_a_line_of_the_table_trains(line, tmp_path, monkeypatch, process_group):
+    monkeypatch.chdir(tmp_path)
+    names = surroundings(tmp_path) | distributed_names()
+    model, masks = names["model"], names["masks"]
+    if "self.trained" in line:
+        names["self"] = types.SimpleNamespace(model=model, trained=None)
+    if line.startswith("return"):
+        names["self"].trained = sparsify(model, masks)
+        line = line.replace("return", "optimizer =")
+    elif "optimizer_cls_and_kwargs" in line:
+        sparsify(model, masks)
+    elif line.startswith("trainer.optimizer"):
+        names["trainer"] = names["Trainer"](model, names["arguments"], train_dataset=names["dataset"])
+    elif "sparsify(" not in line:
+        names["optimizer"] = SparseAdamW(sparsify(model, masks), lr=1e-3)
+    if "fabric" in line:
+        names["fabric"] = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    exec(compile(line, "README.md table", "exec"), names)
     if "trainer" in names:
+        before = [weight.clone() for weight in model.state_dict().values()]
         assert names["trainer"].train().global_step == 2
-        assert all(int(state["step"]) == 2 for state in names["optimizer"].state.values())
+        assert any(not torch.equal(old, new) for old, new in zip(before, model.state_dict().values(), strict=True))
         return
-    if "configure_optimizers" in names:
-        for _ in range(2):
-            optimizer = names["configure_optimizers"](names["self"])
-            assert optimizer.param_groups[0]["params"] == names["self"].trained
-    if "desparsify(model)" not in block:
-        model, before = (
-            names["model"],
-            [p.detach().clone() for g in names["optimizer"].param_groups for p in g["params"]],
-        )
-        model(**token_batch(5)).loss.backward()
-        names["optimizer"].step()
-        now = [p for group in names["optimizer"].param_groups for p in group["params"]]
-        assert any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    if line.startswith("self.trained"):
+        names["optimizer"] = SparseAdamW(names["self"].trained, lr=1e-3)
+    if line.startswith("dcp.save"):
+        assert os.listdir("out/state")
+    assert_trains(names["model"], names["optimizer"])
+
+
+# --- Words, links and numbers ---
+
+
+def test_the_readme_is_read_in_one_sitting():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    words = " ".join(line for line in prose.splitlines() if not line.startswith("|")).split()
+    assert len(words) < 1000
+
+
+def anchors(page):
+    """The addresses of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            path, _, heading = target.partition("#")
+            found = page.parent / path if path else page
+            assert found.is_file(), f"{page.name} links to {target}, which is no file"
+            assert not heading or heading in anchors(found), f"{page.name} links to {target}, which is no heading"
+
+
+def test_the_readme_links_to_every_page():
+    assert all(f"(docs/{page.name})" in README for page in PAGES[1:])
+
+
+def test_numbers_of_the_pictures_stand_in_the_tables():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for row in json.loads((ROOT / "docs" / "data" / "cost.json").read_text())["rows"]:
+        assert f"{row['step_ms']} " in text and f"{row['peak_gib']:.2f}" in text, row
+    for point in json.loads((ROOT / "docs" / "data" / "quality.json").read_text())["methods"]:
+        assert f"{mean(point['losses']):.4f}" in text, point
+
+
+def test_every_picture_is_drawn_and_shown(tmp_path):
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    figures.main(tmp_path)
+    drawn = {picture.name for picture in tmp_path.iterdir()}
+    kept = {picture.name for picture in (ROOT / "docs").glob("*.png")}
+    assert drawn <= kept and len(drawn) == 3
+    text = "".join(page.read_text() for page in PAGES)
+    assert all(name in text for name in kept)

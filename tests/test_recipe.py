@@ -793,11 +793,11 @@ def test_dry_run_of_presets_packages_and_unknown_names(tmp_path, monkeypatch):
     assert (config.model_type, config.hidden_size, list(tmp_path.iterdir())) == ("llama", 576, [])
 
 
-def test_presets_say_in_help_and_readme_which_card_they_fit(capsys):
+def test_presets_say_in_help_and_docs_which_card_they_fit(capsys):
     with pytest.raises(SystemExit) as end:
         gsm8k.main(["--list-presets"])
     printed = capsys.readouterr().out.strip()
-    assert end.value.code == 0 and printed in (ROOT / "README.md").read_text()
+    assert end.value.code == 0 and printed in (ROOT / "docs" / "recipes.md").read_text()
     assert all(name in printed for name in ("gemma2-2b", "qwen2-7b", "llama3-8b"))
     llama = gsm8k.expected_memory(gsm8k.parse(["--preset", "llama3-8b"]))
     assert f"{memory.peak_bytes(llama) / memory.GIB:.1f} GiB: 24 GB" in printed
