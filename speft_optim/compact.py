@@ -69,7 +69,7 @@ class SparseWeight(nn.Module):
         base.attach(self.mask, self.values)
         self._link()
         self._remember()
-        self._verify(verify and self._dense)
+        self._verify(verify and self._dense, self._seen[0])
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
             self._gradient_hooks = tap_target(target, self.values, self)
@@ -79,11 +79,11 @@ class SparseWeight(nn.Module):
             self._hooks = []
             self._gradient_hooks = [forward_of(module).feed(self.values, self) for module, _ in target.sites]
 
-    def _verify(self, verify: bool) -> None:
+    def _verify(self, verify: bool, weight: Tensor) -> None:
         """Compare the hooks' gradient with autograd's own in the next backward, or trust the hooks."""
         self._verification = Verification(self) if verify else None
         if verify:
-            follow(self.weight, self._verification)
+            follow(weight, self._verification)
 
     def check(self) -> None:
         """Refuse to go on without the weight.
@@ -269,6 +269,13 @@ class SparseWeight(nn.Module):
         if self._verification is not None:
             self._verification.before_forward()
 
+    def is_compiled(self) -> bool:
+        """Whether the weight lies in a module that is compiled by itself, where hooks are part of a graph."""
+        if any(parent._modules.get(name) is not child for parent, name, child in self._path):
+            self._path = steps_to(self._places[0], self.name.rpartition(".")[0])
+        on_the_way = [module for step in self._path for module in (step[0], step[2])]
+        return any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in on_the_way)
+
     @property
     def verification(self) -> Verification | None:
         """How far the gradient of the layer's hooks is verified; None where it is trusted from the start."""
@@ -373,7 +380,7 @@ class SparseWeight(nn.Module):
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
         self._seen = weight, self._weight_state(weight), _state(self.values)
         weight.requires_grad_(False)
-        self._verify(self._verification)
+        self._verify(self._verification, weight)
 
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""

@@ -61,6 +61,8 @@ class LeafHook:
 
     def __init__(self, weight: Tensor, take: Callable[[Tensor], None]):
         self.weight, self._take = weight, take
+        # A gradient that the user holds is put back afterwards.
+        self._kept, weight.grad = weight.grad, None
         weight.requires_grad_(True)
         self._handle = weight.register_post_accumulate_grad_hook(self._hand_on)
 
@@ -72,6 +74,7 @@ class LeafHook:
     def remove(self) -> None:
         """Freeze the weight again."""
         self.weight.requires_grad_(False)
+        self.weight.grad = self._kept
         self._handle.remove()
 
 
@@ -108,12 +111,16 @@ class Verification:
         """Verify once more in the next backward."""
         self._pending = not self.general
 
-    def before_forward(self) -> None:
-        """Arm where that is due; costs a few comparisons if not. Called before forwards of the model's modules."""
+    def before_forward(self, arm: bool | None = None) -> None:
+        """Arm where that is due; costs a few comparisons if not. Called before forwards of the model's modules.
+
+        Args:
+            arm: whether it may be armed now; None for yes where it lies in no compiled module, whose weights `probe`
+                verifies.
+        """
         weight = self._owner()
         parameter = weight.weight
-        idle = parameter is None or not torch.is_grad_enabled() or not weight.values.requires_grad
-        if idle or not len(weight.mask):
+        if not self._is_trained(weight):
             return
         self._check_unfrozen(weight, parameter)
         uses = self._how_used_now(weight)
@@ -121,8 +128,19 @@ class Verification:
             self._seen = uses, parameter
             self.again()
         placed = self._leaf is not None and self._leaf.weight is parameter and parameter.requires_grad
-        if (self._pending or self.general) and not placed:
+        if placed or not (self._pending or self.general):
+            return
+        if self.general or (not weight.is_compiled() if arm is None else arm):
             self._arm(weight, parameter)
+
+    @staticmethod
+    def _is_trained(weight) -> bool:
+        return (
+            torch.is_grad_enabled()
+            and weight.weight is not None
+            and weight.values.requires_grad
+            and len(weight.mask) > 0
+        )
 
     @staticmethod
     def _how_used_now(weight) -> tuple:
@@ -202,8 +220,9 @@ class Verification:
     def due(self) -> bool:
         """Whether the next forward would arm it."""
         weight = self._owner()
-        known = self._how_used_now(weight) == self._seen[0] and weight.weight is self._seen[1]
-        return not self.general and (self._pending or not known)
+        if self.general or not self._is_trained(weight):
+            return False
+        return self._pending or self._how_used_now(weight) != self._seen[0] or weight.weight is not self._seen[1]
 
     def stop(self) -> None:
         """End a verification in which the weight was not reached; it is trusted, as it is not used."""
@@ -236,14 +255,15 @@ def _refuse_several_processes(weight) -> None:
     Raises:
         ValueError: there are several processes.
     """
-    if _processes() > 1:
+    if processes() > 1:
         raise ValueError(
             f"{weight.name} is used outside its module, or its module is changed by other code, so that its gradient "
             "cannot be averaged over several processes; leave it out of targets=."
         )
 
 
-def _processes() -> int:
+def processes() -> int:
+    """How many processes take part in training."""
     initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if initialized else 1
 
@@ -328,24 +348,22 @@ def freeze_again(model: nn.Module, weights: list) -> None:
     )
 
 
-def probe(model: nn.Module, args: tuple, kwargs: dict, weights: list) -> None:
-    """Verify weights by an eager forward and backward of a compiled model; the gradients there are stay as they were.
+def probe(model: nn.Module, args: tuple, kwargs: dict, weights: list, waiting: list) -> None:
+    """Verify weights by an eager forward and backward of their own; the gradients there are stay as they were.
 
     Args:
         model: the model.
         args: of its forward.
         kwargs: of its forward.
-        weights: its sparse weights; those that are verified already cost nothing.
+        weights: its sparse weights.
+        waiting: those to verify.
     """
-    waiting = [weight for weight in weights if weight.verification is not None and weight.verification.due()]
-    if not waiting or not torch.is_grad_enabled() or _processes() > 1:
-        return
     before = [weight.values.grad for weight in weights]
     devices = {weight.values.device for weight in weights if weight.values.is_cuda}
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             for weight in waiting:
-                weight.before_forward()
+                weight.verification.before_forward(arm=True)
             output = model.forward(*args, **kwargs)
             found = next((part for part in _tensors(output) if part.requires_grad), None)
             if found is not None:
