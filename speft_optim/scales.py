@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from speft_optim.kernels import lay_over_
+from speft_optim.kernels import overlay_
 from speft_optim.masks import Mask
 
 # The attribute of a `QuantState` or an `Int8Params` under which the compiler, which cannot look at the subclass, and
@@ -41,7 +41,7 @@ class TrainedEntries:
         for mask, values in self.overlays:
             if weight.shape != mask.shape:
                 raise self.lost(f"a part of shape {tuple(weight.shape)} being dequantised")
-            lay_over_(weight, mask.to(weight.device), values.detach().to(weight.device))
+            overlay_(weight, mask.to(weight.device).positions, values.detach().to(weight.device))
         return weight
 
     def on(self, scales: Tensor) -> "TrainedScales":
