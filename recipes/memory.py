@@ -251,8 +251,8 @@ def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: i
     positions = moments = 0
     for rows, columns in targets:
         own = round(entries * rows * columns / whole)
-        # Columns and row starts in 16 bits, in groups of 64 rows (fewer where rows are very full), or flat positions.
-        positions += min(4 * own, 2 * own + 2 * (rows + 1) + 4 * -(-(rows + 1) // 64))
+        # By rows, with columns of 16 bits, or flat positions of 32.
+        positions += min(4 * own, 2 * own + 4 * (rows + 1))
         moments += 8 * own if state_bits == 32 else 2 * own + 8 * -(-own // 256)
     return {"values": 4 * entries, "positions": positions, "moments": moments}
 

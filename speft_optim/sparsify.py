@@ -29,7 +29,7 @@ from speft_optim.provenance import compare_at_first_step, compare_weights
 from speft_optim.quantized import declare_trainable, hand_back, take_over
 from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
 from speft_optim.verification import FirstForward
-from speft_optim.wrappers import check_not_parallel, unwrapped
+from speft_optim.wrappers import check_not_parallel, is_data_parallel, unwrapped
 
 
 def sparsify(
@@ -87,6 +87,8 @@ def sparsify(
     model.requires_grad_(False)
     take_over(model)
     declare_trainable(model)
+    # A reducer that is there already counts the gradients of frozen weights too, which a verification would give it.
+    verify = verify and not is_data_parallel(wrapper)
     weights = []
     for name, target in targets.items():
         if name in masks and (keep_empty or len(masks[name])):
