@@ -341,9 +341,8 @@ def test_a_step_multiplies_no_more_than_a_frozen_model_and_each_weight_gradient_
         model.gradient_checkpointing_enable({"use_reentrant": False})
     floor = product_flops(lambda: model(**batch).loss.backward())
     masks = select_masks(model, salience="random", density=0.2, progress=False)
-    sparsify(model, masks)
-    # The first backward also forms the dense gradients that those of the hooks are compared with.
-    model(**batch).loss.backward()
+    # What counts the products comes with hooks of its own, after which gradients would be verified.
+    sparsify(model, masks, verify=False)
     ours = product_flops(lambda: model(**batch).loss.backward())
     assert ours == floor + sum(2 * batch["input_ids"].numel() * mask.shape.numel() for mask in masks.values())
 
