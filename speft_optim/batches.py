@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from speft_optim.compact import sparse_weights
 from speft_optim.linear import replace_method
 from speft_optim.quantized import frozen_forwards
 
@@ -189,7 +188,6 @@ class BatchReader:
     Attributes:
         used: batches handed out in the last iteration.
         went_back: whether the loss of any batch so far could be differentiated.
-        unseen: names of weights whose hooks were found to miss a part of the gradient.
     """
 
     def __init__(
@@ -205,7 +203,6 @@ class BatchReader:
         self.labelled, self.keyed, self.most = labelled, keyed, most
         self.used = 0
         self.went_back = False
-        self.unseen: set[str] = set()
         self._warned = False
         # Of the last batch.
         self._labels: Tensor | None = None
@@ -355,14 +352,6 @@ def plain_implementation(model: nn.Module, attention: bool) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _uncompiled_calls() -> contextlib.AbstractContextManager:
-    """Compiled modules run eagerly meanwhile: hooks that come and go are no part of a graph."""
-    # Where nothing imported the compiler nothing is compiled.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
 @contextlib.contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, without cache and with nothing that requires gradients; all as before afterwards.
@@ -370,17 +359,12 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     Blocks whose activations transformers checkpoints in training, and in training only, are checkpointed here too.
     """
     training = [module for module in model.modules() if module.training]
-    for weight in sparse_weights(model):
-        # Salience watches the weights itself. What is due or dense for good goes on with the next training forward.
-        if weight.verification is not None:
-            weight.verification.disarm()
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with contextlib.ExitStack() as stack:
         stack.callback(_RandomState(devices).restore)
-        stack.enter_context(_uncompiled_calls())
         stack.enter_context(frozen_forwards(model))
         for module in model.modules():
             if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):

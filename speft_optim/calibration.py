@@ -28,7 +28,6 @@ from speft_optim.flow import flow
 from speft_optim.pieces import Piece, cut_into_groups
 from speft_optim.salience import Measure
 from speft_optim.targets import Target
-from speft_optim.verified_sink import warn_of_unseen
 
 # What fills the accumulators of a group, and the bytes it takes per entry.
 _SIGNALS = {
@@ -122,8 +121,6 @@ def stream_scores(
             warn_of_plain_attention(model)
             for group in gradient_groups:
                 signals.gradient(model, reader, group, loss)
-                with together():
-                    _check_seen(reader.unseen)
                 for piece in group:
                     store.put(piece)
                     piece.accumulator = None
@@ -135,20 +132,9 @@ def stream_scores(
                 fill(model, reader, group, loss)
             while group:
                 yield from _score(group.pop(0), measure, chunk, seed)
-        if reader is not None:
-            warn_of_unseen(reader.unseen)
         if reader is not None and differentiated and not second_order:
             with together():
                 _check_differentiated(reader)
-
-
-def _check_seen(unseen: set[str]) -> None:
-    """Refuse a second derivative along weights that move elsewhere than in their modules' own products."""
-    if unseen:
-        raise ValueError(
-            f"salience='grasp' moves weights in their own modules' forward, and {min(unseen)} is used otherwise "
-            "(outside its module, or changed by other code); leave it out of targets, or choose another measure."
-        )
 
 
 def _check_differentiated(reader: BatchReader) -> None:

@@ -17,7 +17,6 @@ from speft_optim.masks import Mask
 from speft_optim.optim import link, unlink
 from speft_optim.quantized import forward_of
 from speft_optim.targets import Target
-from speft_optim.verification import Verification, follow
 from speft_optim.wrappers import steps_to
 
 _REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
@@ -55,7 +54,7 @@ class SparseWeight(nn.Module):
 
     former: Mask | None = None
 
-    def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
+    def __init__(self, model: nn.Module, target: Target, mask: Mask):
         super().__init__()
         self.name = target.name
         self.mask = mask.to(target.parameter.device)
@@ -69,21 +68,13 @@ class SparseWeight(nn.Module):
         base.attach(self.mask, self.values)
         self._link()
         self._remember()
-        self._verify(verify and self._dense, self._seen[0])
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
-            self._gradient_hooks = tap_target(target, self.values, self)
+            self._hooks += tap_target(target, self.values, self)
         else:
             # The layer's stand-in reads the values anew in each product, and knows both factors of the gradient: one
             # node in the graph instead of two, and no hook.
-            self._hooks = []
-            self._gradient_hooks = [forward_of(module).feed(self.values, self) for module, _ in target.sites]
-
-    def _verify(self, verify: bool, weight: Tensor) -> None:
-        """Compare the hooks' gradient with autograd's own in the next backward, or trust the hooks."""
-        self._verification = Verification(self) if verify else None
-        if verify:
-            follow(weight, self._verification)
+            self._hooks = [forward_of(module).feed(self.values, self) for module, _ in target.sites]
 
     def check(self) -> None:
         """Refuse to go on without the weight.
@@ -96,11 +87,6 @@ class SparseWeight(nn.Module):
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
                 f"module, one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
             )
-
-    @property
-    def sites(self) -> tuple[tuple[nn.Module, str], ...]:
-        """The (module, attribute) pairs that held the weight when it was attached to."""
-        return self._places[1].sites
 
     @property
     def base(self) -> FrozenWeight:
@@ -263,25 +249,7 @@ class SparseWeight(nn.Module):
         # Before forward and not after: once autograd has saved the weight for backward it must not be written.
         # A compiled graph cannot look at version counters; `refresh_all` does it in front of the graph.
         if not torch.compiler.is_compiling():
-            self.before_forward()
-
-    def before_forward(self) -> None:
-        """Bring weight and values into step, and arm what is to be verified in the backward to come."""
-        self.refresh()
-        if self._verification is not None:
-            self._verification.before_forward()
-
-    def is_compiled(self) -> bool:
-        """Whether the weight lies in a module that is compiled by itself, where hooks are part of a graph."""
-        if any(parent._modules.get(name) is not child for parent, name, child in self._path):
-            self._path = steps_to(self._places[0], self.name.rpartition(".")[0])
-        on_the_way = [module for step in self._path for module in (step[0], step[2])]
-        return any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in on_the_way)
-
-    @property
-    def verification(self) -> Verification | None:
-        """How far the gradient of the layer's hooks is verified; None where it is trusted from the start."""
-        return self._verification
+            self.refresh()
 
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
@@ -305,31 +273,11 @@ class SparseWeight(nn.Module):
         """Sampled gradient of a linear weight, (k,) fp32."""
         if not len(self.mask):
             return torch.zeros_like(self.values)
-        return self._noted(self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2)), left.dtype)
+        return self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2))
 
     def from_dense(self, gradient: Tensor) -> Tensor:
-        """Masked entries of the dense gradient of one use, (k,) fp32."""
-        return self._noted(self.gather(gradient), gradient.dtype)
-
-    def gather(self, gradient: Tensor) -> Tensor:
         """Masked entries of a dense gradient, (k,) fp32."""
         return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
-
-    def _noted(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """What hooks gave, for the values; nothing of a graph from before they were found to miss a part."""
-        if self._verification is None:
-            return gradient
-        if self._verification.general:
-            return torch.zeros_like(gradient)
-        if not torch.compiler.is_compiling():
-            self._verification.note(gradient, dtype)
-        return gradient
-
-    def remove_gradient_hooks(self) -> None:
-        """Take the gradient from the dense weight alone from here on."""
-        for hook in self._gradient_hooks:
-            hook.remove()
-        self._gradient_hooks = []
 
     def detach_from_model(self) -> None:
         """Take off all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
@@ -338,9 +286,6 @@ class SparseWeight(nn.Module):
             self.base.release(self.values)
         for hook in self._hooks:
             hook.remove()
-        self.remove_gradient_hooks()
-        if self._verification is not None:
-            self._verification.disarm()
         _, target = self._places
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
@@ -380,8 +325,7 @@ class SparseWeight(nn.Module):
     def __getstate__(self):
         """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
         self.refresh()
-        # A copy verifies anew: its weight is another tensor, and what watches this one knows this one alone.
-        return {**self.__dict__, "_verification": self._verification is not None}
+        return self.__dict__.copy()
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -396,8 +340,6 @@ class SparseWeight(nn.Module):
         else:
             keep_attached(weight, self.mask, self.values)
         self._seen = weight, self._weight_state(weight), _state(self.values)
-        weight.requires_grad_(False)
-        self._verify(self._verification, weight)
 
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""

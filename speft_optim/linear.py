@@ -108,12 +108,10 @@ class _TapWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        # While the weight is verified it requires a gradient itself, which autograd adds up over all of its uses.
-        own = gradient if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return own, None, None
+            return None, None, None
         # Embeddings made with sparse=True give a sparse one.
-        return own, ctx.sink.from_dense(gradient.to_dense() if gradient.is_sparse else gradient), None
+        return None, ctx.sink.from_dense(gradient.to_dense() if gradient.is_sparse else gradient), None
 
 
 class Tap:

@@ -646,25 +646,7 @@ def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) 
 
 
 def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:
-    """Say why compact values have no gradient at the first step.
-
-    Raises:
-        ValueError: all of them are frozen.
-    """
-    compact = {parameter: weight.name for parameter, weight in weights.items() if weight is not None}
-    frozen = [name for parameter, name in compact.items() if not parameter.requires_grad]
-    if frozen:
-        message = (
-            f"The compact values of {len(frozen)} of {len(compact)} masked weights, e.g. {frozen[0]}, are frozen "
-            "(requires_grad is False: did get_peft_model or a trainer freeze the model after sparsify?)"
-        )
-        if len(frozen) == len(compact):
-            raise ValueError(
-                f"{message}, so that nothing would train; call requires_grad_(True) on what sparsify returned, or call "
-                "sparsify after what freezes the model."
-            )
-        logger.warning("%s; they do not train until requires_grad_(True).", message)
-    missing = [name for parameter, name in compact.items() if parameter.grad is None and parameter.requires_grad]
+    missing = [w.name for parameter, w in weights.items() if w is not None and parameter.grad is None]
     if missing:
         logger.warning(
             "%d masked weights have no gradient at the first step, e.g. %s: their modules were not called (an unused "

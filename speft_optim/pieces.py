@@ -55,12 +55,6 @@ class Piece:
         """Add this piece's rows of a dense gradient, in fp32."""
         self.accumulator += self.rows_of(gradient)
 
-    def start_over(self, gradient: Tensor | None) -> None:
-        """Let what was added so far be this dense gradient, or nothing."""
-        self.accumulator.zero_()
-        if gradient is not None:
-            self.from_dense(gradient)
-
     def chunks(self, entries: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """The piece in runs of rows of about `entries` entries.
 

@@ -27,8 +27,7 @@ from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
 from speft_optim.linear import Sink, input_of, tap_target
 from speft_optim.pieces import Piece
-from speft_optim.targets import Target, is_product, is_transposed_linear
-from speft_optim.verified_sink import VerifiedSink, can_be_verified
+from speft_optim.targets import is_product, is_transposed_linear
 
 
 def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
@@ -36,36 +35,20 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: Lo
     for piece in group:
         piece.allocate()
 
-    with tapped(group, {piece: piece for piece in group}, reader.unseen), together():
+    with tapped(group, {piece: piece for piece in group}), together():
         for batch in reader:
             backward_of((loss or model_loss)(model, batch), reader)
     average_([piece.accumulator for piece in group], total(reader.used))
 
 
 @contextlib.contextmanager
-def tapped(group: list[Piece], sinks: dict[Piece, Sink], unseen: set[str] | None) -> Iterator[None]:
-    """Feed the gradient of each piece's weight to its sink while this lasts.
-
-    Args:
-        group: the pieces.
-        sinks: what takes their gradients.
-        unseen: gets the names of weights whose own gradient is used, since it is not what hooks see; the first backward
-            that reaches a weight shows it. None trusts the hooks.
-    """
+def tapped(group: list[Piece], sinks: dict[Piece, Sink]) -> Iterator[None]:
+    """Feed the gradient of each piece's weight to its sink while this lasts."""
     anchor = torch.zeros((), requires_grad=True)
     with contextlib.ExitStack() as stack, torch.enable_grad():
-        pieces: dict[Target, list[Sink]] = {}
         for piece in group:
-            pieces.setdefault(piece.target, []).append(sinks[piece])
-        for target, own in pieces.items():
-            if unseen is not None and can_be_verified(target):
-                verified = VerifiedSink(target, own, unseen)
-                stack.callback(verified.stop)
-                verified.start(tap_target(target, anchor, verified))
-                stack.callback(verified.untap)
-            else:
-                for tap in [tap for sink in own for tap in tap_target(target, anchor, sink)]:
-                    stack.callback(tap.remove)
+            for tap in tap_target(piece.target, anchor, sinks[piece]):
+                stack.callback(tap.remove)
         yield
 
 
@@ -89,7 +72,7 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     """
     sinks = {piece: _ExampleSquares(piece) for piece in group}
     examples = 0
-    with tapped(group, sinks, reader.unseen), _counted_uses(sinks.values()), together():
+    with tapped(group, sinks), _counted_uses(sinks.values()), together():
         for batch in reader:
             done, counting = [], None
             if loss is None:
@@ -112,13 +95,10 @@ class _ExampleSquares:
         self.uses: list[torch.Size | None] = []
         self.mode = "off"
         self.example: Tensor | None = None
-        self.is_whole = True
         piece.allocate()
 
     def splits(self, examples: int) -> bool:
         """Whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
-        if not self.is_whole:
-            return False
         if not self.uses:
             return True
         return (
@@ -139,16 +119,6 @@ class _ExampleSquares:
         """Add to the present example's gradient."""
         if self.mode == "example":
             self.example += self.piece.rows_of(gradient)
-
-    def start_over(self, gradient: Tensor | None) -> None:
-        """Forget what hooks gave: the example's whole gradient is this, and no product is one's any more."""
-        if self.mode == "split":
-            self.piece.accumulator.zero_()
-        self.is_whole = False
-        if self.mode == "example":
-            self.example.zero_()
-            if gradient is not None:
-                self.from_dense(gradient)
 
     def close_example(self) -> None:
         """Square the example's whole gradient into the total."""
@@ -200,8 +170,6 @@ def _split_backward(
         total.backward()
         for sink in able:
             sink.mode = "off"
-    # The hooks of some may have been found to miss a part of the gradient just now.
-    able = [sink for sink in able if sink.is_whole]
     return able, counted.nonzero().squeeze(1).tolist()
 
 

@@ -28,8 +28,7 @@ from speft_optim.optim import SparseAdamW, linked, warn_if_built_before
 from speft_optim.provenance import compare_at_first_step, compare_weights
 from speft_optim.quantized import declare_trainable, hand_back, take_over
 from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
-from speft_optim.verification import FirstForward
-from speft_optim.wrappers import check_not_parallel, is_data_parallel, unwrapped
+from speft_optim.wrappers import check_not_parallel, unwrapped
 
 
 def sparsify(
@@ -38,7 +37,6 @@ def sparsify(
     *,
     original: str | Path | None = None,
     keep_empty: bool = False,
-    verify: bool = True,
 ) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
@@ -56,9 +54,6 @@ def sparsify(
             starts them from the entries there, which takes the rounding error off the masked entries.
         keep_empty: attach to weights with an empty mask too, so that a `MaskSchedule` can give them entries; else they
             are left as they are.
-        verify: compare the gradient that hooks give for each dense weight with autograd's own in the first backward,
-            one dense gradient at a time, and use the latter for a weight where they differ (see `verification.py`).
-            False trusts the hooks from the start.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -71,7 +66,7 @@ def sparsify(
         RuntimeError: another process of the group failed; the model is as it was.
     """
     # Not at import: its decorator loads the compiler, and Triton with it.
-    from speft_optim.eager import before_forward
+    from speft_optim.eager import refresh_all
 
     wrapper, model = model, unwrapped(model)
     with together():
@@ -87,23 +82,17 @@ def sparsify(
     model.requires_grad_(False)
     take_over(model)
     declare_trainable(model)
-    # A reducer that is there already counts the gradients of frozen weights too, which a verification would give it.
-    verify = verify and not is_data_parallel(wrapper)
     weights = []
     for name, target in targets.items():
         if name in masks and (keep_empty or len(masks[name])):
             if name in entries:
                 frozen_weight(*target.sites[0]).put(masks[name], entries[name])
-            weight = SparseWeight(model, target, masks[name], verify)
+            weight = SparseWeight(model, target, masks[name])
             module, attribute = target.sites[0]
             module.add_module(child_name(attribute), weight)
             weights.append(weight)
-    holders = {module for weight in weights for module, _ in weight.sites}
-    others = [module for module in model.modules() if module not in holders and module is not model]
-    first = FirstForward(weights, others if verify else [])
-    hooks = [model.register_forward_pre_hook(before_forward, with_kwargs=True), first]
-    hooks += _let_checkpoints_see_gradients(model)
-    model.__dict__[_BEFORE] = (weights, required_grad, hooks, first)
+    hooks = [model.register_forward_pre_hook(refresh_all), *_let_checkpoints_see_gradients(model)]
+    model.__dict__[_BEFORE] = (weights, required_grad, hooks)
     compare_weights(weights)
     return [weight.values for weight in weights]
 
@@ -123,7 +112,7 @@ def desparsify(model: nn.Module) -> None:
     if not roots:
         raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
     for root in roots:
-        weights, required_grad, hooks, _ = root.__dict__.pop(_BEFORE)
+        weights, required_grad, hooks = root.__dict__.pop(_BEFORE)
         for weight in weights:
             weight.detach_from_model()
         # By plain names, since blocks may have been wrapped meanwhile.
@@ -137,11 +126,6 @@ def desparsify(model: nn.Module) -> None:
 def attached(root: nn.Module) -> list[SparseWeight]:
     """What `sparsify(root, ...)` attached, as it was called on this very module."""
     return root.__dict__[_BEFORE][0]
-
-
-def first_forward(root: nn.Module) -> FirstForward:
-    """What arms the weights of a model that `sparsify` was called on, until a module was called."""
-    return root.__dict__[_BEFORE][3]
 
 
 def _sparsified(model: nn.Module) -> list[nn.Module]:

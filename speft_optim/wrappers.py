@@ -47,11 +47,6 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         todo += [(path, child) for path, child in reversed(children) if child is not None]
 
 
-def is_data_parallel(model: nn.Module) -> bool:
-    """Whether the model is in a DistributedDataParallel, or holds one."""
-    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
-
-
 def check_not_parallel(model: nn.Module) -> None:
     """Refuse a model whose gradients are exchanged already: parameters made from here on would not be.
 
