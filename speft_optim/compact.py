@@ -324,7 +324,7 @@ class SparseWeight(nn.Module):
         if not self.values.requires_grad:
             return
         self._is_unreduced = is_distributed()
-        if not self._told_of_use:
+        if not self._told_of_use and not any(tap.told for tap in self._taps):
             self._told_of_use = True
             logger.warning(
                 "%s is used outside its module's forward, where no hook sees it: the gradient of these uses is formed "

@@ -170,6 +170,7 @@ class Tap:
             for what the layer computes, "always" does so even where the layer has another forward.
 
     Attributes:
+        told: whether the weight was named as one that is used otherwise.
         verdict: whether the product is right, under hooks that stood before this tap's own; None until that is known.
     """
 
@@ -179,9 +180,10 @@ class Tap:
         self.attribute, self.anchor, self.sink, self.name, self.trust = attribute, anchor, sink, name, trust
         self.transposed = is_transposed_linear(module, attribute)
         self.is_product = is_product(module, attribute)
+        self.needs_factors = getattr(sink, "needs_factors", False)
         self.verdict: tuple[tuple, bool] | None = None
         self._found: tuple[tuple, bool] | None = None
-        self._told = False
+        self.told = False
         before = module.register_forward_pre_hook(self.before_forward, with_kwargs=True)
         # First among the forward hooks: it must see what the layer itself returned. Also after an exception, as a
         # recomputation ends with: what stands before the weight must not wait for the next forward.
@@ -189,6 +191,8 @@ class Tap:
             self.after_forward, prepend=self.is_product, with_kwargs=True, always_call=True
         )
         self.hooks = [before, after]
+        # A compiler takes a number, but no handle.
+        self._after_id = after.id
 
     def remove(self) -> None:
         """Take the hooks off the module."""
@@ -225,9 +229,9 @@ class Tap:
     def _surroundings(self, module: nn.Module) -> tuple:
         """What may change the layer's output before this tap sees it; empty in the usual case."""
         first = next(iter(module._forward_hooks), None)
-        if first == self.hooks[1].id and not _global_forward_hooks and "forward" not in module.__dict__:
+        if first == self._after_id and not _global_forward_hooks and "forward" not in module.__dict__:
             return ()
-        ahead = itertools.takewhile(lambda key: key != self.hooks[1].id, module._forward_hooks)
+        ahead = itertools.takewhile(lambda key: key != self._after_id, module._forward_hooks)
         return tuple(ahead), tuple(_global_forward_hooks), id(module.__dict__.get("forward"))
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -289,12 +293,14 @@ class Tap:
             self._found = surroundings, right
         if right is False:
             self._tell("a hook, or other code, changes what its layer returns")
-        return self.sink.from_dense(dense) if right is False else self.sink.from_product(*factors)
+        # In fp32 both are as exact, and the product would stand beside the dense gradient.
+        exact = right and dense.dtype == factors[0].dtype == torch.float32 and not self.needs_factors
+        return self.sink.from_dense(dense) if right is False or exact else self.sink.from_product(*factors)
 
     def _tell(self, why: str) -> None:
         """Name the weight, once."""
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             logger.warning(
                 "%s is used otherwise than as x @ W.T: %s. Its gradient is formed densely, one weight at a time, which "
                 "is right and takes longer.",

@@ -4,6 +4,7 @@ Each function here fills the accumulators of a group of pieces in one pass over 
 """
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,32 +22,98 @@ from speft_optim.batches import (
     model_loss,
 )
 from speft_optim.distributed import average_, together, total
+from speft_optim.frozen import DenseWeight, frozen_weight
 from speft_optim.kernels import product
-from speft_optim.linear import Sink, input_of, tap_target
+from speft_optim.linear import Sink, Tap, Trust, input_of, tap_target
 from speft_optim.pieces import Piece
-from speft_optim.targets import is_product, is_transposed_linear
+from speft_optim.targets import Target, is_product, is_transposed_linear
+from speft_optim.verification import DenseGradient
+
+logger = logging.getLogger(__name__)
 
 
-def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
-    """Average the gradient of the loss over the batches, with its sign."""
+def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> set[str]:
+    """Average the gradient of the loss over the batches, with its sign.
+
+    Returns:
+        The names of weights that are used otherwise than as the products of their layers.
+    """
     for piece in group:
         piece.allocate()
 
-    with tapped(group, {piece: piece for piece in group}), together():
+    with tapped(group, {piece: piece for piece in group}) as observed, together():
         for batch in reader:
+            observed.promote()
             backward_of((loss or model_loss)(model, batch), reader)
     average_([piece.accumulator for piece in group], total(reader.used))
+    return observed.used_otherwise
+
+
+class Observed:
+    """The weights of a group while their gradients are fed to sinks.
+
+    Attributes:
+        taps: the hooks on the modules that hold them.
+        used_outside: names of weights whose gradient came past the hooks.
+    """
+
+    def __init__(self):
+        self.taps: list[Tap] = []
+        self.used_outside: set[str] = set()
+
+    def promote(self) -> None:
+        """Trust the hooks that backward verified; call between backwards."""
+        for tap in self.taps:
+            tap.promote()
+
+    @property
+    def used_otherwise(self) -> set[str]:
+        """Names of weights whose gradient is not, or not only, that of their layers' products."""
+        return self.used_outside | {tap.name for tap in self.taps if tap.told}
+
+    def watch(self, piece: Piece, sink: Sink, stack: contextlib.ExitStack) -> None:
+        """Feed the dense gradient of uses outside the modules to the sink too, while the stack is open."""
+        parameter = piece.target.parameter
+
+        def take(dense: Tensor) -> None:
+            if piece.target.name not in self.used_otherwise:
+                logger.warning(
+                    "%s is used outside its module's forward, where no hook sees it: it is scored by the dense "
+                    "gradient of these uses, one weight at a time.",
+                    piece.target.name,
+                )
+            self.used_outside.add(piece.target.name)
+            sink.from_dense(dense)
+
+        leaf, kept = DenseGradient(take), parameter.grad
+        leaf.open(parameter)
+        stack.callback(parameter.__setattr__, "grad", kept)
+        stack.callback(leaf.close)
 
 
 @contextlib.contextmanager
-def tapped(group: list[Piece], sinks: dict[Piece, Sink]) -> Iterator[None]:
-    """Feed the gradient of each piece's weight to its sink while this lasts."""
-    anchor = torch.zeros((), requires_grad=True)
+def tapped(group: list[Piece], sinks: dict[Piece, Sink], trust: Trust = "verified") -> Iterator[Observed]:
+    """Feed the gradient of each piece's weight to its sink while this lasts.
+
+    Args:
+        group: the pieces.
+        sinks: where their gradients go.
+        trust: as for `linear.Tap`; with "verified" uses outside the weights' modules count too.
+    """
+    anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
         for piece in group:
-            for tap in tap_target(piece.target, anchor, sinks[piece]):
-                stack.callback(tap.remove)
-        yield
+            observed.taps += tap_target(piece.target, anchor, sinks[piece], trust)
+            if trust == "verified" and _may_be_leaf(piece.target):
+                observed.watch(piece, sinks[piece], stack)
+        for tap in observed.taps:
+            stack.callback(tap.remove)
+        yield observed
+
+
+def _may_be_leaf(target: Target) -> bool:
+    """Whether autograd can give the dense gradient of the weight itself: not of codes, or where it is streamed."""
+    return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
 
 
 def backward_of(value: Tensor, reader: BatchReader) -> None:
@@ -69,9 +136,12 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     """
     sinks = {piece: _ExampleSquares(piece) for piece in group}
     examples = 0
-    with tapped(group, sinks), _counted_uses(sinks.values()), together():
+    with tapped(group, sinks) as observed, _counted_uses(sinks.values()), together():
         for batch in reader:
             done, counting = [], None
+            if loss is None and not examples:
+                _look_at_uses(model, batch)
+            observed.promote()
             if loss is None:
                 done, counting = _split_backward(model, batch, list(sinks.values()), reader)
             rest = [sink for sink in sinks.values() if sink not in done]
@@ -84,11 +154,22 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     average_([piece.accumulator for piece in group], examples)
 
 
+def _look_at_uses(model: nn.Module, batch: Batch) -> None:
+    """Go back from a batch once, for the sinks to see which weights' gradients come as products and nothing else."""
+    value = model_loss(model, batch)
+    if value.requires_grad:
+        value.backward()
+
+
 class _ExampleSquares:
     """Sink of one piece: squares example gradients as they come, or adds up one example's over several uses."""
 
+    # A dense gradient, even if it is the product, is that of all examples together.
+    needs_factors = True
+
     def __init__(self, piece: Piece):
         self.piece = piece
+        self.kinds: set[str] = set()
         self.uses: list[torch.Size | None] = []
         self.mode = "off"
         self.example: Tensor | None = None
@@ -98,13 +179,13 @@ class _ExampleSquares:
         """Whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
         if not self.uses:
             return True
-        return (
-            len(self.uses) == 1 and self.uses[0] is not None and len(self.uses[0]) > 2 and self.uses[0][0] == examples
-        )
+        (shape, *others), products_only = self.uses, self.kinds == {"product"}
+        return products_only and not others and shape is not None and len(shape) > 2 and shape[0] == examples
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
         """Square per example, or add to the present example's gradient."""
         piece = self.piece
+        self.kinds.add("product")
         if self.mode == "example":
             self.example += product(left.flatten(0, -2)[:, piece.first : piece.last], right.flatten(0, -2))
         elif self.mode == "split":
@@ -113,9 +194,19 @@ class _ExampleSquares:
                 piece.accumulator.addcmul_(gradient, gradient)
 
     def from_dense(self, gradient: Tensor) -> None:
-        """Add to the present example's gradient."""
+        """Add to the present example's gradient.
+
+        Raises:
+            ValueError: the examples of the batch were to be told apart by products.
+        """
+        self.kinds.add("dense")
         if self.mode == "example":
             self.example += self.piece.rows_of(gradient)
+        elif self.mode == "split":
+            raise ValueError(
+                f"{self.piece.target.name} is used in another way than in the first calibration batch, so that "
+                "salience='fisher' cannot tell its examples apart; pass batches of one example, or leave it out."
+            )
 
     def close_example(self) -> None:
         """Square the example's whole gradient into the total."""

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def agrees(dense: Tensor, left: Tensor, right: Tensor) -> bool | None:
 class DenseGradient:
     """While it is open, a weight is a leaf whose dense gradients are passed on and freed as soon as they are complete.
 
+    Of several on one weight the last one opened gets the gradients until it is closed.
+
     Args:
         take: what a gradient, of the weight's shape and dtype, is passed to.
     """
@@ -68,6 +71,7 @@ class DenseGradient:
         self.take = take
         self.weight: Tensor | None = None
         self._hook = None
+        self._before: DenseGradient | None = None
 
     @property
     def is_open(self) -> bool:
@@ -82,22 +86,32 @@ class DenseGradient:
             weight.grad = None
             weight.requires_grad_(True)
             self.weight, self._hook = weight, weight.register_post_accumulate_grad_hook(self._move)
+            self._before, _takers[weight] = _takers.get(weight), self
 
     def close(self) -> None:
         """Let the weight be frozen again."""
         if self.is_open:
             self._hook.remove()
             self.weight.requires_grad_(False)
-        self.weight = self._hook = None
+            if self._before is None:
+                _takers.pop(self.weight, None)
+            else:
+                _takers[self.weight] = self._before
+        self.weight = self._hook = self._before = None
 
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
+        if _takers.get(weight) is not self:
+            return
         gradient, weight.grad = weight.grad, None
         self.take(gradient.to_dense() if gradient.is_sparse else gradient)
 
     def __getstate__(self) -> dict:
         # A copied tensor has no hooks.
-        return {"take": self.take, "weight": None, "_hook": None}
+        return {"take": self.take, "weight": None, "_hook": None, "_before": None}
+
+
+_takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class GradientWindow:
@@ -117,8 +131,9 @@ class GradientWindow:
         return {**self.__dict__, "is_open": False}
 
     def hooks(self) -> list:
-        """Register what opens the window: a forward of the model or of any module on the way to a masked weight."""
-        modules = {self.model: None}
+        """Register what opens the window: a forward of the model, its upper modules, or any that leads to a weight."""
+        # A loss may call only the decoder, and read the head's weight.
+        modules = {module: None for name, module in self.model.named_modules() if name.count(".") < 2}
         for weight in self.weights:
             modules.update((module, None) for module in weight.modules_on_path())
         return [module.register_forward_pre_hook(self.before_forward) for module in modules] if self.weights else []
