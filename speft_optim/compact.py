@@ -295,13 +295,11 @@ class SparseWeight(nn.Module):
 
     def open(self) -> bool:
         """Let autograd see uses of the weight that the hooks do not; whether it required a gradient already."""
+        if not self.values.requires_grad:
+            return False
         weight = self.parameter
-        thawed = weight.requires_grad and not self._opened
-        self._opened = self.values.requires_grad
-        if self._opened:
-            self._leaf.open(weight)
-        elif thawed:
-            weight.requires_grad_(False)
+        thawed, self._opened = weight.requires_grad and not self._opened, True
+        self._leaf.open(weight)
         return thawed
 
     def join(self, window: GradientWindow) -> None:

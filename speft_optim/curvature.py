@@ -140,9 +140,7 @@ def hessian_gradient(
     average_([piece.accumulator for piece in group], total(reader.used))
 
 
-def _derivative_along(
-    value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore
-) -> Tensor | None:
+def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore) -> Tensor | None:
     """The inner product of g with the gradient of the loss, with a graph; None where the loss knows no weight."""
     inputs = [step, *(target.parameter for target in dense.values())]
     along, *gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)

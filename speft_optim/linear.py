@@ -94,12 +94,22 @@ class _Use:
         alias: what this call put there, or None.
         kept: a linear layer's input, its version, and the alias that keeps it.
         factors: with `VERIFY`, the two factors of the gradient, from the output's node to the alias'.
+        product: what the sink returned for them.
     """
 
-    def __init__(self, way: "Way", shadowed: Tensor | None):
-        self.way, self.shadowed, self.alias = way, shadowed, None
+    def __init__(self, tap: "Tap", way: "Way", shadowed: Tensor | None):
+        self.tap, self.way, self.shadowed, self.alias = tap, way, shadowed, None
         self.kept: tuple[Tensor, int, Tensor] | None = None
         self.factors: tuple[Tensor, Tensor] | None = None
+        self.product: Tensor | None = None
+
+    def take(self, factors: tuple[Tensor, Tensor]) -> None:
+        """Keep the factors for the comparison; what a sink makes of them must not stand beside a dense gradient."""
+        self.factors = factors
+        if self.tap.pending is None:
+            self.product = self.tap.sink.from_product(*factors)
+        else:
+            settle(self.tap.pending)
 
 
 class Way(Enum):
@@ -135,7 +145,7 @@ class _TapOutput(torch.autograd.Function):
             if ctx.use is None:
                 anchor_gradient = ctx.sink.from_product(*factors)
             else:
-                ctx.use.factors = factors
+                ctx.use.take(factors)
         return output_gradient, None, anchor_gradient, None, None, None
 
 
@@ -168,6 +178,7 @@ class Tap:
         name: the weight's full name, for warnings.
         trust: "verified" compares the product of a linear layer with autograd's own gradient first, "product" takes it
             for what the layer computes, "always" does so even where the layer has another forward.
+        pending: of sinks that keep what they get, where (sink, factors) wait for `settle` after a comparison.
 
     Attributes:
         told: whether the weight was named as one that is used otherwise.
@@ -175,12 +186,19 @@ class Tap:
     """
 
     def __init__(
-        self, module: nn.Module, attribute: str, anchor: Tensor, sink: Sink, name: str = "", trust: Trust = "product"
+        self,
+        module: nn.Module,
+        attribute: str,
+        anchor: Tensor,
+        sink: Sink,
+        name: str = "",
+        trust: Trust = "product",
+        pending: list | None = None,
     ):
         self.attribute, self.anchor, self.sink, self.name, self.trust = attribute, anchor, sink, name, trust
         self.transposed = is_transposed_linear(module, attribute)
         self.is_product = is_product(module, attribute)
-        self.needs_factors = getattr(sink, "needs_factors", False)
+        self.pending = pending
         self.verdict: tuple[tuple, bool] | None = None
         self._found: tuple[tuple, bool] | None = None
         self.told = False
@@ -240,7 +258,7 @@ class Tap:
         if self.feeds:
             # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
             weight = getattr(module, self.attribute)
-            use = _Use(self.way(module), module.__dict__.get(self.attribute))
+            use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
             if use.way is Way.VERIFY:
                 take = functools.partial(self._judge, use, self._surroundings(module))
                 use.alias = _TapWeight.apply(weight.detach(), self.anchor, take)
@@ -287,15 +305,16 @@ class Tap:
 
     def _judge(self, use: _Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
         """Feed the sink with the product if it is autograd's own gradient of the alias, and with that if not."""
-        factors, use.factors = use.factors, None
+        (factors, product), use.factors, use.product = (use.factors, use.product), None, None
         right = False if factors is None else agrees(dense, *factors)
         if right is not None and (self._found is None or self._found[1]):
             self._found = surroundings, right
         if right is False:
             self._tell("a hook, or other code, changes what its layer returns")
-        # In fp32 both are as exact, and the product would stand beside the dense gradient.
-        exact = right and dense.dtype == factors[0].dtype == torch.float32 and not self.needs_factors
-        return self.sink.from_dense(dense) if right is False or exact else self.sink.from_product(*factors)
+            return self.sink.from_dense(dense)
+        if self.pending is not None:
+            self.pending.append((self.sink, factors))
+        return product
 
     def _tell(self, why: str) -> None:
         """Name the weight, once."""
@@ -309,13 +328,23 @@ class Tap:
             )
 
 
-def tap_target(target: Target, anchor: Tensor, sink: Sink, trust: Trust = "product") -> list[Tap]:
+@torch.no_grad()
+def settle(pending: list) -> None:
+    """Give the sinks the factors that waited for the dense gradient they were compared with to be freed."""
+    while pending:
+        sink, factors = pending.pop()
+        sink.from_product(*factors)
+
+
+def tap_target(
+    target: Target, anchor: Tensor, sink: Sink, trust: Trust = "product", pending: list | None = None
+) -> list[Tap]:
     """Tap every use of a weight in a module that holds it; their gradients add up in the anchor or in the sink."""
     taps = []
     for module, attribute in target.sites:
         # A quantised layer computes from codes, in a forward of ours.
         own = attribute == "weight" and is_quantized_linear(module)
-        taps.append(Tap(module, attribute, anchor, sink, target.name, "always" if own else trust))
+        taps.append(Tap(module, attribute, anchor, sink, target.name, "always" if own else trust, pending))
     return taps
 
 

@@ -24,7 +24,7 @@ from speft_optim.batches import (
 from speft_optim.distributed import average_, together, total
 from speft_optim.frozen import DenseWeight, frozen_weight
 from speft_optim.kernels import product
-from speft_optim.linear import Sink, Tap, Trust, input_of, tap_target
+from speft_optim.linear import Sink, Tap, Trust, input_of, settle, tap_target
 from speft_optim.pieces import Piece
 from speft_optim.targets import Target, is_product, is_transposed_linear
 from speft_optim.verification import DenseGradient
@@ -44,7 +44,7 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: Lo
     with tapped(group, {piece: piece for piece in group}) as observed, together():
         for batch in reader:
             observed.promote()
-            backward_of((loss or model_loss)(model, batch), reader)
+            backward_of((loss or model_loss)(model, batch), reader, observed)
     average_([piece.accumulator for piece in group], total(reader.used))
     return observed.used_otherwise
 
@@ -54,11 +54,13 @@ class Observed:
 
     Attributes:
         taps: the hooks on the modules that hold them.
+        pending: products that wait for the dense gradient that they were compared with to be freed.
         used_outside: names of weights whose gradient came past the hooks.
     """
 
     def __init__(self):
         self.taps: list[Tap] = []
+        self.pending: list = []
         self.used_outside: set[str] = set()
 
     def promote(self) -> None:
@@ -103,7 +105,7 @@ def tapped(group: list[Piece], sinks: dict[Piece, Sink], trust: Trust = "verifie
     anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
         for piece in group:
-            observed.taps += tap_target(piece.target, anchor, sinks[piece], trust)
+            observed.taps += tap_target(piece.target, anchor, sinks[piece], trust, observed.pending)
             if trust == "verified" and _may_be_leaf(piece.target):
                 observed.watch(piece, sinks[piece], stack)
         for tap in observed.taps:
@@ -116,13 +118,14 @@ def _may_be_leaf(target: Target) -> bool:
     return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
 
 
-def backward_of(value: Tensor, reader: BatchReader) -> None:
+def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
     """Check the loss of the reader's last batch and go back from it."""
     counts = reader.takes(value)
     # Where none of the tapped weights is used, as an expert without tokens, there is nothing to go back to.
     if counts and value.requires_grad:
         reader.went_back = True
         value.backward()
+        settle(observed.pending)
 
 
 def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
@@ -139,14 +142,12 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     with tapped(group, sinks) as observed, _counted_uses(sinks.values()), together():
         for batch in reader:
             done, counting = [], None
-            if loss is None and not examples:
-                _look_at_uses(model, batch)
             observed.promote()
             if loss is None:
-                done, counting = _split_backward(model, batch, list(sinks.values()), reader)
+                done, counting = _split_backward(model, batch, list(sinks.values()), reader, observed)
             rest = [sink for sink in sinks.values() if sink not in done]
             if rest:
-                counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader)
+                counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader, observed)
             examples += len(counting)
     examples = total(examples)
     if not examples:
@@ -154,22 +155,15 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     average_([piece.accumulator for piece in group], examples)
 
 
-def _look_at_uses(model: nn.Module, batch: Batch) -> None:
-    """Go back from a batch once, for the sinks to see which weights' gradients come as products and nothing else."""
-    value = model_loss(model, batch)
-    if value.requires_grad:
-        value.backward()
-
-
 class _ExampleSquares:
     """Sink of one piece: squares example gradients as they come, or adds up one example's over several uses."""
-
-    # A dense gradient, even if it is the product, is that of all examples together.
-    needs_factors = True
 
     def __init__(self, piece: Piece):
         self.piece = piece
         self.kinds: set[str] = set()
+        # The squares of the first batch that is split, until it is known that products are all there is.
+        self.first: Tensor | None = None
+        self.is_proven = False
         self.uses: list[torch.Size | None] = []
         self.mode = "off"
         self.example: Tensor | None = None
@@ -179,7 +173,7 @@ class _ExampleSquares:
         """Whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
         if not self.uses:
             return True
-        (shape, *others), products_only = self.uses, self.kinds == {"product"}
+        (shape, *others), products_only = self.uses, "dense" not in self.kinds
         return products_only and not others and shape is not None and len(shape) > 2 and shape[0] == examples
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
@@ -191,7 +185,7 @@ class _ExampleSquares:
         elif self.mode == "split":
             for one_left, one_right in zip(left.flatten(1, -2), right.flatten(1, -2), strict=True):
                 gradient = product(one_left[:, piece.first : piece.last], one_right)
-                piece.accumulator.addcmul_(gradient, gradient)
+                (piece.accumulator if self.is_proven else self.first).addcmul_(gradient, gradient)
 
     def from_dense(self, gradient: Tensor) -> None:
         """Add to the present example's gradient.
@@ -202,11 +196,26 @@ class _ExampleSquares:
         self.kinds.add("dense")
         if self.mode == "example":
             self.example += self.piece.rows_of(gradient)
-        elif self.mode == "split":
+        elif self.mode == "split" and self.is_proven:
             raise ValueError(
                 f"{self.piece.target.name} is used in another way than in the first calibration batch, so that "
                 "salience='fisher' cannot tell its examples apart; pass batches of one example, or leave it out."
             )
+
+    def open_split(self) -> None:
+        """From now on square each example's product."""
+        self.mode = "split"
+        if not self.is_proven:
+            self.first = torch.zeros_like(self.piece.accumulator)
+
+    def close_split(self) -> bool:
+        """Whether the products were the whole gradients; if not, their squares are forgotten."""
+        self.mode = "off"
+        if not self.is_proven and "dense" not in self.kinds:
+            self.piece.accumulator += self.first
+            self.is_proven = "product" in self.kinds
+        self.first = None
+        return "dense" not in self.kinds
 
     def close_example(self) -> None:
         """Square the example's whole gradient into the total."""
@@ -230,7 +239,7 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
 
 
 def _split_backward(
-    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], reader: BatchReader
+    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], reader: BatchReader, observed: Observed
 ) -> tuple[list[_ExampleSquares], list[int] | None]:
     """Square the example gradients of the weights that one backward can tell apart.
 
@@ -253,16 +262,22 @@ def _split_backward(
     total = losses.sum() if able else None
     if able and total.requires_grad:
         for sink in able:
-            sink.mode = "split"
+            sink.open_split()
         reader.went_back = True
         total.backward()
-        for sink in able:
-            sink.mode = "off"
+        settle(observed.pending)
+        able = [sink for sink in able if sink.close_split()]
     return able, counted.nonzero().squeeze(1).tolist()
 
 
 def _backward_by_example(
-    model: nn.Module, batch: Batch, counting: list[int] | None, rest: list, loss: LossFunction, reader: BatchReader
+    model: nn.Module,
+    batch: Batch,
+    counting: list[int] | None,
+    rest: list,
+    loss: LossFunction,
+    reader: BatchReader,
+    observed: Observed,
 ) -> list[int]:
     """One backward per example; the pieces in `rest` square the whole gradient of each.
 
@@ -273,6 +288,7 @@ def _backward_by_example(
         rest: sinks of the pieces.
         loss: from model and batch to a scalar.
         reader: whose last batch it is.
+        observed: what feeds the sinks.
 
     Returns:
         The rows that counted.
@@ -293,7 +309,7 @@ def _backward_by_example(
         if row in unsure and is_nan(value):
             # A mean over no label: the loss is a shifted one, for which this example has none.
             continue
-        backward_of(value, reader)
+        backward_of(value, reader, observed)
         counted.append(row)
         for sink in rest:
             sink.close_example()

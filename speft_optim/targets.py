@@ -235,8 +235,4 @@ _LINEAR_HOME, _CONV1D_HOME = nn.Linear.__module__, "transformers.pytorch_utils"
 
 def is_transposed_linear(module: nn.Module, attribute: str) -> bool:
     """Whether the weight is used as `x @ W`: GPT-2's Conv1D, known by name since transformers is not imported here."""
-    return (
-        attribute == "weight"
-        and type(module).__name__ == "Conv1D"
-        and type(module).__module__ == _CONV1D_HOME
-    )
+    return attribute == "weight" and type(module).__name__ == "Conv1D" and type(module).__module__ == _CONV1D_HOME

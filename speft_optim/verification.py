@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 512
+_ROWS = 64
 
 
 @torch.no_grad()
@@ -47,15 +47,19 @@ def agrees(dense: Tensor, left: Tensor, right: Tensor) -> bool | None:
     vector = torch.randn(dense.shape[1], generator=generator).to(dense.device)
     expected = torch.zeros(dense.shape[0], device=dense.device)
     # Rows at a time, since fp32 copies of all operands would be larger than the gradient.
-    for some_left, some_right in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+    for some_left, some_right in zip(_parts(left), _parts(right), strict=True):
         expected += some_left.float().t() @ (some_right.float() @ vector)
-    actual = torch.cat([rows.float() @ vector for rows in dense.split(_ROWS)]) if len(dense) else expected
+    actual = torch.cat([rows.float() @ vector for rows in _parts(dense)]) if len(dense) else expected
     scale, error = torch.stack([torch.maximum(actual.norm(), expected.norm()), (actual - expected).norm()]).tolist()
     if not scale or not torch.isfinite(torch.tensor([scale, error])).all():
         return None
     # Eight roundings of the lower precision; on GPUs an fp32 product may be formed in TF32.
     eps = max(torch.finfo(dtype).eps for dtype in (dense.dtype, left.dtype))
     return error <= max(8 * eps, 2e-3) * scale
+
+
+def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
+    return matrix.split(max(_ROWS, len(matrix) // 32))
 
 
 class DenseGradient:
@@ -101,7 +105,8 @@ class DenseGradient:
 
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
-        if _takers.get(weight) is not self:
+        # A compiled graph calls hooks of weights that get no gradient from it, too.
+        if _takers.get(weight) is not self or weight.grad is None:
             return
         gradient, weight.grad = weight.grad, None
         self.take(gradient.to_dense() if gradient.is_sparse else gradient)
@@ -147,6 +152,9 @@ class GradientWindow:
     def open(self) -> None:
         """Let the weights require gradients if a graph is recorded; says once if they did already."""
         if self.is_open or not torch.is_grad_enabled():
+            return
+        # None does while the model is calibrated.
+        if not any(weight.values.requires_grad for weight in self.weights):
             return
         self.is_open = True
         thawed = [weight.name for weight in self.weights if weight.open()]

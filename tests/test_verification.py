@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close, tiny_model, token_batch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim import Mask, Masks, SparseAdamW, desparsify, linear, select_masks, sparsify
+from speft_optim.compact import sparse_weights
+from speft_optim.verification import agrees
 
 
 def draw(*shape, seed=0):
@@ -234,9 +238,11 @@ def test_what_is_changed_before_sparsify_counts(change, caplog):
             dense.zero_grad()
             with torch.no_grad():
                 dense.first.weight.copy_(model.first.weight)
-    # Of a tied weight both modules are known.
+    # Of a tied weight both modules are known, and a hook that was there before comes after ours.
     messages = [record.message for record in caplog.records]
-    assert len(messages) == (0 if change == "tied" else 1) and all("first.weight" in text for text in messages)
+    assert len(messages) == (change in ("forward", "wrapped forward")) and all(
+        "first.weight" in text for text in messages
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -350,6 +356,8 @@ def test_a_mixer_that_reads_a_layer_s_weight_trains_it_and_scores_it(caplog):
 
 
 class Deep(nn.Module):
+    """Linear layers of one shape, one after the other."""
+
     def __init__(self, layers=5, side=32):
         super().__init__()
         torch.manual_seed(0)
@@ -359,24 +367,305 @@ class Deep(nn.Module):
         return self.layers(x)
 
 
-class Alive(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts tensors of one shape that live at once, and how many were made."""
+class Alive(TorchDispatchMode):
+    """Counts the matrices of one shape that are formed, and how many of them live at once."""
 
     def __init__(self, shape):
         super().__init__()
-        self.shape, self.alive, self.most, self.made = shape, set(), 0, 0
+        self.shape, self.alive, self.most, self.made = shape, 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.shape == self.shape:
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.alive and not any(
-                    isinstance(one, torch.Tensor) and one.untyped_storage()._cdata == key for one in args
-                ):
-                    self.alive.add(key)
-                    self.made += 1
-                    weakref.finalize(storage, self.alive.discard, key)
-                    self.most = max(self.most, len(self.alive))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and result.shape == self.shape:
+            self.alive, self.made = self.alive + 1, self.made + 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(result.untyped_storage(), self.forget)
         return result
+
+    def forget(self):
+        self.alive -= 1
+
+
+def formed(model, optimizer, x):
+    """Dense products of a step: how many, and how many at once."""
+    with Alive(torch.Size((32, 32))) as seen:
+        model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return seen.made, seen.most
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_check_forms_one_dense_gradient_more_a_weight_and_one_at_a_time(verify):
+    """On the CPU the sampled gradient is a dense product too, of which the entries are picked."""
+    model = Deep()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = SparseAdamW(sparsify(model, some_entries(model, names), verify=verify), lr=1e-3)
+    steps = [formed(model, optimizer, draw(3, 32, seed=step)) for step in range(3)]
+    assert steps == [(10 if verify else 5, 1), (5, 1), (5, 1)]
+
+
+def test_without_the_check_only_the_modules_own_use_is_seen(caplog):
+    """What the option turns off, and what it does not."""
+    model = Beside()
+    masks = some_entries(model, ["first.weight"])
+    dense = copy.deepcopy(model)
+    (values,) = sparsify(model, masks, verify=False)
+    x = draw(3, 4)
+    model(x).square().sum().backward()
+    assert not model.first.weight.requires_grad
+    dense(x).square().sum().backward()
+    expected = dense.first.weight.grad.flatten()[masks["first.weight"].indices.long()]
+    assert (values.grad - expected).norm() > 0.1 * expected.norm()
+    half(model)
+    values.grad = None
+    model(x).square().sum().backward()
+    assert values.grad is None
+
+
+class Experts(nn.Module):
+    """Two layers, of which the input's sign chooses one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (self.first if x[0, 0] > 0 else self.second)(x)
+
+
+def test_a_layer_that_is_used_late_is_verified_then(monkeypatch):
+    compared = []
+    monkeypatch.setattr(linear, "agrees", lambda *of: compared.append(of[0].shape) or agrees(*of))
+    twin = Twin(Experts())
+    for sign, count in ((1, 1), (1, 1), (-1, 2), (1, 2), (-1, 2)):
+
+        def call(model, x, sign=sign):
+            y = model(x.abs() * sign)
+            # A gradient of zero is no evidence, and only makes the other's exist.
+            return y + 0 * (model.first(x) + model.second(x))
+
+        twin.step(call)
+    assert len(compared) > 2
+
+
+def test_a_gradient_of_zero_or_infinity_proves_nothing():
+    left, right = draw(5, 4), draw(5, 3, seed=1)
+    dense = left.t() @ right
+    assert agrees(dense, left, right) is True
+    assert agrees(1.01 * dense, left, right) is False
+    assert agrees(dense * 0, left * 0, right) is None
+    assert agrees(dense * 0, left, right) is False
+    assert agrees(dense * torch.inf, left, right) is None
+    one = torch.zeros(4, 3)
+    one[2, 1] = 0.1 * dense.norm()
+    assert agrees(dense + one, left, right) is False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_difference(dtype):
+    for seed in range(10):
+        left, right = draw(300, 40, seed=seed).to(dtype), draw(300, 30, seed=seed + 50).to(dtype)
+        dense = (left.t() @ right).to(dtype)
+        assert agrees(dense, left, right) is True
+        assert agrees(dense * 1.2, left, right) is False
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "gemma2", "opt", "bert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ordinary_models_are_trusted_after_one_step(kind, dtype, caplog):
+    model = tiny_model(kind, dtype)
+    optimizer = SparseAdamW(sparsify(model, select_masks(model, [token_batch()], density=0.1, progress=False)), lr=1e-4)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model(**token_batch()).loss.backward()
+            optimizer.step()
+    assert not [record.message for record in caplog.records if "otherwise" in record.message]
+    taps = [tap for weight in sparse_weights(model) for tap in weight._taps if tap.is_product]
+    assert taps and sum(tap.verdict == ((), True) for tap in taps) >= len(taps) - 2
+
+
+# --- What the gradient window leaves behind ---
+
+
+def test_weights_require_gradients_only_from_a_forward_to_the_step():
+    model = tiny_model()
+    values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    optimizer, trainable = SparseAdamW(values), lambda: [p for p in model.parameters() if p.requires_grad]
+    assert trainable() == values
+    with torch.no_grad():
+        model(**token_batch())
+    assert trainable() == values
+    for _ in range(2):
+        model(**token_batch()).loss.backward()
+        assert all(p.grad is None for p in model.parameters() if p not in set(values))
+        optimizer.step()
+        assert trainable() == values
+    model(**token_batch())
+    desparsify(model)
+    assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("when", ["before the step", "in the first backward"])
+def test_a_copy_counts_every_use_too(when):
+    model = Beside()
+    masks = some_entries(model, ["first.weight"])
+    sparsify(model, masks)
+    if when == "in the first backward":
+        model(draw(3, 4))
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    desparsify(model)
+    model(draw(3, 4)).square().sum().backward()
+    expected = model.first.weight.grad.flatten()[masks["first.weight"].indices.long()]
+    for one in copies:
+        one(draw(3, 4)).square().sum().backward()
+        assert_close(one.first.sparse_weight.values.grad, expected, atol=1e-5)
+
+
+def test_weights_that_a_script_unfreezes_are_frozen_again_and_told_of(caplog):
+    model, expected = tiny_model(), tiny_model()
+    masks = select_masks(model, salience="random", density=0.1, progress=False)
+    values, others = sparsify(model, masks), sparsify(expected, masks)
+    model.requires_grad_(True)
+    model.lm_head.requires_grad_(False)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            for one in (model, expected):
+                one(**token_batch()).loss.backward()
+            for name in masks:
+                assert model.get_parameter(name).grad is None
+            assert_close(nn.utils.clip_grad_norm_(values, 1.0), nn.utils.clip_grad_norm_(others, 1.0))
+            SparseAdamW(values).step()
+            SparseAdamW(others).step()
+    (record,) = caplog.records
+    untouched = len(dict(model.named_parameters())) - 2 * len(masks) - 1
+    assert f"{untouched} other parameters require gradients too" in record.message
+    assert not any(model.get_parameter(name).requires_grad for name in masks)
+
+
+def test_a_module_tied_to_another_sparsified_one_is_refused():
+    model = Pair()
+    sparsify(model, some_entries(model, ["first.weight", "second.weight"]))
+    model.second.weight = model.first.weight
+    with pytest.raises(ValueError, match="second.weight was tied to first.weight, which is sparsified too"):
+        model(draw(3, 4))
+
+
+def test_a_loss_scaler_and_accumulation_change_no_gradient():
+    """Scaled gradients of half precision may be infinite at first; that step is skipped, and verified later."""
+    model = Beside()
+    masks = some_entries(model, ["first.weight"])
+    dense = copy.deepcopy(model)
+    (values,) = sparsify(model, masks)
+    optimizer = torch.optim.SGD([values], lr=0.0)
+    for scale in (torch.inf, 2.0**10):
+        optimizer.zero_grad()
+        for part in range(2):
+            (model(draw(3, 4, seed=part)).square().sum() * scale).backward()
+    for part in range(2):
+        dense(draw(3, 4, seed=part)).square().sum().backward()
+    expected = dense.first.weight.grad.flatten()[masks["first.weight"].indices.long()]
+    assert_close(values.grad / 2**10, expected, atol=1e-5)
+    optimizer.step()
+
+
+# --- Salience ---
+
+
+@pytest.mark.parametrize("salience", ["gradient", "snip", "fisher", "grasp"])
+@pytest.mark.parametrize("case", ["forward", "prepended hook", "fused by the parent", "beside its module", "recursive"])
+def test_salience_counts_every_use(case, salience, caplog):
+    model = MODELS[case]() if case in MODELS else Pair()
+    if case in CHANGES:
+        CHANGES[case](model)
+    batches = [dict(x=draw(3, 4, seed=seed), labels=torch.ones(3, dtype=torch.long)) for seed in range(3)]
+
+    def loss(model, batch):
+        return model(batch["x"]).pow(3).sum() / len(batch["x"])
+
+    name = "first.weight"
+    weight = model.get_parameter(name)
+    gradients = [torch.autograd.grad(loss(model, batch), weight, create_graph=True)[0] for batch in batches]
+    gradient = sum(gradients) / 3
+    if salience == "fisher":
+        rows = [dict(x=batch["x"][row : row + 1]) for batch in batches for row in range(3)]
+        scores = sum(torch.autograd.grad(loss(model, row), weight)[0].square() for row in rows) / 9
+    elif salience == "grasp":
+        (moved,) = torch.autograd.grad((gradient * gradient.detach()).sum(), weight)
+        scores = -moved * weight
+    else:
+        scores = (gradient if salience == "gradient" else gradient * weight).abs()
+    with caplog.at_level(logging.WARNING):
+        masks = select_masks(
+            model, batches, salience=salience, budget=5, targets=lambda k, p: k == name, loss=loss, progress=False
+        )
+    assert set(masks[name].indices.tolist()) == set(scores.flatten().topk(5).indices.tolist())
+    assert weight.requires_grad and weight.grad is None and not weight._post_accumulate_grad_hooks
+
+
+def test_fisher_of_a_model_s_own_loss_counts_uses_outside_a_module():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model("llama")
+            self.layers = self.inner.model.layers
+
+        def forward(self, input_ids, labels, attention_mask):
+            hidden = self.inner.model(input_ids=input_ids).last_hidden_state
+            hidden = hidden + F.linear(hidden, self.layers[0].self_attn.o_proj.weight)
+            logits = self.inner.lm_head(hidden)
+            return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    model, name = Beside(), "inner.model.layers.0.self_attn.o_proj.weight"
+    batches = [{**token_batch(seed), "labels": token_batch(seed)["input_ids"]} for seed in range(2)]
+    weight, scores = model.get_parameter(name), 0
+    for batch in batches:
+        for row in range(3):
+            loss = model(**{key: value[row : row + 1] for key, value in batch.items()})["loss"]
+            scores = scores + torch.autograd.grad(loss, weight)[0].square()
+    masks = select_masks(model, batches, salience="fisher", budget=50, targets=lambda k, p: k == name, progress=False)
+    assert len(set(masks[name].indices.tolist()) & set(scores.flatten().topk(50).indices.tolist())) >= 49
+
+
+# --- Compiled layers ---
+
+
+@pytest.mark.parametrize("salience", ["gradient", "fisher", "activation"])
+def test_layers_compiled_in_place_are_scored_like_others(salience):
+    model, batches = tiny_model(), [token_batch()]
+    choose = dict(salience=salience, density=0.1, progress=False)
+    expected = select_masks(model, batches, **choose)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    model(**token_batch()).loss.backward()
+    model.zero_grad()
+    assert select_masks(model, batches, **choose) == expected
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "layers"])
+def test_a_compiled_model_gets_autograd_s_gradients(how):
+    torch._dynamo.reset()
+    model, name = tiny_model("qwen2", num_hidden_layers=1), "model.embed_tokens.weight"
+    dense = copy.deepcopy(model)
+    masks = select_masks(model, salience="random", density=0.1, targets=lambda k, p: p.dim() == 2, progress=False)
+    values = dict(zip(masks, sparsify(model, masks), strict=True))
+    called = model
+    if how == "in place":
+        model.compile(backend="aot_eager")
+    elif how == "wrapped":
+        called = torch.compile(model, backend="aot_eager")
+    else:
+        model.model.layers[0].compile(backend="aot_eager")
+    optimizer = torch.optim.SGD(values.values(), lr=0.0)
+    for _ in range(3):
+        for one in (called, dense):
+            (one(**token_batch()).loss + 1e-3 * one.model.embed_tokens.weight.square().sum()).backward()
+        for each, value in values.items():
+            expected = dense.get_parameter(each).grad.flatten()[masks[each].indices.long()]
+            assert_close(value.grad, expected, atol=1e-6, rtol=1e-4)
+        assert name in values
+        optimizer.step()
+        optimizer.zero_grad()
+        dense.zero_grad()
+    torch._dynamo.reset()
