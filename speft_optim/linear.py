@@ -284,9 +284,10 @@ class Tap:
             del module.__dict__[self._key]
         if use is None:
             return None
-        if use.alias is not None and module.__dict__.get(self.attribute) is use.alias:
-            del module.__dict__[self.attribute]
-            if use.shadowed is not None:
+        if use.alias is not None:
+            module.__dict__.pop(self.attribute, None)
+            # Of a call around this one, or of a replica. Else whatever stood there ends with this call too.
+            if use.shadowed is not None and (uses or getattr(module, "_is_replica", False)):
                 module.__dict__[self.attribute] = use.shadowed
         use.alias = None
         if use.way is Way.DENSE or output is None:
@@ -368,16 +369,19 @@ def shadow(
         stack: undoes it.
         prepend: before hooks that are there already, which then see the shadows.
     """
-    shadows: list[str] = []
+    # One element a call, since a module may call itself.
+    covered: list[dict[str, Tensor | None]] = []
 
     def before(module: nn.Module, args: tuple) -> None:
         made = make()
-        shadows[:] = made
+        covered.append({name: module.__dict__.get(name) for name in made})
         module.__dict__.update(made)
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
-        for name in shadows:
+        for name, tensor in covered.pop().items() if covered else ():
             module.__dict__.pop(name, None)
+            if covered and tensor is not None:
+                module.__dict__[name] = tensor
 
     stack.callback(module.register_forward_pre_hook(before, prepend=prepend).remove)
     stack.callback(module.register_forward_hook(after, always_call=True).remove)

@@ -203,7 +203,8 @@ class SparseAdamW(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a masked weight was replaced, or at the first step the masks differ between processes.
+            ValueError: a masked weight was replaced, or at the first step the masks differ between processes or the
+                values of all masked weights are frozen.
             FloatingPointError: a gradient is not finite, with `on_nonfinite="raise"`.
         """
         loss = None
@@ -219,7 +220,7 @@ class SparseAdamW(Optimizer):
             # Not only in `sparsify`, which may have run before there were other processes: DistributedDataParallel lays
             # the values of one over the positions of another.
             check_equal_masks({weight.name: weight.mask for weight in weights.values() if weight is not None})
-            _warn_of_missing_gradients(weights)
+            _check_gradients(weights)
             self._stepped = True
         # What the host does is done while the card is still at the gradients, of which one number is waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
@@ -471,13 +472,26 @@ def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) 
     return True
 
 
-def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:
-    missing = [w.name for parameter, w in weights.items() if w is not None and parameter.grad is None]
+def _check_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:
+    """Say at the first step which values get no gradient and why, and refuse to step if all of them are frozen."""
+    compact = {parameter: weight.name for parameter, weight in weights.items() if weight is not None}
+    frozen = [name for parameter, name in compact.items() if not parameter.requires_grad]
+    remedy = (
+        "were frozen after sparsify (requires_grad is False), as peft's get_peft_model and some trainers do with all "
+        "they do not know; call requires_grad_(True) on the values that sparsify returned, or sparsify after it."
+    )
+    if frozen and len(frozen) == len(compact):
+        raise ValueError(f"The values of all {len(frozen)} masked weights {remedy}")
+    if frozen:
+        logger.warning(
+            "The values of %d of %d masked weights, e.g. %s, %s", len(frozen), len(compact), frozen[0], remedy
+        )
+    missing = [name for parameter, name in compact.items() if parameter.grad is None and parameter.requires_grad]
     if missing:
         logger.warning(
-            "%d masked weights have no gradient at the first step, e.g. %s: their modules were not called (an unused "
-            "branch, or code that reads the weight without calling its module), or reentrant checkpointing of blocks "
-            "whose inputs need none cut them off (use_reentrant=False).",
+            "%d masked weights have no gradient at the first step, e.g. %s: they were not used (a branch that was not "
+            "taken, an expert without a token), or reentrant checkpointing of blocks whose inputs need none cut them "
+            "off (use_reentrant=False).",
             len(missing),
             missing[0],
         )

@@ -406,7 +406,7 @@ def test_the_check_forms_one_dense_gradient_more_a_weight_and_one_at_a_time(veri
 
 
 def test_without_the_check_only_the_modules_own_use_is_seen(caplog):
-    """What the option turns off, and what it does not."""
+    """What the option turns off."""
     model = Beside()
     masks = some_entries(model, ["first.weight"])
     dense = copy.deepcopy(model)
@@ -417,10 +417,6 @@ def test_without_the_check_only_the_modules_own_use_is_seen(caplog):
     dense(x).square().sum().backward()
     expected = dense.first.weight.grad.flatten()[masks["first.weight"].indices.long()]
     assert (values.grad - expected).norm() > 0.1 * expected.norm()
-    half(model)
-    values.grad = None
-    model(x).square().sum().backward()
-    assert values.grad is None
 
 
 class Experts(nn.Module):
@@ -439,7 +435,7 @@ def test_a_layer_that_is_used_late_is_verified_then(monkeypatch):
     compared = []
     monkeypatch.setattr(linear, "agrees", lambda *of: compared.append(of[0].shape) or agrees(*of))
     twin = Twin(Experts())
-    for sign, count in ((1, 1), (1, 1), (-1, 2), (1, 2), (-1, 2)):
+    for sign in (1, 1, -1, 1, -1):
 
         def call(model, x, sign=sign):
             y = model(x.abs() * sign)
