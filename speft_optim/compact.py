@@ -306,6 +306,11 @@ class SparseWeight(nn.Module):
         """Let this window open the weight from now on."""
         self._window = (window,)
 
+    def verify_again(self) -> None:
+        """Compare the gradient of the next backward with autograd's own, as in the first."""
+        for tap in self._taps:
+            tap.verdict = None
+
     def after_step(self) -> None:
         """The optimizer took a step: freeze the weight until the next forward, and trust what backward verified."""
         for tap in self._taps:
