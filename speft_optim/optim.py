@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from speft_optim.distributed import check_equal_masks
+from speft_optim.distributed import check_equal_masks, together
 from speft_optim.kernels import Update, adamw_, fused_adamw, launches
 from speft_optim.masks import Mask
 from speft_optim.moments import (
@@ -213,9 +214,11 @@ class SparseAdamW(Optimizer):
                 loss = closure()
         # All of them before any update, and those without a gradient too: a weight that is gone never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
-        for weight in weights.values():
-            if weight is not None:
-                weight.synchronize()
+        # An error of one process alone, in its first step, would let the others wait in the exchange below.
+        with nullcontext() if self._stepped else together():
+            for weight in weights.values():
+                if weight is not None:
+                    weight.synchronize()
         if not self._stepped:
             # Not only in `sparsify`, which may have run before there were other processes: DistributedDataParallel lays
             # the values of one over the positions of another.

@@ -305,6 +305,8 @@ SCENARIOS = [
     replicas_do_not_drift_apart,
     replicas_do_not_drift_apart_under_no_sync,
     accelerate_on_two_processes,
+    a_use_that_replicas_would_not_average_is_refused_by_all,
+    a_layer_with_another_forward_is_averaged_too,
     masks_that_differ_between_processes,
     data_that_differs_between_processes_gives_one_mask,
     each_measure_averages_over_the_processes,

@@ -624,6 +624,39 @@ def test_fisher_of_a_model_s_own_loss_counts_uses_outside_a_module():
     assert len(set(masks[name].indices.tolist()) & set(scores.flatten().topk(50).indices.tolist())) >= 49
 
 
+# --- Values that were frozen after sparsify ---
+
+
+def with_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules=["lm_head"], r=2))
+
+
+def test_frozen_values_are_named_as_the_cause(caplog):
+    """As peft freezes all that it does not know."""
+    model = tiny_model()
+    values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    lora = with_lora(model)
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    optimizer, before = SparseAdamW([*values, *trained]), [value.detach().clone() for value in values]
+    lora(**token_batch()).loss.backward()
+    with pytest.raises(
+        ValueError, match="14 masked weights were frozen after sparsify.*get_peft_model.*requires_grad_"
+    ):
+        optimizer.step()
+    assert all(torch.equal(value, old) for value, old in zip(values, before, strict=True))
+    for value in values[1:]:
+        value.requires_grad_(True)
+    lora(**token_batch()).loss.backward()
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+        optimizer.step()
+    (record,) = caplog.records
+    assert "The values of 1 of 14 masked weights, e.g. model.layers.0.self_attn.q_proj.weight" in record.message
+    assert [torch.equal(value, old) for value, old in zip(values, before, strict=True)] == [True] + 13 * [False]
+
+
 # --- Compiled layers ---
 
 
