@@ -179,9 +179,11 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
         if number >= 2:
             step_ms.append(whole)
             optimizer_ms.append(last)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
+    check = verified_step(model, optimizer, ids, device) if method == "ours" and precision == "bf16" else {}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     import transformers
 
     return {
@@ -190,17 +192,34 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
         "step_ms": round(statistics.median(step_ms), 1),
         "optimizer_ms": round(statistics.median(optimizer_ms), 2),
         "peak_gib": None if peak is None else round(peak / GIB, 3),
-        "reserved_gib": None if peak is None else round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "reserved_gib": None if reserved is None else round(reserved / GIB, 3),
         "parts_gib": {
             "weights": round(weights / GIB, 3),
             "values and positions" if method == "ours" else "adapters": round(held / GIB, 3),
             "moments": round(state / GIB, 3),
             "activations and gradients": round(max(0, (peak or 0) - weights - held - state) / GIB, 3),
         },
+        **check,
         "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def verified_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> dict:
+    """Time and peak of a step that compares each layer's gradient with autograd's, as the first step of a run does.
+
+    Taken last, when nothing is compiled or tuned any more; the peak of the whole run covers the first step too.
+    """
+    from speft_optim.compact import sparse_weights
+
+    for weight in sparse_weights(model):
+        weight.verify_again()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    whole, _ = take_step(model, optimizer, ids, device)
+    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    return {"verified_step_ms": round(whole, 1), "verified_step_peak_gib": None if peak is None else round(peak, 3)}
 
 
 def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> tuple[float, float]:

@@ -352,6 +352,11 @@ def plain_implementation(model: nn.Module, attention: bool) -> Iterator[None]:
             setattr(config, name, value)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled in place or is the wrapper of `torch.compile`."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
 @contextlib.contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, without cache and with nothing that requires gradients; all as before afterwards.
@@ -366,6 +371,9 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(_RandomState(devices).restore)
         stack.enter_context(frozen_forwards(model))
+        if any(is_compiled(module) for module in model.modules()):
+            # A graph that is there already would not call the hooks of the measures.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
             if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
                 # What stands in for a block's call streams its weights, and recomputes it already.

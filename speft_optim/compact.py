@@ -5,19 +5,25 @@ told by version counters and storages: values that an optimizer, a loaded state 
 before the weight is used or saved; a weight that was loaded or written from outside is read.
 """
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from speft_optim.distributed import is_distributed
 from speft_optim.frozen import DenseWeight, FrozenWeight, find, frozen_weight, keep_attached
 from speft_optim.kernels import CSR, gather_entries, launches, scatter_entries_
-from speft_optim.linear import tap_target
+from speft_optim.linear import Tap, tap_target
 from speft_optim.masks import Mask
 from speft_optim.optim import link, unlink
 from speft_optim.quantized import forward_of
 from speft_optim.targets import Target
+from speft_optim.verification import DenseGradient, GradientWindow
 from speft_optim.wrappers import steps_to
+
+logger = logging.getLogger(__name__)
 
 _REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
 
@@ -53,8 +59,13 @@ class SparseWeight(nn.Module):
     """
 
     former: Mask | None = None
+    # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
+    _told_of_use = _is_unreduced = False
+    # Whether the weight is a leaf now, and what opens it; in a tuple, as the window holds this module.
+    _opened = False
+    _window: tuple[GradientWindow, ...] = ()
 
-    def __init__(self, model: nn.Module, target: Target, mask: Mask):
+    def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
         self.name = target.name
         self.mask = mask.to(target.parameter.device)
@@ -68,9 +79,12 @@ class SparseWeight(nn.Module):
         base.attach(self.mask, self.values)
         self._link()
         self._remember()
+        self._taps: list[Tap] = []
+        self._leaf = DenseGradient(self.add_gradient) if self._dense and verify else None
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
-            self._hooks += tap_target(target, self.values, self)
+            self._taps = tap_target(target, self.values, self, "verified" if verify else "product")
+            self._hooks += self._taps
         else:
             # The layer's stand-in reads the values anew in each product, and knows both factors of the gradient: one
             # node in the graph instead of two, and no hook.
@@ -87,6 +101,11 @@ class SparseWeight(nn.Module):
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
                 f"module, one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
             )
+        if self._is_unreduced:
+            raise ValueError(
+                f"{self.name} is used outside its module's forward, where DistributedDataParallel does not average its "
+                "gradient over processes; leave it out of targets, or call its module instead of reading its weight."
+            )
 
     @property
     def base(self) -> FrozenWeight:
@@ -100,6 +119,8 @@ class SparseWeight(nn.Module):
         weight = module._parameters.get(attribute)
         if weight is None or not self._is_in_model(module):
             return "is no longer in the model"
+        if weight is not self._seen[0] and (other := self._other_owner(weight)):
+            return f"was tied to {other}, which is sparsified too"
         for user, name in target.sites[1:]:
             if user._parameters.get(name) is not weight:
                 return "is no longer shared by the modules that shared it"
@@ -112,6 +133,11 @@ class SparseWeight(nn.Module):
         if not self._dense and not self._is_attached():
             return "was quantised anew, its trained entries with it,"
         return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
+
+    def _other_owner(self, weight: Tensor) -> str | None:
+        """The name of another masked weight that is this very tensor."""
+        others = (other for other in sparse_weights(self._places[0]) if other is not self)
+        return next((other.name for other in others if other.parameter is weight), None)
 
     def _is_in_model(self, module: nn.Module) -> bool:
         """Whether the module is still found under its name, at once along the way it was found before."""
@@ -238,6 +264,9 @@ class SparseWeight(nn.Module):
     def _remember(self) -> None:
         module, attribute = self._places[1].sites[0]
         weight = module._parameters[attribute]
+        # Another tensor, as after a load that assigns, has to be opened anew.
+        for window in self._window:
+            window.is_open &= weight is self._seen[0]
         # In a tuple, as else the weight would become a parameter of this module too.
         self._seen = weight, self._weight_state(weight), _state(self._parameters["values"])
 
@@ -279,6 +308,64 @@ class SparseWeight(nn.Module):
         """Masked entries of a dense gradient, (k,) fp32."""
         return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight in the model now, codes where it is quantised."""
+        return self._places[1].parameter
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether uses of the weight that its hooks do not see are looked for."""
+        return self._leaf is not None
+
+    def modules_on_path(self) -> list[nn.Module]:
+        """The modules that hold the weight and those that lead to it."""
+        return [child for _, _, child in self._path] + [module for module, _ in self._places[1].sites]
+
+    def open(self) -> bool:
+        """Let autograd see uses of the weight that the hooks do not; whether it required a gradient already."""
+        if not self.values.requires_grad:
+            return False
+        weight = self.parameter
+        thawed, self._opened = weight.requires_grad and not self._opened, True
+        self._leaf.open(weight)
+        return thawed
+
+    def join(self, window: GradientWindow) -> None:
+        """Let this window open the weight from now on."""
+        self._window = (window,)
+
+    def verify_again(self) -> None:
+        """Compare the gradient of the next backward with autograd's own, as in the first."""
+        for tap in self._taps:
+            tap.verdict = None
+
+    def after_step(self) -> None:
+        """The optimizer took a step: freeze the weight until the next forward, and trust what backward verified."""
+        for tap in self._taps:
+            tap.promote()
+        if self._leaf is not None:
+            self._leaf.close()
+        self._opened = False
+        for window in self._window:
+            window.is_open = False
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add the dense gradient of uses that no hook saw to that of the values."""
+        if not self.values.requires_grad:
+            return
+        self._is_unreduced = is_distributed()
+        if not self._told_of_use and not any(tap.told for tap in self._taps):
+            self._told_of_use = True
+            logger.warning(
+                "%s is used outside its module's forward, where no hook sees it: the gradient of these uses is formed "
+                "densely, one weight at a time, which is right and takes longer.",
+                self.name,
+            )
+        entries = self.from_dense(gradient)
+        self.values.grad = entries if self.values.grad is None else self.values.grad.add_(entries)
+
     def detach_from_model(self) -> None:
         """Take off all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
         if self._change() is None:
@@ -286,11 +373,13 @@ class SparseWeight(nn.Module):
             self.base.release(self.values)
         for hook in self._hooks:
             hook.remove()
+        self.after_step()
         _, target = self._places
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
         unlink(self.values)
-        self._hooks, self._places, self._path, self._seen, self._linked = [], (), (), (), ()
+        self._hooks, self._taps, self._leaf = [], [], None
+        self._places, self._path, self._seen, self._linked, self._window = (), (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         # The weight's entry shares memory with the weight, so a write now still reaches it.

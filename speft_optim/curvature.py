@@ -12,7 +12,7 @@ Fused attention cannot be differentiated twice, so this pass uses PyTorch's plai
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -105,8 +105,13 @@ def hessian_gradient(
     loss: LossFunction | None,
     targets: Mapping[str, Target],
     store: GradientStore,
+    dense: Collection[str] = (),
 ) -> None:
-    """Average H g over the batches for the weights of the group, with the g of all targets in `store`."""
+    """Average H g over the batches for the weights of the group, with the g of all targets in `store`.
+
+    Weights named in `dense` are used otherwise than as products of their layers. These are not moved: the inner product
+    with g is taken of autograd's own gradient of them.
+    """
     step = torch.zeros((), requires_grad=True)
     for piece in group:
         piece.allocate()
@@ -115,19 +120,35 @@ def hessian_gradient(
         stack.enter_context(plain_implementation(model, attention=True))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
-        for target in targets.values():
-            for module, attribute in target.sites:
+        for name, target in targets.items():
+            for module, attribute in target.sites if name not in dense else ():
                 _move_along(target, module, attribute, step, store, stack)
+        known = {piece.target.name for piece in group}
+        others = {name: targets[name] for name in sorted(dense)}
+        for name, target in others.items():
+            if name not in known:
+                stack.enter_context(differentiable(*target.sites[0]))
         leaves = [stack.enter_context(_gradient_to(piece)) for piece in group]
         stack.enter_context(together())
         for batch in reader:
             value = (loss or model_loss)(model, batch)
             if not reader.takes(value):
                 continue
-            (along,) = torch.autograd.grad(value, step, create_graph=True, allow_unused=True)
+            along = _derivative_along(value, step, others, store)
             if along is not None and along.requires_grad:
                 along.backward(inputs=leaves)
     average_([piece.accumulator for piece in group], total(reader.used))
+
+
+def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore) -> Tensor | None:
+    """The inner product of g with the gradient of the loss, with a graph; None where the loss knows no weight."""
+    inputs = [step, *(target.parameter for target in dense.values())]
+    along, *gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+    parts = [] if along is None else [along]
+    for target, gradient in zip(dense.values(), gradients, strict=True):
+        if gradient is not None:
+            parts.append((gradient.float() * store.get(target, torch.float32)).sum().to(step.device))
+    return sum(parts) if parts else None
 
 
 @contextlib.contextmanager
@@ -171,7 +192,7 @@ def _move_along(
             moved = _Times.apply(x, lambda: store.get(target, output.dtype), is_linear(module, attribute))
             return output + step.to(output) * moved
 
-        stack.callback(module.register_forward_hook(add, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(add, prepend=True, with_kwargs=True).remove)
     else:
 
         def moved_weight() -> dict[str, Tensor]:

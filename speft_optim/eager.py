@@ -3,12 +3,13 @@
 import torch
 from torch import nn
 
-from speft_optim.sparsify import attached
+from speft_optim.sparsify import attached, window_of
 
 
 @torch.compiler.disable(recursive=True)
 def refresh_all(model: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a sparsified model: bring all weights and values into step."""
+    """Forward pre-hook of a sparsified model: bring weights and values into step, and open the gradient window."""
     # Not by a search of the model, which each forward would pay for.
     for weight in attached(model):
         weight.refresh()
+    window_of(model).open()

@@ -43,8 +43,9 @@ def flow(model: nn.Module, reader: BatchReader | None, group: list[Piece], loss:
     """
     for piece in group:
         piece.allocate()
-    # Taps first: where a tap shadows a weight, the absolute value is taken of its alias.
-    taps = tapped(group, {piece: piece for piece in group})
+    # Taps first: where a tap shadows a weight, the absolute value is taken of its alias. A linear layer gets another
+    # forward here, which is ours.
+    taps = tapped(group, {piece: piece for piece in group}, trust="always")
     with plain_implementation(model, attention=False), taps, linearised(model):
         logits = _logits_of_ones(model)
         if logits.requires_grad:

@@ -9,22 +9,33 @@ last product once more for nothing. It is kept as it comes, by several layers in
 for as long as it takes to form the input gradient. Any other weight is shadowed during its module's forward by an alias
 whose backward hands over the dense gradient of that one use, which is then free to go.
 
-A use outside the module's forward is out of sight. Shadows that last for the whole model's forward would see it, but
-not in the recomputation of a checkpointed block, which then no longer matches its forward.
+A linear layer takes the way of the other weights too where somebody gave it another forward, or where verification
+found that its output is changed before the hook sees it (see `verification.py`, also for uses outside the module).
 
 Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
 has to be undone before saving.
 """
 
 import contextlib
+import functools
+import itertools
+import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from enum import Enum
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _global_forward_hooks
 
-from speft_optim.targets import Target, is_product, is_transposed_linear
+from speft_optim.frozen import is_quantized_linear
+from speft_optim.targets import Target, has_other_forward, is_product, is_transposed_linear
+from speft_optim.verification import agrees
+
+logger = logging.getLogger(__name__)
+
+Trust = Literal["verified", "product", "always"]
 
 
 class Sink(Protocol):
@@ -74,12 +85,49 @@ def take_keeper(x: Tensor) -> torch.autograd.graph.Node | None:
     return x.grad_fn
 
 
+class _Use:
+    """One call of a module between its hooks.
+
+    Attributes:
+        way: how the weight's gradient of this call is formed.
+        shadowed: what stood before the module's parameter already, or None.
+        alias: what this call put there, or None.
+        kept: a linear layer's input, its version, and the alias that keeps it.
+        factors: with `VERIFY`, the two factors of the gradient, from the output's node to the alias'.
+        product: what the sink returned for them.
+    """
+
+    def __init__(self, tap: "Tap", way: "Way", shadowed: Tensor | None):
+        self.tap, self.way, self.shadowed, self.alias = tap, way, shadowed, None
+        self.kept: tuple[Tensor, int, Tensor] | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None
+        self.product: Tensor | None = None
+
+    def take(self, factors: tuple[Tensor, Tensor]) -> None:
+        """Keep the factors for the comparison; what a sink makes of them must not stand beside a dense gradient."""
+        self.factors = factors
+        if self.tap.pending is None:
+            self.product = self.tap.sink.from_product(*factors)
+        else:
+            settle(self.tap.pending)
+
+
+class Way(Enum):
+    """How a tap forms the gradient of one call."""
+
+    PRODUCT = "from input and output gradient"
+    DENSE = "by autograd, of an alias"
+    VERIFY = "both, compared"
+
+
 class _TapOutput(torch.autograd.Function):
     """Identity on a linear layer's output; its backward sees the layer's input and output gradient."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Sink, transposed: bool) -> Tensor:
-        ctx.sink, ctx.transposed, ctx.keeper = sink, transposed, take_keeper(x)
+    def forward(
+        ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Sink, transposed: bool, use: _Use | None
+    ) -> Tensor:
+        ctx.sink, ctx.transposed, ctx.use, ctx.keeper = sink, transposed, use, take_keeper(x)
         ctx.save_for_backward(*(() if ctx.keeper else (x,)))
         # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
         return output.detach()
@@ -93,16 +141,20 @@ class _TapOutput(torch.autograd.Function):
             # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
             x = x.to(output_gradient.dtype)
             left, right = (x, output_gradient) if ctx.transposed else (output_gradient, x)
-            anchor_gradient = ctx.sink.from_product(torch.atleast_2d(left), torch.atleast_2d(right))
-        return output_gradient, None, anchor_gradient, None, None
+            factors = torch.atleast_2d(left), torch.atleast_2d(right)
+            if ctx.use is None:
+                anchor_gradient = ctx.sink.from_product(*factors)
+            else:
+                ctx.use.take(factors)
+        return output_gradient, None, anchor_gradient, None, None, None
 
 
 class _TapWeight(torch.autograd.Function):
     """A differentiable alias of a frozen weight; its backward sees the dense gradient of one use."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, anchor: Tensor, sink: Sink) -> Tensor:
-        ctx.sink = sink
+    def forward(ctx, weight: Tensor, anchor: Tensor, take: Callable[[Tensor], Tensor | None]) -> Tensor:
+        ctx.take = take
         return weight.view_as(weight)
 
     @staticmethod
@@ -111,7 +163,7 @@ class _TapWeight(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, None
         # Embeddings made with sparse=True give a sparse one.
-        return None, ctx.sink.from_dense(gradient.to_dense() if gradient.is_sparse else gradient), None
+        return None, ctx.take(gradient.to_dense() if gradient.is_sparse else gradient), None
 
 
 class Tap:
@@ -123,26 +175,42 @@ class Tap:
         anchor: a tensor that requires gradients, else the tap rests; it makes the output require them, and gets what
             the sink returns.
         sink: where the gradient's parts go.
+        name: the weight's full name, for warnings.
+        trust: "verified" compares the product of a linear layer with autograd's own gradient first, "product" takes it
+            for what the layer computes, "always" does so even where the layer has another forward.
+        pending: of sinks that keep what they get, where (sink, factors) wait for `settle` after a comparison.
+
+    Attributes:
+        told: whether the weight was named as one that is used otherwise.
+        verdict: whether the product is right, under hooks that stood before this tap's own; None until that is known.
     """
 
-    def __init__(self, module: nn.Module, attribute: str, anchor: Tensor, sink: Sink):
-        self.attribute, self.anchor, self.sink = attribute, anchor, sink
+    def __init__(
+        self,
+        module: nn.Module,
+        attribute: str,
+        anchor: Tensor,
+        sink: Sink,
+        name: str = "",
+        trust: Trust = "product",
+        pending: list | None = None,
+    ):
+        self.attribute, self.anchor, self.sink, self.name, self.trust = attribute, anchor, sink, name, trust
         self.transposed = is_transposed_linear(module, attribute)
-        # The input at hand, its version, and the alias that keeps it.
-        self.kept: tuple[Tensor, int, Tensor] | None = None
-        if is_product(module, attribute):
-            hooks = [
-                module.register_forward_pre_hook(self.before_product, with_kwargs=True),
-                # First among the forward hooks: it must see what the layer itself returned. Also after an exception, as
-                # a recomputation ends with: the input at hand must not wait for the next forward.
-                module.register_forward_hook(self.tap_output, prepend=True, with_kwargs=True, always_call=True),
-            ]
-        else:
-            hooks = [
-                module.register_forward_pre_hook(self.shadow_weight),
-                module.register_forward_hook(self.unshadow_weight, always_call=True),
-            ]
-        self.hooks = hooks
+        self.is_product = is_product(module, attribute)
+        self.pending = pending
+        self.verdict: tuple[tuple, bool] | None = None
+        self._found: tuple[tuple, bool] | None = None
+        self.told = False
+        before = module.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        # First among the forward hooks: it must see what the layer itself returned. Also after an exception, as a
+        # recomputation ends with: what stands before the weight must not wait for the next forward.
+        after = module.register_forward_hook(
+            self.after_forward, prepend=self.is_product, with_kwargs=True, always_call=True
+        )
+        self.hooks = [before, after]
+        # A compiler takes a number, but no handle.
+        self._after_id = after.id
 
     def remove(self) -> None:
         """Take the hooks off the module."""
@@ -155,41 +223,130 @@ class Tap:
         # Where not, as in the calibration of a model in training, a second derivative must not meet the tap either.
         return torch.is_grad_enabled() and self.anchor.requires_grad
 
-    def before_product(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of linear layers."""
-        if (args or kwargs) and self.feeds:
-            x = input_of(args, kwargs)
-            if (kept := keep_input(x)) is not x:
-                self.kept = x, x._version, kept
+    def promote(self) -> None:
+        """Act on what backward found; between backwards, as a checkpointed block must be recomputed as it was."""
+        if self._found is not None:
+            self.verdict, self._found = self._found, None
 
-    def tap_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | None) -> Tensor | None:
-        """Forward hook of linear layers; without an output after an exception."""
-        kept = None
-        if not torch.compiler.is_compiling():
-            kept, self.kept = self.kept, None
-        if output is None or not self.feeds:
-            return None
-        x = input_of(args, kwargs)
-        # Another hook may have changed the input since, or put another one in its place.
-        if kept is not None and kept[0] is x and kept[1] == x._version:
-            x = kept[2]
-        return _TapOutput.apply(output, x, self.anchor, self.sink, self.transposed)
+    def way(self, module: nn.Module) -> Way:
+        """How to form the gradient of a call that begins now."""
+        if not self.is_product or self.trust != "always" and has_other_forward(module, self.attribute):
+            if self.is_product:
+                self._tell("its module has another forward than its class had")
+            return Way.DENSE
+        if self.trust != "verified":
+            return Way.PRODUCT
+        surroundings = self._surroundings(module)
+        if torch.compiler.is_compiling():
+            # Nothing can be compared inside a graph; but there the layer's product is all that the hook sees.
+            return Way.DENSE if surroundings else Way.PRODUCT
+        if self.verdict is None or self.verdict[0] != surroundings:
+            return Way.VERIFY
+        return Way.PRODUCT if self.verdict[1] else Way.DENSE
 
-    def shadow_weight(self, module: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of other modules: an instance attribute is found before the registered parameter."""
+    def _surroundings(self, module: nn.Module) -> tuple:
+        """What may change the layer's output before this tap sees it; empty in the usual case."""
+        first = next(iter(module._forward_hooks), None)
+        if first == self._after_id and not _global_forward_hooks and "forward" not in module.__dict__:
+            return ()
+        ahead = itertools.takewhile(lambda key: key != self._after_id, module._forward_hooks)
+        return tuple(ahead), tuple(_global_forward_hooks), id(module.__dict__.get("forward"))
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook: let an instance attribute, which is found first, stand before the registered parameter."""
+        use = None
         if self.feeds:
             # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
             weight = getattr(module, self.attribute)
-            module.__dict__[self.attribute] = _TapWeight.apply(weight, self.anchor, self.sink)
+            use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
+            if use.way is Way.VERIFY:
+                take = functools.partial(self._judge, use, self._surroundings(module))
+                use.alias = _TapWeight.apply(weight.detach(), self.anchor, take)
+            elif use.way is Way.DENSE:
+                use.alias = _TapWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
+            elif weight.requires_grad:
+                use.alias = weight.detach()
+            if use.alias is not None:
+                module.__dict__[self.attribute] = use.alias
+            if use.way is not Way.DENSE and (args or kwargs):
+                x = input_of(args, kwargs)
+                if (kept := keep_input(x)) is not x:
+                    use.kept = x, x._version, kept
+        module.__dict__.setdefault(self._key, []).append(use)
 
-    def unshadow_weight(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Forward hook of other modules, called also after an exception."""
-        module.__dict__.pop(self.attribute, None)
+    def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
+        """Forward hook, called without an output after an exception."""
+        uses = module.__dict__.get(self._key)
+        if not uses:
+            return None
+        use = uses.pop()
+        if not uses:
+            del module.__dict__[self._key]
+        if use is None:
+            return None
+        if use.alias is not None:
+            module.__dict__.pop(self.attribute, None)
+            # Of a call around this one, or of a replica. Else whatever stood there ends with this call too.
+            if use.shadowed is not None and (uses or getattr(module, "_is_replica", False)):
+                module.__dict__[self.attribute] = use.shadowed
+        use.alias = None
+        if use.way is Way.DENSE or output is None:
+            return None
+        x, kept = input_of(args, kwargs), use.kept
+        # Another hook may have changed the input since, or put another one in its place.
+        if kept is not None and kept[0] is x and kept[1] == x._version:
+            x = kept[2]
+        use.kept = None
+        compared = use if use.way is Way.VERIFY else None
+        return _TapOutput.apply(output, x, self.anchor, self.sink, self.transposed, compared)
+
+    @property
+    def _key(self) -> str:
+        return f"_uses_of_{self.attribute}_{id(self)}"
+
+    def _judge(self, use: _Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
+        """Feed the sink with the product if it is autograd's own gradient of the alias, and with that if not."""
+        (factors, product), use.factors, use.product = (use.factors, use.product), None, None
+        right = False if factors is None else agrees(dense, *factors)
+        if right is not None and (self._found is None or self._found[1]):
+            self._found = surroundings, right
+        if right is False:
+            self._tell("a hook, or other code, changes what its layer returns")
+            return self.sink.from_dense(dense)
+        if self.pending is not None:
+            self.pending.append((self.sink, factors))
+        return product
+
+    def _tell(self, why: str) -> None:
+        """Name the weight, once."""
+        if not self.told:
+            self.told = True
+            logger.warning(
+                "%s is used otherwise than as x @ W.T: %s. Its gradient is formed densely, one weight at a time, which "
+                "is right and takes longer.",
+                self.name,
+                why,
+            )
 
 
-def tap_target(target: Target, anchor: Tensor, sink: Sink) -> list[Tap]:
-    """Tap every use of a weight; their gradients add up in the anchor or in the sink."""
-    return [Tap(module, attribute, anchor, sink) for module, attribute in target.sites]
+@torch.no_grad()
+def settle(pending: list) -> None:
+    """Give the sinks the factors that waited for the dense gradient they were compared with to be freed."""
+    while pending:
+        sink, factors = pending.pop()
+        sink.from_product(*factors)
+
+
+def tap_target(
+    target: Target, anchor: Tensor, sink: Sink, trust: Trust = "product", pending: list | None = None
+) -> list[Tap]:
+    """Tap every use of a weight in a module that holds it; their gradients add up in the anchor or in the sink."""
+    taps = []
+    for module, attribute in target.sites:
+        # A quantised layer computes from codes, in a forward of ours.
+        own = attribute == "weight" and is_quantized_linear(module)
+        taps.append(Tap(module, attribute, anchor, sink, target.name, "always" if own else trust, pending))
+    return taps
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:
@@ -212,16 +369,19 @@ def shadow(
         stack: undoes it.
         prepend: before hooks that are there already, which then see the shadows.
     """
-    shadows: list[str] = []
+    # One element a call, since a module may call itself.
+    covered: list[dict[str, Tensor | None]] = []
 
     def before(module: nn.Module, args: tuple) -> None:
         made = make()
-        shadows[:] = made
+        covered.append({name: module.__dict__.get(name) for name in made})
         module.__dict__.update(made)
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
-        for name in shadows:
+        for name, tensor in covered.pop().items() if covered else ():
             module.__dict__.pop(name, None)
+            if covered and tensor is not None:
+                module.__dict__[name] = tensor
 
     stack.callback(module.register_forward_pre_hook(before, prepend=prepend).remove)
     stack.callback(module.register_forward_hook(after, always_call=True).remove)

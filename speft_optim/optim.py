@@ -10,6 +10,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from speft_optim.distributed import check_equal_masks
+from speft_optim.distributed import check_equal_masks, together
 from speft_optim.kernels import Update, adamw_, fused_adamw, launches
 from speft_optim.masks import Mask
 from speft_optim.moments import (
@@ -251,7 +252,8 @@ class SparseAdamW(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a masked weight was replaced, or at the first step the masks differ between processes.
+            ValueError: a masked weight was replaced, or at the first step the masks differ between processes or the
+                values of all masked weights are frozen.
             FloatingPointError: a gradient is not finite, with `on_nonfinite="raise"`.
         """
         loss = None
@@ -262,15 +264,17 @@ class SparseAdamW(Optimizer):
             self._restore_past_loading()
         # All of them before any update, and those without a gradient too: a weight that is gone never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
-        for weight in weights.values():
-            if weight is not None:
-                weight.synchronize()
+        # An error of one process alone, in its first step, would let the others wait in the exchange below.
+        with nullcontext() if self._stepped else together():
+            for weight in weights.values():
+                if weight is not None:
+                    weight.synchronize()
         if not self._stepped:
             # Not only in `sparsify`, which may have run before there were other processes: DistributedDataParallel lays
             # the values of one over the positions of another.
             masks = {weight.name: weight.mask for weight in weights.values() if weight is not None}
             check_equal_masks(masks, may_be_divided=True)
-            _warn_of_missing_gradients(weights)
+            _check_gradients(weights)
             _warn_of_dense_training(weights)
             self._stepped = True
         # What the host does is done while the card is still at the gradients, of which one number is waited for.
@@ -645,13 +649,26 @@ def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) 
     return True
 
 
-def _warn_of_missing_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:
-    missing = [w.name for parameter, w in weights.items() if w is not None and parameter.grad is None]
+def _check_gradients(weights: dict[Tensor, WriteThrough | None]) -> None:
+    """Say at the first step which values get no gradient and why, and refuse to step if all of them are frozen."""
+    compact = {parameter: weight.name for parameter, weight in weights.items() if weight is not None}
+    frozen = [name for parameter, name in compact.items() if not parameter.requires_grad]
+    remedy = (
+        "were frozen after sparsify (requires_grad is False), as peft's get_peft_model and some trainers do with all "
+        "they do not know; call requires_grad_(True) on the values that sparsify returned, or sparsify after it."
+    )
+    if frozen and len(frozen) == len(compact):
+        raise ValueError(f"The values of all {len(frozen)} masked weights {remedy}")
+    if frozen:
+        logger.warning(
+            "The values of %d of %d masked weights, e.g. %s, %s", len(frozen), len(compact), frozen[0], remedy
+        )
+    missing = [name for parameter, name in compact.items() if parameter.grad is None and parameter.requires_grad]
     if missing:
         logger.warning(
-            "%d masked weights have no gradient at the first step, e.g. %s: their modules were not called (an unused "
-            "branch, or code that reads the weight without calling its module), or reentrant checkpointing of blocks "
-            "whose inputs need none cut them off (use_reentrant=False).",
+            "%d masked weights have no gradient at the first step, e.g. %s: they were not used (a branch that was not "
+            "taken, an expert without a token), or reentrant checkpointing of blocks whose inputs need none cut them "
+            "off (use_reentrant=False).",
             len(missing),
             missing[0],
         )

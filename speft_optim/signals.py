@@ -4,6 +4,7 @@ Each function here fills the accumulators of a group of pieces in one pass over 
 """
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,41 +25,110 @@ from speft_optim.batches import (
     model_loss,
 )
 from speft_optim.distributed import average_, together, total
+from speft_optim.frozen import DenseWeight, frozen_weight
 from speft_optim.kernels import product
-from speft_optim.linear import Sink, input_of, tap_target
+from speft_optim.linear import Sink, Tap, Trust, input_of, settle, tap_target
 from speft_optim.pieces import Piece
-from speft_optim.targets import is_product, is_transposed_linear
+from speft_optim.targets import Target, is_product, is_transposed_linear
+from speft_optim.verification import DenseGradient
+
+logger = logging.getLogger(__name__)
 
 
-def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
-    """Average the gradient of the loss over the batches, with its sign."""
+def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> set[str]:
+    """Average the gradient of the loss over the batches, with its sign.
+
+    Returns:
+        The names of weights that are used otherwise than as the products of their layers.
+    """
     for piece in group:
         piece.allocate()
 
-    with tapped(group, {piece: piece for piece in group}), together():
+    with tapped(group, {piece: piece for piece in group}) as observed, together():
         for batch in reader:
-            backward_of((loss or model_loss)(model, batch), reader)
+            observed.promote()
+            backward_of((loss or model_loss)(model, batch), reader, observed)
     average_([piece.accumulator for piece in group], total(reader.used))
+    return observed.used_otherwise
+
+
+class Observed:
+    """The weights of a group while their gradients are fed to sinks.
+
+    Attributes:
+        taps: the hooks on the modules that hold them.
+        pending: products that wait for the dense gradient that they were compared with to be freed.
+        used_outside: names of weights whose gradient came past the hooks.
+    """
+
+    def __init__(self):
+        self.taps: list[Tap] = []
+        self.pending: list = []
+        self.used_outside: set[str] = set()
+
+    def promote(self) -> None:
+        """Trust the hooks that backward verified; call between backwards."""
+        for tap in self.taps:
+            tap.promote()
+
+    @property
+    def used_otherwise(self) -> set[str]:
+        """Names of weights whose gradient is not, or not only, that of their layers' products."""
+        return self.used_outside | {tap.name for tap in self.taps if tap.told}
+
+    def watch(self, piece: Piece, sink: Sink, stack: contextlib.ExitStack) -> None:
+        """Feed the dense gradient of uses outside the modules to the sink too, while the stack is open."""
+        parameter = piece.target.parameter
+
+        def take(dense: Tensor) -> None:
+            if piece.target.name not in self.used_otherwise:
+                logger.warning(
+                    "%s is used outside its module's forward, where no hook sees it: it is scored by the dense "
+                    "gradient of these uses, one weight at a time.",
+                    piece.target.name,
+                )
+            self.used_outside.add(piece.target.name)
+            sink.from_dense(dense)
+
+        leaf, kept = DenseGradient(take), parameter.grad
+        leaf.open(parameter)
+        stack.callback(parameter.__setattr__, "grad", kept)
+        stack.callback(leaf.close)
 
 
 @contextlib.contextmanager
-def tapped(group: list[Piece], sinks: dict[Piece, Sink]) -> Iterator[None]:
-    """Feed the gradient of each piece's weight to its sink while this lasts."""
-    anchor = torch.zeros((), requires_grad=True)
+def tapped(group: list[Piece], sinks: dict[Piece, Sink], trust: Trust = "verified") -> Iterator[Observed]:
+    """Feed the gradient of each piece's weight to its sink while this lasts.
+
+    Args:
+        group: the pieces.
+        sinks: where their gradients go.
+        trust: as for `linear.Tap`; with "verified" uses outside the weights' modules count too.
+    """
+    anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
         for piece in group:
-            for tap in tap_target(piece.target, anchor, sinks[piece]):
-                stack.callback(tap.remove)
-        yield
+            observed.taps += tap_target(piece.target, anchor, sinks[piece], trust, observed.pending)
+            if trust == "verified" and _may_be_leaf(piece.target):
+                observed.watch(piece, sinks[piece], stack)
+        for tap in observed.taps:
+            stack.callback(tap.remove)
+        yield observed
 
 
-def backward_of(value: Tensor, reader: BatchReader) -> None:
+def _may_be_leaf(target: Target) -> bool:
+    """Whether autograd can give the dense gradient of the weight itself: not of codes, or where it is streamed."""
+    return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
+
+
+def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
     """Check the loss of the reader's last batch and go back from it."""
     counts = reader.takes(value)
     # Where none of the tapped weights is used, as an expert without tokens, there is nothing to go back to.
     if counts and value.requires_grad:
         reader.went_back = True
         value.backward()
+        settle(observed.pending)
 
 
 def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
@@ -72,14 +142,15 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     """
     sinks = {piece: _ExampleSquares(piece) for piece in group}
     examples = 0
-    with tapped(group, sinks), _counted_uses(sinks.values()), together():
+    with tapped(group, sinks) as observed, _counted_uses(sinks.values()), together():
         for batch in reader:
             done, counting = [], None
+            observed.promote()
             if loss is None:
-                done, counting = _split_backward(model, batch, list(sinks.values()), reader)
+                done, counting = _split_backward(model, batch, list(sinks.values()), reader, observed)
             rest = [sink for sink in sinks.values() if sink not in done]
             if rest:
-                counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader)
+                counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader, observed)
             examples += len(counting)
     examples = total(examples)
     if not examples:
@@ -92,6 +163,10 @@ class _ExampleSquares:
 
     def __init__(self, piece: Piece):
         self.piece = piece
+        self.kinds: set[str] = set()
+        # The squares of the first batch that is split, until it is known that products are all there is.
+        self.first: Tensor | None = None
+        self.is_proven = False
         self.uses: list[torch.Size | None] = []
         self.mode = "off"
         self.example: Tensor | None = None
@@ -101,24 +176,49 @@ class _ExampleSquares:
         """Whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
         if not self.uses:
             return True
-        return (
-            len(self.uses) == 1 and self.uses[0] is not None and len(self.uses[0]) > 2 and self.uses[0][0] == examples
-        )
+        (shape, *others), products_only = self.uses, "dense" not in self.kinds
+        return products_only and not others and shape is not None and len(shape) > 2 and shape[0] == examples
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
         """Square per example, or add to the present example's gradient."""
         piece = self.piece
+        self.kinds.add("product")
         if self.mode == "example":
             self.example += product(left.flatten(0, -2)[:, piece.first : piece.last], right.flatten(0, -2))
         elif self.mode == "split":
             for one_left, one_right in zip(left.flatten(1, -2), right.flatten(1, -2), strict=True):
                 gradient = product(one_left[:, piece.first : piece.last], one_right)
-                piece.accumulator.addcmul_(gradient, gradient)
+                (piece.accumulator if self.is_proven else self.first).addcmul_(gradient, gradient)
 
     def from_dense(self, gradient: Tensor) -> None:
-        """Add to the present example's gradient."""
+        """Add to the present example's gradient.
+
+        Raises:
+            ValueError: the examples of the batch were to be told apart by products.
+        """
+        self.kinds.add("dense")
         if self.mode == "example":
             self.example += self.piece.rows_of(gradient)
+        elif self.mode == "split" and self.is_proven:
+            raise ValueError(
+                f"{self.piece.target.name} is used in another way than in the first calibration batch, so that "
+                "salience='fisher' cannot tell its examples apart; pass batches of one example, or leave it out."
+            )
+
+    def open_split(self) -> None:
+        """From now on square each example's product."""
+        self.mode = "split"
+        if not self.is_proven:
+            self.first = torch.zeros_like(self.piece.accumulator)
+
+    def close_split(self) -> bool:
+        """Whether the products were the whole gradients; if not, their squares are forgotten."""
+        self.mode = "off"
+        if not self.is_proven and "dense" not in self.kinds:
+            self.piece.accumulator += self.first
+            self.is_proven = "product" in self.kinds
+        self.first = None
+        return "dense" not in self.kinds
 
     def close_example(self) -> None:
         """Square the example's whole gradient into the total."""
@@ -142,7 +242,7 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
 
 
 def _split_backward(
-    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], reader: BatchReader
+    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], reader: BatchReader, observed: Observed
 ) -> tuple[list[_ExampleSquares], list[int] | None]:
     """Square the example gradients of the weights that one backward can tell apart.
 
@@ -165,16 +265,22 @@ def _split_backward(
     total = losses.sum() if able else None
     if able and total.requires_grad:
         for sink in able:
-            sink.mode = "split"
+            sink.open_split()
         reader.went_back = True
         total.backward()
-        for sink in able:
-            sink.mode = "off"
+        settle(observed.pending)
+        able = [sink for sink in able if sink.close_split()]
     return able, counted.nonzero().squeeze(1).tolist()
 
 
 def _backward_by_example(
-    model: nn.Module, batch: Batch, counting: list[int] | None, rest: list, loss: LossFunction, reader: BatchReader
+    model: nn.Module,
+    batch: Batch,
+    counting: list[int] | None,
+    rest: list,
+    loss: LossFunction,
+    reader: BatchReader,
+    observed: Observed,
 ) -> list[int]:
     """One backward per example; the pieces in `rest` square the whole gradient of each.
 
@@ -185,6 +291,7 @@ def _backward_by_example(
         rest: sinks of the pieces.
         loss: from model and batch to a scalar.
         reader: whose last batch it is.
+        observed: what feeds the sinks.
 
     Returns:
         The rows that counted.
@@ -206,7 +313,7 @@ def _backward_by_example(
         if row in unsure and is_nan(value):
             # A mean over no label: the loss is a shifted one, for which this example has none.
             continue
-        backward_of(value, reader)
+        backward_of(value, reader, observed)
         counted.append(row)
         for sink in rest:
             sink.close_example()

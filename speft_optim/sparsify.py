@@ -28,6 +28,7 @@ from speft_optim.optim import SparseAdamW, linked, warn_if_built_before
 from speft_optim.provenance import compare_at_first_step, compare_weights
 from speft_optim.quantized import declare_trainable, hand_back, take_over
 from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
+from speft_optim.verification import GradientWindow
 from speft_optim.wrappers import check_not_parallel, unwrapped
 
 
@@ -37,6 +38,7 @@ def sparsify(
     *,
     original: str | Path | None = None,
     keep_empty: bool = False,
+    verify: bool = True,
 ) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
@@ -54,6 +56,10 @@ def sparsify(
             starts them from the entries there, which takes the rounding error off the masked entries.
         keep_empty: attach to weights with an empty mask too, so that a `MaskSchedule` can give them entries; else they
             are left as they are.
+        verify: compare the gradient of each dense linear weight once, in its first backward, with autograd's own, and
+            look for uses of dense weights outside their modules (see `verification.py`). Where they are used otherwise
+            than assumed the gradient is right all the same, and a warning names the weight. Costs one dense gradient
+            at a time in the first backward. With False only a weight's use in its module's own forward is seen.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -87,12 +93,15 @@ def sparsify(
         if name in masks and (keep_empty or len(masks[name])):
             if name in entries:
                 frozen_weight(*target.sites[0]).put(masks[name], entries[name])
-            weight = SparseWeight(model, target, masks[name])
+            weight = SparseWeight(model, target, masks[name], verify)
             module, attribute = target.sites[0]
             module.add_module(child_name(attribute), weight)
             weights.append(weight)
-    hooks = [model.register_forward_pre_hook(refresh_all), *_let_checkpoints_see_gradients(model)]
-    model.__dict__[_BEFORE] = (weights, required_grad, hooks)
+    window = GradientWindow(model, weights)
+    for weight in window.weights:
+        weight.join(window)
+    hooks = [model.register_forward_pre_hook(refresh_all), *window.hooks(), *_let_checkpoints_see_gradients(model)]
+    model.__dict__[_BEFORE] = (weights, required_grad, hooks, window)
     compare_weights(weights)
     return [weight.values for weight in weights]
 
@@ -112,7 +121,7 @@ def desparsify(model: nn.Module) -> None:
     if not roots:
         raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
     for root in roots:
-        weights, required_grad, hooks = root.__dict__.pop(_BEFORE)
+        weights, required_grad, hooks, _ = root.__dict__.pop(_BEFORE)
         for weight in weights:
             weight.detach_from_model()
         # By plain names, since blocks may have been wrapped meanwhile.
@@ -126,6 +135,11 @@ def desparsify(model: nn.Module) -> None:
 def attached(root: nn.Module) -> list[SparseWeight]:
     """What `sparsify(root, ...)` attached, as it was called on this very module."""
     return root.__dict__[_BEFORE][0]
+
+
+def window_of(root: nn.Module) -> GradientWindow:
+    """What lets the weights of a model that `sparsify` was called on require gradients."""
+    return root.__dict__[_BEFORE][3]
 
 
 def _sparsified(model: nn.Module) -> list[nn.Module]:
@@ -203,14 +217,14 @@ _following: list = []
 def _write_after_step(optimizer, args, kwargs) -> None:
     compare_at_first_step(optimizer)
     warn_if_built_before(optimizer)
-    if isinstance(optimizer, SparseAdamW):
-        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if (weight := linked(parameter)) is not None:
-                weight.check()
-                # Written without looking where it was trained: some optimizers write past the version counter.
-                weight.synchronize() if parameter.grad is None else weight.write()
+                if not isinstance(optimizer, SparseAdamW):
+                    weight.check()
+                    # Written without looking where it was trained: some optimizers write past the version counter.
+                    weight.synchronize() if parameter.grad is None else weight.write()
+                weight.after_step()
 
 
 def _let_checkpoints_see_gradients(model: nn.Module) -> list:

@@ -216,10 +216,26 @@ def is_linear(module: nn.Module, attribute: str) -> bool:
     return attribute == "weight" and (plain or is_quantized_linear(module))
 
 
+def has_other_forward(module: nn.Module, attribute: str) -> bool:
+    """Whether a module that `is_product` was true of has got another forward, in its instance or its class.
+
+    The wrapper that accelerate's hooks put around a forward is none.
+    """
+    own = module.__dict__.get("forward")
+    if own is not None and hasattr(module, "_hf_hook"):
+        own = None if getattr(module._old_forward, "__func__", None) is type(module).forward else own
+    return own is not None or not _is_of_library(type(module).forward)
+
+
+def _is_of_library(forward: Callable) -> bool:
+    # By its code and not its name, which functools.wraps passes on to what stands in for it.
+    code, home = getattr(forward, "__code__", None), getattr(forward, "__globals__", {}).get("__name__")
+    return code is not None and code.co_name == "forward" and home in (_LINEAR_HOME, _CONV1D_HOME)
+
+
+_LINEAR_HOME, _CONV1D_HOME = nn.Linear.__module__, "transformers.pytorch_utils"
+
+
 def is_transposed_linear(module: nn.Module, attribute: str) -> bool:
     """Whether the weight is used as `x @ W`: GPT-2's Conv1D, known by name since transformers is not imported here."""
-    return (
-        attribute == "weight"
-        and type(module).__name__ == "Conv1D"
-        and type(module).__module__ == "transformers.pytorch_utils"
-    )
+    return attribute == "weight" and type(module).__name__ == "Conv1D" and type(module).__module__ == _CONV1D_HOME

@@ -81,6 +81,46 @@ def replicas_do_not_drift_apart_under_no_sync(rank):
     assert_replicas_equal(model)
 
 
+class _Beside(torch.nn.Module):
+    """Two layers; the weight of the second is read without a call of its module too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x)) + torch.nn.functional.linear(x, self.second.weight)
+
+
+def a_use_that_replicas_would_not_average_is_refused_by_all(rank):
+    model = _Beside()
+    values = sparsify(model, select_masks(model, salience="random", density=0.5, targets=["first", "second"]))
+    parallel, optimizer = DistributedDataParallel(model), SparseAdamW(values)
+    parallel(torch.ones(2, 4) + rank).sum().backward()
+    with pytest.raises(ValueError, match="second.weight is used outside its module's forward.*leave it out of targets"):
+        optimizer.step()
+
+
+def a_layer_with_another_forward_is_averaged_too(rank):
+    """Its gradient comes through the values, whose reducer sees it."""
+    model = _Beside()
+    weight = model.first.weight
+    model.first.forward = lambda x: 0.5 * torch.nn.functional.linear(x, model.first.weight)
+    model.forward = lambda x: model.second(model.first(x))
+    reference = copy.deepcopy(weight)
+    (values,) = sparsify(model, select_masks(model, salience="random", density=0.5, targets=["first"], progress=False))
+    mask = model.first.sparse_weight.mask
+    parallel = DistributedDataParallel(model)
+    for _ in range(2):
+        values.grad = None
+        parallel(torch.ones(2, 4) + rank).sum().backward()
+        x = torch.cat([torch.ones(2, 4), torch.ones(2, 4) + 1])
+        whole = reference.detach().requires_grad_()
+        (model.second(0.5 * torch.nn.functional.linear(x, whole)).sum() / 2).backward()
+        assert_close(values.grad, whole.grad.flatten()[mask.indices.long()], atol=1e-6)
+
+
 def accelerate_on_two_processes(rank):
     from accelerate import Accelerator
 
@@ -309,6 +349,8 @@ SCENARIOS = [
     replicas_do_not_drift_apart_under_no_sync,
     accelerate_on_two_processes,
     zero_redundancy_optimizer_steps_shares,
+    a_use_that_replicas_would_not_average_is_refused_by_all,
+    a_layer_with_another_forward_is_averaged_too,
     masks_that_differ_between_processes,
     data_that_differs_between_processes_gives_one_mask,
     each_measure_averages_over_the_processes,

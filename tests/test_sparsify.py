@@ -444,24 +444,24 @@ def test_an_optimizer_left_over_from_desparsify_says_so(optimizer_type, held):
 
 
 def test_a_weight_that_gets_no_gradient_is_told_of_once(caplog):
-    class Branches(nn.Module):
-        """Uses one of its layers alone."""
+    class Branching(nn.Module):
+        """Takes one of two branches."""
 
         def __init__(self):
             super().__init__()
-            self.called, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.called, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x):
             return self.called(x)
 
-    model = Branches()
-    optimizer = SparseAdamW(sparsify(model, random_masks(model, ["called", "idle"])))
+    model = Branching()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, ["called", "other"])))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             model(torch.ones(2, 4)).sum().backward()
             optimizer.step()
     (record,) = caplog.records
-    assert "1 masked weights have no gradient at the first step, e.g. idle.weight" in record.message
+    assert "1 masked weights have no gradient at the first step, e.g. other.weight" in record.message
 
 
 def test_attaching_and_detaching_again_and_again_leaves_nothing_behind():
