@@ -12,8 +12,10 @@ A linear layer's hooks form the gradient of its own product, `x @ W.T`, and noth
   gradient at once and the dense gradient is freed. Where there is no such use this costs nothing.
 
 W requires no gradient between a step and the next forward, as then optimizers and DistributedDataParallel collect what
-does. Comparing W's whole gradient at the end of each backward was rejected: reentrant checkpointing nests backwards,
-and a difference would have to be mended after the reducer of DistributedDataParallel has seen the gradient.
+does. So a use before the step's first call of a module of the model is not seen, nor any that autograd is told to leave
+out, as by `backward(inputs=values)`. Comparing W's whole gradient at the end of each backward was rejected: reentrant
+checkpointing nests backwards, and a difference would have to be mended after the reducer of DistributedDataParallel has
+seen the gradient.
 """
 
 import logging
