@@ -81,7 +81,7 @@ class DenseGradient:
 
     @property
     def is_open(self) -> bool:
-        """Whether the weight is a leaf now."""
+        """Whether the weight has the hook."""
         return self._hook is not None
 
     def open(self, weight: nn.Parameter) -> None:
@@ -90,12 +90,19 @@ class DenseGradient:
             self.close()
             # A gradient from before would be added to the next one.
             weight.grad = None
+            # A hook needs this first.
             weight.requires_grad_(True)
             self.weight, self._hook = weight, weight.register_post_accumulate_grad_hook(self._move)
             self._before, _takers[weight] = _takers.get(weight), self
+        weight.requires_grad_(True)
+
+    def rest(self) -> None:
+        """Freeze the weight until it is opened again; its hook stays, as putting it there takes longer."""
+        if self.is_open:
+            self.weight.requires_grad_(False)
 
     def close(self) -> None:
-        """Let the weight be frozen again."""
+        """Let the weight be frozen again, without a hook."""
         if self.is_open:
             self._hook.remove()
             self.weight.requires_grad_(False)
