@@ -345,7 +345,7 @@ class SparseWeight(nn.Module):
         for tap in self._taps:
             tap.promote()
         if self._leaf is not None:
-            self._leaf.close()
+            self._leaf.rest()
         self._opened = False
         for window in self._window:
             window.is_open = False
@@ -374,6 +374,8 @@ class SparseWeight(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self.after_step()
+        if self._leaf is not None:
+            self._leaf.close()
         _, target = self._places
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))

@@ -12,8 +12,10 @@ A linear layer's hooks form the gradient of its own product, `x @ W.T`, and noth
   gradient at once and the dense gradient is freed. Where there is no such use this costs nothing.
 
 W requires no gradient between a step and the next forward, as then optimizers and DistributedDataParallel collect what
-does. Comparing W's whole gradient at the end of each backward was rejected: reentrant checkpointing nests backwards,
-and a difference would have to be mended after the reducer of DistributedDataParallel has seen the gradient.
+does. So a use before the step's first call of a module of the model is not seen, nor any that autograd is told to leave
+out, as by `backward(inputs=values)`. Comparing W's whole gradient at the end of each backward was rejected: reentrant
+checkpointing nests backwards, and a difference would have to be mended after the reducer of DistributedDataParallel has
+seen the gradient.
 """
 
 import logging
@@ -80,7 +82,7 @@ class DenseGradient:
 
     @property
     def is_open(self) -> bool:
-        """Whether the weight is a leaf now."""
+        """Whether the weight has the hook."""
         return self._hook is not None
 
     def open(self, weight: nn.Parameter) -> None:
@@ -89,12 +91,19 @@ class DenseGradient:
             self.close()
             # A gradient from before would be added to the next one; it is put back afterwards.
             self._kept, weight.grad = weight.grad, None
+            # A hook needs this first.
             weight.requires_grad_(True)
             self.weight, self._hook = weight, weight.register_post_accumulate_grad_hook(self._move)
             self._before, _takers[weight] = _takers.get(weight), self
+        weight.requires_grad_(True)
+
+    def rest(self) -> None:
+        """Freeze the weight until it is opened again; its hook stays, as putting it there takes longer."""
+        if self.is_open:
+            self.weight.requires_grad_(False)
 
     def close(self) -> None:
-        """Let the weight be frozen again."""
+        """Let the weight be frozen again, without a hook."""
         if self.is_open:
             self._hook.remove()
             self.weight.requires_grad_(False)

@@ -31,6 +31,11 @@ def some_entries(model, names, share=0.4):
     return masks
 
 
+def told(caplog):
+    """What the package warned of."""
+    return [record.message for record in caplog.records if record.name.startswith("speft_optim")]
+
+
 class Pair(nn.Module):
     """Two square layers, one after the other."""
 
@@ -239,7 +244,7 @@ def test_what_is_changed_before_sparsify_counts(change, caplog):
             with torch.no_grad():
                 dense.first.weight.copy_(model.first.weight)
     # Of a tied weight both modules are known, and a hook that was there before comes after ours.
-    messages = [record.message for record in caplog.records]
+    messages = told(caplog)
     assert len(messages) == (change in ("forward", "wrapped forward")) and all(
         "first.weight" in text for text in messages
     )
@@ -257,7 +262,7 @@ def test_a_global_hook_that_changes_outputs_counts(late, caplog):
         for _ in range(3):
             twin.step()
     handle.remove()
-    assert sorted(record.message.split()[0] for record in caplog.records) == ["first.weight", "second.weight"]
+    assert sorted(text.split()[0] for text in told(caplog)) == ["first.weight", "second.weight"]
     twin.step()
 
 
@@ -283,8 +288,8 @@ def test_a_use_that_begins_late_and_ends_again_counts(caplog):
     with caplog.at_level(logging.WARNING):
         for outside in (False, False, True, False, True):
             twin.step(lambda model, x, outside=outside: F.linear(model(x), model.first.weight) if outside else model(x))
-    (record,) = caplog.records
-    assert record.message.startswith("first.weight is used outside its module's forward")
+    (message,) = told(caplog)
+    assert message.startswith("first.weight is used outside its module's forward")
 
 
 def test_a_weight_whose_module_is_never_called_trains():
@@ -320,8 +325,8 @@ def test_a_tied_head_used_by_a_fused_loss_gets_the_whole_gradient(loss, dtype, c
             loss(model).backward()
     expected = dense.get_parameter(name).grad.flatten()[masks[name].indices.long()].float()
     assert (values.grad / 2 - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
-    (record,) = caplog.records
-    assert name in record.message
+    (message,) = told(caplog)
+    assert name in message
 
 
 def mamba():
@@ -341,7 +346,7 @@ def test_a_mixer_that_reads_a_layer_s_weight_trains_it_and_scores_it(caplog):
         masks = select_masks(model, [batch], density=0.1, progress=False)
     names = [name for name in masks if "dt_proj" in name]
     assert len(names) == 2
-    assert {name for name in masks for record in caplog.records if name in record.message} == set(names)
+    assert {name for name in masks for text in told(caplog) if name in text} == set(names)
     for name, mask in masks.items():
         scores = dense.get_parameter(name).grad.abs().flatten()
         best = set(scores.topk(len(mask)).indices.tolist())
@@ -477,7 +482,7 @@ def test_ordinary_models_are_trusted_after_one_step(kind, dtype, caplog):
         for _ in range(2):
             model(**token_batch()).loss.backward()
             optimizer.step()
-    assert not [record.message for record in caplog.records if "otherwise" in record.message]
+    assert not [text for text in told(caplog) if "otherwise" in text]
     taps = [tap for weight in sparse_weights(model) for tap in weight._taps if tap.is_product]
     assert taps and sum(tap.verdict == ((), True) for tap in taps) >= len(taps) - 2
 
@@ -534,9 +539,9 @@ def test_weights_that_a_script_unfreezes_are_frozen_again_and_told_of(caplog):
             assert_close(nn.utils.clip_grad_norm_(values, 1.0), nn.utils.clip_grad_norm_(others, 1.0))
             SparseAdamW(values).step()
             SparseAdamW(others).step()
-    (record,) = caplog.records
+    (message,) = told(caplog)
     untouched = len(dict(model.named_parameters())) - 2 * len(masks) - 1
-    assert f"{untouched} other parameters require gradients too" in record.message
+    assert f"{untouched} other parameters require gradients too" in message
     assert not any(model.get_parameter(name).requires_grad for name in masks)
 
 
@@ -654,8 +659,8 @@ def test_frozen_values_are_named_as_the_cause(caplog):
     with caplog.at_level(logging.WARNING):
         optimizer.step()
         optimizer.step()
-    (record,) = [record for record in caplog.records if record.name.startswith("speft_optim")]
-    assert "The values of 1 of 14 masked weights, e.g. model.layers.0.self_attn.q_proj.weight" in record.message
+    (message,) = told(caplog)
+    assert "The values of 1 of 14 masked weights, e.g. model.layers.0.self_attn.q_proj.weight" in message
     assert [torch.equal(value, old) for value, old in zip(values, before, strict=True)] == [True] + 13 * [False]
 
 
