@@ -188,6 +188,7 @@ class BatchReader:
     Attributes:
         used: batches handed out in the last iteration.
         went_back: whether the loss of any batch so far could be differentiated.
+        used_otherwise: names of weights that were found to be used otherwise than as the products of their layers.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class BatchReader:
         self.labelled, self.keyed, self.most = labelled, keyed, most
         self.used = 0
         self.went_back = False
+        self.used_otherwise: set[str] = set()
         self._warned = False
         # Of the last batch.
         self._labels: Tensor | None = None

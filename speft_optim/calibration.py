@@ -119,15 +119,14 @@ def stream_scores(
             reader = BatchReader(batches, device, bar, keyed and differentiated, keyed, max_batches)
         if second_order:
             warn_of_plain_attention(model)
-            used_otherwise = set()
             for group in gradient_groups:
-                used_otherwise |= signals.gradient(model, reader, group, loss)
+                signals.gradient(model, reader, group, loss)
                 for piece in group:
                     store.put(piece)
                     piece.accumulator = None
             with together():
                 _check_differentiated(reader)
-            fill = functools.partial(hessian_gradient, targets=targets, store=store, dense=used_otherwise)
+            fill = functools.partial(hessian_gradient, targets=targets, store=store, dense=reader.used_otherwise)
         for group in groups:
             if fill is not None:
                 fill(model, reader, group, loss)

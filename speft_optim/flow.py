@@ -45,7 +45,7 @@ def flow(model: nn.Module, reader: BatchReader | None, group: list[Piece], loss:
         piece.allocate()
     # Taps first: where a tap shadows a weight, the absolute value is taken of its alias. A linear layer gets another
     # forward here, which is ours.
-    taps = tapped(group, {piece: piece for piece in group}, trust="always")
+    taps = tapped(group, {piece: piece for piece in group}, set(), trust="always")
     with plain_implementation(model, attention=False), taps, linearised(model):
         logits = _logits_of_ones(model)
         if logits.requires_grad:

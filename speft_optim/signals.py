@@ -35,21 +35,16 @@ from speft_optim.verification import DenseGradient
 logger = logging.getLogger(__name__)
 
 
-def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> set[str]:
-    """Average the gradient of the loss over the batches, with its sign.
-
-    Returns:
-        The names of weights that are used otherwise than as the products of their layers.
-    """
+def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
+    """Average the gradient of the loss over the batches, with its sign."""
     for piece in group:
         piece.allocate()
 
-    with tapped(group, {piece: piece for piece in group}) as observed, together():
+    with tapped(group, {piece: piece for piece in group}, reader.used_otherwise) as observed, together():
         for batch in reader:
             observed.promote()
             backward_of((loss or model_loss)(model, batch), reader, observed)
     average_([piece.accumulator for piece in group], total(reader.used))
-    return observed.used_otherwise
 
 
 class Observed:
@@ -90,19 +85,22 @@ class Observed:
             self.used_outside.add(piece.target.name)
             sink.from_dense(dense)
 
-        leaf, kept = DenseGradient(take), parameter.grad
+        leaf = DenseGradient(take)
         leaf.open(parameter)
-        stack.callback(parameter.__setattr__, "grad", kept)
         stack.callback(leaf.close)
 
 
 @contextlib.contextmanager
-def tapped(group: list[Piece], sinks: dict[Piece, Sink], trust: Trust = "verified") -> Iterator[Observed]:
+def tapped(
+    group: list[Piece], sinks: dict[Piece, Sink], used_otherwise: set[str], trust: Trust = "verified"
+) -> Iterator[Observed]:
     """Feed the gradient of each piece's weight to its sink while this lasts.
 
     Args:
         group: the pieces.
         sinks: where their gradients go.
+        used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
+            that each is told of once; gets those that are found now.
         trust: as for `linear.Tap`; with "verified" uses outside the weights' modules count too.
     """
     anchor, observed = torch.zeros((), requires_grad=True), Observed()
@@ -112,8 +110,10 @@ def tapped(group: list[Piece], sinks: dict[Piece, Sink], trust: Trust = "verifie
             if trust == "verified" and _may_be_leaf(piece.target):
                 observed.watch(piece, sinks[piece], stack)
         for tap in observed.taps:
+            tap.told = tap.name in used_otherwise
             stack.callback(tap.remove)
         yield observed
+        used_otherwise |= observed.used_otherwise
 
 
 def _may_be_leaf(target: Target) -> bool:
@@ -142,7 +142,7 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     """
     sinks = {piece: _ExampleSquares(piece) for piece in group}
     examples = 0
-    with tapped(group, sinks) as observed, _counted_uses(sinks.values()), together():
+    with tapped(group, sinks, reader.used_otherwise) as observed, _counted_uses(sinks.values()), together():
         for batch in reader:
             done, counting = [], None
             observed.promote()
