@@ -139,13 +139,13 @@ def linked(values: Tensor) -> WriteThrough | None:
 
 
 def warn_if_built_before(optimizer: Optimizer) -> None:
-    """Say once that an optimizer holds masked weights, frozen by `sparsify`, in place of their compact values."""
+    """Say once that an optimizer holds masked weights in place of their compact values."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    frozen, held = {id(p) for p in parameters if not p.requires_grad}, {id(p) for p in parameters}
-    if not frozen or optimizer in _told:
+    if optimizer in _told or any(parameter in _weights for parameter in parameters):
         return
-    behind = [(id(values), weight()) for values, (_, weight) in list(_weights.items())]
-    names = [w.name for values, w in behind if w is not None and id(w.weight) in frozen and values not in held]
+    held = {id(parameter) for parameter in parameters}
+    behind = [weight() for _, weight in list(_weights.values())]
+    names = [weight.name for weight in behind if weight is not None and id(weight.weight) in held]
     if names:
         _told.add(optimizer)
         logger.warning(

@@ -28,13 +28,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 logger = logging.getLogger(__name__)
 
 _ROWS = 64
+_VECTORS = 4
 
 
 @torch.no_grad()
 def agrees(dense: Tensor, left: Tensor, right: Tensor) -> bool | None:
     """Whether a dense gradient is `left.T @ right`, up to the rounding of its dtype.
 
-    Both are multiplied by one random vector (Freivalds), so that no second dense matrix is formed.
+    Both are multiplied by a few random vectors (Freivalds), so that no second dense matrix is formed. A gradient of few
+    tokens can lie nearly at right angles to one vector, where nothing but its rounding would be compared.
 
     Args:
         dense: (m, n), a gradient as autograd gave it.
@@ -46,12 +48,12 @@ def agrees(dense: Tensor, left: Tensor, right: Tensor) -> bool | None:
     """
     left, right = left.flatten(0, -2), right.flatten(0, -2)
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(dense.shape[1], generator=generator).to(dense.device)
-    expected = torch.zeros(dense.shape[0], device=dense.device)
+    vectors = torch.randn(dense.shape[1], _VECTORS, generator=generator).to(dense.device)
+    expected = torch.zeros(dense.shape[0], _VECTORS, device=dense.device)
     # Rows at a time, since fp32 copies of all operands would be larger than the gradient.
     for some_left, some_right in zip(_parts(left), _parts(right), strict=True):
-        expected += some_left.float().t() @ (some_right.float() @ vector)
-    actual = torch.cat([rows.float() @ vector for rows in _parts(dense)]) if len(dense) else expected
+        expected += some_left.float().t() @ (some_right.float() @ vectors)
+    actual = torch.cat([rows.float() @ vectors for rows in _parts(dense)]) if len(dense) else expected
     scale, error = torch.stack([torch.maximum(actual.norm(), expected.norm()), (actual - expected).norm()]).tolist()
     if not scale or not torch.isfinite(torch.tensor([scale, error])).all():
         return None
