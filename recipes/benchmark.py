@@ -211,7 +211,7 @@ def verified_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device
 
     Taken last, when nothing is compiled or tuned any more; the peak of the whole run covers the first step too.
     """
-    from speft_optim.compact import sparse_weights
+    from speft_optim.weights.sparse_weight import sparse_weights
 
     for weight in sparse_weights(model):
         weight.verify_again()
@@ -356,7 +356,7 @@ def quantized_linear(plain: nn.Linear, precision: str, device: torch.device) -> 
 
 def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
     """A frozen model; its quantised layers are computed as ours are."""
-    from speft_optim.quantized import take_over
+    from speft_optim.integrations import take_over
 
     take_over(model)
     # An optimizer of nothing, so that all modes share one step; the scalar belongs to no module.
@@ -376,7 +376,7 @@ def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim
 def random_masks(model: nn.Module, density: float, kind: str):
     """Masks of the seven projections: the same share of every row, or concentrated as gradients choose them."""
     from speft_optim import Mask, Masks
-    from speft_optim.targets import find_targets
+    from speft_optim.weights.targets import find_targets
 
     masks = Masks()
     for name, target in find_targets(model, PROJECTIONS).items():

@@ -18,7 +18,7 @@ from recipes import report
 from recipes.training_state import History, load_checkpoint, save_checkpoint, training_state_bytes
 from speft_optim import Masks, save_adapter
 from speft_optim.files import whole_folder
-from speft_optim.targets import all_targets
+from speft_optim.weights.targets import all_targets
 
 # Hidden names of temporary files and folders, here and in `speft_optim.files`, all end so.
 TEMPORARY = ".*.tmp"

@@ -45,7 +45,7 @@ import torch
 from recipes import data, ending, loop, memory, models, report
 from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
 from speft_optim import Masks, SparseAdamW, select_masks, sparsify
-from speft_optim.frozen import frozen_weight
+from speft_optim.weights.storage import frozen_weight
 
 METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
 PRESETS = {

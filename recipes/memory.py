@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from recipes.loss import CHUNK_BYTES, DECODERS
-from speft_optim.kernels import PANEL_BYTES
+from speft_optim.kernels.product import PANEL_BYTES
 
 GIB = 2**30
 # Sold sizes, taken as 10^9 bytes a GB: cards with error correction have little more than that to give.

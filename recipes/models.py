@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from eval.checkpoints import fetch, load_tokenizer
-from speft_optim.quantized import take_over
+from speft_optim.integrations import take_over
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from safetensors import safe_open
 
 from speft_optim import Masks, __version__
 from speft_optim.files import tensor_files, write_atomically
-from speft_optim.frozen import frozen_weight, quantized_linears
-from speft_optim.targets import all_targets
+from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.targets import all_targets
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
 
@@ -149,7 +150,7 @@ def draw(losses: list[float], held_out: tuple[float, float], masks: Masks | None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from speft_optim.plots import draw_concentration, draw_density
+    from speft_optim.masks.plots import draw_concentration, draw_density
 
     figure = Figure(figsize=(8 if masks is None else 17, 5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -20,7 +20,7 @@ import torch
 from recipes import data, ending, models, report
 from speft_optim import Masks, select_masks
 from speft_optim.files import write_atomically
-from speft_optim.salience import MEASURES
+from speft_optim.salience.measures import MEASURES
 
 
 class PeakMemory:

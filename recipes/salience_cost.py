@@ -20,9 +20,9 @@ from torch import nn
 
 from recipes.salience import PeakMemory
 from speft_optim import select_masks
-from speft_optim.batches import calibrating
-from speft_optim.salience import MEASURES
-from speft_optim.targets import find_targets
+from speft_optim.salience.measures import MEASURES
+from speft_optim.salience.model_state import calibrating
+from speft_optim.weights.targets import find_targets
 
 
 def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:

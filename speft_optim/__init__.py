@@ -1,12 +1,13 @@
 """Sparse fine-tuning: gradients, moments and updates only for the masked entries of a model's weights."""
 
-from speft_optim.adapter import save_adapter
-from speft_optim.export import export_merged
-from speft_optim.loaded import load_adapter, merge_adapters, unload_adapter, use_adapters
-from speft_optim.masks import Mask, Masks
-from speft_optim.optim import SparseAdamW
+from speft_optim.adapters import load_adapter, merge_adapters, unload_adapter, use_adapters
+from speft_optim.checkpoint.adapter_file import save_adapter
+from speft_optim.checkpoint.export import export_merged
+from speft_optim.masks.collection import Masks
+from speft_optim.masks.mask import Mask
+from speft_optim.optim.adamw import SparseAdamW
+from speft_optim.salience.selection import select_masks
 from speft_optim.schedule import MaskSchedule
-from speft_optim.selection import select_masks
 from speft_optim.sparsify import desparsify, sparsify
 from speft_optim.version import __version__
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor
 
-from speft_optim.masks import Mask, Masks
+from speft_optim.masks.collection import Masks
+from speft_optim.masks.mask import Mask
 
 
 def is_distributed() -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from speft_optim.sparsify import attached, window_of
+from speft_optim.weights.sparse_weight import attached, window_of
 
 
 @torch.compiler.disable(recursive=True)

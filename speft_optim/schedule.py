@@ -16,19 +16,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from speft_optim.adapter import named_root
-from speft_optim.batches import Batches, check_batches, check_max_batches
-from speft_optim.compact import SparseWeight, sparse_weights
+from speft_optim.checkpoint.adapter_file import named_root
 from speft_optim.distributed import check_equal_masks, is_distributed
-from speft_optim.masks import Masks
-from speft_optim.moments import carry_moments_
-from speft_optim.optim import SparseAdamW
-from speft_optim.salience import MEASURES
-from speft_optim.selection import check_choice, is_whole, select_masks
-from speft_optim.state import has_moments
+from speft_optim.masks.collection import Masks
+from speft_optim.optim.adamw import SparseAdamW
+from speft_optim.optim.moments import carry_moments_
+from speft_optim.optim.state import has_moments
+from speft_optim.salience.batches import Batches, check_batches, check_max_batches
+from speft_optim.salience.measures import MEASURES
+from speft_optim.salience.selection import check_choice, is_whole, select_masks
+from speft_optim.weights.sparse_weight import SparseWeight, sparse_weights
 
 _OPTIONS = {"loss", "max_batches", "memory_budget", "seed", "progress"}
+
+
 _EVENT = ("step", "entries", "overlap")
+
+
 _KEPT_EVENTS = 256
 
 

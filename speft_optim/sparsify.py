@@ -3,33 +3,48 @@
 For a masked weight W a `SparseWeight` is added as a submodule beside it (`q_proj.sparse_weight`). It holds the one
 trainable tensor there, `values`: the weight itself at the masked entries, 1-D, fp32. W stays the model's own tensor,
 frozen, and always holds the current values in its own dtype, so forward and checkpoints are the model's own. A W of
-bitsandbytes' codes cannot hold them: there the values are laid over what is dequantised (see `quantized.py`).
+bitsandbytes' codes cannot hold them: there the values are laid over what is dequantised (see
+`weights/quantized_linear.py`).
 
 Memory at rest per masked entry beyond W: 4 bytes of values and 2 to 4 of positions. A submodule rather than a parameter
 of the layer, because a module can keep itself out of `state_dict()`, keep its values in fp32 under
 `model.to(bfloat16)`, and be copied and pickled with its model; a bare parameter needs a hook for each of these.
 """
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from speft_optim.compact import SparseWeight, child_name, sparse_weights
+from speft_optim.checkpoint.base import original_entries
 from speft_optim.distributed import check_equal_masks, together
-from speft_optim.export import original_entries
-from speft_optim.foreign import check_layers, check_parameters
-from speft_optim.frozen import frozen_weight, is_quantized_linear
-from speft_optim.masks import Mask
-from speft_optim.optim import SparseAdamW, linked, warn_if_built_before
-from speft_optim.provenance import compare_at_first_step, compare_weights
-from speft_optim.quantized import declare_trainable, hand_back, take_over
-from speft_optim.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
-from speft_optim.verification import GradientWindow
-from speft_optim.wrappers import check_not_parallel, unwrapped
+from speft_optim.integrations import (
+    declare_trainable,
+    hand_back,
+    let_checkpoints_see_gradients,
+    sharding_wrapper,
+    take_over,
+)
+from speft_optim.masks.mask import Mask
+from speft_optim.optim.adamw import SparseAdamW
+from speft_optim.weights.bnb import is_quantized_linear
+from speft_optim.weights.foreign import check_layers, check_parameters
+from speft_optim.weights.provenance import compare_at_first_step, compare_weights
+from speft_optim.weights.sparse_weight import (
+    BEFORE_SPARSIFY,
+    SparseWeight,
+    child_name,
+    linked,
+    sparse_weights,
+    sparsified_roots,
+    warn_if_built_before,
+)
+from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
+from speft_optim.weights.verification import GradientWindow
+from speft_optim.weights.wrappers import check_not_parallel, unwrapped
 
 
 def sparsify(
@@ -43,7 +58,7 @@ def sparsify(
     """Attach compact values for `masks` and freeze all else.
 
     On a model that bitsandbytes quantised to 8 or 4 bits all its quantised linears are computed as frozen linear layers
-    from here on, with the values laid over (see `quantized.py`). transformers' flags `is_quantized` and
+    from here on, with the values laid over (see `weights/quantized_linear.py`). transformers' flags `is_quantized` and
     `is_loaded_in_8bit/4bit` are then False until `desparsify`: they mean "its layers are the quantiser's and nothing
     trains", which is no longer so, and Trainer and SFTTrainer take the model like any other. `save_pretrained` writes
     the merged weights, as `export_merged` does.
@@ -57,9 +72,10 @@ def sparsify(
         keep_empty: attach to weights with an empty mask too, so that a `MaskSchedule` can give them entries; else they
             are left as they are.
         verify: compare the gradient of each dense linear weight once, in its first backward, with autograd's own, and
-            look for uses of dense weights outside their modules (see `verification.py`). Where they are used otherwise
-            than assumed the gradient is right all the same, and a warning names the weight. Costs one dense gradient
-            at a time in the first backward. With False only a weight's use in its module's own forward is seen.
+            look for uses of dense weights outside their modules (see `weights/verification.py`). Where they are used
+            otherwise than assumed the gradient is right all the same, and a warning names the weight. Costs one dense
+            gradient at a time in the first backward. With False only a weight's use in its module's own forward is
+            seen.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -100,8 +116,8 @@ def sparsify(
     window = GradientWindow(model, weights)
     for weight in window.weights:
         weight.join(window)
-    hooks = [model.register_forward_pre_hook(refresh_all), *window.hooks(), *_let_checkpoints_see_gradients(model)]
-    model.__dict__[_BEFORE] = (weights, required_grad, hooks, window)
+    hooks = [model.register_forward_pre_hook(refresh_all), *window.hooks(), *let_checkpoints_see_gradients(model)]
+    model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks, window)
     compare_weights(weights)
     return [weight.values for weight in weights]
 
@@ -117,11 +133,11 @@ def desparsify(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not sparsified.
     """
-    roots = _sparsified(model)
+    roots = sparsified_roots(model)
     if not roots:
         raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
     for root in roots:
-        weights, required_grad, hooks, _ = root.__dict__.pop(_BEFORE)
+        weights, required_grad, hooks, _ = root.__dict__.pop(BEFORE_SPARSIFY)
         for weight in weights:
             weight.detach_from_model()
         # By plain names, since blocks may have been wrapped meanwhile.
@@ -132,28 +148,10 @@ def desparsify(model: nn.Module) -> None:
         hand_back(root)
 
 
-def attached(root: nn.Module) -> list[SparseWeight]:
-    """What `sparsify(root, ...)` attached, as it was called on this very module."""
-    return root.__dict__[_BEFORE][0]
-
-
-def window_of(root: nn.Module) -> GradientWindow:
-    """What lets the weights of a model that `sparsify` was called on require gradients."""
-    return root.__dict__[_BEFORE][3]
-
-
-def _sparsified(model: nn.Module) -> list[nn.Module]:
-    """The modules in the model, itself included, that `sparsify` was called on."""
-    return [module for module in model.modules() if _BEFORE in module.__dict__]
-
-
-_BEFORE = "_before_sparsify"
-
-
 def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:
-    if sparse_weights(model) or _sparsified(model):
+    if sparse_weights(model) or sparsified_roots(model):
         raise ValueError("The model is sparsified already; call desparsify(model) first.")
-    if wrapper := _sharding_wrapper(model):
+    if wrapper := sharding_wrapper(model):
         raise ValueError(
             f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
             "Use DistributedDataParallel; gradients and optimizer state are no longer than the masks."
@@ -190,18 +188,6 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
         raise ValueError(f"The {len(masks)} masks hold no entry, so nothing would train; raise density or budget.")
 
 
-def _sharding_wrapper(model: nn.Module) -> str | None:
-    """What shards the model over processes, told by class names so that nothing is imported for the question."""
-    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    if "FSDPModule" in classes:
-        return "fully_shard"
-    if "FullyShardedDataParallel" in classes:
-        return "FullyShardedDataParallel"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "DeepSpeed ZeRO-3"
-    return "a device mesh (DTensor)" if any(hasattr(p, "device_mesh") for p in model.parameters()) else None
-
-
 def _follow_optimizers() -> None:
     """Write through after the step of *any* optimizer, once per process.
 
@@ -225,28 +211,3 @@ def _write_after_step(optimizer, args, kwargs) -> None:
                     # Written without looking where it was trained: some optimizers write past the version counter.
                     weight.synchronize() if parameter.grad is None else weight.write()
                 weight.after_step()
-
-
-def _let_checkpoints_see_gradients(model: nn.Module) -> list:
-    """Hook the input embeddings, of an encoder and a decoder both, if the model tells which they are.
-
-    Reentrant checkpointing drops all gradients of a block whose inputs need none, as happens once embeddings are
-    frozen.
-    """
-    found = []
-    for part in model.modules():
-        # Some have the method only to say that they have no embeddings.
-        with contextlib.suppress(NotImplementedError, AttributeError):
-            found.append(part.get_input_embeddings())
-    unique = dict.fromkeys(module for module in found if isinstance(module, nn.Module))
-    return [module.register_forward_hook(_RequireGradient(model)) for module in unique]
-
-
-class _RequireGradient:
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
-        if checkpointing and torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_(True)

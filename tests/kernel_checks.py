@@ -7,20 +7,15 @@ import torch
 from torch import nn
 
 import speft_optim.kernels.sampling as definition
-from speft_optim import Mask, Masks, SparseAdamW, optim, sparsify
-from speft_optim.kernels import (
-    Update,
-    adamw_,
-    dequantize_4bit,
-    dequantize_int8,
-    fused_adamw,
-    launch,
-    launches,
-    overlay_,
-    sampling_triton,
-    scatter_entries_,
-)
-from speft_optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
+from speft_optim import Mask, Masks, SparseAdamW, sparsify
+from speft_optim.kernels import launch, sampling_triton
+from speft_optim.kernels.adamw import Update, adamw_, fused_adamw
+from speft_optim.kernels.dequantize import dequantize_4bit, dequantize_int8
+from speft_optim.kernels.entries import scatter_entries_
+from speft_optim.kernels.launch import launches
+from speft_optim.kernels.overlay import overlay_
+from speft_optim.optim import adamw as optim
+from speft_optim.optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes the bits of bf16 operands of a product for integers.

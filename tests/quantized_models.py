@@ -8,7 +8,8 @@ import transformers as tf
 from conftest import tiny_model
 from torch import nn
 
-from speft_optim.frozen import frozen_weight, quantized_linears
+from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.storage import frozen_weight
 
 KINDS = ["int8", "nf4", "double"]
 

@@ -24,8 +24,8 @@ from speft_optim import (
     unload_adapter,
     use_adapters,
 )
-from speft_optim.adapter import fingerprint, read_adapter
-from speft_optim.compact import sparse_weights
+from speft_optim.checkpoint.adapter_file import fingerprint, read_adapter
+from speft_optim.weights.sparse_weight import sparse_weights
 
 EVERY = lambda name, parameter: True  # noqa: E731
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from speft_optim import Mask, SparseAdamW, distributed, select_masks, sparsify
-from speft_optim.state import has_moments
+from speft_optim.optim.state import has_moments
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 5

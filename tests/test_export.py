@@ -23,10 +23,11 @@ from speft_optim import (
     select_masks,
     sparsify,
 )
-from speft_optim import export as module_export
-from speft_optim.compact import sparse_weights
+from speft_optim.checkpoint import export as module_export
 from speft_optim.files import whole_folder
-from speft_optim.frozen import frozen_weight, quantized_linears
+from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.storage import frozen_weight
 
 
 @pytest.fixture(scope="module")

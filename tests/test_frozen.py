@@ -9,9 +9,10 @@ import torch
 from conftest import assert_close
 from torch import nn
 
-from speft_optim.frozen import DenseWeight, FourBitWeight, Int8Weight, find, frozen_weight, is_quantized_linear
-from speft_optim.masks import Mask
-from speft_optim.targets import all_targets, find_targets, is_linear
+from speft_optim.masks.mask import Mask, find
+from speft_optim.weights.bnb import FourBitWeight, Int8Weight, is_quantized_linear
+from speft_optim.weights.storage import DenseWeight, frozen_weight
+from speft_optim.weights.targets import all_targets, find_targets, is_linear
 
 KINDS = ["dense", "int8", "nf4", "double", "stored-bf16"]
 SHAPES = [(64, 128), (30, 50), (7, 96), (5, 13), (1, 64), (1, 1), (96, 192)]

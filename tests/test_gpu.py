@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
-from speft_optim.compact import sparse_weights
-from speft_optim.frozen import frozen_weight
-from speft_optim.kernels import accumulate_product_
+from speft_optim.kernels.product import accumulate_product_
 from speft_optim.kernels.sampling import from_panels
+from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.storage import frozen_weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

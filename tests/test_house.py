@@ -19,9 +19,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CODE = sorted(path for folder in ("speft_optim", "recipes", "eval") for path in (ROOT / folder).rglob("*.py"))
 
 
-def imports_of(path):
-    """Absolute names of all modules that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path, lazy=True):
+    """Absolute names of all modules that a file imports, unless `lazy` is False inside functions too."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if lazy else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,6 +49,62 @@ def test_dependencies_run_one_way(path):
         assert name.partition(".")[0] not in refused.get(inside[0], ()), f"{path} imports {name}"
         if inside[:2] == ("speft_optim", "kernels") and name.startswith("speft_optim"):
             assert name.startswith("speft_optim.kernels"), f"{path} imports {name}: kernels see tensors only"
+
+
+# From the bottom up: a room may import those of the lines above its own, and its own modules.
+ORDER = [
+    {"files", "version"},
+    {"kernels"},
+    {"masks"},
+    {"distributed"},
+    {"weights"},
+    {"optim", "salience", "checkpoint"},
+    {"schedule", "integrations", "eager"},
+    {"sparsify", "adapters"},
+]
+RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+
+
+def library_imports(path, lazy=True):
+    """The modules of the library that one of its files imports."""
+    for name in imports_of(path, lazy):
+        parts = name.split(".")
+        if parts[0] == "speft_optim" and len(parts) > 1:
+            folder = (ROOT / "speft_optim" / parts[1]).is_dir()
+            yield ".".join(
+                parts[1:3] if folder and (ROOT / "speft_optim" / parts[1] / f"{parts[2]}.py").is_file() else parts[1:2]
+            )
+
+
+LIBRARY = sorted(path for path in (ROOT / "speft_optim").rglob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_in_one_order(path):
+    room = path.relative_to(ROOT / "speft_optim").with_suffix("").parts[0]
+    for name in library_imports(path):
+        other = name.partition(".")[0]
+        below = RANKS[other] < RANKS[room]
+        assert other == room or below, f"{path.relative_to(ROOT)} imports {name}, which is not below {room}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """A definition imports its kernel at the first launch, from inside a function."""
+    name_of = {path: ".".join(path.relative_to(ROOT / "speft_optim").with_suffix("").parts) for path in LIBRARY}
+    graph = {
+        name: {other for other in library_imports(path, lazy=False) if other != name} for path, name in name_of.items()
+    }
+    done = set()
+
+    def visit(name, way):
+        assert name not in way, " -> ".join([*way, name])
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
 
 
 def test_every_public_name_is_documented():

@@ -7,7 +7,9 @@ import torch
 from conftest import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim.kernels import accumulate_product_, adamw_, gather_entries, scatter_entries_
+from speft_optim.kernels.adamw import adamw_
+from speft_optim.kernels.entries import gather_entries, scatter_entries_
+from speft_optim.kernels.product import accumulate_product_
 from speft_optim.kernels.sampling import from_panels
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, Masks, desparsify, select_masks, sparsify
-from speft_optim.compact import sparse_weights
-from speft_optim.linear import Tap
+from speft_optim.weights.gradient_hooks import Tap
+from speft_optim.weights.sparse_weight import sparse_weights
 
 
 def draw(*shape, seed=0):

@@ -14,7 +14,7 @@ import torch
 from conftest import equal_states, tiny_model, token_batch
 
 from speft_optim import Masks, MaskSchedule, SparseAdamW, load_adapter, save_adapter, select_masks, sparsify
-from speft_optim.adapter import read_adapter
+from speft_optim.checkpoint.adapter_file import read_adapter
 
 COUNT = 1000
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from speft_optim import Mask, Masks
 from speft_optim.files import write_atomically
-from speft_optim.masks import concentration, density_grid, split_name
+from speft_optim.masks.statistics import concentration, density_grid, split_name
 
 examples = settings(max_examples=40, deadline=None, database=None)
 

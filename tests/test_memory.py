@@ -16,7 +16,7 @@ from recipes import benchmark, memory
 from recipes.loss import frozen_head, linear_cross_entropy
 from recipes.memory import GIB, Shape, estimate, peak_bytes
 from speft_optim import Mask, SparseAdamW, select_masks, sparsify
-from speft_optim.frozen import quantized_linears
+from speft_optim.weights.bnb import quantized_linears
 
 SMALL = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {

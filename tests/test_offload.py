@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import select_masks
-from speft_optim.belt import Belt, copy_pages_, lock_pages
-from speft_optim.offload import streaming
-from speft_optim.salience import MEASURES
+from speft_optim.salience.measures import MEASURES
+from speft_optim.salience.offload import streaming
+from speft_optim.salience.prefetch import Belt, copy_pages_, lock_pages
 
 STREAMED = sorted(set(MEASURES) - {"grasp"})
 
@@ -220,9 +220,9 @@ def test_pages_are_locked_for_a_card_until_all_copies_are_over(monkeypatch, by_b
 
     card = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: done.append("synchronised"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: card)
-    monkeypatch.setattr("speft_optim.belt._Buffer", lambda size, device: None)
-    monkeypatch.setattr("speft_optim.offload._device_of_tensors", torch.device)
-    monkeypatch.setattr("speft_optim.offload.lock_pages", lock)
+    monkeypatch.setattr("speft_optim.salience.prefetch._Buffer", lambda size, device: None)
+    monkeypatch.setattr("speft_optim.salience.offload._device_of_tensors", torch.device)
+    monkeypatch.setattr("speft_optim.salience.offload.lock_pages", lock)
     with streaming(model, "cuda:0", by_block=by_block):
         (locked,) = done
         assert [id(parameter) for parameter in locked] == [id(parameter) for parameter in model.parameters()]

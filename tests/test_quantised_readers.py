@@ -18,7 +18,8 @@ from quantized_models import KINDS, load_quantized, save_original
 from torch import nn
 
 from speft_optim import SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
-from speft_optim.frozen import frozen_weight, quantized_linears
+from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.storage import frozen_weight
 
 STATES = ["sparsified", "desparsified", "loaded"]
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -13,13 +13,16 @@ from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, sav
 from torch import nn
 
 from speft_optim import MaskSchedule, SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
-from speft_optim.compact import sparse_weights
-from speft_optim.curvature import GradientStore
-from speft_optim.frozen import FourBitWeight, Int8Weight, frozen_weight, quantized_linears
-from speft_optim.masks import Mask, Masks
-from speft_optim.quantized import FrozenForward, take_over
-from speft_optim.salience import MEASURES
-from speft_optim.targets import find_targets
+from speft_optim.integrations import take_over
+from speft_optim.masks.collection import Masks
+from speft_optim.masks.mask import Mask
+from speft_optim.salience.grasp import GradientStore
+from speft_optim.salience.measures import MEASURES
+from speft_optim.weights.bnb import FourBitWeight, Int8Weight, quantized_linears
+from speft_optim.weights.quantized_linear import FrozenForward
+from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.targets import find_targets
 
 
 @pytest.fixture(scope="module")

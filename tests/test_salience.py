@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from speft_optim import desparsify, select_masks, sparsify
-from speft_optim.batches import BatchReader
-from speft_optim.calibration import _SIGNALS, random_draws, stream_scores
-from speft_optim.curvature import GradientStore
-from speft_optim.pieces import cut_into_groups
-from speft_optim.salience import MEASURES
-from speft_optim.signals import example_losses
-from speft_optim.targets import find_targets
+from speft_optim.salience.accumulators import cut_into_groups
+from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.calibration import _SIGNALS, random_draws, stream_scores
+from speft_optim.salience.fisher import example_losses
+from speft_optim.salience.grasp import GradientStore
+from speft_optim.salience.measures import MEASURES
+from speft_optim.weights.targets import find_targets
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "mixtral"]
 LABELLED = ["gradient", "snip", "force", "taylor_fo", "fisher", "grasp"]
@@ -355,7 +355,7 @@ def test_gradients_are_kept_in_the_dtype_that_layers_use_them_in(weights, autoca
             assert store.memory_bytes == 0
         masks = select_masks(model, batches, **choose)
         assert select_masks(model, batches, memory_budget=20_000, **choose) == masks
-        monkeypatch.setattr("speft_optim.curvature._dtype_of_use", lambda targets: torch.float32)
+        monkeypatch.setattr("speft_optim.salience.grasp._dtype_of_use", lambda targets: torch.float32)
         assert select_masks(model, batches, **choose) == masks
 
 

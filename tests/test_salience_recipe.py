@@ -7,7 +7,7 @@ from byte_tokenizer import VOCABULARY, byte_tokenizer
 from conftest import tiny_model
 
 from recipes import benchmark, salience
-from speft_optim.salience import MEASURES
+from speft_optim.salience.measures import MEASURES
 
 
 def test_measures_are_compared_and_drawn(tmp_path, capsys):

@@ -23,10 +23,10 @@ from speft_optim import (
     sparsify,
     unload_adapter,
 )
-from speft_optim.compact import sparse_weights
-from speft_optim.moments import carry_moments_, new_moments_, store_moments_, unpack_moments
-from speft_optim.salience import MEASURES
-from speft_optim.state import has_moments
+from speft_optim.optim.moments import carry_moments_, new_moments_, store_moments_, unpack_moments
+from speft_optim.optim.state import has_moments
+from speft_optim.salience.measures import MEASURES
+from speft_optim.weights.sparse_weight import sparse_weights
 
 CALIBRATION = [token_batch(1000 + seed) for seed in range(2)]
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)

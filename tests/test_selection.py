@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from speft_optim import Mask, MaskSchedule, SparseAdamW, select_masks, sparsify
-from speft_optim.calibration import default_memory_budget
-from speft_optim.compact import sparse_weights
-from speft_optim.selection import BestEntries, _kth_best, _shares
-from speft_optim.targets import find_targets
+from speft_optim.salience.calibration import default_memory_budget
+from speft_optim.salience.selection import _shares
+from speft_optim.salience.topk import BestEntries, _kth_best
+from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.targets import find_targets
 
 examples = settings(max_examples=60, deadline=None, database=None)
 

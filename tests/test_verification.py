@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from speft_optim import Mask, Masks, SparseAdamW, desparsify, linear, select_masks, sparsify
-from speft_optim.compact import sparse_weights
-from speft_optim.verification import agrees
+from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim.weights import gradient_hooks as linear
+from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.verification import agrees
 
 
 def draw(*shape, seed=0):

@@ -23,7 +23,7 @@ from speft_optim import (
     sparsify,
     unload_adapter,
 )
-from speft_optim.wrappers import plain_modules, unwrapped
+from speft_optim.weights.wrappers import plain_modules, unwrapped
 
 
 @pytest.fixture(autouse=True)

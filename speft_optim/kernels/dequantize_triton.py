@@ -1,7 +1,7 @@
 """Triton kernels that make a dense matrix of bitsandbytes codes with an overlay of compact values, in one launch.
 
 One program takes one row: it writes the row as the codes give it, and then the row's values over it. The arithmetic is
-that of `frozen.py`, product by product, so that a weight read by entries or rows is the same to the bit.
+that of `weights/storage.py`, product by product, so that a weight read by entries or rows is the same to the bit.
 """
 
 import torch

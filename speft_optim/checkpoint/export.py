@@ -1,0 +1,233 @@
+"""A model with frozen codes and trained entries as an ordinary checkpoint, shard by shard.
+
+One tensor at a time is dequantised, its trained entries laid over, and moved to the host; one shard at a time is held.
+The folder is written under a temporary name beside the target, so that a checkpoint is whole or absent.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from speft_optim.checkpoint.base import check_is_weight, check_same_model, has_no_tensor, read_tensor
+from speft_optim.checkpoint.names import Tensors, as_in_base
+from speft_optim.files import tensor_files, whole_folder
+from speft_optim.kernels.entries import scatter_entries_
+from speft_optim.weights.sparse_weight import linked
+from speft_optim.weights.storage import DenseWeight, as_stored, frozen_weight
+from speft_optim.weights.targets import Target, all_targets
+from speft_optim.weights.wrappers import plain_modules, unwrapped
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+_WEIGHTS = "model*.safetensors*"
+
+
+def export_merged(
+    model: nn.Module,
+    out: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the model as an ordinary checkpoint that plain `from_pretrained` loads: no codes, no scales.
+
+    Args:
+        model: a model whose trained entries are attached (by `sparsify` or `load_adapter`), quantised or not.
+        out: the new folder; it must not exist or be empty.
+        base: None writes the dequantised weights, the very function that was trained. The folder of the original
+            checkpoint instead lays the trained entries onto its weights: closer to the original model elsewhere, but
+            not the function that was trained. Those of a dense weight are the entries that differ from the original,
+            whatever changed them. Its other files (config, tokenizer) are copied.
+        dtype: of the floating tensors: float64, float32, float16 or bfloat16.
+        max_shard_size: largest file, in bytes or as "5GB"; about what the export holds in memory.
+
+    Raises:
+        ValueError: `out` holds files or cannot be made, `base` is no checkpoint of this model, or a quantised one, or
+            an option is out of its range.
+        TypeError: an option has the wrong type.
+    """
+    model, out, limit = unwrapped(model), Path(out), _bytes(max_shard_size)
+    _check_dtype(dtype)
+    with whole_folder(out) as folder:
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"{out} exists already and is not empty; export into a new folder.")
+        if base is None:
+            _write_model(model, folder, dtype, limit)
+        else:
+            _write_onto(model, Path(base), folder, dtype, limit)
+
+
+def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Write the merged checkpoint of a quantised model into a folder that may hold other files, as trainers do.
+
+    What it holds beside weights and configuration stays; see `whole_folder` for what a killed process leaves.
+    """
+    out, limit = Path(out), _bytes(max_shard_size)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and not any(out.glob(_WEIGHTS)):
+        _move_in(model, out, limit)
+        return
+    with whole_folder(out, keep=lambda name: not fnmatch(name, _WEIGHTS)) as folder:
+        _write_model(model, folder, torch.bfloat16, limit)
+
+
+def _move_in(model: nn.Module, out: Path, limit: int) -> None:
+    """Write into a folder that holds no weights, to which other processes of a trainer may be adding their files."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".tmp", dir=out.absolute().parent) as temporary:
+        _write_model(model, Path(temporary), torch.bfloat16, limit)
+        # The index last: without it a reader finds no checkpoint rather than half of one.
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("index.json")):
+            os.replace(file, out / file.name)
+
+
+def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """All weights as the model computes with them, and its configuration without the quantiser's."""
+    _flush(model)
+    tensors: Tensors = {}
+    for name, target in all_targets(model).items():
+        if linked(target.parameter) is None:
+            weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
+            tensors[name] = (weight.shape, lambda weight=weight, module=module: as_stored(module, weight.dense(dtype)))
+    for path, module in plain_modules(model):
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None and attribute not in module._non_persistent_buffers_set:
+                tensors[f"{path}.{attribute}" if path else attribute] = (buffer.shape, lambda buffer=buffer: buffer)
+    _write_shards(as_in_base(model, tensors, dtype), folder, dtype, limit)
+    config = copy.deepcopy(getattr(model, "config", None))
+    if hasattr(config, "save_pretrained"):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.dtype, config.architectures = str(dtype).removeprefix("torch."), [type(model).__name__]
+        config.save_pretrained(folder)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.save_pretrained(folder)
+
+
+def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """The tensors of the original checkpoint with the trained entries written into them, and its other files."""
+    _flush(model)
+    files = tensor_files(base)
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{base} has no config.json; give the original checkpoint's folder.")
+    targets, tensors = _stored_targets(model, files, base), {}
+    for name, file in files.items():
+        if name in targets:
+            check_is_weight(name, file, targets[name])
+        with safe_open(file, "pt") as opened:
+            shape = torch.Size(opened.get_slice(name).get_shape())
+        tensors[name] = (shape, lambda name=name, file=file: _merge(name, file, dtype, targets.get(name)))
+    _write_shards(tensors, folder, dtype, limit)
+    for file in base.iterdir():
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith("index.json")
+        if file.is_file() and not weights and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((base / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> dict[str, Target]:
+    """The model's weights by their names in a checkpoint; one that is shared may be stored under several."""
+    names: dict[int, list[str]] = {}
+    for path, module in plain_modules(model):
+        for attribute, parameter in module._parameters.items():
+            names.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
+    targets = {}
+    for first, target in all_targets(model).items():
+        # Offloaded weights, which are on the meta device, cannot have been trained.
+        if linked(target.parameter) is None and not target.parameter.is_meta:
+            stored = [name for name in names[id(target.parameter)] if name in files]
+            if not stored:
+                raise has_no_tensor(base, first)
+            targets.update(dict.fromkeys(stored, target))
+    return targets
+
+
+def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> Tensor:
+    """A tensor of the original checkpoint, in `dtype` where it floats, with the model's trained entries."""
+    stored = read_tensor(file, name)
+    tensor = stored.to(dtype) if stored.is_floating_point() else stored
+    if target is None:
+        return tensor
+    weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
+    check_same_model(name, as_stored(module, stored), weight, file.parent)
+    if isinstance(weight, DenseWeight):
+        # Entries that nothing trained are the original's, in the model's dtype.
+        own = weight.tensor.cpu()
+        return torch.where(stored.to(own.dtype) == own, tensor, own.to(dtype))
+    mask, values = weight.entries()
+    scatter_entries_(as_stored(module, tensor), mask.indices.cpu(), values.cpu())
+    return tensor
+
+
+def _flush(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if (weight := linked(parameter)) is not None:
+            weight.synchronize()
+
+
+def _write_shards(tensors: Tensors, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """Write named tensors, made one at a time, into files of at most `limit` bytes, and an index of more than one."""
+    shards, sizes = [[]], [0]
+    for name, (shape, _) in tensors.items():
+        size = shape.numel() * dtype.itemsize
+        if shards[-1] and sizes[-1] + size > limit:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += size
+    place = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        place.update(dict.fromkeys(names, file))
+        save_file({name: _on_host(tensors[name][1](), dtype) for name in names}, folder / file, {"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": place}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, a {type(dtype).__name__}; pass a torch.dtype such as torch.bfloat16.")
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"dtype is {dtype}; a checkpoint without codes and scales is of {', '.join(map(str, _DTYPES))}."
+        )
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"max_shard_size is {size!r}, a {type(size).__name__}; pass whole bytes, or such as '5GB'.")
+    if isinstance(size, str):
+        text = size.strip().upper()
+        unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), None)
+        try:
+            number = float(text.removesuffix(unit or "")) * _UNITS[unit]
+        except (KeyError, ValueError):
+            raise ValueError(f"max_shard_size={size!r} is no size; pass bytes, or such as '5GB'.") from None
+    else:
+        number = size
+    if not 1 <= number < math.inf:
+        raise ValueError(f"max_shard_size={size!r} is not at least one byte and finite; pass bytes, or such as '5GB'.")
+    return int(number)

@@ -1,0 +1,1 @@
+"""Which entries of the weights are trained."""

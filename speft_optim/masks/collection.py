@@ -1,0 +1,144 @@
+"""The masks of a model: saved, loaded, compared and told of."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speft_optim.files import checked_path, write_safetensors
+from speft_optim.masks.mask import PROBES, Mask
+from speft_optim.masks.statistics import density_grid
+
+_FORMAT = "speft_optim.masks/3"
+
+
+class Masks(dict[str, Mask]):
+    """Masks of a model: from the parameter's full name (`model.layers.0.mlp.up_proj.weight`) to its `Mask`."""
+
+    @property
+    def count(self) -> int:
+        """Masked entries over all weights."""
+        return sum(len(mask) for mask in self.values())
+
+    @property
+    def density(self) -> float:
+        """Masked share of all entries of the weights named here, 0 to 1."""
+        return self.count / max(1, sum(mask.shape.numel() for mask in self.values()))
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits over names, shapes and positions."""
+        parts = [f"{name}:{mask.fingerprint()}" for name, mask in sorted(self.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def overlap(self, other: "Masks") -> float:
+        """Share of the smaller selection's entries that both have, 0 to 1, over the weights of either.
+
+        Raises:
+            ValueError: a weight has different shapes in the two.
+        """
+        for name in self.keys() & other.keys():
+            if self[name].shape != other[name].shape:
+                shapes = f"{tuple(self[name].shape)} and {tuple(other[name].shape)}"
+                raise ValueError(f"Cannot compare masks of {name}: shapes {shapes} differ.")
+        smaller = min(self.count, other.count)
+        shared = sum(self[name]._shared(other[name]) for name in self.keys() & other.keys())
+        return shared / smaller if smaller else 1.0
+
+    def save(self, path: str | Path) -> None:
+        """Write all masks to one safetensors file; the file appears whole or not at all."""
+        shapes = {name: list(mask.shape) for name, mask in self.items()}
+        tensors = self.parts()
+        for name, mask in self.items():
+            if mask.selected_on is not None:
+                tensors[f"{name}:selected_on"] = mask.selected_on
+        write_safetensors(tensors, path, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+
+    def parts(self) -> dict[str, Tensor]:
+        """What `Mask.packed` gives for each, in CPU memory under `name:part`, for a file."""
+        return {f"{name}:{key}": part for name, mask in self.items() for key, part in mask.to("cpu").packed().items()}
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Masks":
+        """Read masks written by `save`, in the order they were saved in.
+
+        Raises:
+            ValueError: the file is not such a file, is damaged, or holds positions outside a weight.
+        """
+        path = checked_path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; pass the file in it that Masks.save wrote.")
+        try:
+            with safe_open(str(path), "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+                shapes = json.loads(metadata["shapes"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return cls({name: _read_mask(parts_of(name, tensors), shape) for name, shape in shapes.items()})
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{path} is no readable file of Masks.save ({type(error).__name__}: {error}); pass another."
+            ) from error
+
+    def summary(self) -> str:
+        """A table of density per layer and projection, in percent, with totals; for people."""
+        layers, projections, cells = density_grid(self)
+        if not self:
+            return "no masks"
+        width = max([9, *(len(name) for name in projections)])
+        head = "layer".ljust(12) + "".join(name.rjust(width + 1) for name in projections)
+        lines = [head]
+        for i, layer in enumerate(layers):
+            row = "".join(("-" if math.isnan(v) else f"{v:.3%}").rjust(width + 1) for v in cells[i])
+            lines.append(layer.ljust(12) + row)
+        total = f"{self.count:,} of {sum(m.shape.numel() for m in self.values()):,} entries, {self.density:.4%}"
+        empty = sum(1 for mask in self.values() if not len(mask))
+        lines.append(f"{total}, in {len(self)} weights" + (f", {empty} of them without any" if empty else ""))
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw density by layer and projection, and how concentrated rows and columns are (by matplotlib).
+
+        Args:
+            path: the picture; its ending tells the format (`.png`, `.pdf`, `.svg`, ...), PNG without one.
+
+        Raises:
+            ValueError: there is no mask, or the ending is of no picture.
+        """
+        from speft_optim.masks.plots import plot_masks
+
+        plot_masks(self, path)
+
+
+# What may come of a file that is not what it should be.
+UNREADABLE = (
+    SafetensorError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+)
+
+
+def _read_mask(parts: dict[str, Tensor], shape: list[int]) -> Mask:
+    """A mask from its parts in a file, with what it remembers."""
+    selected_on = parts.pop("selected_on", None)
+    mask = Mask.unpack(parts, shape)
+    if selected_on is not None:
+        if selected_on.dtype != torch.float32 or selected_on.dim() != 1 or len(selected_on) >= 2 * PROBES:
+            raise ValueError(f"entries of dtype {selected_on.dtype} and shape {tuple(selected_on.shape)} beside a mask")
+        mask.selected_on = selected_on.cpu()
+    return mask
+
+
+def parts_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that stand under `name:part` in a file, by part."""
+    return {key.removeprefix(f"{name}:"): part for key, part in tensors.items() if key.startswith(f"{name}:")}

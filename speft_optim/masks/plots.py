@@ -1,0 +1,62 @@
+"""Pictures of masks; matplotlib is imported only here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from speft_optim.files import checked_path, write_atomically
+from speft_optim.masks.mask import Mask
+from speft_optim.masks.statistics import concentration, density_grid, split_name
+
+
+def plot_masks(masks: Mapping[str, Mask], path: str | Path) -> None:
+    """Draw the density per layer and projection, and the row and column concentration per projection.
+
+    Raises:
+        ValueError: there is no mask to draw, or matplotlib writes no file of this ending.
+    """
+    if not masks:
+        raise ValueError("There is no mask to draw; select some weights first.")
+    kind = checked_path(path).suffix.removeprefix(".").lower() or "png"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers, _, _ = density_grid(masks)
+    figure = Figure(figsize=(11, max(3.5, 0.2 * len(layers) + 1.5)), layout="constrained")
+    kinds = FigureCanvasAgg(figure).get_supported_filetypes()
+    if kind not in kinds:
+        known = ", ".join(sorted(kinds))
+        raise ValueError(f"Cannot draw {path}: .{kind} is no picture; append one of these, such as .png: {known}.")
+    heat, bars = figure.subplots(1, 2)
+    draw_density(heat, masks)
+    draw_concentration(bars, masks)
+    figure.suptitle(f"{masks.count:,} masked entries, {masks.density:.3%} of the targeted weights")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=130))
+
+
+def draw_density(axes, masks: Mapping[str, Mask]) -> None:
+    """Heat map of density in percent, a row per layer, a column per projection."""
+    layers, projections, cells = density_grid(masks)
+    image = axes.imshow([[100 * v for v in row] for row in cells], aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(range(len(projections)), projections, rotation=45, ha="right")
+    step = max(1, len(layers) // 16)
+    axes.set_yticks(range(0, len(layers), step), layers[::step])
+    axes.set_title("density, %")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def draw_concentration(axes, masks: Mapping[str, Mask]) -> None:
+    """Per projection, the share of rows and of columns that holds 90 % of the masked entries."""
+    by_projection: dict[str, list] = {}
+    for name, mask in masks.items():
+        by_projection.setdefault(split_name(name)[1], []).append(mask)
+    names = list(by_projection)
+    rows = [100 * concentration(m.row_counts() for m in by_projection[name]) for name in names]
+    columns = [100 * concentration(m.column_counts() for m in by_projection[name]) for name in names]
+    places = range(len(names))
+    axes.bar([p - 0.2 for p in places], rows, 0.4, label="rows")
+    axes.bar([p + 0.2 for p in places], columns, 0.4, label="columns")
+    axes.axhline(90, color="0.6", linewidth=1, linestyle=":", label="evenly spread")
+    axes.set_xticks(list(places), names, rotation=45, ha="right")
+    axes.set_ylim(0, 100)
+    axes.set_title("rows and columns that hold 90 % of the entries, %")
+    axes.legend()

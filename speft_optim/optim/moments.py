@@ -1,0 +1,94 @@
+"""Adam's two moments at rest: fp32, or eight bits an entry with one scale per block of 256.
+
+The code book of the second moment has no zero: an entry with small gradients in a block with a large one then moves too
+little, where with bitsandbytes' zero it is divided by eps alone. Two alternatives were tried on tiny models: codes for
+the root of the second moment lost more than its wider range gained, and stochastic rounding gained a little for
+random numbers of which a resumed run would have to know.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speft_optim.kernels.blockwise import dequantize_blockwise, quantize_blockwise
+
+STATE_BITS = (8, 32)
+
+
+def new_moments_(state: dict[str, Any], parameter: Tensor, bits: int) -> None:
+    """Put zero moments of `parameter` in its optimizer state."""
+    zeros = torch.zeros_like(parameter, dtype=torch.float32 if bits == 8 else parameter.dtype)
+    if bits == 8:
+        _pack_(state, zeros, zeros)
+    else:
+        state.update(exp_avg=zeros, exp_avg_sq=zeros.clone())
+
+
+def unpack_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """First and second moment to update in place; `store_moments_` afterwards."""
+    if "exp_avg_scale" not in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    shape = state["exp_avg"].shape
+    first, second = (
+        dequantize_blockwise(state[key].view(-1), state[f"{key}_scale"], signed).view(shape)
+        for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
+    )
+    return first, second
+
+
+def stored_moments(state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The two moments as they are kept, fp32 or codes, and the scales of the codes."""
+    keys = ("exp_avg", "exp_avg_sq")
+    return [state[key] for key in keys], [state[f"{key}_scale"] for key in keys if f"{key}_scale" in state]
+
+
+def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Put back what `unpack_moments` gave, in the form the state has."""
+    if "exp_avg_scale" in state:
+        _pack_(state, exp_avg, exp_avg_sq)
+
+
+def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, stays: Tensor) -> None:
+    """Follow a changed mask: survivors keep their moments.
+
+    A newcomer starts with no first moment and, as its second, the mean of the survivors': with zero, at a step count at
+    which nothing corrects the bias any more, its first update would be several times the learning rate.
+
+    Args:
+        state: of the optimizer, with moments.
+        parameter: the (k,) values after the change.
+        places: (k,) place of each new entry among the old ones.
+        stays: (k,) whether it was among them.
+    """
+    first, second = unpack_moments(state)
+    survivors = places[stays]
+    bits = 8 if "exp_avg_scale" in state else 32
+    new_moments_(state, parameter, bits)
+    new_first, new_second = unpack_moments(state)
+    new_first[stays] = first[survivors]
+    new_second[:] = second[survivors].mean() if len(survivors) else 0.0
+    new_second[stays] = second[survivors]
+    store_moments_(state, new_first, new_second)
+
+
+def moment_bytes(state: dict[str, Any]) -> int:
+    """Bytes the moments take at rest."""
+    return sum(part.nbytes for key, part in state.items() if key.startswith("exp_avg"))
+
+
+def moments_fit(saved: dict[str, Any], parameter: Tensor) -> bool:
+    """Whether a saved state holds no moments, or complete ones for `parameter` in either form."""
+    parts = {key: part for key, part in saved.items() if key.startswith("exp_avg")}
+    expected = {}
+    if parts:
+        new_moments_(expected, parameter.detach(), 8 if "exp_avg_scale" in parts else 32)
+    return parts.keys() == expected.keys() and all(
+        part.shape == expected[key].shape and part.dtype == expected[key].dtype for key, part in parts.items()
+    )
+
+
+def _pack_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    for key, moment, signed in (("exp_avg", exp_avg, True), ("exp_avg_sq", exp_avg_sq, False)):
+        codes, scales = quantize_blockwise(moment.reshape(-1), signed)
+        state.update({key: codes.view(moment.shape), f"{key}_scale": scales})

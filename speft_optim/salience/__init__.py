@@ -1,0 +1,1 @@
+"""From calibration data to masks."""

@@ -1,0 +1,96 @@
+"""Weights cut into pieces whose accumulators fit a budget.
+
+A piece is a whole weight, or a panel of rows of one that is larger than the budget. Pieces are grouped in the order
+of the weights, so that one pass over the calibration batches serves a group and the scores come out in order.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speft_optim.kernels.product import accumulate_product_
+from speft_optim.weights.targets import Target
+
+
+@dataclass(eq=False)
+class Piece:
+    """Rows `first` to `last` (exclusive) of a weight seen as a matrix, and the signal accumulated for them.
+
+    Attributes:
+        accumulator: fp32 of shape (last - first, columns), or broadcast to it where entries share a signal; None where
+            the measure needs none.
+    """
+
+    target: Target
+    first: int
+    last: int
+    accumulator: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Entries in a row."""
+        return self.target.matrix_shape[1]
+
+    @property
+    def entries(self) -> int:
+        """Entries of the weight in this piece."""
+        return (self.last - self.first) * self.columns
+
+    def allocate(self) -> None:
+        """Start an fp32 accumulator of zeros."""
+        shape = (self.last - self.first, self.columns)
+        self.accumulator = torch.zeros(shape, dtype=torch.float32, device=self.target.device)
+
+    def rows_of(self, dense: Tensor) -> Tensor:
+        """This piece's rows of a tensor of the weight's shape, as a matrix."""
+        return dense.reshape(self.target.matrix_shape)[self.first : self.last]
+
+    def from_product(self, left: Tensor, right: Tensor) -> None:
+        """Add this piece's rows of `left.T @ right`, in fp32."""
+        accumulate_product_(self.accumulator, left.flatten(0, -2)[:, self.first : self.last], right.flatten(0, -2))
+
+    def from_dense(self, gradient: Tensor) -> None:
+        """Add this piece's rows of a dense gradient, in fp32."""
+        self.accumulator += self.rows_of(gradient)
+
+    def chunks(self, entries: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """The piece in runs of rows of about `entries` entries.
+
+        Yields:
+            (first flat position in the weight, fp32 weight entries, fp32 signal entries or None), both 1-D.
+        """
+        step = max(1, entries // max(1, self.columns))
+        for row in range(self.first, self.last, step):
+            end = min(self.last, row + step)
+            weight = self.target.rows(row, end).float().reshape(-1)
+            signal = None
+            if self.accumulator is not None:
+                whole = self.accumulator.expand(self.last - self.first, self.columns)
+                signal = whole[row - self.first : end - self.first].reshape(-1)
+            yield row * self.columns, weight, signal
+
+
+def cut_into_groups(targets: Iterable[Target], budget: int, entry_bytes: int) -> list[list[Piece]]:
+    """Pieces in the order of `targets`, grouped so that a group takes at most `budget` bytes.
+
+    Args:
+        targets: the weights.
+        budget: bytes a group may take; a weight that needs more becomes panels of rows, of at least one row.
+        entry_bytes: bytes that the signal takes per entry; 0 puts all into one group.
+    """
+    groups: list[list[Piece]] = []
+    room = 0
+    for target in targets:
+        rows, columns = target.matrix_shape
+        panel = max(1, min(rows, budget // max(1, entry_bytes * columns)))
+        for first in range(0, rows, panel):
+            piece = Piece(target, first, min(rows, first + panel))
+            need = entry_bytes * piece.entries
+            if not groups or need > room:
+                groups.append([])
+                room = budget
+            groups[-1].append(piece)
+            room -= need
+    return groups

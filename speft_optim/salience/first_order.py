@@ -1,0 +1,114 @@
+"""The gradient of the loss, averaged over the calibration batches in one pass for a group of pieces."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.distributed import average_, together, total
+from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
+from speft_optim.weights.gradient_hooks import Sink, Tap, Trust, settle, tap_target
+from speft_optim.weights.storage import DenseWeight, frozen_weight
+from speft_optim.weights.targets import Target
+from speft_optim.weights.verification import DenseGradient
+
+logger = logging.getLogger(__name__)
+
+
+def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
+    """Average the gradient of the loss over the batches, with its sign."""
+    for piece in group:
+        piece.allocate()
+
+    with tapped(group, {piece: piece for piece in group}, reader.used_otherwise) as observed, together():
+        for batch in reader:
+            observed.promote()
+            backward_of((loss or model_loss)(model, batch), reader, observed)
+    average_([piece.accumulator for piece in group], total(reader.used))
+
+
+class Observed:
+    """The weights of a group while their gradients are fed to sinks.
+
+    Attributes:
+        taps: the hooks on the modules that hold them.
+        pending: products that wait for the dense gradient that they were compared with to be freed.
+        used_outside: names of weights whose gradient came past the hooks.
+    """
+
+    def __init__(self):
+        self.taps: list[Tap] = []
+        self.pending: list = []
+        self.used_outside: set[str] = set()
+
+    def promote(self) -> None:
+        """Trust the hooks that backward verified; call between backwards."""
+        for tap in self.taps:
+            tap.promote()
+
+    @property
+    def used_otherwise(self) -> set[str]:
+        """Names of weights whose gradient is not, or not only, that of their layers' products."""
+        return self.used_outside | {tap.name for tap in self.taps if tap.told}
+
+    def watch(self, piece: Piece, sink: Sink, stack: contextlib.ExitStack) -> None:
+        """Feed the dense gradient of uses outside the modules to the sink too, while the stack is open."""
+        parameter = piece.target.parameter
+
+        def take(dense: Tensor) -> None:
+            if piece.target.name not in self.used_otherwise:
+                logger.warning(
+                    "%s is used outside its module's forward, where no hook sees it: it is scored by the dense "
+                    "gradient of these uses, one weight at a time.",
+                    piece.target.name,
+                )
+            self.used_outside.add(piece.target.name)
+            sink.from_dense(dense)
+
+        leaf = DenseGradient(take)
+        leaf.open(parameter)
+        stack.callback(leaf.close)
+
+
+@contextlib.contextmanager
+def tapped(
+    group: list[Piece], sinks: dict[Piece, Sink], used_otherwise: set[str], trust: Trust = "verified"
+) -> Iterator[Observed]:
+    """Feed the gradient of each piece's weight to its sink while this lasts.
+
+    Args:
+        group: the pieces.
+        sinks: where their gradients go.
+        used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
+            that each is told of once; gets those that are found now.
+        trust: as for `gradient_hooks.Tap`; with "verified" uses outside the weights' modules count too.
+    """
+    anchor, observed = torch.zeros((), requires_grad=True), Observed()
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        for piece in group:
+            observed.taps += tap_target(piece.target, anchor, sinks[piece], trust, observed.pending)
+            if trust == "verified" and _may_be_leaf(piece.target):
+                observed.watch(piece, sinks[piece], stack)
+        for tap in observed.taps:
+            tap.told = tap.name in used_otherwise
+            stack.callback(tap.remove)
+        yield observed
+        used_otherwise |= observed.used_otherwise
+
+
+def _may_be_leaf(target: Target) -> bool:
+    """Whether autograd can give the dense gradient of the weight itself: not of codes, or where it is streamed."""
+    return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
+
+
+def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
+    """Check the loss of the reader's last batch and go back from it."""
+    counts = reader.takes(value)
+    # Where none of the tapped weights is used, as an expert without tokens, there is nothing to go back to.
+    if counts and value.requires_grad:
+        reader.went_back = True
+        value.backward()
+        settle(observed.pending)

@@ -1,0 +1,204 @@
+"""The signal of `grasp`: H g, the Hessian of the averaged loss times its gradient, both over all targeted weights.
+
+Weights moved along g by a scalar step t make the loss a function of t. Its derivative at 0 is the inner product of g
+with the gradient, and the gradient of *that* is H g exactly. So a linear layer returns `x @ W.T + t * (x @ G.T)`, the
+derivative by t costs one backward that keeps its graph, and a second backward leaves H g in the weights of the group.
+No product of the size of all weights is ever formed; the only thing of that size is g itself, in the dtype that it is
+used in. It is kept beside the accumulators if it takes no more than these, and in a file on disk otherwise.
+
+Fused attention cannot be differentiated twice, so this pass uses PyTorch's plain one, and a warning says so.
+"""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from speft_optim.distributed import average_, together, total
+from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
+from speft_optim.salience.model_state import plain_implementation
+from speft_optim.weights.gradient_hooks import input_of
+from speft_optim.weights.quantized_linear import differentiable
+from speft_optim.weights.replacement import shadow
+from speft_optim.weights.targets import Target, is_linear, is_product
+
+logger = logging.getLogger(__name__)
+
+
+class GradientStore:
+    """The gradients of all targets, in memory or in one file on disk.
+
+    Args:
+        targets: the weights.
+        memory_budget: bytes up to which the gradients stay in memory, each on its weight's device.
+
+    Attributes:
+        memory_bytes: what they take there; 0 where they are in a file.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], memory_budget: int):
+        sizes = {name: target.shape.numel() for name, target in targets.items()}
+        dtype, size = _dtype_of_use(targets), sum(sizes.values())
+        fits = size * dtype.itemsize <= memory_budget
+        self.memory_bytes = size * dtype.itemsize if fits else 0
+        self._folder = None
+        if fits:
+            self._flat = {name: torch.empty(n, dtype=dtype, device=targets[name].device) for name, n in sizes.items()}
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="speft_optim_")
+            path = str(Path(self._folder.name) / "gradients")
+            everything = torch.from_file(path, shared=True, size=size, dtype=dtype)
+            self._flat = dict(zip(sizes, everything.split(list(sizes.values())), strict=True))
+
+    def put(self, piece: Piece) -> None:
+        """Take over a piece's accumulator, rounded."""
+        start = piece.first * piece.columns
+        self._flat[piece.target.name][start : start + piece.entries] = piece.accumulator.view(-1)
+
+    def get(self, target: Target, dtype: torch.dtype) -> Tensor:
+        """A target's gradient in the weight's shape, on its device."""
+        return self._flat[target.name].view(target.shape).to(target.device, dtype)
+
+    def __enter__(self) -> "GradientStore":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Free the memory or remove the file."""
+        self._flat = {}
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _dtype_of_use(targets: Mapping[str, Target]) -> torch.dtype:
+    """bf16 or fp16 if all gradients are used in it, and so may be rounded to it once and for all; else fp32.
+
+    A layer's product with its gradient has the dtype of the layer's output: that of a dense weight, unless autocast
+    asks for another, and of a quantised one that of the input, which only a pass shows. An autocast inside the user's
+    loss is not seen; there the gradient is in the weight's dtype, as autograd's own would be.
+    """
+    devices = {target.device.type for target in targets.values()}
+    dtypes = {target.dtype for target in targets.values()}
+    dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    dtype = dtypes.pop()
+    return dtype if not dtypes and dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def warn_of_plain_attention(model: nn.Module) -> None:
+    """Say that passes take longer, and more memory at long contexts, than fused attention would."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention != "eager":
+        logger.warning(
+            "salience='grasp' differentiates attention twice, which no fused one allows: it runs plain instead of %s, "
+            "with a matrix of length by length; shorten the calibration batches if memory runs out.",
+            attention or "fused",
+        )
+
+
+def hessian_gradient(
+    model: nn.Module,
+    reader: BatchReader,
+    group: list[Piece],
+    loss: LossFunction | None,
+    targets: Mapping[str, Target],
+    store: GradientStore,
+    dense: Collection[str] = (),
+) -> None:
+    """Average H g over the batches for the weights of the group, with the g of all targets in `store`.
+
+    Weights named in `dense` are used otherwise than as products of their layers. These are not moved: the inner product
+    with g is taken of autograd's own gradient of them.
+    """
+    step = torch.zeros((), requires_grad=True)
+    for piece in group:
+        piece.allocate()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(plain_implementation(model, attention=True))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.enable_grad())
+        for name, target in targets.items():
+            for module, attribute in target.sites if name not in dense else ():
+                _move_along(target, module, attribute, step, store, stack)
+        known = {piece.target.name for piece in group}
+        others = {name: targets[name] for name in sorted(dense)}
+        for name, target in others.items():
+            if name not in known:
+                stack.enter_context(differentiable(*target.sites[0]))
+        leaves = [stack.enter_context(_gradient_to(piece)) for piece in group]
+        stack.enter_context(together())
+        for batch in reader:
+            value = (loss or model_loss)(model, batch)
+            if not reader.takes(value):
+                continue
+            along = _derivative_along(value, step, others, store)
+            if along is not None and along.requires_grad:
+                along.backward(inputs=leaves)
+    average_([piece.accumulator for piece in group], total(reader.used))
+
+
+def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore) -> Tensor | None:
+    """The inner product of g with the gradient of the loss, with a graph; None where the loss knows no weight."""
+    inputs = [step, *(target.parameter for target in dense.values())]
+    along, *gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+    parts = [] if along is None else [along]
+    for target, gradient in zip(dense.values(), gradients, strict=True):
+        if gradient is not None:
+            parts.append((gradient.float() * store.get(target, torch.float32)).sum().to(step.device))
+    return sum(parts) if parts else None
+
+
+@contextlib.contextmanager
+def _gradient_to(piece: Piece) -> Iterator[Tensor]:
+    """Let the weight require gradients and move each to the piece's accumulator as soon as it is complete."""
+
+    def move(leaf: Tensor) -> None:
+        piece.from_dense(leaf.grad)
+        leaf.grad = None
+
+    with differentiable(*piece.target.sites[0]) as leaf:
+        hook = leaf.register_post_accumulate_grad_hook(move)
+        try:
+            yield leaf
+        finally:
+            hook.remove()
+
+
+class _Times(torch.autograd.Function):
+    """`x @ V` or `x @ V.T` for a stored V that is fetched for each use and never kept in the graph."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fetch: Callable[[], Tensor], transposed: bool) -> Tensor:
+        ctx.fetch, ctx.transposed = fetch, transposed
+        matrix = fetch()
+        return x @ (matrix.t() if transposed else matrix)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _Times.apply(gradient, ctx.fetch, not ctx.transposed), None, None
+
+
+def _move_along(
+    target: Target, module: nn.Module, attribute: str, step: Tensor, store: GradientStore, stack: contextlib.ExitStack
+) -> None:
+    """Let the module compute with its weight moved by `step` times the stored gradient, while the stack is open."""
+    if is_product(module, attribute):
+
+        def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            x = input_of(args, kwargs).to(output.dtype)
+            moved = _Times.apply(x, lambda: store.get(target, output.dtype), is_linear(module, attribute))
+            return output + step.to(output) * moved
+
+        stack.callback(module.register_forward_hook(add, prepend=True, with_kwargs=True).remove)
+    else:
+
+        def moved_weight() -> dict[str, Tensor]:
+            weight = module._parameters[attribute]
+            return {attribute: weight + step.to(weight) * store.get(target, weight.dtype)}
+
+        shadow(module, moved_weight, stack)

@@ -1,0 +1,304 @@
+"""From scores and a budget to masks.
+
+Local scope keeps a share of every weight, global scope the best entries over all weights together. Both use one running
+selection of the best k that sees scores in chunks: no tensor of all scores exists at any time, and the outcome equals
+that of one `topk` over everything. Ties go to the earlier position, and to the earlier weight.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.distributed import check_equal, largest, smallest, together
+from speft_optim.masks.collection import Masks
+from speft_optim.masks.mask import Mask
+from speft_optim.salience.batches import Batches, LossFunction, check_max_batches
+from speft_optim.salience.calibration import default_memory_budget, stream_scores
+from speft_optim.salience.measures import MEASURES, Measure
+from speft_optim.salience.offload import streaming
+from speft_optim.salience.topk import BestEntries
+from speft_optim.weights.provenance import note_weights
+from speft_optim.weights.targets import Target, Targets, check_differentiable, find_targets
+from speft_optim.weights.wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+def select_masks(
+    model: nn.Module,
+    batches: Batches | None = None,
+    *,
+    salience: str = "gradient",
+    density: float | None = None,
+    budget: int | Mapping[str, int] | None = None,
+    scope: Literal["local", "global"] = "local",
+    targets: Targets = None,
+    memory_budget: int | None = None,
+    loss: LossFunction | None = None,
+    max_batches: int | None = None,
+    offload: str | torch.device | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Masks:
+    """Choose which entries to train (SPEFT, Sections 3.1 to 3.3).
+
+    Load the weights first: masks chosen on others fit them no better than random ones. A pass takes the memory of a
+    forward and backward as the model is set up now. Trainers turn activation checkpointing on only when they begin to
+    train, so where memory is short call `model.gradient_checkpointing_enable()` before; and autocast, which a trainer
+    adds too, takes effect with `with torch.autocast("cuda", torch.bfloat16):` around this call.
+
+    Args:
+        model: the model; exactly as before afterwards, also after an error.
+        batches: calibration data: an iterable of the dicts the model takes, with labels, or of whatever `loss` takes (a
+            list or a DataLoader; the paper uses 64 batches of 16 examples). Not needed by `magnitude`, `random` and
+            `synflow`. The data that is trained on, since the entries are chosen for it.
+        salience: name of the measure, see `speft_optim.salience.measures`.
+        density: share of the targeted entries to keep, in (0, 1]; per weight in local scope, rounded to whole entries.
+        budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or
+            takes a number for each target by name.
+        scope: "local" keeps a share of each weight, "global" the best entries over all weights.
+        targets: which weights; see `find_targets`. Default: the linear weights of the decoder blocks.
+        memory_budget: bytes that estimation may hold beyond the model and one batch; default half of the free memory.
+            Less memory costs more passes over the batches, never another mask. The candidates for the masks count in
+            it: about 10 bytes an entry that is kept, over all targets in global scope. However many these are, an
+            eighth of the budget goes to what a pass accumulates, and at least one row of a weight, so that a budget
+            too small for the candidates is exceeded by them.
+        loss: from (model, batch) to a scalar; default the loss that the model returns. With it a batch may be of any
+            kind, without labels too: its tensors are moved to the model's device wherever they stand in dicts, lists,
+            tuples and dataclasses. It gets the model without wrappers, so that none exchanges gradients. `fisher`
+            calls it with one example at a time: one row of each tensor that is as long as the labels, or without
+            labels as most tensors of the batch are.
+        max_batches: how many of the batches to read, the same ones in each pass; None for all. A DataLoader would else
+            be read whole.
+        offload: device to compute on while the weights stay in CPU memory and visit it block by block, for a model that
+            does not fit there; the masks are those of a resident model. Not for `grasp`.
+        checkpoint: with `offload`, folder whose safetensors hold the weights of a model on the meta device.
+        seed: of the `random` measure.
+        progress: show a progress bar (on terminals only).
+
+    Returns:
+        The masks by parameter name, in the model's order. A weight whose share rounds to nothing has an empty mask.
+        They remember a few entries of the weights: a warning tells where training begins with others.
+
+    Raises:
+        ValueError: an argument is out of range, the data cannot be used, or scores are not finite.
+        TypeError: an argument is of the wrong kind.
+        RuntimeError: another process of the group failed.
+    """
+    model = unwrapped(model)
+    with contextlib.ExitStack() as stack:
+        with together():
+            check_choice(salience, scope, offload, checkpoint)
+            check_differentiable(model)
+            check_max_batches(max_batches)
+            if loss is not None and not callable(loss):
+                raise TypeError(f"loss={loss!r} is not callable; pass a function of (model, batch), or None.")
+            if offload is not None:
+                # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
+                by_block = MEASURES[salience].takes_batches
+                stack.enter_context(streaming(model, offload, checkpoint, by_block=by_block))
+            found = find_targets(model, targets)
+            sizes = {name: target.shape.numel() for name, target in found.items()}
+            if isinstance(budget, Mapping):
+                _check_shares(budget, sizes, scope, density)
+            else:
+                _check_amount(density, budget, sum(sizes.values()))
+            if memory_budget is None:
+                memory_budget = default_memory_budget(next(iter(found.values())).device)
+            if not is_whole(memory_budget) or memory_budget <= 0:
+                raise ValueError(
+                    f"memory_budget={memory_budget!r} must be a positive number of bytes, such as 2 * 2**30."
+                )
+            if not is_whole(seed):
+                raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; pass a whole number, such as 0.")
+            if not isinstance(progress, bool):
+                raise TypeError(f"progress={progress!r} is a {type(progress).__name__}; pass True or False.")
+        # What numpy counted may be of a width in which its products overflow.
+        memory_budget = int(memory_budget)
+        budget = int(budget) if is_whole(budget) else budget
+        density = None if density is None else float(density)
+        # Processes that measure other things, or cut the weights into other groups, would exchange what does not match.
+        choice = f"{salience} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
+        check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
+        memory_budget = smallest(memory_budget)
+        shares = _shares(sizes, density, budget) if scope == "local" else None
+        total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
+        # All cut the weights alike, even if some were asked for other numbers of entries.
+        candidates = largest(_candidate_bytes(sizes, shares, total, MEASURES[salience]))
+        options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, max_batches=max_batches)
+        options.update(seed=seed, progress=progress)
+        scores = stream_scores(model, batches, found, MEASURES[salience], **options)
+        # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
+        stack.enter_context(contextlib.closing(scores))
+        # Runs long enough to keep a device busy, and short enough that their temporaries are few.
+        longest = 2**22 if next(iter(found.values())).device.type == "cuda" else 2**20
+        step = max(2**10, min(longest, memory_budget // 512))
+        if scope == "local":
+            masks = _select_local(scores, found, shares, step)
+        else:
+            masks = _select_global(scores, found, total, step)
+    if salience != "random":
+        note_weights(masks, found)
+    return masks
+
+
+def check_choice(
+    salience: str, scope: str, offload: str | torch.device | None = None, checkpoint: str | Path | None = None
+) -> None:
+    """Refuse what `select_masks` does not know, or not together.
+
+    Raises:
+        ValueError: a name is not known, or two arguments exclude each other.
+    """
+    if not isinstance(salience, str) or salience not in MEASURES:
+        raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
+    if not isinstance(scope, str) or scope not in ("local", "global"):
+        raise ValueError(f"scope={scope!r} is not known; choose 'local' or 'global'.")
+    if offload is None and checkpoint is not None:
+        raise ValueError("checkpoint is read only with offload; pass offload='cuda' too, or load the model.")
+    if offload is not None and salience == "grasp":
+        raise ValueError("salience='grasp' differentiates twice, which offload does not support; choose another.")
+
+
+def _select_local(
+    scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], shares: Mapping[str, int], step: int
+) -> Masks:
+    # A weight without entries has no scores either, but a mask as in global scope.
+    masks = Masks({name: Mask(torch.empty(0, dtype=torch.int32), target.shape) for name, target in targets.items()})
+    best, ranges = None, _Ranges()
+    for name, first, chunk in scores:
+        ranges.see(name, chunk)
+        if first == 0:
+            best = BestEntries(shares[name], targets[name].shape.numel(), step)
+        best.update(chunk, first)
+        if first + chunk.numel() == targets[name].shape.numel():
+            masks[name] = Mask(best.positions, targets[name].shape)
+            # Not held on to while the next group is accumulated.
+            best = None
+    ranges.warn_of_ties(masks)
+    return masks
+
+
+def _select_global(
+    scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], total: int, step: int
+) -> Masks:
+    starts, start = {}, 0
+    for name, target in targets.items():
+        starts[name] = start
+        start += target.shape.numel()
+    best, ranges = BestEntries(total, start, step), _Ranges()
+    for name, first, chunk in scores:
+        ranges.see(name, chunk)
+        best.update(chunk, starts[name] + first)
+    masks = Masks()
+    kept = best.positions
+    # Their scores are not needed any more.
+    del best
+    bounds = torch.tensor([*starts.values(), start], dtype=kept.dtype, device=kept.device)
+    cuts = torch.searchsorted(kept, bounds).tolist()
+    for number, (name, target) in enumerate(targets.items()):
+        positions = kept[cuts[number] : cuts[number + 1]] - starts[name]
+        masks[name] = Mask(positions.to(target.device), target.shape)
+    ranges.warn_of_ties(masks)
+    return masks
+
+
+def _candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None, total: int, measure: Measure) -> int:
+    """What the best entries so far take at most: of one weight and finished masks (`shares`), or of all together."""
+    one = torch.zeros(1)
+    score_bytes = measure.score(one, one).element_size()
+    if shares is None:
+        return BestEntries.bytes(total, sum(sizes.values()), score_bytes)
+    return max(BestEntries.bytes(shares[name], size, score_bytes) for name, size in sizes.items()) + 4 * total
+
+
+def _shares(sizes: dict[str, int], density: float | None, budget: int | Mapping[str, int] | None) -> Mapping[str, int]:
+    """Entries to keep of each weight: its density rounded, or its part of the budget by largest remainder."""
+    if isinstance(budget, Mapping):
+        return {name: int(budget[name]) for name in sizes}
+    if density is not None:
+        return {name: round(density * size) for name, size in sizes.items()}
+    total = sum(sizes.values())
+    shares = {name: budget * size // total for name, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
+    for name in by_remainder[: budget - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def _check_amount(density: float | None, budget: int | None, total: int) -> None:
+    if (density is None) == (budget is None):
+        raise ValueError(f"Give exactly one of density and budget; got density={density}, budget={budget}.")
+    if density is not None:
+        if isinstance(density, bool) or not isinstance(density, Real):
+            raise TypeError(f"density={density!r} is a {type(density).__name__}; pass a number in (0, 1].")
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density={density} is outside (0, 1]; 0.01 keeps one entry in a hundred.")
+    else:
+        if not is_whole(budget):
+            raise TypeError(f"budget={budget!r} is a {type(budget).__name__}; pass a whole number of entries.")
+        if not 1 <= budget <= total:
+            raise ValueError(
+                f"budget={budget:,} is outside 1..{total:,}, the number of targeted entries; choose one of these."
+            )
+
+
+def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, density: float | None) -> None:
+    if scope != "local" or density is not None:
+        raise ValueError(f"A budget for each weight needs scope='local' and no density; got {scope!r} and {density}.")
+    if budget.keys() != sizes.keys():
+        odd = sorted(budget.keys() ^ sizes.keys())[0]
+        raise ValueError(f"budget must name exactly the targeted weights; {odd} is on one side only.")
+    for name, count in budget.items():
+        if not is_whole(count) or not 0 <= count <= sizes[name]:
+            raise ValueError(f"budget of {name} is {count!r}; pass a whole number of entries in 0..{sizes[name]:,}.")
+
+
+def is_whole(number: object) -> bool:
+    """Whether it is a whole number of Python or numpy, and no truth value."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+class _Ranges:
+    """Smallest and largest score of each weight."""
+
+    def __init__(self):
+        self._of: dict[str, tuple[float, float]] = {}
+
+    def see(self, name: str, scores: Tensor) -> None:
+        """Take in some scores of a weight.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        if not scores.numel():
+            return
+        # NaN passes through both ends.
+        low, high = torch.stack(torch.aminmax(scores)).tolist()
+        if not math.isfinite(low) or not math.isfinite(high):
+            bad = scores.numel() - int(torch.isfinite(scores).sum())
+            raise ValueError(
+                f"{bad:,} scores of {name} are not finite; check its weights and the calibration data for NaN or inf."
+            )
+        before = self._of.get(name, (low, high))
+        self._of[name] = min(before[0], low), max(before[1], high)
+
+    def warn_of_ties(self, masks: Masks) -> None:
+        """Tell of weights that were chosen from without a reason."""
+        tied = [name for name, (low, high) in self._of.items() if low == high]
+        tied = [name for name in tied if 0 < len(masks[name]) < masks[name].shape.numel()]
+        if tied:
+            logger.warning(
+                "All scores of %d weights are equal, e.g. of %s, so that their first entries are kept: no batch uses "
+                "them, or all their entries are alike. Leave them out of targets, or look at the batches.",
+                len(tied),
+                tied[0],
+            )

@@ -1,0 +1,192 @@
+"""The signal of `synflow`: dR/d|w|, R the sum of the logits of a linearised network on an all-ones input embedding.
+
+The paper leaves open what becomes of a transformer's parts. Here, while the pass lasts:
+
+* every weight and bias counts with its absolute value;
+* activation functions are the identity, so that a gated MLP multiplies its gate and up branches; a soft cap is the
+identity too;
+* a norm multiplies by its absolute scale and divides by the root mean square of its input, taken as a constant:
+without centring
+  (which would send an all-ones input to 0) and without a gradient through the statistic. This keeps magnitudes level
+  from layer to layer, where the bare product of 32 gated layers would square them each time and overflow any float;
+* the input is one position. With equal inputs at all positions attention weights do not matter, so the query and key
+weights have
+  no flow, and score 0, at any length.
+
+All of it is computed in fp64, panel by panel, from weights that are never changed: nothing has to be restored but the
+modules' forward methods.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.batches import BatchReader, LossFunction
+from speft_optim.salience.first_order import tapped
+from speft_optim.salience.model_state import plain_implementation
+from speft_optim.weights.replacement import replace_method, shadow
+from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.targets import Target, all_targets, is_product, is_transposed_linear
+
+_PANEL_ENTRIES = 2**22
+
+
+def flow(model: nn.Module, reader: BatchReader | None, group: list[Piece], loss: LossFunction | None) -> None:
+    """Fill the accumulators with dR/d|w|; batches and loss are not used.
+
+    Raises:
+        ValueError: the model takes no `inputs_embeds` or returns no logits.
+    """
+    for piece in group:
+        piece.allocate()
+    # Taps first: where a tap shadows a weight, the absolute value is taken of its alias. A linear layer gets another
+    # forward here, which is ours.
+    taps = tapped(group, {piece: piece for piece in group}, set(), trust="always")
+    with plain_implementation(model, attention=False), taps, linearised(model):
+        logits = _logits_of_ones(model)
+        if logits.requires_grad:
+            logits.sum().backward()
+
+
+def _logits_of_ones(model: nn.Module) -> Tensor:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None:
+        raise ValueError(
+            f"salience='synflow' feeds inputs_embeds, which {type(model).__name__} does not take; choose another."
+        )
+    weight = frozen_weight(embeddings)
+    ones = torch.ones(1, 1, weight.shape[-1], dtype=torch.float64, device=weight.device)
+    output = model(inputs_embeds=ones)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"salience='synflow' sums the logits, which {type(model).__name__} does not return; use its head's class."
+        )
+    return logits
+
+
+@contextlib.contextmanager
+def linearised(model: nn.Module) -> Iterator[None]:
+    """The model as the linearised network of its absolute weights, computing in fp64."""
+    targets = {site: target for target in all_targets(model).values() for site in target.sites}
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            own = [attribute for attribute, parameter in module._parameters.items() if parameter is not None]
+            if is_product(module, "weight"):
+                _replace(module, _AbsoluteLinear(module, targets[module, "weight"]), stack)
+            elif type(module).__name__.endswith("Norm"):
+                _replace(module, _scale_of_layer_norm if isinstance(module, nn.LayerNorm) else _scale, stack)
+            elif _is_activation(module):
+                _replace(module, lambda module, original, x: x, stack)
+            elif own:
+                _shadow_absolute(module, own, stack)
+        stack.enter_context(_NoActivations())
+        yield
+
+
+def _replace(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) -> None:
+    """Let `forward(module, original forward, x)` stand in for the module's own."""
+    replace_method(module, "forward", functools.partial(forward, module, module.forward), stack)
+
+
+class _AbsoluteLinear:
+    """`x @ abs(W).T + abs(b)` in fp64."""
+
+    def __init__(self, module: nn.Module, target: Target):
+        self.target, self.transposed = target, is_transposed_linear(module, "weight")
+
+    def __call__(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+        output = _AbsoluteTimes.apply(x.double(), self.target, self.transposed)
+        return output if module.bias is None else output + module.bias.abs().double()
+
+
+class _AbsoluteTimes(torch.autograd.Function):
+    """`x @ abs(W).T`, or `x @ abs(W)` of a transposed weight, in panels; W is read again in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, target: Target, transposed: bool) -> Tensor:
+        ctx.target, ctx.transposed = target, transposed
+        return _times_rows(x, target) if transposed else _times_columns(x, target)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        back = _times_columns if ctx.transposed else _times_rows
+        return back(gradient, ctx.target), None, None
+
+
+def _panels(target: Target) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of abs(W) in fp64, a few at a time."""
+    rows, columns = target.matrix_shape
+    step = max(1, _PANEL_ENTRIES // max(1, columns))
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        yield slice(first, last), target.rows(first, last).double().abs()
+
+
+def _times_columns(x: Tensor, target: Target) -> Tensor:
+    """`x @ abs(W).T`."""
+    return torch.cat([x @ panel.t() for _, panel in _panels(target)], dim=-1)
+
+
+def _times_rows(x: Tensor, target: Target) -> Tensor:
+    """`x @ abs(W)`."""
+    return sum(x[..., rows] @ panel for rows, panel in _panels(target))
+
+
+def _scale(module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+    """A root-mean-square norm with its statistic taken as a constant."""
+    # What the module makes of ones is its scale, whether it is stored as w or, as in Gemma, as w - 1.
+    scale = original(torch.ones_like(x[..., :1].expand_as(x)[:1])).abs()
+    return x / _root_mean_square(x) * scale.double()
+
+
+def _scale_of_layer_norm(module: nn.LayerNorm, original: Callable, x: Tensor) -> Tensor:
+    """A layer norm without centring and with its statistic taken as a constant."""
+    scaled = x / _root_mean_square(x)
+    scaled = scaled if module.weight is None else scaled * module.weight.abs().double()
+    return scaled if module.bias is None else scaled + module.bias.abs().double()
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.detach().square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    home, name = type(module).__module__, type(module).__name__
+    own = home in ("transformers.activations", "torch.nn.modules.activation")
+    return own and "Softmax" not in name and "Attention" not in name
+
+
+def _shadow_absolute(module: nn.Module, attributes: list[str], stack: contextlib.ExitStack) -> None:
+    """Let a module that uses its weights in its own way see their absolute values in fp64."""
+
+    def absolute() -> dict[str, Tensor]:
+        # By getattr, for a tap or a copy on another device may stand before the parameter already.
+        weights = {attribute: getattr(module, attribute) for attribute in attributes}
+        return {name: weight.abs().double() for name, weight in weights.items() if weight.is_floating_point()}
+
+    shadow(module, absolute, stack)
+
+
+class _NoActivations(TorchFunctionMode):
+    """Activation functions called as functions, such as the tanh of a soft cap, return their input."""
+
+    _identities = {
+        torch.tanh,
+        Tensor.tanh,
+        torch.relu,
+        nn.functional.relu,
+        nn.functional.gelu,
+        nn.functional.silu,
+        nn.functional.tanh,
+    }
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self._identities:
+            return args[0]
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,96 @@
+"""Weights that cannot be trained as they are stored: those of quantisers other than bitsandbytes.
+
+They come as tensor subclasses (torchao, quanto), as parameters of 8-bit dtypes (fp8, HQQ, GGUF) or as buffers beside
+which no weight is left (GPTQ, AWQ, EETQ). They are refused by name before anything is done with the model: some of
+their operations are missing, and what reports it is an error from inside of PyTorch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.weights.wrappers import plain_modules
+
+_REMEDY = (
+    "Load the base in fp32, bf16 or fp16 (dequantised), or quantised by bitsandbytes: "
+    "BitsAndBytesConfig(load_in_8bit=True) or (load_in_4bit=True)."
+)
+
+
+_CODES = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.qint8, torch.quint8, torch.qint32}
+
+
+# A part of the name of a tensor that stands beside codes or holds them; a table of indices has none such.
+_PARTS = ("scale", "zero", "qweight", "weight", "packed", "codes", "codebook", "absmax", "blocks", "w_q")
+
+
+def foreign_parameter(module: nn.Module, attribute: str) -> str | None:
+    """How a parameter is stored, if that is not as plain floating numbers or by bitsandbytes; else None."""
+    parameter = module._parameters[attribute]
+    if hasattr(parameter, "device_mesh"):
+        # Sharded, which has an error of its own.
+        return None
+    kind = type(parameter)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {kind.__name__} of {kind.__module__.partition('.')[0]}"
+    # Whatever else of it there is, embeddings and parametrised experts, can stay beside what is trained.
+    if any(type(part).__module__.startswith("bitsandbytes") for part in (parameter, module, *module.children())):
+        return None
+    if parameter.dim() > 1 and _holds_codes(parameter):
+        return f"a weight in the storage of a {type(module).__name__}"
+    return None
+
+
+def _holds_codes(tensor: Tensor) -> bool:
+    return tensor.dtype in _CODES or tensor.is_floating_point() and tensor.dtype.itemsize == 1
+
+
+def foreign_layer(module: nn.Module) -> str | None:
+    """How a layer without a weight parameter stores its weight, if it is a quantiser's; else None."""
+    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic")):
+        return f"packed by a {type(module).__name__} of torch.ao" if callable(getattr(module, "weight", None)) else None
+    if any(p is not None and p.dim() > 1 and p.is_floating_point() for p in module._parameters.values()):
+        return None
+    for name, tensor in module._buffers.items():
+        if tensor is None or tensor.dim() < 2 or not any(part in name.lower() for part in _PARTS):
+            continue
+        if _holds_codes(tensor):
+            return f"stored in {tensor.dtype} ({name}) by a {type(module).__name__}"
+    return None
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse a model with parameters that masks cannot refer to, or that nothing can be read from afterwards.
+
+    Raises:
+        TypeError: one is a quantiser's, other than bitsandbytes'.
+        ValueError: one is sharded.
+    """
+    for path, module in plain_modules(model):
+        for attribute, parameter in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is None:
+                continue
+            if how := foreign_parameter(module, attribute):
+                raise TypeError(f"{name} has dtype {parameter.dtype} and is {how}, which cannot be trained. {_REMEDY}")
+            if hasattr(parameter, "device_mesh"):
+                raise ValueError(
+                    f"{name} is sharded over a device mesh (a {type(parameter).__name__}): a rank holds a piece of it, "
+                    "to which masks do not apply. Use DistributedDataParallel; gradients and optimizer state are no "
+                    "longer than the masks."
+                )
+
+
+def check_layers(model: nn.Module, name: str | None = None) -> None:
+    """Refuse a model with layers of a quantiser that leaves them no weight parameter.
+
+    Args:
+        model: the model.
+        name: look only at layers so called, or whose name ends so; None for all.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for path, module in plain_modules(model):
+        if name is None or f".{path}".endswith(f".{name}"):
+            if how := foreign_layer(module):
+                raise TypeError(f"The weight of {path} is {how}, which cannot be trained. {_REMEDY}")

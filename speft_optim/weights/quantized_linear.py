@@ -1,0 +1,238 @@
+"""bitsandbytes linear layers as frozen linear layers with exact values laid over.
+
+While a model is sparsified, the `forward` of each of its bitsandbytes linears is shadowed in the instance: the one
+weight is dequantised to the compute dtype, the values are laid over it, `x @ W.T` is formed, and W is dropped; the same
+again in backward for the input gradient. Nothing dense is kept between the two, and neither is x. The class, the codes
+and the scales stay bitsandbytes' own. Its LLM.int8 product, which quantises activations too, is left out: measured at
+twice the time of this, for no less memory.
+
+The compute dtype is bitsandbytes': of a 4-bit layer the `bnb_4bit_compute_dtype` it was made with, else the dtype that
+autocast asks for, else that of the input. The output has the dtype of the input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.kernels.entries import gather_entries
+from speft_optim.masks.mask import Mask
+from speft_optim.weights.bnb import LAYER_NAME, QuantizedWeight, quantized_linears
+from speft_optim.weights.gradient_hooks import Sink, keep_input, take_keeper
+from speft_optim.weights.scales import plain_scales
+from speft_optim.weights.storage import as_stored, frozen_weight
+
+
+class _Product(torch.autograd.Function):
+    """`x @ W.T`, or `x @ W`, with W made anew for each product; differentiable any number of times.
+
+    `leaf` is None, or a tensor of W's shape that stands for it in the graph and gets its gradient. To each of `anchors`
+    belongs a sink (see `gradient_hooks.Sink`), which takes W's gradient as its two factors; that can be done once only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool, sinks: tuple, *anchors: Tensor
+    ) -> Tensor:
+        ctx.weight, ctx.transposed, ctx.sinks = weight, transposed, sinks
+        ctx.keeper = take_keeper(x) if sinks and leaf is None else None
+        wanted = leaf is not None or sinks and not ctx.keeper
+        ctx.save_for_backward(*((x, leaf) if wanted else ()))
+        return _product(x, weight, transposed)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, leaf = (*ctx.keeper.saved_tensors, None) if ctx.keeper else ctx.saved_tensors or (None, None)
+        left, right = (x, gradient) if ctx.transposed else (gradient, x)
+        leaf_gradient = back = None
+        if ctx.needs_input_grad[1]:
+            leaf_gradient = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(leaf.dtype)
+        fed = _feed(ctx.sinks, ctx.needs_input_grad[5:], left, right)
+        # A checkpoint gave up the input with this: it need not stand beside the dense weight and the input gradient.
+        del x, left, right
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
+            back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed, ())
+        elif ctx.needs_input_grad[0]:
+            back = _product(gradient, ctx.weight, not ctx.transposed)
+        return back, leaf_gradient, None, None, None, *fed
+
+
+def _feed(sinks: tuple, needed: tuple[bool, ...], left: Tensor, right: Tensor) -> list[Tensor | None]:
+    """What the sinks that are asked make of a gradient `left.T @ right`."""
+    if any(needed) and torch.is_grad_enabled():
+        raise RuntimeError("The values of a quantised weight can be differentiated once only; leave create_graph out.")
+    factors = [torch.atleast_2d(factor) for factor in (left, right)] if any(needed) else ()
+    return [sink.from_product(*factors) if asked else None for sink, asked in zip(sinks, needed, strict=True)]
+
+
+def _product(x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
+    dense = weight.dense(x.dtype)
+    return x @ dense if transposed else nn.functional.linear(x, dense)
+
+
+class FrozenForward:
+    """Stands in for a bitsandbytes linear's forward, and keeps its overlays in and out of state dicts.
+
+    Codes have no place for trained entries, so `state_dict()` carries them beside the codes, as
+    `<layer>.trained_indices` and `<layer>.trained_values`. Loading takes these for all that was trained. It also takes
+    a floating `<layer>.weight` as a merged checkpoint has: its trained entries are taken over and the codes stay.
+    """
+
+    def __init__(self, module: nn.Module, name: str = ""):
+        self.module = module
+        module.__dict__[LAYER_NAME] = name
+        # accelerate wraps a forward to move inputs between devices; within its wrapper is the place of the layer's own.
+        self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        self.before = module.__dict__.get(self.attribute)
+        self.leaf: Tensor | None = None
+        self.feeds: list[Feed] = []
+        module.__dict__[self.attribute] = self
+        self.hooks = [
+            module.register_state_dict_post_hook(_save_entries),
+            module.register_load_state_dict_pre_hook(_load_entries),
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
+        dtype = self.compute_dtype(x)
+        feeds = self.feeds if torch.is_grad_enabled() else ()
+        sinks, anchors = tuple(feed.sink for feed in feeds), (feed.anchor for feed in feeds)
+        operand = keep_input(x.to(dtype)) if feeds else x.to(dtype)
+        output = _Product.apply(operand, self.leaf, frozen_weight(self.module), False, sinks, *anchors)
+        if self.module.bias is not None:
+            output = output + self.module.bias.to(dtype)
+        return output.to(x.dtype)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that the product of the layer with `x` is formed in."""
+        if getattr(self.module, "compute_type_is_set", False) and self.module.compute_dtype is not None:
+            return self.module.compute_dtype
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+    def feed(self, anchor: Tensor, sink: Sink) -> "Feed":
+        """From now on let the weight's gradient of each product go to `sink`, whose answer is that of `anchor`."""
+        return Feed(self, anchor, sink)
+
+    def remove(self) -> None:
+        """Give the layer its own forward back."""
+        for hook in self.hooks:
+            hook.remove()
+        self.module.__dict__.pop(LAYER_NAME, None)
+        del self.module.__dict__[self.attribute]
+        if self.before is not None:
+            self.module.__dict__[self.attribute] = self.before
+
+
+class Feed:
+    """What a layer's product feeds; `remove` ends it, as that of a hook."""
+
+    def __init__(self, forward: FrozenForward, anchor: Tensor, sink: Sink):
+        self.forward, self.anchor, self.sink = forward, anchor, sink
+        forward.feeds.append(self)
+
+    def remove(self) -> None:
+        """Feed the sink no more."""
+        self.forward.feeds.remove(self)
+
+
+def _save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for key, part in state.items():
+        state[key] = plain_scales(part)
+    mask, values = frozen_weight(module).entries()
+    if len(mask):
+        state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
+
+
+def _load_entries(
+    module: nn.Module,
+    state: dict,
+    prefix: str,
+    metadata: dict,
+    strict: bool,
+    missing: list,
+    unexpected: list,
+    errors: list,
+) -> None:
+    weight, name = frozen_weight(module), f"{prefix}weight"
+    stored, codes = state.get(name), module._parameters["weight"]
+    indices, values = (state.pop(f"{prefix}trained_{part}", None) for part in ("indices", "values"))
+    saved = None if indices is None else Mask(indices, weight.shape)
+    if stored is not None and (stored.shape, stored.dtype) == (codes.shape, codes.dtype):
+        errors += _differences(module, state, name)
+        _reset(weight, saved)
+    if saved is not None:
+        weight.put(saved, values)
+    elif stored is not None and stored.is_floating_point():
+        merged = as_stored(module, stored)
+        if merged.shape != weight.shape:
+            return
+        mask, values = weight.entries()
+        entries = gather_entries(merged.to(values.device), mask.indices)
+        # A value that was only rounded on its way to the file keeps its exact form.
+        weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
+        state[name] = codes.detach()
+
+
+def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
+    """What speaks against codes whose scales and tables are others; those in `state`, which torch does not know, go."""
+    quantisation = getattr(module._parameters["weight"], "quant_state", None)
+    own = {} if quantisation is None else quantisation.as_dict(packed=True)
+    found = {key: state.pop(f"{name}.{key}", None) for key in own}
+    return [
+        f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved from."
+        for key, part in found.items()
+        if part is not None and not torch.equal(part.to(own[key].device), own[key])
+    ]
+
+
+def _reset(weight: QuantizedWeight, saved: Mask | None) -> None:
+    """Let trained entries be the codes' again that are not among the saved ones: these are all that was trained."""
+    own, _ = weight.entries()
+    indices = own.indices.to(weight.device)
+    if saved is not None:
+        indices = indices[~torch.isin(indices, saved.indices.to(indices.device), assume_unique=True)]
+    if len(indices):
+        weight.put(Mask(indices, weight.shape), weight.gather_base(indices))
+
+
+@contextmanager
+def frozen_forwards(model: nn.Module) -> Iterator[None]:
+    """The model's bitsandbytes linears compute meanwhile as they do once it is sparsified, also without gradients."""
+    added = [FrozenForward(module) for _, module in quantized_linears(model) if forward_of(module) is None]
+    try:
+        yield
+    finally:
+        for forward in added:
+            forward.remove()
+
+
+@contextmanager
+def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
+    """A leaf that requires gradients and gets those of the weight: the parameter, or a stand-in that takes no memory.
+
+    A quantised layer must be computed by `frozen_forwards` or `take_over`.
+    """
+    if (forward := forward_of(module)) is not None and attribute == "weight":
+        weight = frozen_weight(module)
+        forward.leaf = torch.zeros((), device=weight.device).expand(weight.shape).requires_grad_()
+        try:
+            yield forward.leaf
+        finally:
+            forward.leaf = None
+        return
+    parameter = module._parameters[attribute]
+    kept, parameter.grad = parameter.grad, None
+    parameter.requires_grad_(True)
+    try:
+        yield parameter
+    finally:
+        parameter.requires_grad_(False)
+        parameter.grad = kept
+
+
+def forward_of(module: nn.Module) -> FrozenForward | None:
+    """What stands in for a layer's forward since `take_over`."""
+    found = (module.__dict__.get(attribute) for attribute in ("_old_forward", "forward"))
+    return next((forward for forward in found if isinstance(forward, FrozenForward)), None)

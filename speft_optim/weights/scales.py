@@ -1,0 +1,184 @@
+"""Scales of a quantised weight that carry the weight's trained entries, so that whoever dequantises it gets them.
+
+Codes have no place for trained entries, but nobody can dequantise without the scales. So while a bitsandbytes layer has
+trained entries its scales (`quant_state.absmax`, `SCB`) are a tensor subclass, `TrainedScales`. bitsandbytes' functions
+that dequantise a weight or multiply with a 4-bit one return what the trained weight gives. Moves and copies keep the
+entries, comparisons and shapes are the plain scales', and every other use raises: it would lose the entries.
+
+Wrapping each of the places in transformers, peft and bitsandbytes that read such a layer was rejected: there are some
+fifty, and the next release has others.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from speft_optim.kernels.overlay import overlay_
+from speft_optim.masks.mask import Mask
+
+# The attribute of a `QuantState` or an `Int8Params` under which the compiler, which cannot look at the subclass, and
+# our own layers find the entries.
+TRAINED = "trained_entries"
+
+
+class TrainedEntries:
+    """What a quantised weight has beside its codes.
+
+    Attributes:
+        scales: the plain scales.
+        overlays: (mask, values) pairs, later ones on top; the list is changed in place.
+        layer: the layer's name, for messages.
+    """
+
+    def __init__(self, scales: Tensor, overlays: list[tuple[Mask, Tensor]], layer: str):
+        self.scales, self.overlays, self.layer = scales, overlays, layer
+
+    def laid_over(self, weight: Tensor) -> Tensor:
+        """The dequantised `weight` with the entries written into it, in place."""
+        for mask, values in self.overlays:
+            if weight.shape != mask.shape:
+                raise self.lost(f"a part of shape {tuple(weight.shape)} being dequantised")
+            overlay_(weight, mask.to(weight.device).positions, values.detach().to(weight.device))
+        return weight
+
+    def on(self, scales: Tensor) -> "TrainedScales":
+        """The same entries on another copy of the scales."""
+        if scales.is_meta and self.overlays:
+            raise self.lost("a move to the meta device, as for offloading,")
+        return TrainedScales(TrainedEntries(scales, self.overlays, self.layer))
+
+    def lost(self, use: str) -> RuntimeError:
+        """The error for a use of the scales that has no place for the entries."""
+        return RuntimeError(
+            f"The quantised weight of {self.layer or 'a layer'} has trained entries beside its codes, which {use} "
+            "would lose. Write the merged model with export_merged(model, folder) and go on with that, or take the "
+            "entries off (unload_adapter, or load the base anew)."
+        )
+
+
+class TrainedScales(Tensor):
+    """Scales that stand for a quantised weight with trained entries; see the module's docstring."""
+
+    entries: TrainedEntries
+
+    @staticmethod
+    def __new__(cls, entries: TrainedEntries):  # noqa: D102
+        scales = torch.Tensor._make_subclass(cls, entries.scales)
+        scales.entries = entries
+        return scales
+
+    def __deepcopy__(self, memo: dict) -> "TrainedScales":
+        if id(self) not in memo:
+            memo[id(self)] = TrainedScales(copy.deepcopy(self.entries, memo))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int):
+        return TrainedScales, (self.entries,)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types, args=(), kwargs=None):
+        return _answer(func, args, kwargs or {})
+
+    # Also below that, where the class of another argument, as bitsandbytes' 4-bit parameter, answers for all of them.
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types, args=(), kwargs=None):
+        return _answer(func, args, kwargs or {})
+
+
+def _answer(func: Callable, args: tuple, kwargs: dict):
+    """What `func` gives for the trained weight whose scales are among its arguments."""
+    entries = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TrainedScales)).entries
+    name, plain_args, plain_kwargs = _name_of(func), *tree_map(plain_scales, (args, kwargs))
+    if not entries.overlays:
+        return func(*plain_args, **plain_kwargs)
+    if name in _DEQUANTISERS:
+        return _DEQUANTISERS[name](entries, func, plain_args, plain_kwargs)
+    if name in _KEEPING or name in _ADDING and _adds_a_number(args):
+        return entries.on(func(*plain_args, **plain_kwargs))
+    if name in _TELLING or name == "copy_" and isinstance(args[0], TrainedScales):
+        return func(*plain_args, **plain_kwargs)
+    if name.endswith(".__get__") and not isinstance(found := func(*plain_args, **plain_kwargs), Tensor):
+        return found
+    raise entries.lost(f"{name} on its scales")
+
+
+def plain_scales(scales):
+    """Scales without the entries that they carry; all else as it is."""
+    return scales.entries.scales if isinstance(scales, TrainedScales) else scales
+
+
+def trained_entries(holder: object, attribute: str) -> TrainedEntries | None:
+    """The entries that the scales in an attribute of a `QuantState` or `Int8Params` carry."""
+    # Compiled graphs hold what was found last, and are made anew when it changes.
+    if not torch.compiler.is_compiling():
+        scales, noted = getattr(holder, attribute), holder.__dict__.get(TRAINED)
+        entries = scales.entries if isinstance(scales, TrainedScales) else None
+        if entries is None:
+            holder.__dict__.pop(TRAINED, None)
+        elif entries is not noted:
+            holder.__dict__[TRAINED] = entries
+    return getattr(holder, TRAINED, None)
+
+
+def _name_of(func: Callable) -> str:
+    """As `to`, also for `aten.to.device`, as `bitsandbytes.gemm_4bit.default`, or as `shape.__get__` of a property."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func._opname if func.namespace == "aten" else str(func)
+    name = getattr(func, "__name__", str(func))
+    return f"{func.__self__.__name__}.{name}" if name in ("__get__", "__set__") else name
+
+
+def _adds_a_number(args: tuple) -> bool:
+    """Whether a sum of double quantisation's offset: a number on the scales."""
+    return isinstance(args[0], TrainedScales) and (not isinstance(args[1], Tensor) or args[1].numel() == 1)
+
+
+def _dequantised(entries: TrainedEntries, op: Callable, args: tuple, kwargs: dict) -> Tensor:
+    return entries.laid_over(op(*args, **kwargs))
+
+
+def _scales_dequantised(entries: TrainedEntries, op: Callable, args: tuple, kwargs: dict) -> Tensor:
+    return entries.on(op(*args, **kwargs))
+
+
+def _product_4bit(entries: TrainedEntries, op: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """`x @ W.T + bias` by the dequantised weight, where bitsandbytes multiplies with the codes."""
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    scales = given["absmax"]
+    if (codes := given.get("absmax_8bit")) is not None:
+        dequantise = torch.ops.bitsandbytes.dequantize_blockwise.default
+        # bitsandbytes multiplies with scales whose own blocks are of 256 only.
+        scales = dequantise(codes, scales, given["absmax_code"], 256, torch.float32) + given["absmax_offset"]
+    x, packed, shape, _, blocksize, kind = args[:6]
+    dense = torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, blocksize, kind, shape, x.dtype)
+    return nn.functional.linear(x, entries.laid_over(dense), given.get("bias"))
+
+
+_DEQUANTISERS = {
+    "bitsandbytes.dequantize_4bit.default": _dequantised,
+    "bitsandbytes.dequantize_4bit.out": _dequantised,
+    "bitsandbytes.int8_vectorwise_dequant.default": _dequantised,
+    "bitsandbytes.dequantize_blockwise.default": _scales_dequantised,
+    "bitsandbytes.gemm_4bit.default": _product_4bit,
+}
+
+
+# Copies and moves of the scales.
+_KEEPING = {
+    *("to", "_to_copy", "cpu", "cuda", "xpu", "detach", "clone", "contiguous", "float", "pin_memory", "data.__get__"),
+}
+
+
+_ADDING = {"add", "add_", "__add__", "__iadd__"}
+
+
+# What says something about the scales and gives none of them away, beside properties that are no tensors.
+_TELLING = {
+    *("__len__", "__repr__", "__format__", "__eq__", "__ne__", "eq", "ne", "equal", "allclose", "isclose"),
+    *("dim", "size", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point", "get_device"),
+    *("is_pinned", "is_shared", "storage_offset", "is_complex", "is_inference", "is_signed", "ndimension"),
+}

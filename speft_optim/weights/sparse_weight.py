@@ -1,0 +1,551 @@
+"""SparseAdamW: AdamW over the compact values of masked entries.
+
+PyTorch's `SparseAdam` takes sparse *gradients* of a dense parameter and keeps dense moments. Here parameter, gradient
+and moments all have the length of the mask; the weight itself is written at the masked entries in the same step.
+"""
+
+import logging
+from weakref import WeakSet, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from speft_optim.distributed import is_distributed
+from speft_optim.kernels.csr import CSR
+from speft_optim.kernels.entries import gather_entries, scatter_entries_
+from speft_optim.kernels.launch import launches
+from speft_optim.masks.mask import Mask, find
+from speft_optim.weights.gradient_hooks import Tap, tap_target
+from speft_optim.weights.quantized_linear import forward_of
+from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
+from speft_optim.weights.targets import Target
+from speft_optim.weights.verification import DenseGradient, GradientWindow
+from speft_optim.weights.wrappers import steps_to
+
+_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+_told: WeakSet = WeakSet()
+
+
+def link(values: nn.Parameter, weight: "SparseWeight") -> None:
+    """Tell optimizers which masked weight stands behind `values`; the link keeps neither alive."""
+    _weights[values] = (weight.name, ref(weight))
+
+
+def unlink(values: Tensor) -> None:
+    """Let optimizers that still hold `values` say that no weight stands behind them any more."""
+    _weights[values] = (_weights[values][0], lambda: None)
+
+
+def linked(values: Tensor) -> "SparseWeight | None":
+    """The masked weight behind `values`, or None for an ordinary parameter.
+
+    Raises:
+        ValueError: there was a masked weight, but it is gone.
+    """
+    found = _weights.get(values)
+    if found is None:
+        return None
+    name, reference = found
+    weight = reference()
+    if weight is None:
+        raise ValueError(
+            f"{name} is no longer sparsified (desparsify was called, or its module was replaced), so that its old "
+            "values would train nothing; build a new optimizer from sparsify(model, masks)."
+        )
+    return weight
+
+
+def warn_if_built_before(optimizer: Optimizer) -> None:
+    """Say once that an optimizer holds masked weights in place of their compact values."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if optimizer in _told or any(parameter in _weights for parameter in parameters):
+        return
+    held = {id(parameter) for parameter in parameters}
+    behind = [weight() for _, weight in list(_weights.values())]
+    names = [weight.name for weight in behind if weight is not None and id(weight.weight) in held]
+    if names:
+        _told.add(optimizer)
+        logger.warning(
+            "%s holds %d masked weights, e.g. %s, which sparsify froze, and not the compact values that train them: "
+            "it was built before sparsify, or from parameters listed before. Build it from sparsify(model, masks).",
+            type(optimizer).__name__,
+            len(names),
+            names[0],
+        )
+
+
+logger = logging.getLogger(__name__)
+
+
+_REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
+
+
+class CompactValues(nn.Parameter):
+    """A parameter that counts how often its `.data` was taken.
+
+    What is written through `.data`, as by the swaps of several libraries for averaged weights, passes the version
+    counter by.
+    """
+
+    taken = 0
+
+    @property
+    def data(self) -> Tensor:
+        """The tensor without its history."""
+        self.taken += 1
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        Tensor.data.__set__(self, new)
+
+
+class SparseWeight(nn.Module):
+    """The trained entries of one weight, kept equal to the weight they belong to.
+
+    Attributes:
+        name: the weight's full parameter name.
+        mask: which entries are trained.
+        former: which others were trained before the mask changed, and keep what they learned; None if it never did.
+        values: (k,) fp32 parameter, the weight's masked entries.
+    """
+
+    former: Mask | None = None
+    # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
+    _told_of_use = _is_unreduced = False
+    # Whether the weight is a leaf now, and what opens it; in a tuple, as the window holds this module.
+    _opened = False
+    _window: tuple[GradientWindow, ...] = ()
+
+    def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
+        super().__init__()
+        self.name = target.name
+        self.mask = mask.to(target.parameter.device)
+        # In a tuple, since a module kept as an attribute would become a child of its own child.
+        self._places = (model, target)
+        self._path = steps_to(model, self.name.rpartition(".")[0])
+        base = frozen_weight(*target.sites[0])
+        # Codes may be stored under a floating dtype, so that a look at the tensor does not tell.
+        self._dense = isinstance(base, DenseWeight)
+        self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
+        base.attach(self.mask, self.values)
+        self._link()
+        self._remember()
+        self._taps: list[Tap] = []
+        self._leaf = DenseGradient(self.add_gradient) if self._dense and verify else None
+        if self._dense:
+            self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
+            self._taps = tap_target(target, self.values, self, "verified" if verify else "product")
+            self._hooks += self._taps
+        else:
+            # The layer's stand-in reads the values anew in each product, and knows both factors of the gradient: one
+            # node in the graph instead of two, and no hook.
+            self._hooks = [forward_of(module).feed(self.values, self) for module, _ in target.sites]
+
+    def check(self) -> None:
+        """Refuse to go on without the weight.
+
+        Raises:
+            ValueError: the model holds another module, or a weight of another shape, where this one was attached.
+        """
+        if change := self._change():
+            raise ValueError(
+                f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
+                f"module, one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
+            )
+        if self._is_unreduced:
+            raise ValueError(
+                f"{self.name} is used outside its module's forward, where DistributedDataParallel does not average its "
+                "gradient over processes; leave it out of targets, or call its module instead of reading its weight."
+            )
+
+    @property
+    def base(self) -> FrozenWeight:
+        """The weight, whatever holds it."""
+        return frozen_weight(*self._places[1].sites[0])
+
+    def _change(self) -> str | None:
+        """What became of the weight since it was attached to, if that makes an end of it."""
+        target = self._places[1]
+        module, attribute = target.sites[0]
+        weight = module._parameters.get(attribute)
+        if weight is None or not self._is_in_model(module):
+            return "is no longer in the model"
+        if weight is not self._seen[0] and (other := self._other_owner(weight)):
+            return f"was tied to {other}, which is sparsified too"
+        for user, name in target.sites[1:]:
+            if user._parameters.get(name) is not weight:
+                return "is no longer shared by the modules that shared it"
+        if weight.is_meta:
+            return "was moved to the meta device (offloaded to CPU or disk?)"
+        # Codes know the shape of what they stand for only by way of their quantiser's state.
+        known = not self._dense and weight is self._seen[0]
+        if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
+            return f"has shape {tuple(shape)}"
+        if not self._dense and not self._is_attached():
+            return "was quantised anew, its trained entries with it,"
+        return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
+
+    def _other_owner(self, weight: Tensor) -> str | None:
+        """The name of another masked weight that is this very tensor."""
+        others = (other for other in sparse_weights(self._places[0]) if other is not self)
+        return next((other.name for other in others if other.parameter is weight), None)
+
+    def _is_in_model(self, module: nn.Module) -> bool:
+        """Whether the module is still found under its name, at once along the way it was found before."""
+        for parent, name, child in self._path:
+            if parent._modules.get(name) is not child:
+                break
+        else:
+            return True
+        try:
+            # By attributes, which the wrappers of compiled and checkpointed blocks hand through.
+            return self._places[0].get_submodule(self.name.rpartition(".")[0]) is module
+        except AttributeError:
+            return False
+
+    def synchronize(self) -> None:
+        """Let the newer of weight and values win: write changed values, or read entries changed in the weight.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check()
+        if _state(self._parameters["values"]) != self._seen[2]:
+            self.write()
+        elif not self._weight_is_as_seen():
+            self.read()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Round the values to the weight's dtype and write them into it; codes read them where they are."""
+        if self._dense:
+            self.base.write(self._placed_mask(), self.values)
+        self._remember()
+
+    def writable(self) -> Tensor | None:
+        """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
+        weight = self._places[1].parameter
+        writable = self._dense and weight.device == self.values.device and launches(weight)
+        return weight.detach() if writable and isinstance(self._placed_mask().positions, CSR) else None
+
+    def written(self) -> None:
+        """A kernel wrote the values into `writable()`."""
+        self._remember()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over entries that differ in the weight; where it holds a value's rounding, the exact value stays."""
+        self.values.copy_(self.base.read(self._placed_mask().indices, self.values))
+        self._remember()
+
+    @torch.no_grad()
+    def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Train other entries from now on. Those that leave keep their value; `values` stays the same Parameter.
+
+        Args:
+            mask: the new entries, of the same weight; their number may differ.
+
+        Returns:
+            For each new entry its place among the old ones, (k,) int64, and whether it has one, (k,) bool.
+        """
+        self.synchronize()
+        mask = mask.to(self.values.device)
+        if mask.shape != self.mask.shape:
+            raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
+        indices, base = mask.indices, self.base
+        places, stays = find(self._placed_mask().indices, indices)
+        entries = base.gather(indices).to(torch.float32)
+        entries[stays] = self.values[places[stays]]
+        ever = self.ever_trained().to(self.values.device).indices
+        former = ever[~torch.isin(ever, indices, assume_unique=True)]
+        base.release(self.values)
+        _exchange(self.values, entries)
+        self.mask, self.former = mask, Mask(former, mask.shape)
+        base.attach(mask, self.values)
+        self._remember()
+        return places, stays
+
+    def ever_trained(self) -> Mask:
+        """The entries that are or were trained."""
+        if self.former is None or not len(self.former):
+            return self.mask
+        both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
+        return Mask(torch.cat(both), self.mask.shape)
+
+    def bytes_held(self) -> tuple[int, int]:
+        """Bytes of values and of positions, with those that are laid over codes for entries that left."""
+        beside = [(mask, values) for mask, values in self.base.overlays if values is not self.values]
+        masks = [self.mask, *(mask for mask, _ in beside), *([] if self.former is None else [self.former])]
+        return sum(v.nbytes for v in [self.values, *(v for _, v in beside)]), sum(mask.nbytes for mask in masks)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The masked weight as the model holds it, or None if it is gone."""
+        module, attribute = self._places[1].sites[0]
+        return module._parameters.get(attribute)
+
+    @property
+    def holds_entries(self) -> bool:
+        """Whether the weight itself holds its entries, as a dense one does and a quantised one cannot."""
+        return self._dense
+
+    def former_entries(self) -> Tensor:
+        """What the entries of `former` hold, (k,), on a quantised weight; (0,) on a dense one, which holds them."""
+        return self.values.new_empty(0) if self.holds_entries else self.base.gather(self.former.indices)
+
+    def restore_former(self, former: Mask | None, entries: Tensor | None) -> None:
+        """Let the entries of `former` hold what `former_entries` gave."""
+        self.former = None if former is None else former.to(self.values.device)
+        if former is not None and not self.holds_entries:
+            self.base.put(self.former, entries)
+
+    def _placed_mask(self) -> Mask:
+        """The mask, beside the values."""
+        # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.
+        if self.mask.device != self.values.device:
+            self.mask = self.mask.to(self.values.device)
+        return self.mask
+
+    def _link(self) -> None:
+        """Tell optimizers of the values."""
+        link(self.values, self)
+        # In a tuple, as else a replaced parameter would be replaced here too.
+        self._linked = (self.values,)
+
+    def _remember(self) -> None:
+        module, attribute = self._places[1].sites[0]
+        weight = module._parameters[attribute]
+        # Another tensor, as after a load that assigns, has to be opened anew.
+        for window in self._window:
+            window.is_open &= weight is self._seen[0]
+        # In a tuple, as else the weight would become a parameter of this module too.
+        self._seen = weight, self._weight_state(weight), _state(self._parameters["values"])
+
+    def _weight_state(self, weight: Tensor) -> tuple | None:
+        """What changes with a dense weight; codes hold no trained entries, so that no change of theirs matters."""
+        return _state(weight) if self._dense else None
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        # Before forward and not after: once autograd has saved the weight for backward it must not be written.
+        # A compiled graph cannot look at version counters; `refresh_all` does it in front of the graph.
+        if not torch.compiler.is_compiling():
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Synchronize if something changed; costs next to nothing if not."""
+        if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
+            if not self._was_merged():
+                self.synchronize()
+
+    def _was_merged(self) -> bool:
+        """Whether what took a quantised weight's place has the trained entries in it, as a dequantised or merged one.
+
+        The model is then right as it is; what can no longer be done is to train on.
+        """
+        module, _ = self._places[1].sites[0]
+        return not self._dense and not (self._is_in_model(module) and self._is_attached())
+
+    def _is_attached(self) -> bool:
+        """Whether a quantised weight has the values as entries."""
+        return any(values is self._linked[0] for _, values in self.base.overlays)
+
+    def from_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sampled gradient of a linear weight, (k,) fp32."""
+        if not len(self.mask):
+            return torch.zeros_like(self.values)
+        return self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2))
+
+    def from_dense(self, gradient: Tensor) -> Tensor:
+        """Masked entries of a dense gradient, (k,) fp32."""
+        return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight in the model now, codes where it is quantised."""
+        return self._places[1].parameter
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether uses of the weight that its hooks do not see are looked for."""
+        return self._leaf is not None
+
+    def modules_on_path(self) -> list[nn.Module]:
+        """The modules that hold the weight and those that lead to it."""
+        return [child for _, _, child in self._path] + [module for module, _ in self._places[1].sites]
+
+    def open(self) -> bool:
+        """Let autograd see uses of the weight that the hooks do not; whether it required a gradient already."""
+        if not self.values.requires_grad:
+            return False
+        weight = self.parameter
+        thawed, self._opened = weight.requires_grad and not self._opened, True
+        self._leaf.open(weight)
+        return thawed
+
+    def join(self, window: GradientWindow) -> None:
+        """Let this window open the weight from now on."""
+        self._window = (window,)
+
+    def verify_again(self) -> None:
+        """Compare the gradient of the next backward with autograd's own, as in the first."""
+        for tap in self._taps:
+            tap.verdict = None
+
+    def after_step(self) -> None:
+        """The optimizer took a step: freeze the weight until the next forward, and trust what backward verified."""
+        for tap in self._taps:
+            tap.promote()
+        if self._leaf is not None:
+            self._leaf.rest()
+        self._opened = False
+        for window in self._window:
+            window.is_open = False
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add the dense gradient of uses that no hook saw to that of the values."""
+        if not self.values.requires_grad:
+            return
+        self._is_unreduced = is_distributed()
+        if not self._told_of_use and not any(tap.told for tap in self._taps):
+            self._told_of_use = True
+            logger.warning(
+                "%s is used outside its module's forward, where no hook sees it: the gradient of these uses is formed "
+                "densely, one weight at a time, which is right and takes longer.",
+                self.name,
+            )
+        entries = self.from_dense(gradient)
+        self.values.grad = entries if self.values.grad is None else self.values.grad.add_(entries)
+
+    def detach_from_model(self) -> None:
+        """Take off all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
+        if self._change() is None:
+            self.synchronize()
+            self.base.release(self.values)
+        for hook in self._hooks:
+            hook.remove()
+        self.after_step()
+        if self._leaf is not None:
+            self._leaf.close()
+        _, target = self._places
+        module, attribute = target.sites[0]
+        delattr(module, child_name(attribute))
+        unlink(self.values)
+        self._hooks, self._taps, self._leaf = [], [], None
+        self._places, self._path, self._seen, self._linked, self._window = (), (), (), (), ()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        # The weight's entry shares memory with the weight, so a write now still reaches it.
+        self.synchronize()
+
+    def _load_from_state_dict(self, *args) -> None:
+        # If the weight beside was just loaded, what it holds now wins over values of before, also over newer ones.
+        if self._weight_is_as_seen():
+            self.synchronize()
+        else:
+            self.read()
+
+    def _weight_is_as_seen(self) -> bool:
+        module, attribute = self._places[1].sites[0]
+        weight, (seen, weight_seen, _) = module._parameters.get(attribute), self._seen
+        return weight is seen and self._weight_state(weight) == weight_seen
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
+        if self._change() is None:
+            self.synchronize()
+        exact = self.values.detach()
+        super()._apply(fn, recurse)
+        if self.values.dtype != torch.float32:
+            self.values.data = exact.to(self.values.device)
+            if self.values.grad is not None:
+                self.values.grad.data = self.values.grad.data.to(torch.float32)
+        # Written again at the next use: a weight cast up from 16 bits would only hold their rounding.
+        self._seen = *self._seen[:2], None
+        return self
+
+    def __getstate__(self):
+        """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
+        self.refresh()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        # Pickle makes a plain Parameter of it.
+        self.values.__class__ = CompactValues
+        self._link()
+        # Not through the model, of which this copy may be made before the rest. The weight may have been copied before
+        # `__getstate__` wrote to it. Codes are never written to.
+        weight = self._seen[0]
+        if self._dense:
+            scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
+        else:
+            keep_attached(weight, self.mask, self.values)
+        self._seen = weight, self._weight_state(weight), _state(self.values)
+
+    def extra_repr(self) -> str:
+        """Entries and density, for printed models."""
+        return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
+
+
+def _exchange(values: nn.Parameter, entries: Tensor) -> None:
+    """Let the parameter hold other entries; a graph of before can no longer go backward into it.
+
+    A parameter's node in autograd lives as long as any graph that leads to it, knows the length, and would serve the
+    next graphs too. DistributedDataParallel keeps it for its own hooks, so that with a process group a parameter that
+    keeps its length keeps it as well. The parameter's own hooks are not the node's and stay.
+    """
+    values.grad = None
+    if len(entries) != len(values) or not (dist.is_available() and dist.is_initialized()):
+        if values.requires_grad:
+            get_gradient_edge(values).node.register_prehook(_refuse_gradient)
+        # Autograd makes a new node only for data of another dtype or device.
+        values.data = entries.new_empty(0, dtype=torch.float16)
+    values.data = entries
+
+
+def _refuse_gradient(gradients: tuple) -> None:
+    raise RuntimeError(
+        "This loss was computed before the trained entries were chosen anew or restored, so that its gradient is of "
+        "other entries; compute it again, and call backward before optimizer.step()."
+    )
+
+
+def sparse_weights(model: nn.Module) -> list[SparseWeight]:
+    """The sparsified weights of a model, in the order of its parameters; none on a plain model."""
+    return [module for module in model.modules() if isinstance(module, SparseWeight)]
+
+
+def child_name(attribute: str) -> str:
+    """Name of the submodule that holds the values of a weight's attribute."""
+    return f"sparse_{attribute}"
+
+
+def _state(tensor: Tensor) -> tuple:
+    """Changes with every in-place operation on the tensor and every exchange of its storage or of its part in it."""
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "taken", 0)
+
+
+def attached(root: nn.Module) -> list[SparseWeight]:
+    """What `sparsify(root, ...)` attached, as it was called on this very module."""
+    return root.__dict__[BEFORE_SPARSIFY][0]
+
+
+def window_of(root: nn.Module) -> GradientWindow:
+    """What lets the weights of a model that `sparsify` was called on require gradients."""
+    return root.__dict__[BEFORE_SPARSIFY][3]
+
+
+def sparsified_roots(model: nn.Module) -> list[nn.Module]:
+    """The modules in the model, itself included, that `sparsify` was called on."""
+    return [module for module in model.modules() if BEFORE_SPARSIFY in module.__dict__]
+
+
+BEFORE_SPARSIFY = "_before_sparsify"
