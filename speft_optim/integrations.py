@@ -14,14 +14,10 @@ from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.quantized_linear import FrozenForward, forward_of
 from speft_optim.weights.storage import frozen_weight
 
-# What transformers and trl read as "a purely quantised model, which cannot train" and act upon: Trainer refuses the
-# model, SFTTrainer casts whatever trains to bf16.
-_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
-
-
-_FLAGS_BEFORE = "_quantised_flags_before_sparsify"
-
-
+# transformers reads this as "a purely quantised model, which cannot train". The flags `is_loaded_in_8bit` and
+# `is_loaded_in_4bit` stay: by them peft chooses layers that know how to merge into quantised weights.
+_FLAG = "is_quantized"
+_FLAG_BEFORE = "_is_quantized_before_sparsify"
 _REPLICA_HOOK = "_refuses_to_be_replicated"
 
 
@@ -37,13 +33,29 @@ def take_over(model: nn.Module) -> None:
         # The model and those in it, as the one without its head.
         if hasattr(part, "save_pretrained") and next(quantized_linears(part), None) is not None:
             part.__dict__["save_pretrained"] = _SaveMerged(part)
+    if layers and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.__dict__["is_serializable"] = _RefuseQuantized()
+
+
+class _RefuseQuantized:
+    """Answers for the quantiser whether the model can be saved as it is; picklable, so that the model can be copied."""
+
+    def __call__(self, *args, **kwargs) -> bool:
+        """Refuse; transformers asks before it writes anything.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "The quantised weights alone are not the trained model: its trained entries lie beside them. Save with "
+            "model.save_pretrained(folder), called on the model itself, or export_merged(model, folder)."
+        )
 
 
 def _refuse_replica(model: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the whole model: a replica shares its layers' `forward`, which compute on the first card.
 
     These cannot tell, since they know the layer that they stand in for and not its replica; a hook is called with it.
-    Trainer makes replicas of a model on several cards whose flags are lowered, as `declare_trainable` does.
     """
     if getattr(model, "_is_replica", False):
         raise ValueError(
@@ -53,11 +65,9 @@ def _refuse_replica(model: nn.Module, args: tuple) -> None:
 
 
 def declare_trainable(model: nn.Module) -> None:
-    """Lower the flags by which transformers and trl know a model that cannot train; `hand_back` raises them again."""
-    flags = {name: model.__dict__[name] for name in _FLAGS if name in model.__dict__}
-    model.__dict__[_FLAGS_BEFORE] = flags
-    for name in flags:
-        setattr(model, name, False)
+    """Lower the flag by which transformers knows a model that cannot train; `hand_back` raises it again."""
+    if _FLAG in model.__dict__:
+        model.__dict__[_FLAG_BEFORE], model.__dict__[_FLAG] = model.__dict__[_FLAG], False
 
 
 def hand_back(model: nn.Module) -> None:
@@ -68,8 +78,8 @@ def hand_back(model: nn.Module) -> None:
             kept = True
         elif (forward := forward_of(module)) is not None:
             forward.remove()
-    for name, value in model.__dict__.pop(_FLAGS_BEFORE, {}).items():
-        setattr(model, name, value)
+    if _FLAG_BEFORE in model.__dict__:
+        model.__dict__[_FLAG] = model.__dict__.pop(_FLAG_BEFORE)
     if kept:
         return
     if _REPLICA_HOOK in model.__dict__:
@@ -77,6 +87,8 @@ def hand_back(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part.__dict__.get("save_pretrained"), _SaveMerged):
             del part.__dict__["save_pretrained"]
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.__dict__.pop("is_serializable", None)
 
 
 class _SaveMerged:

@@ -58,10 +58,10 @@ def sparsify(
     """Attach compact values for `masks` and freeze all else.
 
     On a model that bitsandbytes quantised to 8 or 4 bits all its quantised linears are computed as frozen linear layers
-    from here on, with the values laid over (see `weights/quantized_linear.py`). transformers' flags `is_quantized` and
-    `is_loaded_in_8bit/4bit` are then False until `desparsify`: they mean "its layers are the quantiser's and nothing
-    trains", which is no longer so, and Trainer and SFTTrainer take the model like any other. `save_pretrained` writes
-    the merged weights, as `export_merged` does.
+    from here on, with the values laid over (see `weights/quantized_linear.py`). transformers' flag `is_quantized` is
+    then False until `desparsify`: it means "its layers are the quantiser's and nothing trains", which is no longer so,
+    and Trainer and SFTTrainer take the model like any other. `save_pretrained` writes the merged weights, as
+    `export_merged` does.
 
     Args:
         model: a model in memory; its weights are left in place and in their dtype (fp32, bf16, fp16 or quantised).

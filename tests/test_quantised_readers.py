@@ -443,6 +443,12 @@ def test_state_dicts_carry_the_trained_entries_and_are_plain_tensors(model, mode
     assert all(torch.equal(weight, expected[name]) for name, weight in effective(fresh).items())
 
 
+def test_saving_by_the_class_is_refused_before_anything_is_written(model, tmp_path):
+    with pytest.raises(ValueError, match="The quantised weights alone are not the trained model"):
+        type(model).__mro__[1].save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def lora(model, **options):
     peft = pytest.importorskip("peft")
     options = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"], **options}
@@ -459,7 +465,7 @@ def disturb(wrapped):
                 parameter.normal_(std=0.05)
 
 
-@pytest.mark.parametrize("state", ["desparsified", "loaded"])
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
 def test_a_merged_lora_change_arrives_at_every_entry_and_the_trained_ones_stay(models, kind, state, options):
@@ -476,7 +482,7 @@ def test_a_merged_lora_change_arrives_at_every_entry_and_the_trained_ones_stay(m
     expected = logits(wrapped)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        merged = wrapped.merge_and_unload()
+        merged = wrapped.merge_and_unload(safe_merge=True)
     after = effective(merged)
     for name, weight in before.items():
         if name not in change:

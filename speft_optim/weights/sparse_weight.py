@@ -103,7 +103,10 @@ class CompactValues(nn.Parameter):
 
     @data.setter
     def data(self, new: Tensor) -> None:
-        Tensor.data.__set__(self, new)
+        # Trainers cast what trains on a quantised base to 16 bits, meaning adapters; that would round exact values.
+        held = Tensor.data.__get__(self)
+        if new.dtype == held.dtype or new.shape != held.shape or not torch.equal(new, held.to(new)):
+            Tensor.data.__set__(self, new)
 
 
 class SparseWeight(nn.Module):
