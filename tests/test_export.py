@@ -781,7 +781,7 @@ def test_only_what_a_conversion_makes_from_one_tensor_is_held_at_a_time(tmp_path
             asked.append(list(tensors))
         return tf.core_model_loading.revert_weight_conversion(model, tensors)
 
-    monkeypatch.setattr(module_export, "_revert", watched)
+    monkeypatch.setattr("speft_optim.checkpoint.names._revert", watched)
     model.save_pretrained(tmp_path / "saved")
     assert all(len(names) == 1 for names in asked)
     assert len(asked) == len({names[0] for names in asked}), "a tensor was converted twice"

@@ -105,7 +105,8 @@ class CompactValues(nn.Parameter):
     def data(self, new: Tensor) -> None:
         # Trainers cast what trains on a quantised base to 16 bits, meaning adapters; that would round exact values.
         held = Tensor.data.__get__(self)
-        if new.dtype == held.dtype or new.shape != held.shape or not torch.equal(new, held.to(new)):
+        cast = len(held) and new.dtype != held.dtype and new.shape == held.shape and torch.equal(new, held.to(new))
+        if not cast:
             Tensor.data.__set__(self, new)
 
 
