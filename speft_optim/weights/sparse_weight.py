@@ -105,8 +105,8 @@ class CompactValues(nn.Parameter):
     def data(self, new: Tensor) -> None:
         # Trainers cast what trains on a quantised base to 16 bits, meaning adapters; that would round exact values.
         held = Tensor.data.__get__(self)
-        cast = len(held) and new.dtype != held.dtype and new.shape == held.shape and torch.equal(new, held.to(new))
-        if not cast:
+        alike = len(held) and (new.shape, new.device) == (held.shape, held.device)
+        if not (alike and new.dtype != held.dtype and torch.equal(new, held.to(new))):
             Tensor.data.__set__(self, new)
 
 
@@ -469,8 +469,8 @@ class SparseWeight(nn.Module):
         super()._apply(fn, recurse)
         if self.values.dtype != torch.float32:
             self.values.data = exact.to(self.values.device)
-            if self.values.grad is not None:
-                self.values.grad.data = self.values.grad.data.to(torch.float32)
+        if self.values.grad is not None and self.values.grad.dtype != torch.float32:
+            self.values.grad.data = self.values.grad.data.to(torch.float32)
         # Written again at the next use: a weight cast up from 16 bits would only hold their rounding.
         self._seen = *self._seen[:2], None
         return self
