@@ -115,8 +115,8 @@ class GradientSum:
         """Add a dense gradient."""
         placed(self.piece, gradient.device).from_dense(gradient)
 
-    def end_step(self) -> None:
-        """The optimizer took a step."""
+    def end_pass(self) -> None:
+        """No more of the last backward pass will arrive."""
 
     @property
     def bytes_held(self) -> int:
@@ -149,7 +149,7 @@ class SquareSum(GradientSum):
         self._begin_pass()
         placed(self._gradient, gradient.device).from_dense(gradient)
 
-    def end_step(self) -> None:
+    def end_pass(self) -> None:
         """Square the gradient of the last pass."""
         if self._pass is not None:
             gradient = self._gradient.accumulator
@@ -166,7 +166,7 @@ class SquareSum(GradientSum):
         # The number that autograd gives to each call of backward.
         now = torch._C._current_graph_task_id()
         if now != self._pass:
-            self.end_step()
+            self.end_pass()
             self._pass = now
 
 

@@ -105,8 +105,7 @@ class TrainingSalience:
 
     def end_step(self) -> bool:
         """Count an optimizer step; whether the turn is over."""
-        for accumulated in self._sums.values():
-            accumulated.end_step()
+        self._end_passes()
         self.steps += 1
         return self.steps >= self.window
 
@@ -153,6 +152,7 @@ class TrainingSalience:
             where they are not stored. `schedule_accumulator`, with the first weight fp32 in CPU memory, as long as the
             largest group whatever the turn, with others (0,).
         """
+        self._end_passes()
         counters = torch.tensor([self.turns, self.steps, len(self.groups), self.window])
         scores = self.scores.get(weight.name, torch.zeros(0, device=weight.values.device))
         accumulator = torch.zeros(self._accumulated_by(weight))
@@ -222,14 +222,17 @@ class TrainingSalience:
         self._sums = {piece.target.name: self._sum_of(piece) for piece in self.group}
         self._attach()
 
+    def _end_passes(self) -> None:
+        for accumulated in self._sums.values():
+            accumulated.end_pass()
+
     def _attach(self) -> None:
         for weight in self.weights:
             weight.accumulator = self._sums.get(weight.name)
 
     def _gather(self) -> dict[str, bool] | None:
         """Average over processes; tell which weights of the group got a gradient, None if one is not finite."""
-        for accumulated in self._sums.values():
-            accumulated.end_step()
+        self._end_passes()
         for piece in self.group:
             placed(piece, piece.target.device)
         if is_distributed():
