@@ -61,8 +61,9 @@ class MaskSchedule:
     bytes an entry within `memory_budget`, and a score for each trained entry, and a checkpoint holds them too. Scores
     are of the raw gradients: before clipping, and with the constant factors of a loss scaler and of accumulation. A
     step that is skipped because of inf or NaN lets the group's window begin anew. Weights that get no gradient keep
-    their masks. `magnitude`, `random` and `synflow` need no gradient, and without batches they are selected by at
-    intervals too.
+    their masks. Of several processes each adds up its own gradients, and a turn ends with one average over them; a
+    checkpoint within a turn holds the sums of the process that saved it. `magnitude`, `random` and `synflow` need no
+    gradient, and without batches they are selected by at intervals too.
 
     Args:
         model: the sparsified model, or a wrapper around it.

@@ -162,23 +162,39 @@ class Plain:
             self.second[name] *= stays
             self.inside[name], self.kept_by[name] = inside, score
 
-    def assert_agrees(self, model, optimizer, schedule, weights=None):
+    def assert_agrees(self, model, optimizer, schedule):
         assert (schedule.training.turns, schedule.training.steps) == (self.turns, self.in_window)
+        for name, mine, dense, places in self._pairs(model, optimizer, schedule):
+            expected = dense.view(-1)[places]
+            assert_close(mine, expected, atol=1e-5 * float(dense.abs().max()) + 1e-12, rtol=1e-3, msg=name)
         for weight in sparse_weights(model):
-            name, indices = weight.name, weight.mask.indices.long()
-            assert torch.equal(indices, self.inside[name].flatten().nonzero().squeeze(1)), name
-            assert_close(weight.values.detach(), self.weights[name].flatten()[indices], **DRIFT)
-            if name in schedule.training.scores and len(indices):
-                mine, expected = schedule.training.scores[name], self.kept_by[name].flatten()[indices]
-                assert_close(mine, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-3)
-            if has_moments(optimizer.state[weight.values]):
-                assert int(optimizer.state[weight.values]["step"]) == self.steps
-                for key, dense in (("exp_avg", self.first[name]), ("exp_avg_sq", self.second[name])):
-                    atol = 1e-4 * float(dense.abs().max())
-                    assert_close(optimizer.state[weight.values][key], dense.flatten()[indices], atol=atol, rtol=1e-3)
-        trained = {weight.name for weight in sparse_weights(model)}
-        for name, part in (weights or model.state_dict()).items():
-            assert_close(part, self.model.state_dict()[name], **(DRIFT if name in trained else {}))
+            inside = self.inside[weight.name].flatten().nonzero().squeeze(1)
+            assert torch.equal(weight.mask.indices.long(), inside), weight.name
+            state = optimizer.state[weight.values]
+            assert not has_moments(state) or int(state["step"]) == self.steps
+        for name, part in model.state_dict().items():
+            assert_close(part, self.model.state_dict()[name], atol=2e-5, rtol=1e-4)
+
+    @torch.no_grad()
+    def follow(self, model, optimizer, schedule):
+        """Go on from the very numbers of the run, since Adam lets roundings grow where gradients nearly vanish."""
+        for _, mine, dense, places in self._pairs(model, optimizer, schedule):
+            dense.view(-1)[places] = mine.to(dense.dtype)
+
+    def _pairs(self, model, optimizer, schedule):
+        """What a run holds, and where the same stands here."""
+        for weight in sparse_weights(model):
+            name, indices, state = weight.name, weight.mask.indices.long(), optimizer.state[weight.values]
+            yield name, weight.values.detach(), self.weights[name].detach(), indices
+            if name in schedule.training.scores:
+                yield f"scores of {name}", schedule.training.scores[name], self.kept_by[name], indices
+            if has_moments(state) and "exp_avg_scale" not in state:
+                yield f"first moment of {name}", state["exp_avg"], self.first[name], indices
+                yield f"second moment of {name}", state["exp_avg_sq"], self.second[name], indices
+        for piece in schedule.training.group:
+            if piece.accumulator is not None:
+                name, places = piece.target.name, torch.arange(piece.first * piece.columns, piece.last * piece.columns)
+                yield f"sums of {name}", piece.accumulator.flatten(), self.sums[name], places
 
 
 def groups_of(schedule):
@@ -195,22 +211,25 @@ def groups_of(schedule):
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("salience", [*SCORES, flatter])
 def test_equals_plain_sums_of_dense_gradients(salience, scope, budget):
-    model, optimizer, schedule = attach(salience=salience, scope=scope, budget=BUDGETS[budget])
+    # The squares need two accumulators.
+    bytes_here = BUDGETS[budget] * (2 if salience == "fisher" else 1)
+    model, optimizer, schedule = attach(salience=salience, scope=scope, budget=bytes_here)
     groups, count = groups_of(schedule), masks_of(model).count
     assert (len(groups) == 1) == (budget == "one group")
     plain = Plain(model, schedule, groups, SCORES.get(salience, flatter))
     turns = 3 if len(groups) == 1 else len(groups) + 4
-    lengths = {len(weight.mask) for weight in sparse_weights(model)}
+    lengths = [len(weight.mask) for weight in sparse_weights(model)]
     for step in range(2 * turns + 1):
         train(model, optimizer, 1, first=step, parts=2)
         plain.step([token_batch(2 * step + part) for part in range(2)])
         assert masks_of(model).count == count
-    plain.assert_agrees(model, optimizer, schedule)
+        plain.assert_agrees(model, optimizer, schedule)
+        plain.follow(model, optimizer, schedule)
     assert schedule.training.turns == turns and len(schedule.history) == turns
     assert [event["step"] for event in schedule.history] == [2 * turn + 2 for turn in range(turns)]
     assert all(event["entries"] == count for event in schedule.history)
     assert min(event["overlap"] for event in schedule.history) < 1
-    assert ({len(weight.mask) for weight in sparse_weights(model)} == lengths) == (scope == "local")
+    assert ([len(weight.mask) for weight in sparse_weights(model)] == lengths) == (scope == "local")
 
 
 # --- What runs around the training ---
@@ -424,6 +443,13 @@ def test_bytes_alive_in_backward_are_those_of_a_static_run_and_the_budget(salien
         assert held <= budget and (held > 0.5 * budget) == moving
     # The accumulators were there before the step began, and nothing came in it.
     assert peaks[0] == peaks[1]
+
+
+def test_gradients_of_replicas_on_other_devices_are_refused():
+    model, optimizer, schedule = attach()
+    (weight, *_) = sparse_weights(model)
+    with pytest.raises(ValueError, match="comes from meta, the weight lies on cpu: replicas of nn.DataParallel"):
+        weight.accumulator.from_dense(weight.parameter.to("meta"))
 
 
 def test_weights_that_join_share_the_step_count_of_the_others():
@@ -641,7 +667,7 @@ for salience in ("snip", "fisher"):
     plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
     parallel = DistributedDataParallel(model)
     sent.clear()
-    for step in range(9):
+    for step in range(8):
         parallel(**token_batch(2 * step + rank)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -129,7 +129,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
     trained = sum(len(weight.mask) for weight in weights)
     if masks.count > trained:
         logger.info(
-            "The adapter holds %s entries: the %s that are trained now, and %s that were trained before the masks moved.",
+            "The adapter holds %s entries: the %s trained now, and %s that were trained before the masks moved.",
             f"{masks.count:,}",
             f"{trained:,}",
             f"{masks.count - trained:,}",

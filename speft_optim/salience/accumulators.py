@@ -175,9 +175,18 @@ def _bytes(piece: Piece) -> int:
 
 
 def placed(piece: Piece, device: torch.device) -> Piece:
-    """The piece with an accumulator on `device`: the model may have moved since the turn began."""
+    """The piece with an accumulator on `device`, where the model may have moved since the turn began.
+
+    Raises:
+        ValueError: the weight itself lies elsewhere.
+    """
     if piece.accumulator is None:
         piece.allocate()
     if piece.accumulator.device != device:
+        if piece.target.device != device:
+            raise ValueError(
+                f"A gradient of {piece.target.name} comes from {device}, the weight lies on {piece.target.device}: "
+                "replicas of nn.DataParallel cannot add up in one place; start one process a GPU with torchrun."
+            )
         piece.accumulator = piece.accumulator.to(device)
     return piece

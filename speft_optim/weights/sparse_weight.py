@@ -376,11 +376,13 @@ class SparseWeight(nn.Module):
     def accumulate(self, left: Tensor, right: Tensor) -> None:
         """Give the whole gradient, as its factors, to the accumulator."""
         if self.accumulator is not None:
+            _leave_graph()
             self.accumulator.from_product(left, right)
 
     def from_dense(self, gradient: Tensor) -> Tensor:
         """Masked entries of a dense gradient, (k,) fp32."""
         if self.accumulator is not None:
+            _leave_graph()
             self.accumulator.from_dense(gradient)
         return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
 
@@ -542,6 +544,12 @@ def _refuse_gradient(gradients: tuple) -> None:
         "This loss was computed before the trained entries were chosen anew or restored, so that its gradient is of "
         "other entries; compute it again, and call backward before optimizer.step()."
     )
+
+
+def _leave_graph() -> None:
+    """Let a compiler run the hook that called this eagerly: a graph has no place for sums that outlive it."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
 
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
