@@ -128,9 +128,10 @@ class MaskSchedule:
         self.entries = sum(len(weight.mask) for weight in weights)
         if measure is not None:
             budget = int(_BUDGET if memory_budget is None else memory_budget)
-            choice = f"{salience} in windows of {self.window} steps, {budget} bytes of accumulators"
+            named = self.salience if isinstance(self.salience, str) else "a function"
+            choice = f"{named} in windows of {self.window} steps, {budget} bytes of accumulators"
             check_equal(choice, "The arguments of MaskSchedule", "pass the same in all of them.")
-            self.training = TrainingSalience(weights, measure, scope, self.window, budget)
+            self.training = TrainingSalience(weights, measure, scope, int(self.window), budget)
             self._skipped = optimizer.skipped_steps
         self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)

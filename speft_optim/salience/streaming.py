@@ -16,7 +16,6 @@ and of the division by accumulation steps. A constant factor changes no choice.
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,37 +23,11 @@ from torch import Tensor
 from speft_optim.distributed import average_, is_distributed, total
 from speft_optim.masks.mask import Mask
 from speft_optim.salience.accumulators import GradientSum, Piece, SquareSum, cut_into_groups, placed
+from speft_optim.salience.competition import Candidates, keep_best, score_entries
 from speft_optim.salience.measures import Measure
-from speft_optim.salience.topk import BestEntries
 from speft_optim.weights.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Run:
-    """Candidates of one weight in the order of their positions: trained entries, or all entries of a piece.
-
-    Attributes:
-        weight: the weight.
-        positions: of the trained entries, (k,).
-        scores: by which these were kept, (k,).
-        piece: the piece, whose entries have new scores; the other two are None then.
-    """
-
-    weight: SparseWeight
-    positions: Tensor | None = None
-    scores: Tensor | None = None
-    piece: Piece | None = None
-
-    def __len__(self) -> int:
-        return len(self.positions) if self.piece is None else self.piece.entries
-
-    def positions_at(self, places: Tensor) -> Tensor:
-        """Flat positions in the weight of the candidates at `places`."""
-        if self.piece is None:
-            return self.positions[places.long()].long()
-        return places.long() + self.piece.first * self.piece.columns
 
 
 class TrainingSalience:
@@ -86,8 +59,8 @@ class TrainingSalience:
             for piece in group:
                 self._groups_of[piece.target.name].append(number)
         self.turns = self.steps = 0
-        self._told = False
-        dtype = _score(measure, torch.ones(2), torch.ones(2)).dtype
+        self._told: set[str] = set()
+        dtype = score_entries(measure, torch.ones(2), torch.ones(2)).dtype
         stored = weights if scope == "global" and len(self.groups) > 1 else filter(self._is_cut, weights)
         self.scores = {w.name: torch.zeros(len(w.mask), dtype=dtype, device=w.values.device) for w in stored}
         self._begin_window()
@@ -129,6 +102,7 @@ class TrainingSalience:
         """
         is_used = self._gather()
         if is_used is None:
+            self._warn_once("A gradient of the last %d steps was not finite: their window begins anew.", self.window)
             self._begin_window()
             return None
         chosen = {}
@@ -137,7 +111,14 @@ class TrainingSalience:
         elif self.scope == "local":
             for weight in (weight for weight in self.weights if is_used.get(weight.name)):
                 chosen.update(self._compete([weight], wanted[weight.name]))
-        self._warn_of_unused([name for name, used in is_used.items() if not used])
+        if unused := [name for name, used in is_used.items() if not used]:
+            self._warn_once(
+                "%d weights got no gradient in %d steps, e.g. %s (an expert without a token, a frozen part): where "
+                "there is nothing to choose by, masks stay as they are.",
+                len(unused),
+                self.window,
+                unused[0],
+            )
         for piece in self.group:
             piece.accumulator = None
         self.turns += 1
@@ -244,68 +225,36 @@ class TrainingSalience:
         return {piece.target.name: any(both) for piece, both in zip(self.group, ends, strict=True)}
 
     def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Mask]:
-        """Choose the best `count` entries of the weights, among those in the group and those trained outside of it."""
+        """Let entries compete for `count` places; the masks that change. Stores the scores of those that are kept."""
         runs = [run for weight in weights for run in self._runs(weight)]
-        competing = runs if self._are_scored(weights) else [run for run in runs if run.piece is not None]
-        count -= sum(len(run) for run in runs) - sum(len(run) for run in competing)
-        size = sum(len(run) for run in competing)
-        best, start, starts = BestEntries(min(max(count, 0), size), size, self._chunk), 0, []
-        for run in competing:
-            for first, scores in self._scored(run):
-                best.update(scores, start + first)
-            starts.append(start)
-            start += len(run)
-        bounds = torch.tensor([*starts, start], dtype=best.positions.dtype, device=best.positions.device)
-        cuts = torch.searchsorted(best.positions, bounds).tolist()
-        kept = {}
-        for number, run in enumerate(competing):
-            chosen = slice(cuts[number], cuts[number + 1])
-            kept[run] = run.positions_at(best.positions[chosen] - starts[number]), best.scores[chosen]
-        parts: dict[SparseWeight, list] = {}
-        for run in runs:
-            parts.setdefault(run.weight, []).append(kept.get(run, (run.positions, run.scores)))
-        return self._changed(parts)
-
-    def _changed(self, parts: dict[SparseWeight, list[tuple[Tensor, Tensor]]]) -> dict[str, Mask]:
-        """The masks that change, from the positions and scores that are kept of each weight; stores the scores."""
+        kept = keep_best(runs, count, self._are_scored(weights), self.measure, self._chunk)
         changed = {}
-        for weight, kept in parts.items():
-            device, before = weight.values.device, weight.mask.indices
-            positions, scores = (torch.cat([part.to(device) for part in both]) for both in zip(*kept, strict=True))
+        for weight, (positions, scores) in kept.items():
+            before = weight.mask.indices
             if weight.name in self.scores:
                 self.scores[weight.name] = scores
             if len(positions) != len(before) or not torch.equal(positions.to(before), before):
                 changed[weight.name] = Mask(positions, weight.mask.shape)
         return changed
 
-    def _runs(self, weight: SparseWeight) -> Iterator[_Run]:
+    def _runs(self, weight: SparseWeight) -> Iterator[Candidates]:
         """What of a weight can be kept, in the order of positions."""
-        indices, scores = weight.mask.indices, self.scores.get(weight.name)
+        # The model may have moved since its masks were made.
+        indices, scores = weight.mask.indices.to(weight.values.device), self.scores.get(weight.name)
         piece = self._sums[weight.name].piece if weight.name in self._sums else None
-        if piece is None or scores is None:
-            # Without stored scores the piece is the whole weight.
-            yield _Run(weight, indices, scores) if piece is None else _Run(weight, piece=piece)
+        if scores is None:
+            # Where no scores are stored the piece is the whole weight.
+            yield Candidates(weight, piece=piece)
+            return
+        scores = scores.to(indices.device)
+        if piece is None:
+            yield Candidates(weight, indices, scores)
             return
         ends = [piece.first * piece.columns, piece.last * piece.columns]
         low, high = torch.searchsorted(indices, torch.tensor(ends, dtype=indices.dtype, device=indices.device)).tolist()
-        yield _Run(weight, indices[:low], scores[:low])
-        yield _Run(weight, piece=piece)
-        yield _Run(weight, indices[high:], scores[high:])
-
-    def _scored(self, run: _Run) -> Iterator[tuple[int, Tensor]]:
-        """Scores of a run in chunks, each with the place of its first candidate in the run."""
-        if run.piece is None:
-            yield 0, run.scores
-            return
-        offset = run.piece.first * run.piece.columns
-        for first, weight, signal in run.piece.chunks(self._chunk):
-            scores = _score(self.measure, weight, signal)
-            if not bool(scores.isfinite().all()):
-                raise ValueError(
-                    f"Scores of {run.weight.name} are not finite though its gradients are; look at its entries for NaN "
-                    "or inf, and at the salience function."
-                )
-            yield first - offset, scores
+        yield Candidates(weight, indices[:low], scores[:low])
+        yield Candidates(weight, piece=piece)
+        yield Candidates(weight, indices[high:], scores[high:])
 
     def _is_cut(self, weight: SparseWeight) -> bool:
         return len(self._groups_of[weight.name]) > 1
@@ -315,37 +264,12 @@ class TrainingSalience:
         now = self.turns % len(self.groups)
         return all(g < self.turns or g == now for weight in weights for g in self._groups_of[weight.name])
 
-    def _warn_of_unused(self, names: list[str]) -> None:
-        if names and not self._told:
-            self._told = True
-            logger.warning(
-                "%d weights got no gradient in %d steps, e.g. %s (an expert without a token, a frozen part): where "
-                "there is nothing to choose by, masks stay as they are. Told of once.",
-                len(names),
-                self.window,
-                names[0],
-            )
+    def _warn_once(self, message: str, *details: object) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message + " Told of once.", *details)
 
     def __setstate__(self, state: dict) -> None:
         """A copied schedule observes the weights of the copied model."""
         self.__dict__.update(state)
         self._attach()
-
-
-def _score(measure: Measure, weight: Tensor, signal: Tensor) -> Tensor:
-    """Scores of some entries.
-
-    Raises:
-        ValueError: a salience function gives something else than a score for each entry.
-    """
-    scores = measure.score(weight, signal)
-    fits = isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == weight.shape
-    if not fits or scores.dtype not in (torch.float32, torch.float64):
-        given = (
-            f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        )
-        raise ValueError(
-            f"The salience function gave {given} for weights and gradients of shape {tuple(weight.shape)}; return one "
-            "fp32 score for each entry."
-        )
-    return scores
