@@ -5,6 +5,7 @@ import logging
 import pickle
 import weakref
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -567,6 +568,7 @@ def test_a_copied_or_pickled_weight_is_an_ordinary_parameter():
         assert type(twin) is nn.Parameter and not twin.requires_grad and torch.equal(twin, model.first.weight)
         assert twin.requires_grad_().requires_grad
     assert type(model.state_dict()["first.weight"]) is torch.Tensor
+    assert (model.first.weight.numpy() == numpy.asarray(model.first.weight)).all()
     tied = nn.ParameterList([model.first.weight, model.first.weight])
     for twins in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
         assert twins[0] is twins[1]

@@ -96,6 +96,10 @@ class WatchedWeight(nn.Parameter):
             self.watcher.when_thawed()
         return self
 
+    def numpy(self, *, force: bool = False):
+        """The weight as an array, as of any tensor that requires no gradient."""
+        return self.detach().numpy(force=force)
+
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         if id(self) not in memo:
             copy = self.detach().clone(memory_format=torch.preserve_format)
