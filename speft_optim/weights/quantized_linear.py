@@ -22,6 +22,7 @@ from speft_optim.weights.bnb import LAYER_NAME, QuantizedWeight, quantized_linea
 from speft_optim.weights.gradient_hooks import Sink, keep_input, take_keeper
 from speft_optim.weights.scales import plain_scales
 from speft_optim.weights.storage import as_stored, frozen_weight
+from speft_optim.weights.verification import record
 
 
 class _Product(torch.autograd.Function):
@@ -224,11 +225,11 @@ def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
         return
     parameter = module._parameters[attribute]
     kept, parameter.grad = parameter.grad, None
-    parameter.requires_grad_(True)
+    record(parameter, True)
     try:
         yield parameter
     finally:
-        parameter.requires_grad_(False)
+        record(parameter, False)
         parameter.grad = kept
 
 
