@@ -17,8 +17,18 @@ from conftest import assert_close, token_batch
 from quantized_models import KINDS, load_quantized, save_original
 from torch import nn
 
-from speft_optim import SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim import (
+    SparseAdamW,
+    desparsify,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    select_masks,
+    sparsify,
+    unload_adapter,
+)
 from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.quantized_state import _unseal
 from speft_optim.weights.storage import frozen_weight
 
 STATES = ["sparsified", "desparsified", "loaded"]
@@ -286,6 +296,16 @@ def test_copies_and_moves_of_a_layer_carry_the_trained_entries(model, move):
         near(by_transformers(moved), before)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickled, saved_whole, parent_copied])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("state", STATES)
+def test_a_copy_that_was_never_called_compiles(models, kind, state, copied):
+    module = models[kind, state].get_submodule(LAYER)
+    twin = copied(module)
+    torch._dynamo.reset()
+    near(by_compiled_forward(twin), frozen_weight(module).dense(torch.float32))
+
+
 def test_a_copied_layer_is_trained_on_its_own(models):
     for kind in KINDS:
         model = copy.deepcopy(models[kind, "sparsified"])
@@ -409,6 +429,10 @@ def state_of_inner_model(model, folder):
     return {f"model.{key}": part for key, part in model.model.state_dict().items()}
 
 
+def states_that_keep_parameters(model, folder):
+    return model.state_dict(keep_vars=True)
+
+
 def states_of_layers(model, folder):
     return {
         f"{name}.{key}": part
@@ -425,7 +449,13 @@ def state_of_accelerate(model, folder):
     return load_file(folder / "model.safetensors")
 
 
-STATE_DICTS = [states_of_torch, state_of_inner_model, states_of_layers, state_of_accelerate]
+STATE_DICTS = [
+    states_of_torch,
+    states_that_keep_parameters,
+    state_of_inner_model,
+    states_of_layers,
+    state_of_accelerate,
+]
 
 
 @pytest.mark.parametrize("read", STATE_DICTS)
@@ -444,9 +474,79 @@ def test_state_dicts_carry_the_trained_entries_and_are_plain_tensors(model, mode
 
 
 def test_saving_by_the_class_is_refused_before_anything_is_written(model, tmp_path):
-    with pytest.raises(ValueError, match="The quantised weights alone are not the trained model"):
-        type(model).__mro__[1].save_pretrained(model, tmp_path / "out")
-    assert not list(tmp_path.rglob("*.safetensors"))
+    import transformers as tf
+
+    for part in (model, model.model):
+        for save in (type(part).save_pretrained, tf.PreTrainedModel.save_pretrained):
+            with pytest.raises(ValueError, match="The quantised weights alone are not the trained model"):
+                save(part, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_inner_models_get_no_quantiser_for_good(models):
+    for kind in KINDS:
+        model = copy.deepcopy(models[kind, "loaded"])
+        assert model.model.hf_quantizer is model.hf_quantizer
+        unload_adapter(model)
+        assert "hf_quantizer" not in model.model.__dict__
+        assert model.hf_quantizer.is_serializable()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models that do not know of trained entries, and checkpoints of torch.distributed
+
+
+def test_a_plain_quantised_model_refuses_a_state_with_trained_entries(models, original):
+    for kind in KINDS:
+        plain, model = load_quantized(original, kind), models[kind, "sparsified"]
+        for reader, state in (
+            (plain, model.state_dict()),
+            (nn.ModuleList([plain]), nn.ModuleList([model]).state_dict()),
+        ):
+            with pytest.raises(RuntimeError, match="size mismatch for .*q_proj.weight"):
+                reader.load_state_dict(state, strict=False)
+
+
+def test_from_pretrained_refuses_a_checkpoint_of_such_a_state(model, tmp_path):
+    import transformers as tf
+    from safetensors.torch import save_file
+
+    model.config.save_pretrained(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises((RuntimeError, AttributeError)):
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+
+
+def test_a_state_whose_trained_entries_were_left_out_is_refused(model):
+    state = {key: part for key, part in model.state_dict().items() if "trained_" not in key}
+    with pytest.raises(RuntimeError, match="was saved with trained entries, but .*trained_indices is not in the state"):
+        model.load_state_dict(state, strict=False)
+
+
+def test_a_state_that_was_saved_without_a_seal_loads(model):
+    expected, state = effective(model), model.state_dict()
+    for key in [key.removesuffix("trained_values") for key in state if key.endswith("trained_values")]:
+        _unseal(state, f"{key}weight")
+    for _, module in quantized_linears(model):
+        for _, values in frozen_weight(module).overlays:
+            values.detach().zero_()
+    model.load_state_dict(state)
+    assert all(torch.equal(weight, expected[name]) for name, weight in effective(model).items())
+
+
+def test_distributed_checkpoints_save_and_load_the_trained_entries(model, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    expected = effective(model)
+    dcp.save(get_model_state_dict(model), checkpoint_id=tmp_path / "saved")
+    for _, module in quantized_linears(model):
+        for _, values in frozen_weight(module).overlays:
+            values.detach().zero_()
+    state = {key: part.clone() for key, part in get_model_state_dict(model).items()}
+    dcp.load(state, checkpoint_id=tmp_path / "saved")
+    set_model_state_dict(model, state)
+    assert all(torch.equal(weight, expected[name]) for name, weight in effective(model).items())
 
 
 def lora(model, **options):
@@ -543,8 +643,6 @@ def test_preparing_for_kbit_training_keeps_the_trained_function(models, kind, st
 
 
 def test_adapters_unload_to_the_base_and_merge_for_good(models):
-    from speft_optim import merge_adapters, unload_adapter
-
     for kind in KINDS:
         model = copy.deepcopy(models[kind, "loaded"])
         expected = effective(model)
