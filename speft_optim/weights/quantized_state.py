@@ -1,10 +1,10 @@
 """What a state dict holds of a quantised layer with trained entries, and how a layer takes it back.
 
 A quantised weight has no place for trained entries, so `state_dict()` carries them beside it, as
-`<layer>.trained_indices` and `<layer>.trained_values`. The weight is sealed then: its shape gets a leading 1, and the
-dtype that a packed 4-bit quantisation state notes gets a sentence behind it. So a model that does not know of trained
-entries refuses it, instead of loading it without them. A sparsified model undoes the seal, and takes the saved entries
-for all that was trained. It also loads states that were saved without a seal.
+`<layer>.trained_indices` and `<layer>.trained_values`. The weight is sealed then: its shape gets a leading 1, the
+scales of an int8 one another name, and the dtype that a packed 4-bit quantisation state notes a sentence behind it. So
+a model that does not know of trained entries refuses it, instead of loading it without them. A sparsified model undoes
+the seal, and takes the saved entries for all that was trained. It also loads states that were saved without a seal.
 
 Loading also takes a floating `<layer>.weight`, as a merged checkpoint has: the layer takes over its trained entries and
 the quantised weight stays.
@@ -22,7 +22,7 @@ from speft_optim.weights.scales import plain_scales
 from speft_optim.weights.storage import as_stored, frozen_weight
 
 # What state dicts have of a layer that is none of its attributes, as which torch.distributed.checkpoint looks up each.
-STATE_KEYS = ("trained_indices", "trained_values", "SCB", "weight_format")
+STATE_KEYS = ("trained_indices", "trained_values", "SCB", "sealed_SCB", "weight_format")
 
 # bitsandbytes looks up the noted dtype in torch by its name; the error of that shows this sentence.
 _SEAL = (
@@ -38,7 +38,7 @@ def save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) ->
     mask, values = frozen_weight(module).entries()
     if len(mask):
         state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
-        _seal(state, f"{prefix}weight")
+        _seal(state, prefix)
 
 
 def load_entries(
@@ -60,7 +60,7 @@ def load_entries(
         if saved is None:
             errors.append(f"{name} was saved with trained entries, but {prefix}trained_indices is not in the state.")
             return
-        _unseal(state, name)
+        _unseal(state, prefix)
     stored = state.get(name)
     if stored is not None and (stored.shape, stored.dtype) == (codes.shape, codes.dtype):
         errors += _differences(module, state, name)
@@ -78,24 +78,31 @@ def load_entries(
         state[name] = codes.detach()
 
 
-def _seal(state: dict, name: str) -> None:
+def _seal(state: dict, prefix: str) -> None:
     """Seal the weight, in the dict and not in its tensors.
 
-    torch checks the shape of a weight, strict or not. Of 4-bit ones bitsandbytes and transformers do not, but they look
-    up the noted dtype.
+    torch checks the shape of a weight, strict or not. transformers does not where it is quantised, but it needs the
+    scales of an int8 one, and with bitsandbytes it looks up the noted dtype of a 4-bit one.
     """
-    state[name] = state[name].unsqueeze(0)
-    _change_noted_dtype(state, name, lambda dtype: dtype + _SEAL)
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].unsqueeze(0)
+    _rename(state, f"{prefix}SCB", f"{prefix}sealed_SCB")
+    _change_noted_dtype(state, prefix, lambda dtype: dtype + _SEAL)
 
 
-def _unseal(state: dict, name: str) -> None:
-    state[name] = state[name].squeeze(0)
-    _change_noted_dtype(state, name, lambda dtype: dtype.removesuffix(_SEAL))
+def _unseal(state: dict, prefix: str) -> None:
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].squeeze(0)
+    _rename(state, f"{prefix}sealed_SCB", f"{prefix}SCB")
+    _change_noted_dtype(state, prefix, lambda dtype: dtype.removesuffix(_SEAL))
 
 
-def _change_noted_dtype(state: dict, name: str, change: Callable[[str], str]) -> None:
+def _rename(state: dict, key: str, other: str) -> None:
+    if key in state:
+        state[other] = state.pop(key)
+
+
+def _change_noted_dtype(state: dict, prefix: str, change: Callable[[str], str]) -> None:
     """Change the dtype that the packed quantisation state of a 4-bit weight notes; others have none."""
-    for key in [key for key in state if key.startswith(f"{name}.quant_state.")]:
+    for key in [key for key in state if key.startswith(f"{prefix}weight.quant_state.")]:
         from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
         noted = unpack_tensor_to_dict(state[key])
