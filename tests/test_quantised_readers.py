@@ -458,8 +458,9 @@ STATE_DICTS = [
 ]
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("read", STATE_DICTS)
-def test_state_dicts_carry_the_trained_entries_and_are_plain_tensors(model, models, read, tmp_path):
+def test_state_dicts_carry_the_trained_entries_and_are_plain_tensors(model, read, assign, tmp_path):
     expected = effective(model)
     state = read(model, tmp_path)
     assert not any(type(part).__name__ == "TrainedScales" for part in state.values())
@@ -469,8 +470,9 @@ def test_state_dicts_carry_the_trained_entries_and_are_plain_tensors(model, mode
         for _, values in frozen_weight(module).overlays:
             values.detach().zero_()
     assert not torch.equal(effective(fresh)[f"{LAYER}.weight"], expected[f"{LAYER}.weight"])
-    fresh.load_state_dict(state, strict=False)
+    fresh.load_state_dict(state, strict=False, assign=assign)
     assert all(torch.equal(weight, expected[name]) for name, weight in effective(fresh).items())
+    assert torch.equal(logits(fresh), logits(model))
 
 
 def test_saving_by_the_class_is_refused_before_anything_is_written(model, tmp_path):
@@ -521,6 +523,16 @@ def test_a_state_whose_trained_entries_were_left_out_is_refused(model):
     state = {key: part for key, part in model.state_dict().items() if "trained_" not in key}
     with pytest.raises(RuntimeError, match="was saved with trained entries, but .*trained_indices is not in the state"):
         model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_merged_state_gives_its_trained_entries(model, assign):
+    expected = effective(model)
+    for _, module in quantized_linears(model):
+        for _, values in frozen_weight(module).overlays:
+            values.detach().zero_()
+    model.load_state_dict(expected, strict=False, assign=assign)
+    assert all(torch.equal(weight, expected[name]) for name, weight in effective(model).items())
 
 
 def test_a_state_that_was_saved_without_a_seal_loads(model):

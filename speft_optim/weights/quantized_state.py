@@ -65,6 +65,9 @@ def load_entries(
     if stored is not None and (stored.shape, stored.dtype) == (codes.shape, codes.dtype):
         errors += _differences(module, state, name)
         _reset(weight, saved)
+        # It is more than a tensor: also where torch would put the stored one in its place, it takes its numbers only.
+        codes.detach().copy_(stored)
+        state[name] = codes
     if saved is not None:
         weight.put(saved, values)
     elif stored is not None and stored.is_floating_point():
@@ -75,7 +78,7 @@ def load_entries(
         entries = gather_entries(merged.to(values.device), mask.indices)
         # A value that was only rounded on its way to the file keeps its exact form.
         weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
-        state[name] = codes.detach()
+        state[name] = codes
 
 
 def _seal(state: dict, prefix: str) -> None:
