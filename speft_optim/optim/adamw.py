@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.kernels.adamw import Update, adamw_, fused_adamw
 from speft_optim.kernels.launch import launches
+from speft_optim.kernels.magnitudes import POWERS, mean_power
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.moments import (
     STATE_BITS,
@@ -101,6 +102,9 @@ class SparseAdamW(Optimizer):
             `if p.ndim >= 2 or name.endswith(".values")`, over `model.named_parameters()`.
         maximize: ascend instead of descend.
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
+        magnitude_power: with 1 or 0.5 each masked entry has a rate of its own, `lr` times abs(entry)^magnitude_power
+            over its mean in the parameter group, cut to 0.1 to 5; 0 is one rate for all. It needs no state. Decay goes
+            by `lr`, and so do ordinary parameters. See docs/benchmarks.md for when it pays.
         on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
             and count it in `skipped_steps`, "raise" a FloatingPointError before anything changed, or "ignore" it, as
             torch's AdamW does. The first two read one number back from the device per step; they also tell once of a
@@ -132,6 +136,7 @@ class SparseAdamW(Optimizer):
         *,
         maximize: bool = False,
         state_bits: Literal[8, 32] = 32,
+        magnitude_power: Literal[0, 0.5, 1] = 0,
         on_nonfinite: Literal["skip", "raise", "ignore"] = "skip",
         **others: Any,
     ):
@@ -146,7 +151,7 @@ class SparseAdamW(Optimizer):
             )
         if not (params := list(params)):
             raise ValueError("params is empty, so nothing would train; pass sparsify(model, masks), or groups of it.")
-        super().__init__(params, {**defaults, "state_bits": state_bits})
+        super().__init__(params, {**defaults, "state_bits": state_bits, "magnitude_power": magnitude_power})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options it lacks are the constructor's."""
@@ -224,10 +229,18 @@ class SparseAdamW(Optimizer):
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
+            magnitude_power=float(group["magnitude_power"]),
         )
+        means = _mean_powers(group, weights)
         trained = [parameter for parameter in group["params"] if parameter.grad is not None]
         prepared = [
-            _Prepared.of(parameter, weights[parameter], self.state.get(parameter), group["state_bits"])
+            _Prepared.of(
+                parameter,
+                weights[parameter],
+                self.state.get(parameter),
+                group["state_bits"],
+                None if weights[parameter] is None else means.get(parameter.device),
+            )
             for parameter in trained
         ]
         updates = [one.update for one in prepared if one.update is not None]
@@ -249,7 +262,7 @@ class SparseAdamW(Optimizer):
                 if one.state["exp_avg"] is not exp_avg:
                     # Decoded moments are fp32, whatever the parameter is.
                     gradient = gradient.float()
-                adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, **options)
+                adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, mean=one.mean, **options)
                 store_moments_(one.state, exp_avg, exp_avg_sq)
             if one.weight is not None:
                 one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
@@ -450,7 +463,8 @@ class SparseAdamW(Optimizer):
 
     def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list]:
         """Pairs of parameters with their saved state, and the saved groups."""
-        groups = state_dict["param_groups"]
+        # States saved before there were rates by magnitude do not name a power.
+        groups = [{"magnitude_power": 0, **group} for group in state_dict["param_groups"]]
         states = [state_dict["state"].get(key) or {} for group in groups for key in group["params"]]
         self._check_origin(states)
         sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
@@ -560,16 +574,23 @@ class _Prepared:
         weight: the masked weight behind it, or None.
         state: the optimizer's for it, with moments.
         update: what a kernel takes, or None where none can.
+        mean: of the magnitudes, for rates in proportion to them, or None.
     """
 
     parameter: Tensor
     weight: SparseWeight | None
     state: dict[str, Any]
     update: Update | None
+    mean: Tensor | None
 
     @classmethod
     def of(
-        cls, parameter: Tensor, weight: SparseWeight | None, state: dict[str, Any] | None, state_bits: int
+        cls,
+        parameter: Tensor,
+        weight: SparseWeight | None,
+        state: dict[str, Any] | None,
+        state_bits: int,
+        mean: Tensor | None,
     ) -> "_Prepared":
         """The next step of a parameter, with a new state where it has none."""
         if not has_moments(state):
@@ -577,12 +598,22 @@ class _Prepared:
             new_moments_(state, parameter, state_bits)
         moments, scales = stored_moments(state)
         if not _can_launch(parameter, moments, scales):
-            return cls(parameter, weight, state, None)
+            return cls(parameter, weight, state, None, mean)
         writable = None if weight is None else weight.writable()
         positions = None if writable is None else weight.mask.positions
         step = int(state["step"]) + 1
-        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, positions)
-        return cls(parameter, weight, state, update)
+        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, positions, mean)
+        return cls(parameter, weight, state, update, mean)
+
+
+def _mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> dict[torch.device, Tensor]:
+    """The mean magnitude of the group's masked entries to its power, on each of their devices; none for power 0."""
+    power = float(group["magnitude_power"])
+    values = [parameter.detach() for parameter in group["params"] if weights[parameter] is not None]
+    if not power or not any(map(len, values)):
+        return {}
+    mean = mean_power(values, power)
+    return {device: mean.to(device) for device in {part.device for part in values}}
 
 
 def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
@@ -637,8 +668,8 @@ def _check_others(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in _LACKING:
             raise TypeError(
-                f"SparseAdamW takes no {name}; choose from lr, betas, eps, weight_decay, maximize, state_bits and "
-                "on_nonfinite."
+                f"SparseAdamW takes no {name}; choose from lr, betas, eps, weight_decay, maximize, state_bits, "
+                "magnitude_power and on_nonfinite."
             )
         if value is not None and value is not False:
             raise ValueError(f"{name}={value!r}: {_LACKING[name]}; leave {name} out.")
@@ -672,5 +703,8 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={value} is not a finite number of at least 0, such as {usual}.")
     if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
+    power = options["magnitude_power"]
+    if not isinstance(power, int | float) or power not in POWERS:
+        raise ValueError(f"magnitude_power={power!r}; it is 0 for one rate, 0.5 or 1 for rates by magnitude.")
     if not all(float(beta) < 1.0 for beta in betas):
         raise ValueError(wrong_betas)

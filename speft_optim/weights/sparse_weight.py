@@ -23,7 +23,7 @@ from speft_optim.weights.gradient_hooks import Sink, Tap, tap_target
 from speft_optim.weights.quantized_linear import forward_of
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import Target
-from speft_optim.weights.verification import DenseGradient, GradientWindow
+from speft_optim.weights.verification import DenseGradient
 from speft_optim.weights.wrappers import steps_to
 
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -125,9 +125,8 @@ class SparseWeight(nn.Module):
     accumulator: Sink | None = None
     # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
     _told_of_use = _is_unreduced = False
-    # Whether the weight is a leaf now, and what opens it; in a tuple, as the window holds this module.
-    _opened = False
-    _window: tuple[GradientWindow, ...] = ()
+    # Whether it was told that something thawed the weights.
+    _told_of_thaw = False
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
@@ -142,9 +141,9 @@ class SparseWeight(nn.Module):
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
-        self._remember()
         self._taps: list[Tap] = []
-        self._leaf = DenseGradient(self.add_gradient) if self._dense and verify else None
+        self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if self._dense and verify else None
+        self._remember()
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
             self._taps = tap_target(target, self.values, self, "verified" if verify else "product")
@@ -328,9 +327,9 @@ class SparseWeight(nn.Module):
     def _remember(self) -> None:
         module, attribute = self._places[1].sites[0]
         weight = module._parameters[attribute]
-        # Another tensor, as after a load that assigns, has to be opened anew.
-        for window in self._window:
-            window.is_open &= weight is self._seen[0]
+        if self._leaf is not None:
+            # It may be another tensor, as after a load that assigns.
+            self._leaf.open(weight)
         # In a tuple, as else the weight would become a parameter of this module too.
         self._seen = weight, self._weight_state(weight), _state(self._parameters["values"])
 
@@ -396,42 +395,28 @@ class SparseWeight(nn.Module):
         """The weight by name and modules."""
         return self._places[1]
 
-    @property
-    def is_verified(self) -> bool:
-        """Whether uses of the weight that its hooks do not see are looked for."""
-        return self._leaf is not None
-
-    def modules_on_path(self) -> list[nn.Module]:
-        """The modules that hold the weight and those that lead to it."""
-        return [child for _, _, child in self._path] + [module for module, _ in self._places[1].sites]
-
-    def open(self) -> bool:
-        """Let autograd see uses of the weight that the hooks do not; whether it required a gradient already."""
-        if not self.values.requires_grad:
-            return False
-        weight = self.parameter
-        thawed, self._opened = weight.requires_grad and not self._opened, True
-        self._leaf.open(weight)
-        return thawed
-
-    def join(self, window: GradientWindow) -> None:
-        """Let this window open the weight from now on."""
-        self._window = (window,)
-
     def verify_again(self) -> None:
         """Compare the gradient of the next backward with autograd's own, as in the first."""
         for tap in self._taps:
             tap.verdict = None
 
     def after_step(self) -> None:
-        """The optimizer took a step: freeze the weight until the next forward, and trust what backward verified."""
+        """The optimizer took a step: trust what backward verified."""
         for tap in self._taps:
             tap.promote()
-        if self._leaf is not None:
-            self._leaf.rest()
-        self._opened = False
-        for window in self._window:
-            window.is_open = False
+
+    def _warn_of_thaw(self) -> None:
+        """Say once for a model that its masked weights stay frozen."""
+        if self._told_of_thaw:
+            return
+        for weight in sparse_weights(self._places[0]):
+            weight._told_of_thaw = True
+        logger.warning(
+            "%s was set to require gradients after sparsify, as model.requires_grad_(True) does with all parameters. "
+            "Masked weights stay frozen, since their masked entries train as values; freeze the other parameters "
+            "again if they shall not train.",
+            self.name,
+        )
 
     @torch.no_grad()
     def add_gradient(self, gradient: Tensor) -> None:
@@ -456,7 +441,6 @@ class SparseWeight(nn.Module):
             self.base.release(self.values)
         for hook in self._hooks:
             hook.remove()
-        self.after_step()
         if self._leaf is not None:
             self._leaf.close()
         _, target = self._places
@@ -464,7 +448,7 @@ class SparseWeight(nn.Module):
         delattr(module, child_name(attribute))
         unlink(self.values)
         self._hooks, self._taps, self._leaf, self.accumulator = [], [], None, None
-        self._places, self._path, self._seen, self._linked, self._window = (), (), (), (), ()
+        self._places, self._path, self._seen, self._linked = (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         # The weight's entry shares memory with the weight, so a write now still reaches it.
@@ -516,6 +500,8 @@ class SparseWeight(nn.Module):
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
         else:
             keep_attached(weight, self.mask, self.values)
+        if self._leaf is not None:
+            self._leaf.open(weight)
         self._seen = weight, self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
@@ -570,11 +556,6 @@ def _state(tensor: Tensor) -> tuple:
 def attached(root: nn.Module) -> list[SparseWeight]:
     """What `sparsify(root, ...)` attached, as it was called on this very module."""
     return root.__dict__[BEFORE_SPARSIFY][0]
-
-
-def window_of(root: nn.Module) -> GradientWindow:
-    """What lets the weights of a model that `sparsify` was called on require gradients."""
-    return root.__dict__[BEFORE_SPARSIFY][3]
 
 
 def sparsified_roots(model: nn.Module) -> list[nn.Module]:
