@@ -40,7 +40,11 @@ Trust = Literal["verified", "product", "always"]
 
 
 class Sink(Protocol):
-    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it."""
+    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it.
+
+    A sink that is to be verified and has no `pending` also has the two parts of `from_product`: `sample`, which returns
+    the anchor's gradient, and `accumulate`, which follows once the product is known to be right.
+    """
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
         """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype.
@@ -108,7 +112,7 @@ class _Use:
         """Keep the factors for the comparison; what a sink makes of them must not stand beside a dense gradient."""
         self.factors = factors
         if self.tap.pending is None:
-            self.product = self.tap.sink.from_product(*factors)
+            self.product = self.tap.sink.sample(*factors)
         else:
             settle(self.tap.pending)
 
@@ -327,6 +331,8 @@ class Tap:
             return self.sink.from_dense(dense)
         if self.pending is not None:
             self.pending.append((self.sink, factors))
+        else:
+            self.sink.accumulate(*factors)
         return product
 
     def _tell(self, why: str) -> None:
