@@ -27,6 +27,7 @@ from speft_optim.kernels.magnitudes import POWERS, mean_power
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.moments import (
     STATE_BITS,
+    carry_moments_,
     moment_bytes,
     new_moments_,
     store_moments_,
@@ -54,7 +55,15 @@ logger = logging.getLogger(__name__)
 
 
 class Schedule(Protocol):
-    """What changes the masks during training; its state travels in the optimizer's."""
+    """What changes the masks during training; its state travels in the optimizer's.
+
+    Attributes:
+        keys: of the tensors that it keeps with each weight.
+        bytes_held: bytes of what it gathers for the next masks.
+    """
+
+    keys: tuple[str, ...]
+    bytes_held: int
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Optimizer post-hook: a step was taken."""
@@ -67,6 +76,15 @@ class Schedule(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
+
+    def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
+        """What it keeps with one weight, under the rest of `keys`."""
+
+    def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
+        """Raise a ValueError if `load_state_of` could not restore it."""
+
+    def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
+        """Restore what `state_of` gave."""
 
 
 class SparseAdamW(Optimizer):
@@ -281,8 +299,8 @@ class SparseAdamW(Optimizer):
         """Bytes held now beyond the model's own weights, by kind.
 
         Returns:
-            Bytes of `values`, mask `positions`, `moments`, `gradients`, and their `total`. Ordinary parameters count
-            with moments and gradients only.
+            Bytes of `values`, mask `positions`, `moments`, `gradients`, of the `salience` that a `MaskSchedule` gathers
+            from the training, and their `total`. Ordinary parameters count with moments and gradients only.
         """
         parameters = self._parameters()
         held = [weight.bytes_held() for parameter in parameters if (weight := linked(parameter)) is not None]
@@ -291,6 +309,7 @@ class SparseAdamW(Optimizer):
             "positions": sum(positions for _, positions in held),
             "moments": sum(moment_bytes(self.state[p]) for p in parameters if p in self.state),
             "gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
+            "salience": 0 if self.schedule is None else self.schedule.bytes_held,
         }
         return {**kinds, "total": sum(kinds.values())}
 
@@ -305,6 +324,21 @@ class SparseAdamW(Optimizer):
         for key in [key for key in self.state[parameter] if key == "step" or key.startswith("exp_avg")]:
             del self.state[parameter][key]
         self._reserve_state()
+
+    def carry_moments(self, parameter: Tensor, places: Tensor, stays: Tensor) -> None:
+        """Let the moments of compact values follow a changed mask, see `carry_moments_`.
+
+        Values that took no step yet, as those of a weight that had no entries, join at the step count of the others.
+        """
+        if has_moments(self.state[parameter]):
+            carry_moments_(self.state[parameter], parameter.detach(), places, stays)
+            return
+        self.reset_moments(parameter)
+        taken = [state["step"] for p, state in self.state.items() if has_moments(state) and linked(p) is not None]
+        if taken:
+            bits = next(bits for p, bits in self._with_bits() if p is parameter)
+            self.state[parameter]["step"] = max(taken).clone()
+            new_moments_(self.state[parameter], parameter.detach(), bits)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, a schedule and its model included: torch's own leaves out all but groups and state.
@@ -369,6 +403,7 @@ class SparseAdamW(Optimizer):
                 self.skipped_steps = int(saved["skipped_steps"])
             if self.schedule is not None and "schedule_steps" in saved:
                 self.schedule.load_state_dict(saved)
+                self.schedule.load_state_of(linked(parameter), saved)
         self._reserve_state()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -394,7 +429,7 @@ class SparseAdamW(Optimizer):
             name=text_to_tensor(weight.name, device),
         )
         if self.schedule is not None:
-            saved.update(self.schedule.state_dict())
+            saved.update({**self.schedule.state_dict(), **self.schedule.state_of(weight)})
         if "former" in self._own_keys(weight):
             saved["former"] = positions_to_bits(weight.former, mask.shape.numel(), device)
             saved["former_values"] = parameter.new_empty(0) if weight.former is None else weight.former_entries()
@@ -406,7 +441,7 @@ class SparseAdamW(Optimizer):
         if weight is not None:
             keys += MASK_KEYS
             if self.schedule is not None:
-                keys += SCHEDULE_KEYS
+                keys += self.schedule.keys
             if self.schedule is not None or weight.former is not None:
                 keys += FORMER_KEYS
         return keys
@@ -441,7 +476,7 @@ class SparseAdamW(Optimizer):
         pairs = list(zip(self._parameters(), states, strict=True))
         for parameter, saved in pairs:
             self._check_saved(parameter, saved)
-        for key in ("skipped_steps", *SCHEDULE_KEYS):
+        for key in ("skipped_steps", *SCHEDULE_KEYS, "schedule_turn"):
             check_common(key, [saved[key] for saved in states if key in saved])
         if self.schedule is not None:
             self.schedule.check_state_dict(next(saved for saved in states if "schedule_steps" in saved))
@@ -480,6 +515,8 @@ class SparseAdamW(Optimizer):
         fits = saved["values"] if self.schedule is not None and isinstance(saved.get("values"), Tensor) else parameter
         check_saved(weight.name, fits, saved, ("step", "exp_avg", "exp_avg_sq", *kept))
         self._check_mask(weight, check_saved_mask(weight.name, saved, weight.holds_entries), text_of(saved["name"]))
+        if self.schedule is not None and "schedule_steps" in saved:
+            self.schedule.check_state_of(weight, saved)
 
     def _check_mask(self, weight: SparseWeight, mask: Mask, name: str) -> None:
         fits = mask.shape == weight.mask.shape if self.schedule is not None else mask == weight.mask

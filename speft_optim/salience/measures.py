@@ -103,3 +103,20 @@ MEASURES: dict[str, Measure] = {
     "activation": Measure(activation, "squared_input"),
     "random": Measure(uniform, "random"),
 }
+
+
+def measure_of(salience: str | Callable[[Tensor, Tensor], Tensor]) -> Measure:
+    """The measure of a name, or of a function of a weight and its gradient.
+
+    Args:
+        salience: a name, or a function from a weight's entries and their gradients, fp32 of one shape, to scores of
+            that shape; higher scores are kept.
+
+    Raises:
+        ValueError: no measure has that name.
+    """
+    if callable(salience):
+        return Measure(salience, "gradient")
+    if not isinstance(salience, str) or salience not in MEASURES:
+        raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
+    return MEASURES[salience]

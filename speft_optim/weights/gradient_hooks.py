@@ -31,7 +31,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.targets import Target, has_other_forward, is_product, is_transposed_linear
-from speft_optim.weights.verification import agrees, is_recorded, warn_of_inputs
+from speft_optim.weights.verification import agrees, is_paused, is_recorded, warn_of_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,11 @@ Trust = Literal["verified", "product", "always"]
 
 
 class Sink(Protocol):
-    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it."""
+    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it.
+
+    A sink that is to be verified and has no `pending` also has the two parts of `from_product`: `sample`, which returns
+    the anchor's gradient, and `accumulate`, which follows once the product is known to be right.
+    """
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
         """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype.
@@ -108,7 +112,7 @@ class _Use:
         """Keep the factors for the comparison; what a sink makes of them must not stand beside a dense gradient."""
         self.factors = factors
         if self.tap.pending is None:
-            self.product = self.tap.sink.from_product(*factors)
+            self.product = self.tap.sink.sample(*factors)
         else:
             settle(self.tap.pending)
 
@@ -282,7 +286,7 @@ class Tap:
             use.alias = _TapWeight.apply(weight.detach(), self.anchor, take, other)
         elif use.way is Way.DENSE:
             use.alias = _TapWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
-        elif torch.is_grad_enabled() and is_recorded(weight):
+        elif torch.is_grad_enabled() and is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
             use.alias = weight.detach()
         if use.alias is not None:
             module.__dict__[self.attribute] = use.alias
@@ -327,6 +331,8 @@ class Tap:
             return self.sink.from_dense(dense)
         if self.pending is not None:
             self.pending.append((self.sink, factors))
+        else:
+            self.sink.accumulate(*factors)
         return product
 
     def _tell(self, why: str) -> None:

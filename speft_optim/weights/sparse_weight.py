@@ -19,7 +19,7 @@ from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
-from speft_optim.weights.gradient_hooks import Tap, tap_target
+from speft_optim.weights.gradient_hooks import Sink, Tap, tap_target
 from speft_optim.weights.quantized_linear import forward_of
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import Target
@@ -118,9 +118,11 @@ class SparseWeight(nn.Module):
         mask: which entries are trained.
         former: which others were trained before the mask changed, and keep what they learned; None if it never did.
         values: (k,) fp32 parameter, the weight's masked entries.
+        accumulator: what else gets the weight's whole gradient in training, as a `MaskSchedule` asks for; None usually.
     """
 
     former: Mask | None = None
+    accumulator: Sink | None = None
     # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
     _told_of_use = _is_unreduced = False
     # Whether it was told that something thawed the weights.
@@ -361,18 +363,37 @@ class SparseWeight(nn.Module):
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Sampled gradient of a linear weight, (k,) fp32."""
+        self.accumulate(left, right)
+        return self.sample(left, right)
+
+    def sample(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sampled gradient of a linear weight, (k,) fp32, which may turn out not to be that of the layer."""
         if not len(self.mask):
             return torch.zeros_like(self.values)
         return self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2))
 
+    def accumulate(self, left: Tensor, right: Tensor) -> None:
+        """Give the whole gradient, as its factors, to the accumulator."""
+        if self.accumulator is not None:
+            _leave_graph()
+            self.accumulator.from_product(left, right)
+
     def from_dense(self, gradient: Tensor) -> Tensor:
         """Masked entries of a dense gradient, (k,) fp32."""
+        if self.accumulator is not None:
+            _leave_graph()
+            self.accumulator.from_dense(gradient)
         return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
 
     @property
     def parameter(self) -> nn.Parameter:
         """The weight in the model now, codes where it is quantised."""
         return self._places[1].parameter
+
+    @property
+    def target(self) -> Target:
+        """The weight by name and modules."""
+        return self._places[1]
 
     def verify_again(self) -> None:
         """Compare the gradient of the next backward with autograd's own, as in the first."""
@@ -426,7 +447,7 @@ class SparseWeight(nn.Module):
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
         unlink(self.values)
-        self._hooks, self._taps, self._leaf = [], [], None
+        self._hooks, self._taps, self._leaf, self.accumulator = [], [], None, None
         self._places, self._path, self._seen, self._linked = (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -462,7 +483,10 @@ class SparseWeight(nn.Module):
     def __getstate__(self):
         """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
         self.refresh()
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        # It belongs to a schedule, whose own copy gives it to the weights of a copied model.
+        state.pop("accumulator", None)
+        return state
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -506,6 +530,12 @@ def _refuse_gradient(gradients: tuple) -> None:
         "This loss was computed before the trained entries were chosen anew or restored, so that its gradient is of "
         "other entries; compute it again, and call backward before optimizer.step()."
     )
+
+
+def _leave_graph() -> None:
+    """Let a compiler run the hook that called this eagerly: a graph has no place for sums that outlive it."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
 
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
