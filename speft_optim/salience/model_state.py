@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speft_optim.weights.quantized_linear import frozen_forwards
 from speft_optim.weights.replacement import replace_method
-from speft_optim.weights.verification import is_recorded, record
+from speft_optim.weights.verification import is_recorded, pause
 
 
 class RandomState:
@@ -96,7 +96,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         try:
             model.eval()
             for parameter in required:
-                record(parameter, False)
+                pause(parameter, True)
             if use_cache is not None:
                 config.use_cache = False
             yield
@@ -104,6 +104,6 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             for module in training:
                 module.training = True
             for parameter in required:
-                record(parameter, True)
+                pause(parameter, False)
             if use_cache is not None:
                 config.use_cache = use_cache

@@ -31,7 +31,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.targets import Target, has_other_forward, is_product, is_transposed_linear
-from speft_optim.weights.verification import agrees, is_recorded, warn_of_inputs
+from speft_optim.weights.verification import agrees, is_paused, is_recorded, warn_of_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ class Tap:
             use.alias = _TapWeight.apply(weight.detach(), self.anchor, take, other)
         elif use.way is Way.DENSE:
             use.alias = _TapWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
-        elif torch.is_grad_enabled() and is_recorded(weight):
+        elif torch.is_grad_enabled() and is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
             use.alias = weight.detach()
         if use.alias is not None:
             module.__dict__[self.attribute] = use.alias

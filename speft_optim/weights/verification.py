@@ -25,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,29 @@ def record(tensor: Tensor, value: bool) -> None:
     _REQUIRES_GRAD.__set__(tensor, value)
 
 
+def hook_gradient(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `hook` with a recorded leaf, whatever that says of itself, as soon as its gradient is complete."""
+    kind = type(leaf)
+    if isinstance(leaf, WatchedWeight):
+        leaf.__class__ = nn.Parameter
+    try:
+        return leaf.register_post_accumulate_grad_hook(hook)
+    finally:
+        leaf.__class__ = kind
+
+
+def pause(parameter: nn.Parameter, value: bool) -> None:
+    """Let autograd record no uses of a parameter while its model is calibrated, or record them again."""
+    record(parameter, not value)
+    if isinstance(parameter, WatchedWeight):
+        parameter.watcher.is_paused = value
+
+
+def is_paused(weight: Tensor) -> bool:
+    """Whether a watched weight belongs to a model that is calibrated, where a measure may make it a leaf of its own."""
+    return not torch.compiler.is_compiling() and isinstance(weight, WatchedWeight) and weight.watcher.is_paused
+
+
 _REQUIRES_GRAD = torch._C.TensorBase.requires_grad
 
 
@@ -145,7 +169,7 @@ class DenseGradient:
         self.weight: Tensor | None = None
         self._hook = None
         self._kind: type = nn.Parameter
-        self._was_recorded = False
+        self._was_recorded = self.is_paused = False
         self._before: DenseGradient | None = None
         self._kept: Tensor | None = None
 
@@ -157,11 +181,10 @@ class DenseGradient:
         # A gradient from before would be added to the next one; it is put back afterwards.
         self._kept, weight.grad = weight.grad, None
         self.weight, self._before, self._was_recorded = weight, _takers.get(weight), is_recorded(weight)
-        self._kind, weight.__class__ = type(weight), nn.Parameter
+        self._kind = type(weight)
         # A hook needs this first.
-        weight.requires_grad = True
-        self._hook = weight.register_post_accumulate_grad_hook(self._move)
-        weight.__class__ = self._kind
+        record(weight, True)
+        self._hook = hook_gradient(weight, self._move)
         if self.when_thawed is not None:
             weight.__class__, weight.watcher = _watched(self._kind), self
         _takers[weight] = self
@@ -184,7 +207,7 @@ class DenseGradient:
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
         # A compiled graph calls hooks of weights that get no gradient from it, too.
-        if _takers.get(weight) is not self or weight.grad is None:
+        if _takers.get(weight) is not self or self.is_paused or weight.grad is None:
             return
         gradient, weight.grad = weight.grad, None
         self.take(gradient.to_dense() if gradient.is_sparse else gradient)
