@@ -11,7 +11,11 @@ trained entries have no score yet, each group keeps its number of them. What is 
 entry. The alternative, one threshold over the latest scores of all groups, does not give an exact number.
 
 Scores are of the raw gradients as the backward passes give them: not clipped, and with the factors of a loss scaler
-and of the division by accumulation steps. A constant factor changes no choice.
+and of the division by accumulation steps. A constant factor changes no choice; one that changes weighs stored scores
+against new ones until a round has passed.
+
+Beside the accumulators a selection takes some ten bytes for each entry that competes for its places and is kept, for a
+moment between two steps, when there are no activations.
 """
 
 import logging
