@@ -60,6 +60,7 @@ class Cell:
         power: `magnitude_power` of `SparseAdamW`, for masks.
         window: optimizer steps that a group's scores are summed over, for moving masks.
         groups: into how many groups the weights are divided that are scored in turn.
+        interval: least number of steps in a round of all groups.
     """
 
     method: str
@@ -67,8 +68,9 @@ class Cell:
     rate: float
     seed: int = 0
     power: float = 0.0
-    window: int = 4
-    groups: int = 12
+    window: int = 8
+    groups: int = 1
+    interval: int = 50
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -90,7 +92,7 @@ class Cell:
     def name(self) -> str:
         """Of the cell's file."""
         beside = f"_p{self.power:g}" if self.is_masked else ""
-        beside += f"_w{self.window}_g{self.groups}" if self.method.startswith("moving-") else ""
+        beside += f"_w{self.window}_g{self.groups}_i{self.interval}" if self.method.startswith("moving-") else ""
         return f"{self.method}_r{self.rank}_{self.rate:g}{beside}_s{self.seed}"
 
 
@@ -309,6 +311,7 @@ class Bench:
                 salience=cell.salience,
                 scope="global",
                 window=cell.window,
+                interval=cell.interval,
                 memory_budget=self.budget(cell),
             )
         return model, optimizer

@@ -74,7 +74,7 @@ def test_every_method_runs_and_a_second_command_trains_nothing_again(folders, tm
     pytest.importorskip("peft")
     out = tmp_path / "cells"
     lines = [f"{method} rank={0 if method == 'full' else 2} rate=1e-3" for method in compare.METHODS]
-    lines += ["moving-snip rank=2 rate=1e-2 power=0.5 window=1 groups=2  # moves within these few steps", ""]
+    lines += ["moving-snip rank=2 rate=1e-2 power=0.5 window=1 groups=2 interval=1  # moves within these few steps", ""]
     (tmp_path / "cells.txt").write_text("\n".join(lines))
     compare.main(arguments(folders, out, "--cells", tmp_path / "cells.txt"))
     printed = capsys.readouterr().out
