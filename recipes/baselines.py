@@ -1,91 +1,156 @@
-"""What sparse training is compared with, attached by peft to the same weights: LoRA and its variants.
+"""The adapters that sparse training is compared with, by peft: LoRA, rsLoRA, DoRA, PiSSA and SHiRA.
 
-Every method trains the seven projections of each block, or whatever weights are targeted, and is given the number of
-numbers that LoRA of some rank trains. Adapters are fp32 on a base of any dtype, as peft makes them, scaled as their
-papers do. `merge` leaves an ordinary model with their change in its weights.
+Each trains on the same linear weights as a mask would, and as many values as a budget asks for: the rank is the one
+whose number of trained values is nearest. Settings are the common ones: alpha is twice the rank, for PiSSA the rank
+itself; no dropout; adapters in fp32 over a base in its own dtype. At the end an adapter is merged, so that what is
+scored and saved is an ordinary checkpoint.
+
+On a GPU adapters, and `full`, train under bf16 autocast, as transformers' Trainer with `bf16=True` does: parameters and
+moments in fp32, products in bf16. `full` is what its users do as well: all weights, loaded in fp32.
 """
 
-from collections.abc import Iterable
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-METHODS = ("lora", "rslora", "dora", "pissa", "shira")
-# LoRA's usual alpha = 2 r; rsLoRA with the same alpha divides by the root of r; PiSSA's factors are not scaled.
-_SCALE = {"lora": 2, "rslora": 2, "dora": 2, "pissa": 1}
+from speft_optim.weights.targets import find_targets
+
+# By method, the configuration for a rank, the names of the layers and a seed.
+ADAPTERS: dict[str, Callable] = {
+    "lora": lambda rank, names, seed: _lora(rank, names, lora_alpha=2 * rank),
+    "rslora": lambda rank, names, seed: _lora(rank, names, lora_alpha=2 * rank, use_rslora=True),
+    "dora": lambda rank, names, seed: _lora(rank, names, lora_alpha=2 * rank, use_dora=True),
+    "pissa": lambda rank, names, seed: _lora(rank, names, lora_alpha=rank, init_lora_weights="pissa_niter_8"),
+    "shira": lambda rank, names, seed: _peft("ShiraConfig", r=rank, target_modules=names, random_seed=seed),
+}
+METHODS = ("sparse", *ADAPTERS, "full")
 
 
-def numbers_of_rank(shapes: Iterable[tuple[int, int]], rank: int) -> int:
-    """How many numbers LoRA of a rank trains.
-
-    Args:
-        shapes: (rows, columns) of each adapted weight.
-        rank: of the two factors.
-    """
-    return sum(rank * (rows + columns) for rows, columns in shapes)
+def _lora(rank: int, names: list[str], **options):
+    return _peft("LoraConfig", r=rank, target_modules=names, **options)
 
 
-def rank_of_numbers(shapes: Iterable[tuple[int, int]], count: int) -> int:
-    """The rank with which LoRA trains nearest to `count` numbers; at least 1."""
-    return max(1, round(count / numbers_of_rank(shapes, 1)))
+def _peft(kind: str, **options):
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"adapters need peft, which is missing ({error}); pip install peft") from error
+    if not hasattr(peft, kind):
+        version = importlib.metadata.version("peft")
+        raise ValueError(f"peft {version} has no {kind}; install peft 0.21 or later, or choose another --method")
+    return getattr(peft, kind)(**options)
 
 
-def attach(model: nn.Module, method: str, rank: int, targets: list[str], *, seed: int = 0) -> nn.Module:
-    """Add an adapter and freeze all else.
-
-    Args:
-        model: a model of transformers.
-        method: one of `METHODS`.
-        rank: of the adapter; SHiRA trains as many entries as LoRA of this rank has numbers.
-        targets: full names of the modules to adapt.
-        seed: of the adapter's random numbers.
-
-    Returns:
-        peft's wrapper around the model, which trains as the model does.
+def check_available(method: str) -> None:
+    """Refuse a method for which peft, or what it needs of peft, is missing.
 
     Raises:
-        ValueError: the method is not known, or the installed peft does not have it.
+        ValueError: with what to install.
     """
-    config = _config(method, rank, targets, seed)
-    import peft
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(model, config)
-    if method != "dora" and (found := trained_numbers(wrapped)) != (wanted := _wanted(model, targets, rank)):
-        raise ValueError(f"{method} of rank {rank} trains {found:,} numbers instead of {wanted:,}; use another peft.")
-    return wrapped
+    if method in ADAPTERS:
+        ADAPTERS[method](1, ["q_proj"], 0)
 
 
-def merge(wrapped: nn.Module) -> nn.Module:
-    """The model with the adapter's change in its weights, and without the adapter."""
-    return wrapped.merge_and_unload()
+def linear_layers(model: nn.Module, targets: Sequence[str] | None = None) -> dict[str, nn.Linear]:
+    """The layers whose weights are trained, by name: those that `select_masks` takes for the same `targets`.
+
+    Raises:
+        ValueError: a target is no linear layer, which an adapter needs.
+    """
+    layers = {name.removesuffix(".weight"): target.sites[0][0] for name, target in find_targets(model, targets).items()}
+    if other := next((name for name, layer in layers.items() if not isinstance(layer, nn.Linear)), None):
+        raise ValueError(f"{other} is no linear layer, and adapters take no other; name linear layers with --targets")
+    return layers
 
 
-def trained_numbers(model: nn.Module) -> int:
-    """How many numbers of the model require gradients."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def trained_values(layers: Mapping[str, nn.Linear], rank: int, method: str = "lora") -> int:
+    """Number of values that a method trains at this rank. DoRA has a magnitude for each row beside LoRA's two matrices.
+
+    SHiRA has no rank; peft gives it as many values as LoRA has at the one that it is given.
+    """
+    sizes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    return sum(rank * (rows + columns) + rows * (method == "dora") for rows, columns in sizes)
 
 
-def _wanted(model: nn.Module, targets: list[str], rank: int) -> int:
-    modules = [model.get_submodule(name) for name in targets]
-    layers = [getattr(module, "base_layer", module) for module in modules]
-    return numbers_of_rank([(layer.out_features, layer.in_features) for layer in layers], rank)
+def nearest_rank(layers: Mapping[str, nn.Linear], budget: int, method: str) -> int:
+    """The rank, at least 1, at which a method trains a number of values nearest to the budget."""
+    fixed = trained_values(layers, 0, method)
+    each = trained_values(layers, 1, method) - fixed
+    below = max(1, (budget - fixed) // each)
+    return min(below, below + 1, key=lambda rank: abs(trained_values(layers, rank, method) - budget))
 
 
-def _config(method: str, rank: int, targets: list[str], seed: int):
-    import peft
+def attach_adapter(
+    model: nn.Module, method: str, *, budget: int, targets: Sequence[str] | None = None, seed: int = 0
+) -> tuple[nn.Module, dict[str, int]]:
+    """Put peft's layers over linear layers of the model, in place, and freeze all else.
 
-    common = dict(r=rank, target_modules=targets, task_type="CAUSAL_LM")
-    if method == "shira":
-        if not hasattr(peft, "ShiraConfig"):
-            raise ValueError(f"peft {peft.__version__} has no SHiRA; install peft 0.16 or later.")
-        return peft.ShiraConfig(**common, mask_type="random", random_seed=seed)
-    if method not in METHODS:
-        raise ValueError(f"{method!r} is no baseline; choose from {', '.join(METHODS)}.")
-    variants = {
-        "rslora": {"use_rslora": True},
-        "dora": {"use_dora": True},
-        "pissa": {"init_lora_weights": "pissa_niter_8"},
-    }
-    return peft.LoraConfig(**common, lora_alpha=_SCALE[method] * rank, lora_dropout=0.0, **variants.get(method, {}))
+    Args:
+        model: a transformers model with dense weights.
+        method: a key of `ADAPTERS`.
+        budget: number of values to train, met as closely as a rank can.
+        targets: suffixes of module names; None for the linear layers of the blocks.
+        seed: of the random start.
+
+    Returns:
+        peft's wrapper, whose `merge_and_unload` gives the model its plain layers back, and the `rank`, the `budget` and
+        the `trained` values.
+
+    Raises:
+        ValueError: peft lacks the method, or no rank trains a number within a factor of 2 of the budget.
+    """
+    layers = linear_layers(model, targets)
+    rank = nearest_rank(layers, budget, method)
+    expected = trained_values(layers, rank, method)
+    if not budget / 2 <= expected <= 2 * budget:
+        raise ValueError(
+            f"a budget of {budget:,} values is out of reach of {method}: rank {rank} trains {expected:,}; "
+            "choose a budget nearer to that"
+        )
+    config = ADAPTERS[method](rank, list(layers), seed)
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    wrapper = get_peft_model(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    count = sum(parameter.numel() for parameter in trained)
+    if count != expected:
+        raise ValueError(
+            f"{method} of rank {rank} trains {count:,} values, not {expected:,}; this peft counts otherwise"
+        )
+    print(f"{method} of rank {rank}: {count:,} trained values, {count / budget:.1%} of the budget of {budget:,}")
+    return wrapper, {"rank": rank, "budget": budget, "trained": count}
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Within the block the layers under adapters stand in the model themselves, unmerged, as without adapters."""
+    wrapped = {name: module for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
+    try:
+        for name, module in wrapped.items():
+            _put(model, name, module.get_base_layer())
+        yield
+    finally:
+        for name, module in wrapped.items():
+            _put(model, name, module)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def optimizer_over(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW over all that requires a gradient, in one fused launch on a GPU."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=trained[0].is_cuda)
+
+
+def autocast_dtype(method: str, device: torch.device) -> torch.dtype | None:
+    """What products are cast to in training: bf16 on a GPU, but not for `sparse`, whose weights have that dtype."""
+    return torch.bfloat16 if method != "sparse" and device.type == "cuda" else None

@@ -35,13 +35,14 @@ from torch import nn
 from tqdm import tqdm
 
 from recipes import baselines, comparison, data, loop, models, report
+from recipes.compiled import MODES, compile_blocks, uncompile
 from speft_optim import Masks, MaskSchedule, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.files import write_atomically
 
 SALIENCES = ("gradient", "snip", "magnitude", "random")
 METHODS = (
     "full",
-    *baselines.METHODS,
+    *baselines.ADAPTERS,
     *(f"static-{name}" for name in SALIENCES),
     "moving-gradient",
     "moving-snip",
@@ -60,6 +61,7 @@ class Cell:
         power: `magnitude_power` of `SparseAdamW`, for masks.
         window: optimizer steps that a group's scores are summed over, for moving masks.
         groups: into how many groups the weights are divided that are scored in turn.
+        interval: least number of steps in a round of all groups.
     """
 
     method: str
@@ -67,8 +69,9 @@ class Cell:
     rate: float
     seed: int = 0
     power: float = 0.0
-    window: int = 4
-    groups: int = 12
+    window: int = 8
+    groups: int = 1
+    interval: int = 50
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -90,7 +93,7 @@ class Cell:
     def name(self) -> str:
         """Of the cell's file."""
         beside = f"_p{self.power:g}" if self.is_masked else ""
-        beside += f"_w{self.window}_g{self.groups}" if self.method.startswith("moving-") else ""
+        beside += f"_w{self.window}_g{self.groups}_i{self.interval}" if self.method.startswith("moving-") else ""
         return f"{self.method}_r{self.rank}_{self.rate:g}{beside}_s{self.seed}"
 
 
@@ -131,6 +134,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--train-limit", type=int, help="use the first so many training problems (default all)")
     run.add_argument("--test-limit", type=int, help="use the first so many test problems (default all)")
     run.add_argument("--calibration-samples", type=int, default=1024, help="problems (default %(default)s)")
+    run.add_argument("--compile", choices=MODES, help="compile the blocks, in this mode of torch.compile")
     run.add_argument("--workers", type=int, default=1, help="processes that share the cells (default %(default)s)")
     run.add_argument("--minutes", type=float, help="begin no cell after so many minutes (default no limit)")
     run.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)
@@ -212,8 +216,7 @@ class Bench:
         per_epoch = data.steps_per_epoch(len(self.train), args.batch_size)
         self.steps = max(1, round(args.epochs * per_epoch))
         self.texts = {"own": self._own_texts(), "docs": self._docs()}
-        self.targets = list(select_masks(self.base, salience="magnitude", density=0.5, progress=False))
-        self.shapes = [tuple(self.base.get_parameter(name).shape) for name in self.targets]
+        self.layers = baselines.linear_layers(self.base)
 
     def _own_texts(self) -> list[data.Sample]:
         """Texts that the base model wrote before training, drawn by a fixed seed; kept, so that all processes agree."""
@@ -248,9 +251,7 @@ class Bench:
         drawn = random.Random(cell.seed).sample(self.train, min(self.args.calibration_samples, len(self.train)))
         batches = data.make_batches(drawn, self.args.batch_size, pad_id=self.pad_id)
         options = dict(salience=cell.salience, budget=count, scope=scope, seed=cell.seed, progress=False)
-        masks = select_masks(
-            model, batches, targets=lambda name, _: name in self.targets, loss=loop.mean_loss, **options
-        )
+        masks = select_masks(model, batches, loss=loop.mean_loss, **options)
         masks.save(path)
         return masks
 
@@ -263,15 +264,18 @@ class Bench:
             model.float()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        model, optimizer = self.attach(cell, model)
-        trained = baselines.trained_numbers(model)
-        history = loop.train(
-            model, optimizer, self.train, steps=self.steps, batch_size=self.args.batch_size, pad_id=self.pad_id,
-            seed=cell.seed,
-        )  # fmt: skip
+        wrapper, optimizer = self.attach(cell, model)
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        if self.args.compile is not None:
+            compile_blocks(model, self.args.compile)
+        options = dict(steps=self.steps, batch_size=self.args.batch_size, pad_id=self.pad_id, seed=cell.seed)
+        autocast = baselines.autocast_dtype("sparse" if cell.is_masked else cell.method, self.device)
+        history = loop.train(model, optimizer, self.train, autocast=autocast, pool=40, pad_multiple=16, **options)
+        if self.args.compile is not None:
+            uncompile(model)
         peak = report.peak_bytes()
-        if cell.method in baselines.METHODS:
-            model = baselines.merge(model)
+        if cell.method in baselines.ADAPTERS:
+            model = wrapper.merge_and_unload()
         elif cell.is_masked:
             desparsify(model)
         before, after = self._before(), self.measure(model)
@@ -291,31 +295,25 @@ class Bench:
         }
 
     def attach(self, cell: Cell, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model with what a cell trains, and its optimizer."""
-        options = dict(lr=cell.rate, betas=(0.9, 0.999), weight_decay=0.0)
+        """Put what a cell trains on the model; peft's wrapper of an adapter or the model itself, and the optimizer."""
+        budget = baselines.trained_values(self.layers, cell.rank)
         if not cell.is_masked:
-            if cell.method != "full":
-                modules = [name.removesuffix(".weight") for name in self.targets]
-                model = baselines.attach(model, cell.method, cell.rank, modules, seed=cell.seed)
-            return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
-        masks = self.masks(cell, model, baselines.numbers_of_rank(self.shapes, cell.rank))
-        values = sparsify(model, masks, keep_empty=True)
+            if cell.method in baselines.ADAPTERS:
+                model, _ = baselines.attach_adapter(model, cell.method, budget=budget, seed=cell.seed)
+            return model, baselines.optimizer_over(model, lr=cell.rate)
+        values = sparsify(model, self.masks(cell, model, budget), keep_empty=True)
         # The loop looks at the gradients' norm already.
-        optimizer = SparseAdamW(values, magnitude_power=cell.power, on_nonfinite="ignore", **options)
+        options = dict(lr=cell.rate, weight_decay=0.0, magnitude_power=cell.power, on_nonfinite="ignore")
+        optimizer = SparseAdamW(values, **options)
         if cell.method.startswith("moving-"):
-            MaskSchedule(
-                model,
-                optimizer,
-                salience=cell.salience,
-                scope="global",
-                window=cell.window,
-                memory_budget=self.budget(cell),
-            )
+            steps = dict(window=cell.window, interval=cell.interval)
+            options = dict(salience=cell.salience, scope="global", **steps, memory_budget=self.budget(cell))
+            MaskSchedule(model, optimizer, **options)
         return model, optimizer
 
     def budget(self, cell: Cell) -> int:
         """Bytes of fp32 accumulators with which the weights are scored in a cell's number of groups."""
-        sizes = [4 * rows * columns for rows, columns in self.shapes]
+        sizes = [4 * layer.out_features * layer.in_features for layer in self.layers.values()]
         return max(-(-sum(sizes) // cell.groups), max(sizes))
 
     def _before(self) -> dict[str, float]:

@@ -70,7 +70,7 @@ def label(cell: dict) -> str:
     if cell["power"]:
         text += f", rates by abs(w)^{cell['power']:g}"
     if cell["method"].startswith("moving-"):
-        text += f", {cell['groups']} groups x {cell['window']} steps"
+        text += f", {cell['groups']} groups, window {cell['window']}, rounds of {cell['interval']}"
     return text
 
 

@@ -440,17 +440,20 @@ def tokenize(tokenizer, examples: Sequence[Example], *, max_length: int) -> list
 # Batches
 
 
-def collate(samples: Sequence[Sample], *, pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+def collate(
+    samples: Sequence[Sample], *, pad_id: int, side: str = "right", multiple: int = 1
+) -> dict[str, torch.Tensor]:
     """Pad samples to the longest of them and stack them: input_ids, attention_mask, labels, each (batch, length).
 
     Args:
         samples: at least one.
         pad_id: token to pad with; may equal EOS, labels do not depend on it.
         side: `right` or `left`.
+        multiple: pad on to a length that this divides, so that shapes repeat.
     """
     if side not in ("right", "left"):
         raise ValueError(f"side is {side!r}; pad on the `right` or on the `left`")
-    length = max(len(sample.input_ids) for sample in samples)
+    length = -(-max(len(sample.input_ids) for sample in samples) // multiple) * multiple
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         fill = [[value] * (length - len(row)) for row in rows]
@@ -470,26 +473,41 @@ def make_batches(samples: Sequence[Sample], batch_size: int, *, pad_id: int) -> 
     return [collate(ordered[i : i + batch_size], pad_id=pad_id) for i in range(0, len(ordered), batch_size)]
 
 
-def sample_windows(samples: Sequence[Sample], window: int, *, seed: int, start: int = 0) -> Iterator[list[Sample]]:
+def sample_windows(
+    samples: Sequence[Sample], window: int, *, seed: int, start: int = 0, pool: int = 1
+) -> Iterator[list[Sample]]:
     """Endless shuffled windows of samples: one window is what one optimizer step sees.
 
     The order is a function of `seed` and the epoch alone, so `start=n` goes on exactly where a run of n steps stopped.
-    The last window of an epoch is shorter where the samples do not divide evenly.
+    One window of an epoch is shorter where the samples do not divide evenly.
 
     Args:
         samples: the training samples.
         window: samples in a window, that is, batch size x accumulation.
         seed: shuffles each epoch differently.
         start: number of windows to pass over.
+        pool: shuffled samples of so many windows are sorted by length before they are cut into windows, which then come
+            in random order: less padding, as windows hold samples of similar length. 1 leaves them as shuffled.
     """
     per_epoch = steps_per_epoch(len(samples), window)
     epoch, first = divmod(start, per_epoch)
     while True:
-        order = list(range(len(samples)))
-        random.Random(f"{seed}-{epoch}").shuffle(order)
-        for i in range(first, per_epoch):
-            yield [samples[j] for j in order[i * window : (i + 1) * window]]
+        for ordered in _shuffled(samples, window, random.Random(f"{seed}-{epoch}"), pool)[first:]:
+            yield [samples[j] for j in ordered]
         epoch, first = epoch + 1, 0
+
+
+def _shuffled(samples: Sequence[Sample], window: int, generator: random.Random, pool: int) -> list[list[int]]:
+    """The numbers of the samples of each window of an epoch."""
+    order = list(range(len(samples)))
+    generator.shuffle(order)
+    if pool > 1:
+        pools = [order[i : i + window * pool] for i in range(0, len(order), window * pool)]
+        order = [j for part in pools for j in sorted(part, key=lambda j: len(samples[j].input_ids))]
+    windows = [order[i : i + window] for i in range(0, len(order), window)]
+    if pool > 1:
+        generator.shuffle(windows)
+    return windows
 
 
 def steps_per_epoch(samples: int, window: int) -> int:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from recipes import report
+from recipes.baselines import plain_layers
 from recipes.training_state import History, load_checkpoint, save_checkpoint, training_state_bytes
 from speft_optim import Masks, save_adapter
 from speft_optim.files import whole_folder
-from speft_optim.weights.targets import all_targets
 
 # Hidden names of temporary files and folders, here and in `speft_optim.files`, all end so.
 TEMPORARY = ".*.tmp"
@@ -81,8 +81,7 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
 
 def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int) -> dict[str, int]:
     """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole."""
-    values = {id(parameter) for parameter in model.parameters() if masks is not None and parameter.requires_grad}
-    weights = [target for target in all_targets(model).values() if id(target.parameter) not in values]
+    weights = report.base_weights(model)
     # Quantised weights are saved in 16 bits.
     sizes = (
         target.shape.numel() * (target.parameter.element_size() if target.parameter.is_floating_point() else 2)
@@ -95,17 +94,20 @@ def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int)
     return needed | ({} if masks is None else {"adapter and masks": 12 * masks.count})
 
 
-def rehearse(model, tokenizer, optimizer, masks: Masks | None, base: Path, out: Path, salience: str) -> None:
+def rehearse(
+    model, tokenizer, optimizer, *, masks: Masks | None, base: Path, out: Path, salience: str, exact: bool = True
+) -> None:
     """Write everything that the run will leave from its untrained state, check it, and remove it again.
 
     Args:
-        model: with the mask attached, untrained.
+        model: with the mask or adapter attached, untrained; it is saved without the adapter.
         tokenizer: saved with it.
         optimizer: over the trained tensors.
-        masks: what is trained; None for all weights.
+        masks: what is trained; None for adapters and for all weights.
         base: folder of the base checkpoint.
         out: the run's folder; all is written inside it, so on the disk that matters.
         salience: measure that chose the masks.
+        exact: whether the untrained model has the very weights of the base.
 
     Raises:
         ValueError: something cannot be written, or the checkpoint is not that of the base.
@@ -119,10 +121,10 @@ def rehearse(model, tokenizer, optimizer, masks: Masks | None, base: Path, out: 
         if masks is not None:
             with _trying("the adapter"):
                 save_masked_entries(model, trial, salience)
-        with _trying("the checkpoint"):
+        with _trying("the checkpoint"), plain_layers(model):
             save_model(model, tokenizer, trial)
             moved = report.moved_share(base, trial / "checkpoint", masks, model)
-            if moved["moved"]:
+            if moved["moved"] and exact:
                 raise ValueError(f"before any training, {moved['moved']:,} entries of it differ from those of {base}")
         with _trying("the picture"):
             report.draw([1.0], (1.0, 1.0), masks, moved["change"], trial / "report.png", str(base))

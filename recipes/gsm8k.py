@@ -4,6 +4,7 @@
     python -m recipes.gsm8k --preset gemma2-2b --score gsm8k
     python -m recipes.gsm8k --model FOLDER --data FOLDER --density 0.01 --epochs 3 --score gsm8k_local
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method full
+    python -m recipes.gsm8k --model FOLDER --data FOLDER --method lora --budget-rank 4 --lr 3e-3
     python -m recipes.gsm8k --preset llama3-8b --base-bits 4 --dry-run
     python -m recipes.gsm8k --list-presets
 
@@ -31,6 +32,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 # Read when torch loads its OpenMP. Without it, threads that wait for one another spin, and where other programs want
@@ -42,7 +44,7 @@ if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
 
 import torch
 
-from recipes import data, ending, loop, memory, models, report
+from recipes import baselines, compiled, data, ending, loop, memory, models, report
 from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
 from speft_optim import Masks, SparseAdamW, select_masks, sparsify
 from speft_optim.weights.storage import frozen_weight
@@ -86,6 +88,8 @@ PAPER = {
     "calibration_samples": 1024,
 }
 MASKS = "masks.safetensors"
+# Three ways to say how many values are trained.
+BUDGETS = ("density", "budget", "budget_rank")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -144,10 +148,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     method = parser.add_argument_group("method")
     method.add_argument(
-        "--method", choices=["sparse", "full"], default="sparse", help="what is trained (default %(default)s)"
+        "--method",
+        choices=baselines.METHODS,
+        default="sparse",
+        help="what is trained: a mask, an adapter of peft, or all weights (default %(default)s)",
     )
-    method.add_argument("--density", type=float, help="share of the target weights to train (default 0.01)")
-    method.add_argument("--budget", type=int, help="number of entries to train, instead of --density")
+    method.add_argument(
+        "--density", type=float, help="share of the target weights to train, of an adapter by rank (default 0.01)"
+    )
+    method.add_argument("--budget", type=int, help="number of values to train, instead of --density")
+    method.add_argument("--budget-rank", type=int, help="train as many values as LoRA of this rank, instead of both")
     method.add_argument("--salience", default="gradient", help="measure that ranks the entries (default %(default)s)")
     method.add_argument(
         "--scope", choices=["local", "global"], default="local", help="rank per weight or over all of them"
@@ -197,6 +207,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint-every", type=int, help="steps between checkpoints to resume from (default none)"
     )
 
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--length-pool",
+        type=int,
+        default=1,
+        help="let samples of similar length come together, within so many steps (default %(default)s: not)",
+    )
+    speed.add_argument(
+        "--pad-multiple",
+        type=int,
+        help="pad to a multiple of so many tokens, so that shapes repeat (default 1, with --compile 32)",
+    )
+    speed.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=compiled.MODES,
+        help="compile the blocks and the loss, in this mode of torch.compile (default: not)",
+    )
+
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument(
         "--score", nargs="+", default=[], help="lm-eval tasks to run before and after: demo, gsm8k_local, gsm8k, ..."
@@ -212,23 +242,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if chosen.paper:
         defaults.update(PAPER)
     # What is typed takes the place of its alternative in a preset too.
-    for one, other in (("density", "budget"), ("steps", "epochs")):
-        if getattr(chosen, one) is not None:
-            defaults.pop(other, None)
-        if getattr(chosen, other) is not None or (chosen.paper and other == "epochs"):
-            defaults.pop(one, None)
+    if any(getattr(chosen, name) is not None for name in BUDGETS) or chosen.method == "full":
+        for name in BUDGETS:
+            defaults.pop(name, None)
+    if chosen.steps is not None:
+        defaults.pop("epochs", None)
+    if chosen.epochs is not None or chosen.paper:
+        defaults.pop("steps", None)
     # A length that was asked for is not cut to the minutes of a preset.
     if chosen.paper or chosen.steps is not None or chosen.epochs is not None:
         defaults.pop("train_minutes", None)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    for flag in ("density", "budget", "targets", "state_bits"):
+    for flag in (*BUDGETS, "targets", "state_bits"):
         if args.method == "full" and getattr(chosen, flag) is not None:
             name = flag.replace("_", "-")
             parser.error(f"--{name} belongs to a mask, and --method full trains all weights; leave out one of the two")
+    if args.method in baselines.ADAPTERS and chosen.state_bits is not None:
+        parser.error(f"--state-bits belongs to a mask, and --method {args.method} has none; leave out one of the two")
+    if args.method in baselines.ADAPTERS:
+        # A preset's rate is that of its mask.
+        args.lr = chosen.lr
     if args.state_bits is None:
         args.state_bits = 32
-    if args.density is None and args.budget is None:
+    if args.pad_multiple is None:
+        args.pad_multiple = 32 if args.compile else 1
+    if all(getattr(args, name) is None for name in BUDGETS):
         args.density = 0.01
     if args.steps is None and args.epochs is None:
         args.epochs = 3.0
@@ -240,12 +279,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse at once what would otherwise fail minutes later."""
     if args.model is None or args.data is None:
         parser.error("give --model and --data, or a --preset")
-    if args.density is not None and args.budget is not None:
-        parser.error("give --density or --budget, not both")
+    if sum(getattr(args, name) is not None for name in BUDGETS) > 1:
+        parser.error("give one of --density, --budget and --budget-rank, not both or all three")
     if args.density is not None and not 0 < args.density <= 1:
         parser.error(f"--density is {args.density}; it is a share of the target weights, above 0 and at most 1")
-    at_least_one = "budget steps train_limit held_out max_length calibration_samples batch_size accumulation"
-    for name in [*at_least_one.split(), "checkpoint_every", "score_limit", "score_batch_size"]:
+    at_least_one = "budget budget_rank steps train_limit held_out max_length calibration_samples batch_size"
+    at_least_one += " accumulation checkpoint_every score_limit score_batch_size length_pool pad_multiple"
+    for name in at_least_one.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name in ("lr", "epochs", "clip", "train_minutes"):
@@ -256,12 +296,29 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--base-bits {args.base_bits} freezes the weights, and --method full trains them; leave out one of the two"
         )
+    if args.method in baselines.ADAPTERS:
+        check_adapter(parser, args)
     if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
         parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
-    if args.dry_run and (args.method == "full" or args.dtype == "float32"):
-        parser.error("--dry-run counts sparse training in bfloat16; leave out --method full and --dtype float32")
+    if args.dry_run and (args.method != "sparse" or args.dtype == "float32"):
+        parser.error("--dry-run counts sparse training in bfloat16; leave out --method and --dtype float32")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
+
+
+def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what does not go with an adapter, or needs a package that is missing."""
+    if args.base_bits != 16:
+        parser.error(f"--base-bits {args.base_bits} is for --method sparse; leave it out for an adapter")
+    if args.lr is None:
+        parser.error(
+            f"--method {args.method} has no default rate; give --lr (the best of LoRA on SmolLM2 were 3e-3 at rank 4 "
+            "and 1e-3 at rank 32)"
+        )
+    try:
+        baselines.check_available(args.method)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def default_rate(method: str, density: float, weight_size: float) -> float:
@@ -327,10 +384,12 @@ def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     else:
         config = models.configuration(args.model, cache=args.cache)
     shape = memory.Shape.of(config)
-    total = sum(rows * columns for rows, columns in shape.targets(args.targets))
-    if args.budget and args.budget > total:
-        raise ValueError(f"--budget {args.budget:,} is above {total:,}, the number of targeted entries; lower it.")
-    entries = args.budget or round(args.density * total)
+    sizes = shape.targets(args.targets)
+    total = sum(rows * columns for rows, columns in sizes)
+    entries = args.budget or sum((args.budget_rank or 0) * (rows + columns) for rows, columns in sizes)
+    if entries > total:
+        raise ValueError(f"--budget {entries:,} is above {total:,}, the number of targeted entries; lower it.")
+    entries = entries or round(args.density * total)
     return memory.estimate(
         shape,
         bits=args.base_bits,
@@ -376,6 +435,13 @@ def run_scores(args: argparse.Namespace, checkpoint: str | Path, data_folder: st
     return result["tasks"]
 
 
+def rank_budget(args: argparse.Namespace, model) -> int | None:
+    """The values of LoRA of the rank that --budget-rank names, if it does."""
+    if args.budget_rank is None:
+        return None
+    return baselines.trained_values(baselines.linear_layers(model, args.targets), args.budget_rank)
+
+
 def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int, resumes: bool) -> Masks:
     """Rank the entries over training samples drawn by the seed and keep the best; a resumed run keeps its own."""
     path = Path(args.out) / MASKS
@@ -388,7 +454,7 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
         batches,
         salience=args.salience,
         density=args.density,
-        budget=args.budget,
+        budget=args.budget or rank_budget(args, model),
         scope=args.scope,
         targets=args.targets,
         # Second derivatives need the logits, which the model's own loss forms.
@@ -493,22 +559,69 @@ class Run:
                 self.record["held_out_loss"][when] = loss
 
 
-def attach(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torch.dtype):
-    """Attach what is trained: the masks (None for all weights) and the optimizer over it."""
+@dataclass
+class Trained:
+    """What a run trains in its model.
+
+    Attributes:
+        optimizer: over the trained tensors.
+        masks: of the sparse method.
+        adapter: peft's wrapper around the model.
+    """
+
+    optimizer: torch.optim.Optimizer
+    masks: Masks | None = None
+    adapter: torch.nn.Module | None = None
+
+
+def attach(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torch.dtype) -> Trained:
+    """Attach what is trained, and the optimizer over it."""
     args, record = run.args, run.record
-    masks, parameters, record["mask"] = None, list(model.parameters()), None
+    record["mask"] = record["adapter"] = None
     if args.method == "sparse":
-        with run.stage("calibrate"), models.products_of(dtype):
-            masks = choose_masks(args, model, samples, pad_id, run.resumes)
-            parameters = sparsify(model, masks)
-            print(masks.summary())
-            record["mask"] = {"count": masks.count, "density": masks.density, "fingerprint": masks.fingerprint()}
-    density = 1.0 if masks is None else masks.density
-    record["lr"] = args.lr or default_rate(args.method, density, linear_weight_size(model))
-    options = dict(lr=record["lr"], weight_decay=args.weight_decay)
-    if masks is None:
-        return None, torch.optim.AdamW(parameters, **options)
-    return masks, SparseAdamW(parameters, state_bits=args.state_bits, **options)
+        return attach_masks(run, model, samples, pad_id, dtype)
+    adapter = None
+    if args.method in baselines.ADAPTERS:
+        with run.stage("attach the adapter"):
+            budget = args.budget or rank_budget(args, model) or density_budget(args, model)
+            adapter, record["adapter"] = baselines.attach_adapter(
+                model, args.method, budget=budget, targets=args.targets, seed=args.seed
+            )
+    record["lr"] = args.lr or default_rate(args.method, 1.0, linear_weight_size(model))
+    optimizer = baselines.optimizer_over(model, lr=record["lr"], weight_decay=args.weight_decay)
+    return Trained(optimizer, adapter=adapter)
+
+
+def density_budget(args: argparse.Namespace, model) -> int:
+    """The number of values that --density asks for."""
+    layers = baselines.linear_layers(model, args.targets).values()
+    return round(args.density * sum(layer.weight.numel() for layer in layers))
+
+
+def attach_masks(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torch.dtype) -> Trained:
+    """Choose the masks and attach their values."""
+    args, record = run.args, run.record
+    with run.stage("calibrate"), models.products_of(dtype):
+        masks = choose_masks(args, model, samples, pad_id, run.resumes)
+        parameters = sparsify(model, masks)
+        print(masks.summary())
+        record["mask"] = {"count": masks.count, "density": masks.density, "fingerprint": masks.fingerprint()}
+    record["lr"] = args.lr or default_rate("sparse", masks.density, linear_weight_size(model))
+    # The loop looks at each gradient's norm, so the optimizer need not.
+    options = dict(lr=record["lr"], weight_decay=args.weight_decay, on_nonfinite="ignore")
+    return Trained(SparseAdamW(parameters, state_bits=args.state_bits, **options), masks)
+
+
+def window_options(args: argparse.Namespace, model) -> dict:
+    """What a step sees and how it is computed."""
+    return dict(
+        batch_size=args.batch_size,
+        accumulation=args.accumulation,
+        seed=args.seed,
+        autocast=baselines.autocast_dtype(args.method, model.device),
+        pool=args.length_pool,
+        pad_multiple=args.pad_multiple,
+    )
 
 
 def fitting_steps(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torch.dtype, steps: int) -> int:
@@ -517,35 +630,35 @@ def fitting_steps(run: Run, model, samples: list[data.Sample], pad_id: int, dtyp
     if args.train_minutes is None:
         return steps
     with run.stage("try a step"), models.products_of(dtype):
-        window = dict(batch_size=args.batch_size, accumulation=args.accumulation, pad_id=pad_id, seed=args.seed)
-        fit = int(60 * args.train_minutes / loop.seconds_per_step(model, samples, **window))
+        seconds = loop.seconds_per_step(model, samples, pad_id=pad_id, **window_options(args, model))
+        fit = int(60 * args.train_minutes / seconds)
     return max(1, min(steps, fit))
 
 
-def train(run: Run, model, optimizer, masks: Masks | None, samples: list[data.Sample], pad_id: int, dtype) -> None:
+def train(run: Run, model, trained: Trained, samples: list[data.Sample], pad_id: int, dtype) -> None:
     """Train, or take the last state of a run that is trained; what happened goes to the record."""
     args, record = run.args, run.record
     with run.stage("train"), models.products_of(dtype):
         history = loop.train(
             model,
-            optimizer,
+            trained.optimizer,
             samples,
             steps=record["steps"],
-            batch_size=args.batch_size,
             pad_id=pad_id,
-            accumulation=args.accumulation,
             warmup=args.warmup,
             schedule=args.schedule,
             clip=args.clip,
-            seed=args.seed,
             checkpoint_folder=run.out / "resume",
             checkpoint_every=args.checkpoint_every,
             resume=run.resumes,
+            **window_options(args, model),
         )
         record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
+        record["steady_tokens_per_second"] = history.tokens_per_second_after(loop.READ_EVERY)
+        print(f"{record['steady_tokens_per_second']:.0f} tokens/s without the first {loop.READ_EVERY} steps")
         record["optimizer_bytes"] = {
-            "held": report.optimizer_bytes(optimizer, masks),
-            "adamw": report.adamw_bytes(model, masks),
+            "held": report.optimizer_bytes(trained.optimizer, trained.masks),
+            "adamw": report.adamw_bytes(model),
         }
 
 
@@ -601,18 +714,27 @@ def main(argv: list[str] | None = None) -> dict:
         steps = args.steps or max(1, round(args.epochs * per_epoch))
     run.measure_loss("before", model, held_out, pad_id)
 
-    masks, optimizer = attach(run, model, samples, pad_id, dtype)
+    trained = attach(run, model, samples, pad_id, dtype)
+    if args.compile:
+        compiled.compile_blocks(model, args.compile)
     # A run that goes on takes as many steps as it would have, and knows by them whether it has taken its last.
     record["steps"] = record.get("steps") or fitting_steps(run, model, samples, pad_id, dtype, steps)
     if not is_trained(record, out):
         with run.stage("try the ending"):
-            ending.check_space(out, ending.expected_bytes(model, masks, args.state_bits))
-            ending.rehearse(model, tokenizer, optimizer, masks, base, out, args.salience)
-    train(run, model, optimizer, masks, samples, pad_id, dtype)
+            ending.check_space(out, ending.expected_bytes(model, trained.masks, args.state_bits))
+            # PiSSA takes its start out of the weights, which it so rounds anew.
+            exact = args.method != "pissa"
+            rehearsed = dict(masks=trained.masks, base=base, out=out, salience=args.salience, exact=exact)
+            ending.rehearse(model, tokenizer, trained.optimizer, **rehearsed)
+    train(run, model, trained, samples, pad_id, dtype)
+    if args.compile:
+        compiled.uncompile(model)
+    if trained.adapter is not None:
+        model = trained.adapter.merge_and_unload()
     # From here on each result is written before the next begins, and all can be had again from the last state.
     run.measure_loss("after", model, held_out, pad_id)
-    files = save(run, model, tokenizer, masks, base)
-    del model, optimizer
+    files = save(run, model, tokenizer, trained.masks, base)
+    del model, trained
     run.score("after", out / "checkpoint", data_folder)
     with run.stage("end"):
         record |= {"files": files, "peak_bytes": report.peak_bytes()}

@@ -14,6 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from recipes.compiled import eagerly
 from recipes.data import IGNORED, Sample, collate, make_batches, sample_windows
-from recipes.loss import frozen_head, linear_cross_entropy
+from recipes.loss import frozen_head, is_known, linear_cross_entropy
 from recipes.training_state import (
     History,
     load_checkpoint,
@@ -32,6 +34,8 @@ from recipes.training_state import (
     save_checkpoint,
 )
 
+# Steps between two looks at the losses, which stay on the device till then.
+READ_EVERY = 10
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -53,27 +57,63 @@ def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, Tensor | int]:
+    """Find out what the loss needs to know of a batch, best where it still is on the CPU: a GPU would be waited for.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, each (batch, length).
+        multiple: pad `places` and `targets` to a length that this divides, so that shapes repeat.
+
+    Returns:
+        The batch with `places`, the positions in (batch * length) that predict a label token, `targets`, these tokens,
+        and their number `count`. It has no mask where padding is on the right: nothing looks at what comes behind it,
+        and attention without a mask is faster and need not look whether the mask is all ones.
+    """
+    length, counted = batch["labels"].shape[1], batch["labels"][:, 1:] != IGNORED
+    rows, columns = counted.nonzero(as_tuple=True)
+    found = {"places": rows * length + columns, "targets": batch["labels"][:, 1:][counted], "count": len(rows)}
+    missing = -len(rows) % multiple
+    found["places"] = functional.pad(found["places"], (0, missing))
+    found["targets"] = functional.pad(found["targets"], (0, missing), value=IGNORED)
+    hidden = ("attention_mask",) if batch["attention_mask"][:, 0].all() else ()
+    return {key: value for key, value in batch.items() if key not in hidden} | found
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tensor, int]:
     """Cross-entropy summed over the label tokens of a batch, and their number.
 
-    Logits are a good part of the work and most of the memory with a large vocabulary. Where the head is frozen they are
-    made for label tokens only, a chunk at a time; else from the first labelled position on.
+    Logits are a good part of the work and most of the memory with a large vocabulary. They are made for label tokens
+    only, and a chunk of these at a time where the head is frozen; of an architecture that is not known from the first
+    labelled position on.
+
+    Args:
+        model: a causal language model of transformers.
+        batch: from `collate`, or from `locate_labels`.
     """
+    batch = batch if "places" in batch else locate_labels(batch)
+    targets, count = batch["targets"], batch["count"]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+    if not is_known(model):
+        return _loss_of_logits(model, batch, inputs), count
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch["places"]]
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    if (head := frozen_head(model)) is not None:
+        return linear_cross_entropy(hidden, head, targets, softcap=softcap), count
+    logits = model.get_output_embeddings()(hidden).float()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED), count
+
+
+def _loss_of_logits(model: nn.Module, batch: dict[str, Tensor | int], inputs: dict[str, Tensor]) -> Tensor:
+    """The summed loss by the model's own logits, from the first labelled position on."""
     targets = batch["labels"][:, 1:]
     counted = targets != IGNORED
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    if (head := frozen_head(model)) is not None:
-        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        softcap = getattr(model.config, "final_logit_softcapping", None)
-        loss = linear_cross_entropy(hidden[counted], head, targets[counted], softcap=softcap)
-        return loss, int(counted.sum())
     first = int(counted.any(0).int().argmax())
     # Position i predicts token i + 1. A tensor of positions, not a count from the end: a count leaves a view with gaps
     # of the hidden states, for which torch copies the whole vocabulary matrix once per row of the batch.
     positions = torch.arange(first, targets.shape[1], device=targets.device)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits[counted[:, first:]]
-    loss = functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
-    return loss, int(counted.sum())
+    return functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
 
 
 def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -83,22 +123,66 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
-    """Mean loss over the label tokens of all samples, in evaluation mode and without gradients."""
+    """Mean loss over the label tokens of all samples, in evaluation mode, without gradients and uncompiled."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eagerly(model):
             batches = make_batches(samples, batch_size, pad_id=pad_id)
             for batch in tqdm(batches, desc="held-out loss", disable=None, leave=False):
-                if (batch["labels"] != IGNORED).any():
-                    loss, tokens = summed_loss(model, _to(batch, device))
-                    total, count = total + float(loss), count + tokens
+                batch = locate_labels(batch)
+                if batch["count"]:
+                    total += summed_loss(model, _to(batch, device))[0]
+                    count += batch["count"]
     finally:
         model.train(was_training)
     if not count:
         raise ValueError("none of the held-out samples has a label; give samples whose answers are not empty")
-    return total / count
+    return float(total) / count
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one optimizer step sees, on the device.
+
+    Attributes:
+        batches: those with a label.
+        bare: number of batches without one.
+        labels: label tokens of all batches.
+        tokens: tokens of all batches, prompts included and padding not.
+    """
+
+    batches: list[dict[str, Tensor | int]]
+    bare: int
+    labels: int
+    tokens: int
+
+
+def prepare(
+    window: Sequence[Sample], batch_size: int, *, pad_id: int, device: torch.device, multiple: int = 1
+) -> Window:
+    """Cut a window into batches and send them to the device, which is not waited for.
+
+    Args:
+        window: samples of one step.
+        batch_size: samples in one forward pass.
+        pad_id: token to pad with.
+        device: of the model.
+        multiple: lengths are padded to a multiple of this, label tokens to one of eight times this.
+    """
+    # Similar lengths share a micro-batch: less padding, and the gradient of the window is the same in any order.
+    window = sorted(window, key=lambda sample: len(sample.input_ids))
+    parts = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    labels = 8 * multiple if multiple > 1 else 1
+    batches = [locate_labels(collate(part, pad_id=pad_id, multiple=multiple), multiple=labels) for part in parts]
+    labelled = [batch for batch in batches if batch["count"]]
+    return Window(
+        [_to(batch, device) for batch in labelled],
+        bare=len(batches) - len(labelled),
+        labels=sum(batch["count"] for batch in labelled),
+        tokens=sum(len(sample.input_ids) for sample in window),
+    )
 
 
 def train(
@@ -117,6 +201,9 @@ def train(
     checkpoint_folder: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    autocast: torch.dtype | None = None,
+    pool: int = 1,
+    pad_multiple: int = 1,
 ) -> History:
     """Train whatever in `model` requires a gradient.
 
@@ -136,6 +223,9 @@ def train(
             after training can lose it; only the newest complete one is kept. None writes none.
         checkpoint_every: steps between further ones before the last. None writes none of these.
         resume: go on from the state in `checkpoint_folder`, or start where there is none.
+        autocast: dtype to which products are cast, as of fp32 weights in mixed precision. None casts none.
+        pool: windows within which samples of similar length come together; see `sample_windows`.
+        pad_multiple: lengths are padded to a multiple of this, so that shapes repeat.
 
     Returns:
         The history of the whole run.
@@ -143,7 +233,8 @@ def train(
     _check(
         samples, steps, batch_size, accumulation, warmup, schedule, clip, checkpoint_every, checkpoint_folder, resume
     )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Of the optimizer: masked weights too may require gradients for a time, of which nothing trains.
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not trained:
         raise ValueError("nothing in the model requires a gradient; attach a mask with sparsify, or unfreeze weights")
     for group in optimizer.param_groups:
@@ -156,39 +247,55 @@ def train(
                 f"the checkpoint {checkpoint} is at step {start}, beyond the {steps} asked for; raise the steps"
             )
     model.train()
-    windows = sample_windows(samples, batch_size * accumulation, seed=seed, start=start)
+    device, unread = next(model.parameters()).device, []
+    windows = (
+        prepare(window, batch_size, pad_id=pad_id, device=device, multiple=pad_multiple)
+        for window in sample_windows(samples, batch_size * accumulation, seed=seed, start=start, pool=pool)
+    )
+    window = next(windows) if start < steps else None
     bar = tqdm(range(start, steps), desc="train", initial=start, total=steps, disable=None)
-    for step, window in zip(bar, windows, strict=False):
+    for step in bar:
         begin = time.perf_counter()
         factor = rate_factor(step, steps, warmup=warmup, schedule=schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        loss = _accumulate(model, window, batch_size, pad_id, history)
-        norm = (
-            float(nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip))
-            if loss is not None
-            else math.nan
-        )
+        unread.append(_accumulate(model, window, history, autocast))
+        norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip) if window.labels else math.nan
+        labels, tokens = window.labels, window.tokens
+        if step + 1 < steps:
+            window = next(windows)  # while a GPU is still at the gradients
+        # The one number of a step that is waited for.
+        norm = float(norm)
         if math.isfinite(norm):
             optimizer.step()
         else:
-            _skip(history, step, "no label in its window" if loss is None else f"a gradient of norm {norm}")
+            _skip(history, step, f"a gradient of norm {norm}" if labels else "no label in its window")
         optimizer.zero_grad()
-        history.loss.append(math.nan if loss is None else loss)
         history.grad_norm.append(norm)
         history.lr.append(optimizer.param_groups[0]["initial_lr"] * factor)
-        history.tokens.append(sum(len(sample.input_ids) for sample in window))
+        history.tokens.append(tokens)
+        kept = checkpoint_folder is not None and step + 1 == steps
+        kept = kept or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0)
+        if kept or step + 1 == steps or (step + 1) % READ_EVERY == 0:
+            _read(unread, history, bar)
         history.step_seconds.append(time.perf_counter() - begin)
-        bar.set_postfix(loss=f"{history.loss[-1]:.4f}", norm=f"{norm:.2f}")
         if bar.disable and (step + 1) % max(1, steps // 10) == 0:  # a log file gets ten lines instead of a bar
+            _read(unread, history, bar)
             print(
                 f"step {step + 1}/{steps}  loss {history.loss[-1]:.4f}  {history.tokens_per_second:.0f} tokens/s",
                 flush=True,
             )
-        last = step + 1 == steps and checkpoint_folder is not None
-        if last or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0):
+        if kept:
             _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
     return history
+
+
+def _read(unread: list[Tensor], history: History, bar: tqdm) -> None:
+    """Fetch the losses of the last steps from the device, for which it is waited."""
+    if unread:
+        history.loss += torch.stack(unread).tolist()
+        unread.clear()
+        bar.set_postfix(loss=f"{history.loss[-1]:.4f}", norm=f"{history.grad_norm[-1]:.2f}")
 
 
 def _keep_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, step: int):
@@ -204,7 +311,16 @@ def _keep_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def seconds_per_step(
-    model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int, accumulation: int = 1, seed: int = 0
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    pad_id: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+    pool: int = 1,
+    pad_multiple: int = 1,
 ) -> float:
     """Time of forward and backward of a step, the longer of two trials on the run's first windows; nothing is changed.
 
@@ -215,12 +331,19 @@ def seconds_per_step(
         pad_id: token to pad with.
         accumulation: forward passes in one optimizer step.
         seed: decides the order of the data.
+        autocast: dtype to which products are cast.
+        pool: windows within which samples of similar length come together.
+        pad_multiple: lengths are padded to a multiple of this.
     """
     state, was_training, seconds = random_state(), model.training, []
+    device = next(model.parameters()).device
     model.train()
-    for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed), 3):
+    for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed, pool=pool), 3):
         begin = time.perf_counter()
-        _accumulate(model, window, batch_size, pad_id, History())
+        window = prepare(window, batch_size, pad_id=pad_id, device=device, multiple=pad_multiple)
+        _accumulate(model, window, History(), autocast)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
         model.zero_grad()
     model.train(was_training)
@@ -248,26 +371,21 @@ def _check(samples, steps, batch_size, accumulation, warmup, schedule, clip, eve
         raise ValueError("checkpoints were asked for without a folder; pass checkpoint_folder")
 
 
-def _accumulate(model: nn.Module, window: list[Sample], batch_size: int, pad_id: int, history: History) -> float | None:
-    """Backward over all micro-batches of a window; its mean loss a label token, None where it has no label."""
-    # The first token of a sequence is never predicted, so its label does not count.
-    total = sum(label != IGNORED for sample in window for label in sample.labels[1:])
-    # Similar lengths share a micro-batch: less padding, and the gradient of the window is the same in any order.
-    window = sorted(window, key=lambda sample: len(sample.input_ids))
-    device, mean = next(model.parameters()).device, 0.0
-    for i in range(0, len(window), batch_size):
-        batch = collate(window[i : i + batch_size], pad_id=pad_id)
-        if not (batch["labels"][:, 1:] != IGNORED).any():
-            history.skipped_batches += 1
-            if history.skipped_batches == 1:
-                warnings.warn(
-                    "a batch has no label at all and is skipped; later ones are counted silently", stacklevel=3
-                )
-            continue
-        loss, _ = summed_loss(model, _to(batch, device))
-        (loss / total).backward()
-        mean += float(loss.detach()) / total
-    return mean if total else None
+def _accumulate(model: nn.Module, window: Window, history: History, autocast: torch.dtype | None) -> Tensor:
+    """Backward over all micro-batches of a window; its mean loss a label token, NaN where it has no label."""
+    if window.bare:
+        if not history.skipped_batches:
+            warnings.warn("a batch has no label at all and is skipped; later ones are counted silently", stacklevel=3)
+        history.skipped_batches += window.bare
+    device = next(model.parameters()).device
+    mean = torch.full((), 0.0 if window.labels else math.nan, dtype=torch.float64, device=device)
+    for batch in window.batches:
+        # Anew for each batch: it keeps what it cast, and the weights change.
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            loss, _ = summed_loss(model, batch)
+        (loss / window.labels).backward()
+        mean += loss.detach().double() / window.labels
+    return mean
 
 
 def _skip(history: History, step: int, reason: str) -> None:
@@ -276,5 +394,11 @@ def _skip(history: History, step: int, reason: str) -> None:
         warnings.warn(f"step {step + 1} is skipped because of {reason}; later ones are counted silently", stacklevel=3)
 
 
-def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {key: value.to(device) for key, value in batch.items()}
+def _to(batch: dict[str, Tensor | int], device: torch.device) -> dict[str, Tensor | int]:
+    """The batch on the device; a GPU copies from pinned memory when it comes to it, and is not waited for."""
+    if device.type != "cuda":
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }

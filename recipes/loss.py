@@ -18,13 +18,18 @@ CHUNK_BYTES = 128 * 2**20
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether the model's logits are the product of its decoder's hidden states and its head, at most capped."""
+    return getattr(getattr(model, "config", None), "model_type", None) in DECODERS
+
+
 def frozen_head(model: nn.Module) -> Tensor | None:
     """The head's weight (vocabulary, width) where `linear_cross_entropy` can stand for it, else None.
 
     None for an architecture it does not know, a head that is trained, and one with hooks, whose owner wants to see it
     called.
     """
-    if getattr(getattr(model, "config", None), "model_type", None) not in DECODERS:
+    if not is_known(model):
         return None
     head = model.get_output_embeddings()
     hooked = head._forward_hooks or head._forward_pre_hooks
@@ -58,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), step):
             rows = slice(first, first + step)
             out = None if gradient is None else gradient[rows]
-            total += _chunk_loss(hidden[rows], head, targets[rows], softcap, out)
+            total += chunk_loss(hidden[rows], head, targets[rows], softcap, out)
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return total
 
@@ -89,3 +94,7 @@ def _chunk_loss(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | 
             logits.mul_(slope)
         torch.mm(logits.to(head.dtype), head, out=out)
     return loss
+
+
+# What is called: compiled where blocks are.
+chunk_loss = _chunk_loss

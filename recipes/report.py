@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from recipes.baselines import plain_layers
 from speft_optim import Masks, __version__
 from speft_optim.files import tensor_files, write_atomically
 from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
-from speft_optim.weights.targets import all_targets
+from speft_optim.weights.targets import Target, all_targets
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
 
 
 def write_json(record: dict, path: str | Path) -> None:
@@ -93,10 +95,16 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> in
     return total
 
 
-def adamw_bytes(model: torch.nn.Module, masks: Masks | None) -> int:
-    """Bytes of two fp32 moments for every weight of the model: what AdamW holds."""
-    count = sum(target.shape.numel() for target in all_targets(model).values())
-    return 8 * (count - (masks.count if masks is not None else 0))  # compact values are not weights of their own
+def adamw_bytes(model: torch.nn.Module) -> int:
+    """Bytes of two fp32 moments for every weight of the model: what AdamW over all of them holds."""
+    return 8 * sum(target.shape.numel() for target in base_weights(model))
+
+
+def base_weights(model: torch.nn.Module) -> list[Target]:
+    """The weights of the model itself, without those that a mask or an adapter has put beside them."""
+    values = {id(weight.values) for weight in sparse_weights(model)}
+    with plain_layers(model):
+        return [target for target in all_targets(model).values() if id(target.parameter) not in values]
 
 
 def moved_share(
@@ -224,8 +232,11 @@ def table(record: dict) -> str:
 def trained_line(record: dict) -> str:
     """What was trained and how, in one line."""
     steps, rate = record["steps"], record["lr"]
-    mask = record["mask"]
-    what = "all weights" if mask is None else f"{mask['count']:,} masked entries ({mask['density']:.2%} of the targets)"
+    mask, adapter, what = record["mask"], record["adapter"], "all weights"
+    if mask is not None:
+        what = f"{mask['count']:,} masked entries ({mask['density']:.2%} of the targets)"
+    elif adapter is not None:
+        what = f"{record['arguments']['method']} of rank {adapter['rank']}, {adapter['trained']:,} values"
     return f"{what}, {steps} steps, lr {rate:.2g}, {record['tokens_per_second']:.0f} tokens/s, {record['dtype']}"
 
 

@@ -40,7 +40,12 @@ class History:
     @property
     def tokens_per_second(self) -> float:
         """Tokens through the model a second, prompts included and padding not."""
-        return sum(self.tokens) / max(sum(self.step_seconds), 1e-9)
+        return self.tokens_per_second_after(0)
+
+    def tokens_per_second_after(self, first: int) -> float:
+        """The same without the first steps, which pay for what is prepared once; of all where there are no others."""
+        first = first if first < len(self.tokens) else 0
+        return sum(self.tokens[first:]) / max(sum(self.step_seconds[first:]), 1e-9)
 
 
 def save_checkpoint(

@@ -55,21 +55,22 @@ class MaskSchedule:
 
     **Without batches** the training itself tells the salience, at no pass of its own. One group of weights at a time
     adds up its gradients in the backward passes that train; after `window` optimizer steps its masks are chosen anew
-    and the next group's turn begins. In local scope each weight keeps its number of entries. In global scope the
-    group's new scores compete with those by which the entries of other groups were kept, so that entries move between
-    weights and their sum stays; in the first round each group keeps its number. This holds a group's accumulators, 4
-    bytes an entry within `memory_budget`, and a score for each trained entry, and a checkpoint holds them too. Scores
-    are of the raw gradients: before clipping, and with the constant factors of a loss scaler and of accumulation. A
-    step that is skipped because of inf or NaN lets the group's window begin anew. Weights that get no gradient keep
-    their masks. Of several processes each adds up its own gradients, and a turn ends with one average over them; a
-    checkpoint within a turn holds the sums of the process that saved it. `magnitude`, `random` and `synflow` need no
-    gradient, and without batches they are selected by at intervals too.
+    and the next group's turn begins. A round of all groups takes at least `interval` steps. In local scope each weight
+    keeps its number of entries. In global scope the group's new scores compete with those by which the entries of other
+    groups were kept, so that entries move between weights and their sum stays; in the first round each group keeps its
+    number. This holds a group's accumulators, 4 bytes an entry within `memory_budget`, and a score for each trained
+    entry, and a checkpoint holds them too. Scores are of the raw gradients: before clipping, and with the constant
+    factors of a loss scaler and of accumulation. A step that is skipped because of inf or NaN lets the group's window
+    begin anew. Weights that get no gradient keep their masks. Of several processes each adds up its own gradients, and
+    a turn ends with one average over them; a checkpoint within a turn holds the sums of the process that saved it.
+    `magnitude`, `random` and `synflow` need no gradient, and without batches they are selected by at intervals too.
 
     Args:
         model: the sparsified model, or a wrapper around it.
         optimizer: its `SparseAdamW`, or accelerate's wrapper around it.
         batches: calibration data as for `select_masks`, iterated afresh each time; None selects from the training.
-        interval: with batches, optimizer steps between selections; default 1000, the paper's.
+        interval: with batches, optimizer steps between selections; default 1000, the paper's. Without, the least
+            number of steps in which each weight is selected once; default 50.
         window: without batches, optimizer steps in a group's turn; default 8.
         salience: the measure, as for `select_masks`; default "gradient" with batches. Without them "gradient", "snip"
             (the default), "force" or "taylor_fo" of the summed gradient; "fisher" sums the squares of each backward
@@ -129,9 +130,10 @@ class MaskSchedule:
         if measure is not None:
             budget = int(_BUDGET if memory_budget is None else memory_budget)
             named = self.salience if isinstance(self.salience, str) else "a function"
-            choice = f"{named} in windows of {self.window} steps, {budget} bytes of accumulators"
+            choice = f"{named} in windows of {self.window}, rounds of {self.interval} steps, {budget} bytes of sums"
             check_equal(choice, "The arguments of MaskSchedule", "pass the same in all of them.")
-            self.training = TrainingSalience(weights, measure, scope, int(self.window), budget)
+            steps = dict(window=int(self.window), interval=int(self.interval))
+            self.training = TrainingSalience(weights, measure, scope, **steps, memory_budget=budget)
             self._skipped = optimizer.skipped_steps
         self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)
@@ -319,14 +321,15 @@ class MaskSchedule:
                     f"salience={self.salience!r} needs calibration batches, as no backward pass that trains can tell "
                     "it; pass some, or choose gradient, snip, force, taylor_fo, fisher or a function."
                 )
-            given = {name: getattr(self, name) for name in ("interval", "threshold", "probe")} | self.options
+            given = {name: getattr(self, name) for name in ("threshold", "probe")} | self.options
             for name, value in given.items():
-                if value is not None and name in (*_OPTIONS, "interval", "threshold", "probe"):
+                if value is not None and name in (*_OPTIONS, "threshold", "probe"):
                     raise ValueError(
                         f"{name}={value!r} has no meaning without batches, where masks are selected from the training "
                         f"itself, a group after every window; leave {name} out, or pass batches."
                     )
             self.window = 8 if self.window is None else self.window
+            self.interval = 50 if self.interval is None else self.interval
             self.moments = "carry" if self.moments is None else self.moments
             return measure
         if self.window is not None:

@@ -4,13 +4,10 @@ import json
 import os
 
 import pytest
-import torch
 from byte_tokenizer import byte_tokenizer
-from conftest import tiny_model, token_batch
+from conftest import tiny_model
 
-from recipes import baselines, compare, comparison, data
-
-TARGETS = [f"model.layers.{n}.{part}" for n in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")]
+from recipes import compare, comparison, data
 
 
 @pytest.fixture(scope="module")
@@ -29,39 +26,7 @@ def arguments(folders, out, *more):
     return [str(part) for part in [*fixed, "--epochs", 1, "--calibration-samples", 4, *more]]
 
 
-@pytest.mark.parametrize("method", baselines.METHODS)
-def test_baselines_train_the_numbers_of_their_rank_and_merge_into_the_model(method):
-    pytest.importorskip("peft")
-    model = tiny_model()
-    shapes = [(m.out_features, m.in_features) for m in map(model.get_submodule, TARGETS)]
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    wrapped = baselines.attach(model, method, 2, TARGETS, seed=1)
-    count = baselines.numbers_of_rank(shapes, 2)
-    assert baselines.trained_numbers(wrapped) == count + (sum(rows for rows, _ in shapes) if method == "dora" else 0)
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(2):
-        wrapped(**token_batch(step)).loss.backward()
-        optimizer.step()
-    wrapped.eval()
-    expected = wrapped(**token_batch()).logits
-    merged = baselines.merge(wrapped)
-    torch.testing.assert_close(merged(**token_batch()).logits, expected, rtol=1e-4, atol=1e-4)
-    after = dict(merged.named_parameters())
-    assert after.keys() == before.keys()
-    assert {n for n in before if not torch.equal(after[n], before[n])} == {f"{name}.weight" for name in TARGETS}
-
-
-@pytest.mark.parametrize("rank", [1, 3, 32])
-def test_rank_and_numbers_are_inverse(rank):
-    shapes = [(8, 20), (30, 5)]
-    assert baselines.numbers_of_rank(shapes, rank) == rank * 63
-    assert baselines.rank_of_numbers(shapes, rank * 63 + 20) == rank
-    assert baselines.rank_of_numbers(shapes, 1) == 1
-
-
-def test_unknown_baselines_and_cells_are_refused():
-    with pytest.raises(ValueError, match="'loro' is no baseline; choose from lora, rslora"):
-        baselines.attach(tiny_model(), "loro", 2, TARGETS)
+def test_unknown_cells_are_refused():
     with pytest.raises(ValueError, match="'static-luck' is no method"):
         compare.parse_cell("static-luck rank=4 rate=1e-3")
     with pytest.raises(ValueError, match="has 'ranks'; a cell takes"):
@@ -74,7 +39,7 @@ def test_every_method_runs_and_a_second_command_trains_nothing_again(folders, tm
     pytest.importorskip("peft")
     out = tmp_path / "cells"
     lines = [f"{method} rank={0 if method == 'full' else 2} rate=1e-3" for method in compare.METHODS]
-    lines += ["moving-snip rank=2 rate=1e-2 power=0.5 window=1 groups=2  # moves within these few steps", ""]
+    lines += ["moving-snip rank=2 rate=1e-2 power=0.5 window=1 groups=2 interval=1  # moves within these few steps", ""]
     (tmp_path / "cells.txt").write_text("\n".join(lines))
     compare.main(arguments(folders, out, "--cells", tmp_path / "cells.txt"))
     printed = capsys.readouterr().out

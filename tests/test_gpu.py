@@ -268,7 +268,7 @@ def test_a_compiled_model_trains_as_an_eager_one():
 def moving(model, scope="global", window=2, **options):
     masks = select_masks(model, salience="random", density=0.05, scope=scope, progress=False)
     optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), lr=1e-3)
-    return optimizer, MaskSchedule(model, optimizer, scope=scope, window=window, **options)
+    return optimizer, MaskSchedule(model, optimizer, scope=scope, window=window, interval=1, **options)
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

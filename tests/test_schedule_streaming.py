@@ -49,7 +49,8 @@ def attach(model=None, scope="global", budget=2**20, density=0.05, state_bits=32
     masks = select_masks(model, salience="random", density=density, scope=scope, progress=False)
     values = sparsify(model, masks, keep_empty=True)
     optimizer = SparseAdamW(values, state_bits=state_bits, **{**OPTIONS, **(optimizer_options or {})})
-    schedule = MaskSchedule(model, optimizer, **{"scope": scope, "window": 2, "memory_budget": budget, **options})
+    steps = {} if "batches" in options else {"window": 2, "interval": 1}
+    schedule = MaskSchedule(model, optimizer, **{"scope": scope, **steps, "memory_budget": budget, **options})
     return model, optimizer, schedule
 
 
@@ -311,17 +312,22 @@ def test_recomputation_under_checkpointing_does_not_count_twice(reentrant, salie
         assert_close(left, right, **DRIFT)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("salience", ["snip", "fisher"])
-def test_a_compiled_model_is_scored_like_any(salience):
+@pytest.mark.parametrize("salience, how", [("snip", "wrapped"), ("fisher", "layers")])
+def test_a_compiled_model_is_scored_like_any(salience, how):
+    """Also where a graph was made before the weight's turn, in which nothing was added up."""
     torch._dynamo.reset()
-    model, optimizer, schedule = attach(salience=salience, budget=18_000)
+    model, optimizer, schedule = attach(tiny_model(num_hidden_layers=1), salience=salience, budget=9_000, window=1)
+    assert len(schedule.training.groups) > 1
     plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
-    compiled = torch.compile(model, backend="aot_eager")
-    for step in range(5):
-        train(compiled, optimizer, 1, first=step, parts=2)
+    called = torch.compile(model, backend="aot_eager") if how == "wrapped" else model
+    for layer in model.model.layers if how == "layers" else ():
+        layer.compile(backend="aot_eager")
+    for step in range(3):
+        train(called, optimizer, 1, first=step, parts=2)
         plain.step([token_batch(2 * step + part) for part in range(2)])
-    plain.assert_agrees(model, optimizer, schedule)
+        plain.assert_agrees(model, optimizer, schedule)
     torch._dynamo.reset()
 
 
@@ -332,7 +338,7 @@ def test_all_uses_of_a_weight_in_a_micro_batch_make_one_gradient(salience):
     names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
     masks = select_masks(model, salience="random", density=0.05, targets=lambda n, p: n in names, progress=False)
     optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
-    schedule = MaskSchedule(model, optimizer, salience=salience, window=2)
+    schedule = MaskSchedule(model, optimizer, salience=salience, window=2, interval=1)
     plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
 
     class Penalised(nn.Module):
@@ -459,7 +465,7 @@ def test_weights_that_join_share_the_step_count_of_the_others():
     names = list(masks)
     masks.update({name: type(masks[name])(torch.empty(0, dtype=torch.int64), masks[name].shape) for name in names[3:]})
     optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), **OPTIONS)
-    MaskSchedule(model, optimizer, scope="global", window=2)
+    MaskSchedule(model, optimizer, scope="global", window=2, interval=1)
     count = masks.count
     empty = [weight for weight in sparse_weights(model) if not len(weight.mask)]
     assert len(empty) == 11
@@ -529,6 +535,63 @@ def test_entries_that_leave_keep_their_value_and_an_adapter_holds_all_that_moved
     fresh = tiny_model()
     load_adapter(fresh, tmp_path / "adapter")
     assert_same(now, weights_of(fresh))
+
+
+# --- Rounds of at least an interval ---
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_turn_waits_until_the_rounds_are_long_enough_and_sums_in_its_last_steps(scope):
+    """As a schedule without waiting that begins when the window does; nothing is held before."""
+    model, optimizer, schedule = attach(scope=scope, window=2, interval=7)
+    assert len(schedule.training.groups) == 1 and schedule.training.period == 7
+    start, held = masks_of(model), []
+    for step in range(7):
+        held.append(sum(piece.accumulator is not None for piece in schedule.training.group))
+        assert masks_of(model) == start and not schedule.history
+        if step == 5:
+            twin, twins = copy.deepcopy((model, optimizer))
+        train(model, optimizer, 1, first=step)
+    assert held == [0] * 6 + [14] and [event["step"] for event in schedule.history] == [7]
+    train(twin, twins, 2, first=5)
+    assert masks_of(twin) == masks_of(model) != start
+    train(model, optimizer, 7, first=7)
+    assert [event["step"] for event in schedule.history] == [7, 14]
+
+
+def test_more_groups_share_a_round():
+    *_, schedule = attach(budget=6_000, window=2, interval=50)
+    groups = len(schedule.training.groups)
+    assert groups > 2 and schedule.training.period == -(-50 // groups)
+    *_, schedule = attach(budget=6_000, window=40, interval=50)
+    assert schedule.training.period == 40
+
+
+@pytest.mark.parametrize("steps", [3, 5, 6])
+def test_resume_before_and_in_the_window_of_a_long_turn_is_bit_equal(steps):
+    results, saved = [], None
+    for resume in (False, True):
+        model, optimizer, schedule = attach(window=2, interval=7)
+        if resume:
+            for part, state in zip((model, optimizer), saved, strict=True):
+                part.load_state_dict(state)
+        else:
+            train(model, optimizer, steps)
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        train(model, optimizer, 9, first=steps)
+        results.append((weights_of(model), optimizer.state_dict(), schedule.history))
+    assert equal_states(*results) and len(results[0][2]) >= 1
+
+
+def test_a_skipped_step_while_a_turn_waits_changes_nothing():
+    model, optimizer, schedule = attach(window=2, interval=7)
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["params"][0].grad = torch.full_like(optimizer.param_groups[0]["params"][0], torch.nan)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert schedule.training.steps == 2
+    train(model, optimizer, 5, first=2)
+    assert [event["step"] for event in schedule.history] == [8]
 
 
 # --- Resume ---
@@ -615,8 +678,9 @@ def test_trainer_resumes_with_nothing_added(tmp_path):
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(window=3), "groups of weights and a window of 3 steps; build MaskSchedule with the saved run's window"),
-        (dict(budget=1_600), "build MaskSchedule with the saved run's window, salience and memory_budget"),
+        (dict(window=3), "a window of 3 in 3 steps; build MaskSchedule with the saved run's window"),
+        (dict(interval=60), r"a window of 2 in \d+ steps; build MaskSchedule with the saved run's window, interval"),
+        (dict(budget=1_600), "build MaskSchedule with the saved run's window, interval, salience and memory_budget"),
         (dict(scope="local"), "schedule_scores of .* build MaskSchedule with the saved run's options"),
         (dict(salience="taylor_fo"), "schedule_scores of .* not of torch.float64"),
         (dict(batches=[token_batch()], window=None, budget=None), "had no batches; build this one without them too"),
@@ -709,11 +773,10 @@ def test_two_processes_average_a_group_once_a_turn_and_stay_equal(tmp_path):
     "options, error, match",
     [
         (
-            dict(interval=5),
+            dict(threshold=0.5),
             ValueError,
-            "interval=5 has no meaning without batches.*leave interval out, or pass batches",
+            "threshold=0.5 has no meaning without batches.*leave threshold out, or pass batches",
         ),
-        (dict(threshold=0.5), ValueError, "threshold=0.5 has no meaning without batches"),
         (dict(probe=2), ValueError, "probe=2 has no meaning without batches"),
         (dict(loss=len), ValueError, "loss=.* has no meaning without batches"),
         (dict(max_batches=2), ValueError, "max_batches=2 has no meaning without batches"),

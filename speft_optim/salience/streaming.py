@@ -3,7 +3,8 @@
 At any time one group of weights, as many as have fp32 accumulators within a budget, adds up the gradients of the very
 backward passes that train. After `window` optimizer steps the group's entries are scored and its accumulators freed,
 and the next group's turn begins; a round is one turn of each group. A weight too large for the budget takes several
-turns, a panel of rows each.
+turns, a panel of rows each. Where few groups would make a round too short, each turn begins with steps of waiting: a
+mask that changes too often leaves its newcomers no time to train.
 
 In one turn a part of the entries has new scores, all others have those by which they were kept. Both compete for the
 places: the best of the new and the stored ones are trained, exactly as many as wanted. In the first round, while some
@@ -11,7 +12,11 @@ trained entries have no score yet, each group keeps its number of them. What is 
 entry. The alternative, one threshold over the latest scores of all groups, does not give an exact number.
 
 Scores are of the raw gradients as the backward passes give them: not clipped, and with the factors of a loss scaler
-and of the division by accumulation steps. A constant factor changes no choice.
+and of the division by accumulation steps. A constant factor changes no choice; one that changes weighs stored scores
+against new ones until a round has passed.
+
+Beside the accumulators a selection takes some ten bytes for each entry that competes for its places and is kept, for a
+moment between two steps, when there are no activations.
 """
 
 import logging
@@ -37,7 +42,8 @@ class TrainingSalience:
         weights: the sparsified weights, in the model's order.
         measure: of the signal "gradient" or "squared_gradient".
         scope: whether entries compete within their weight ("local") or over all weights ("global").
-        window: optimizer steps in a turn.
+        window: optimizer steps that are summed in a turn.
+        interval: least number of steps in a round.
         memory_budget: bytes for the accumulators of a group.
 
     Attributes:
@@ -47,10 +53,21 @@ class TrainingSalience:
         scores: by weight, (k,) the score by which each trained entry was kept; only where later turns need it.
     """
 
-    def __init__(self, weights: list[SparseWeight], measure: Measure, scope: str, window: int, memory_budget: int):
+    def __init__(
+        self,
+        weights: list[SparseWeight],
+        measure: Measure,
+        scope: str,
+        *,
+        window: int,
+        interval: int,
+        memory_budget: int,
+    ):
         self.weights, self.measure, self.scope, self.window = weights, measure, scope, window
         self._sum_of = SquareSum if measure.signal == "squared_gradient" else GradientSum
         self.groups = cut_into_groups((w.target for w in weights), memory_budget, self._sum_of.entry_bytes)
+        # Steps of a turn.
+        self.period = max(window, -(-interval // len(self.groups)))
         # Long enough to keep a device busy, and short enough that temporaries of a selection are few.
         longest = 2**22 if weights[0].values.is_cuda else 2**20
         self._chunk = max(2**10, min(longest, memory_budget // 512))
@@ -63,7 +80,7 @@ class TrainingSalience:
         dtype = score_entries(measure, torch.ones(2), torch.ones(2)).dtype
         stored = weights if scope == "global" and len(self.groups) > 1 else filter(self._is_cut, weights)
         self.scores = {w.name: torch.zeros(len(w.mask), dtype=dtype, device=w.values.device) for w in stored}
-        self._begin_window()
+        self._begin_turn()
 
     @property
     def group(self) -> list[Piece]:
@@ -80,11 +97,14 @@ class TrainingSalience:
         """Count an optimizer step; whether the turn is over."""
         self._end_passes()
         self.steps += 1
-        return self.steps >= self.window
+        if self.steps == self.period - self.window:
+            self._begin_window()
+        return self.steps >= self.period
 
     def start_anew(self) -> None:
-        """Begin the turn again, as after a step whose gradients were not finite."""
-        self._begin_window()
+        """Begin the window again, as after a step whose gradients were not finite; changes nothing before it."""
+        if self._sums:
+            self._begin_window()
 
     def select(self, wanted: Mapping[str, int] | int) -> dict[str, Mask] | None:
         """End the turn and choose the entries of its group.
@@ -122,19 +142,19 @@ class TrainingSalience:
         for piece in self.group:
             piece.accumulator = None
         self.turns += 1
-        self._begin_window()
+        self._begin_turn()
         return chosen
 
     def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
         """What a checkpoint keeps with a weight.
 
         Returns:
-            `schedule_turn`, (4,) int64: turns, steps, number of groups and window. `schedule_scores`, (k,), or (0,)
-            where they are not stored. `schedule_accumulator`, with the first weight fp32 in CPU memory, as long as the
-            largest group whatever the turn, with others (0,).
+            `schedule_turn`, (5,) int64: turns, steps, number of groups, window and steps of a turn. `schedule_scores`,
+            (k,), or (0,) where they are not stored. `schedule_accumulator`, with the first weight fp32 in CPU memory,
+            as long as the largest group whatever the turn, with others (0,).
         """
         self._end_passes()
-        counters = torch.tensor([self.turns, self.steps, len(self.groups), self.window])
+        counters = torch.tensor([self.turns, self.steps, *self._counts])
         scores = self.scores.get(weight.name, torch.zeros(0, device=weight.values.device))
         accumulator = torch.zeros(self._accumulated_by(weight))
         if len(accumulator):
@@ -151,13 +171,14 @@ class TrainingSalience:
             entries: of the saved mask.
             saved: the saved state of the weight.
         """
-        turn, here = saved["schedule_turn"], [len(self.groups), self.window]
-        if turn.dtype != torch.int64 or turn.shape != (4,) or int(turn.min()) < 0:
-            raise ValueError(f"The saved schedule_turn is {turn}, not four whole numbers as int64; load another state.")
-        if turn[2:].tolist() != here or int(turn[1]) >= self.window:
+        turn = saved["schedule_turn"]
+        if turn.dtype != torch.int64 or turn.shape != (5,) or int(turn.min()) < 0:
+            raise ValueError(f"The saved schedule_turn is {turn}, not five whole numbers as int64; load another state.")
+        if turn[2:].tolist() != self._counts or int(turn[1]) >= self.period:
             raise ValueError(
-                f"The saved schedule_turn is {turn.tolist()}, here there are {here[0]} groups of weights and a window "
-                f"of {here[1]} steps; build MaskSchedule with the saved run's window, salience and memory_budget."
+                f"The saved schedule_turn is {turn.tolist()}, here there are {len(self.groups)} groups of weights and "
+                f"a window of {self.window} in {self.period} steps; build MaskSchedule with the saved run's window, "
+                "interval, salience and memory_budget."
             )
         own = self.scores.get(weight.name, torch.zeros(0))
         expected = {
@@ -180,9 +201,12 @@ class TrainingSalience:
             for piece in self.group:
                 piece.accumulator = None
             self.turns = turns
-            self._begin_window()
-            self.steps = steps
-            for piece, part in self._parts(saved["schedule_accumulator"].detach()) if steps else ():
+            self._begin_turn()
+            self.steps, waiting = steps, self.period - self.window
+            if steps >= waiting:
+                self._begin_window()
+                self.steps = steps
+            for piece, part in self._parts(saved["schedule_accumulator"].detach()) if steps > waiting else ():
                 piece.accumulator = part.to(piece.target.device, copy=True)
 
     def _accumulated_by(self, weight: SparseWeight) -> int:
@@ -196,8 +220,21 @@ class TrainingSalience:
         for piece, part in zip(self.group, parts, strict=True):
             yield piece, part.view(piece.last - piece.first, piece.columns)
 
+    @property
+    def _counts(self) -> list[int]:
+        """What must be equal in a run that is resumed."""
+        return [len(self.groups), self.window, self.period]
+
+    def _begin_turn(self) -> None:
+        """Wait for the window, which may begin at once."""
+        self.steps, self._sums = 0, {}
+        self._attach()
+        if self.period == self.window:
+            self._begin_window()
+
     def _begin_window(self) -> None:
-        self.steps = 0
+        """Sum gradients from the next backward pass on."""
+        self.steps = self.period - self.window
         for piece in self.group:
             piece.accumulator = None
         self._sums = {piece.target.name: self._sum_of(piece) for piece in self.group}
