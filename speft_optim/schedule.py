@@ -23,7 +23,6 @@ from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.optim.moments import carry_moments_
 from speft_optim.optim.state import has_moments
 from speft_optim.salience.batches import Batches, check_batches, check_max_batches
-from speft_optim.salience.measures import MEASURES
 from speft_optim.salience.selection import check_choice, is_whole, select_masks
 from speft_optim.weights.sparse_weight import SparseWeight, sparse_weights
 
@@ -47,7 +46,7 @@ class MaskSchedule:
         optimizer: its `SparseAdamW`, or accelerate's wrapper around it.
         batches: calibration data as for `select_masks`, iterated afresh each time.
         interval: optimizer steps between selections; the paper's is 1000.
-        salience: the measure, as for `select_masks`.
+        salience: name or function of the measure, as for `select_masks`.
         scope: "local" keeps each weight's number of entries, "global" their sum.
         density: from the number of steps taken to the share of all candidates to keep; None keeps the number that
             `sparsify` got.
@@ -73,7 +72,7 @@ class MaskSchedule:
         batches: Batches | None,
         *,
         interval: int = 1000,
-        salience: str = "gradient",
+        salience: str | Callable[[Tensor, Tensor], Tensor] = "gradient",
         scope: Literal["local", "global"] = "local",
         density: Callable[[int], float] | None = None,
         moments: Literal["reset", "carry"] = "reset",
@@ -205,7 +204,7 @@ class MaskSchedule:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1, such as {usual}.")
         if not isinstance(self.moments, str) or self.moments not in ("reset", "carry"):
             raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')
-        check_choice(self.salience, self.scope)
+        measure = check_choice(self.salience, self.scope)
         if self.threshold is not None and not isinstance(self.threshold, Real):
             raise TypeError(f"threshold={self.threshold!r} is no number; pass None or a share such as 0.8.")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
@@ -220,7 +219,7 @@ class MaskSchedule:
         check_max_batches(self.options.get("max_batches"))
         if isinstance(self.batches, Iterator):
             raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")
-        if MEASURES[self.salience].takes_batches:
+        if measure.takes_batches:
             check_batches(self.batches, 1)
         if is_distributed() and (self.scope == "global" or self.density is not None):
             raise ValueError(

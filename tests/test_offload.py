@@ -15,7 +15,7 @@ from speft_optim.salience.measures import MEASURES
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.prefetch import Belt, copy_pages_, lock_pages
 
-STREAMED = sorted(set(MEASURES) - {"grasp"})
+STREAMED = sorted(name for name, measure in MEASURES.items() if not measure.differentiates_twice)
 
 
 def batches():

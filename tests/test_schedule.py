@@ -458,6 +458,17 @@ def test_a_model_in_training_is_scored_as_a_plain_one(salience, memory_budget):
     assert all(weight.values.grad is not None for weight in sparse_weights(model))
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_function_reselects_as_the_measure_it_computes(scope):
+    ends = []
+    for salience in ("force", lambda w, g: -w * g):
+        model, optimizer, schedule = attach(scope=scope, salience=salience)
+        train(model, optimizer, 4)
+        assert len(schedule.history) == 1
+        ends.append(masks_of(model))
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
 def test_a_copied_optimizer_keeps_its_schedule(copied, order):
@@ -548,6 +559,7 @@ def test_calibration_leaves_training_as_it_was():
         (dict(density=0.1), TypeError, "density"),
         (dict(budget=5), ValueError, "budget"),
         (dict(salience="gradint"), ValueError, "salience='gradint' is not known; choose from"),
+        (dict(salience=3), TypeError, "salience=3 is a int; pass one of"),
     ],
 )
 def test_wrong_arguments(options, error, match):
