@@ -81,12 +81,10 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
 
 def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int) -> dict[str, int]:
     """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole."""
-    values = {id(parameter) for parameter in model.parameters() if masks is not None and parameter.requires_grad}
-    weights = [target for target in all_targets(model).values() if id(target.parameter) not in values]
     # Quantised weights are saved in 16 bits.
     sizes = (
         target.shape.numel() * (target.parameter.element_size() if target.parameter.is_floating_point() else 2)
-        for target in weights
+        for target in all_targets(model).values()
     )
     needed = {
         "checkpoint": sum(sizes),

@@ -546,7 +546,7 @@ def train(run: Run, model, optimizer, masks: Masks | None, samples: list[data.Sa
         record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
         record["optimizer_bytes"] = {
             "held": report.optimizer_bytes(optimizer, masks),
-            "adamw": report.adamw_bytes(model, masks),
+            "adamw": report.adamw_bytes(model),
         }
 
 

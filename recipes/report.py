@@ -93,10 +93,9 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> in
     return total
 
 
-def adamw_bytes(model: torch.nn.Module, masks: Masks | None) -> int:
+def adamw_bytes(model: torch.nn.Module) -> int:
     """Bytes of two fp32 moments for every weight of the model: what AdamW holds."""
-    count = sum(target.shape.numel() for target in all_targets(model).values())
-    return 8 * (count - (masks.count if masks is not None else 0))  # compact values are not weights of their own
+    return 8 * sum(target.shape.numel() for target in all_targets(model).values())
 
 
 def moved_share(

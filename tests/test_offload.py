@@ -10,7 +10,7 @@ from conftest import tiny_model, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim import select_masks
+from speft_optim import select_masks, sparsify
 from speft_optim.salience.measures import MEASURES
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.prefetch import Belt, copy_pages_, lock_pages
@@ -59,6 +59,16 @@ def test_weights_can_be_read_from_a_sharded_checkpoint(tmp_path, salience):
     choose = dict(salience=salience, density=0.1, progress=False)
     resident = select_masks(model, batches(), **choose)
     assert select_masks(twin.bfloat16(), batches(), offload="cpu", checkpoint=tmp_path, **choose) == resident
+
+
+def test_a_sparsified_model_is_streamed_as_a_resident_one():
+    model = tiny_model("llama")
+    choose = dict(density=0.1, progress=False)
+    values = sparsify(model, select_masks(model, salience="magnitude", **choose))
+    resident = select_masks(model, batches(), **choose)
+    assert select_masks(model, batches(), offload="cpu", **choose) == resident
+    model(**token_batch()).loss.backward()
+    assert all(part.grad is not None for part in values)
 
 
 def test_embeddings_and_norms_can_be_targets_of_a_streamed_model():

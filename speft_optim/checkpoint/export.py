@@ -101,9 +101,8 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int)
     _flush(model)
     tensors: Tensors = {}
     for name, target in all_targets(model).items():
-        if linked(target.parameter) is None:
-            weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
-            tensors[name] = (weight.shape, lambda weight=weight, module=module: as_stored(module, weight.dense(dtype)))
+        weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
+        tensors[name] = (weight.shape, lambda weight=weight, module=module: as_stored(module, weight.dense(dtype)))
     for path, module in plain_modules(model):
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
@@ -151,7 +150,7 @@ def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> 
     targets = {}
     for first, target in all_targets(model).items():
         # Offloaded weights, which are on the meta device, cannot have been trained.
-        if linked(target.parameter) is None and not target.parameter.is_meta:
+        if not target.parameter.is_meta:
             stored = [name for name in names[id(target.parameter)] if name in files]
             if not stored:
                 raise has_no_tensor(base, first)
