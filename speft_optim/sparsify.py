@@ -29,7 +29,7 @@ from speft_optim.integrations import (
 )
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
-from speft_optim.weights.bnb import is_quantized_linear
+from speft_optim.weights.bnb import is_quantized_linear, settle_storage
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.provenance import compare_at_first_step, compare_weights
 from speft_optim.weights.sparse_weight import (
@@ -94,6 +94,7 @@ def sparsify(
     with together():
         check_not_parallel(wrapper)
         check_differentiable(model)
+        settle_storage(model)
         targets = all_targets(model)
         _check_masks(model, masks, targets)
         found = {name: mask for name, mask in masks.items() if len(mask)}

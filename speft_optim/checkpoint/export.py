@@ -23,6 +23,7 @@ from speft_optim.checkpoint.base import check_is_weight, check_same_model, has_n
 from speft_optim.checkpoint.names import Tensors, as_in_base
 from speft_optim.files import tensor_files, whole_folder
 from speft_optim.kernels.entries import scatter_entries_
+from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.sparse_weight import linked
 from speft_optim.weights.storage import DenseWeight, as_stored, frozen_weight
 from speft_optim.weights.targets import Target, all_targets
@@ -176,6 +177,7 @@ def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> 
 
 
 def _flush(model: nn.Module) -> None:
+    settle_storage(model)
     for parameter in model.parameters():
         if (weight := linked(parameter)) is not None:
             weight.synchronize()

@@ -24,6 +24,7 @@ from speft_optim.salience.calibration import default_memory_budget, stream_score
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.topk import BestEntries
+from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.provenance import note_weights
 from speft_optim.weights.targets import Target, Targets, check_differentiable, find_targets
 from speft_optim.weights.wrappers import unwrapped
@@ -107,6 +108,7 @@ def select_masks(
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
                 stack.enter_context(streaming(model, offload, checkpoint, by_block=measure.takes_batches))
+            settle_storage(model)
             found = find_targets(model, targets)
             sizes = {name: target.shape.numel() for name, target in found.items()}
             if isinstance(budget, Mapping):
