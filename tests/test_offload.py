@@ -58,7 +58,7 @@ def test_weights_can_be_read_from_a_sharded_checkpoint(tmp_path, salience):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     choose = dict(salience=salience, density=0.1, progress=False)
     resident = select_masks(model, batches(), **choose)
-    assert select_masks(twin.bfloat16(), batches(), offload="cpu", checkpoint=tmp_path, **choose) == resident
+    assert select_masks(twin.bfloat16(), batches(), offload="cpu", base=tmp_path, **choose) == resident
 
 
 def test_a_sparsified_model_is_streamed_as_a_resident_one():
@@ -277,12 +277,12 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="grasp"):
         select_masks(model, batches(), salience="grasp", density=0.1, offload="cpu")
     with pytest.raises(ValueError, match="only with offload"):
-        select_masks(model, batches(), density=0.1, checkpoint=tmp_path)
+        select_masks(model, batches(), density=0.1, base=tmp_path)
     with pytest.raises(ValueError, match="holds no safetensors"):
-        select_masks(model, batches(), density=0.1, offload="cpu", checkpoint=tmp_path)
+        select_masks(model, batches(), density=0.1, offload="cpu", base=tmp_path)
     twin = on_meta(model, tmp_path)
     with pytest.raises(ValueError, match="on the meta device; pass checkpoint"):
         select_masks(twin, batches(), density=0.1, offload="cpu")
     other = on_meta(tiny_model(hidden_size=32), tmp_path / "other")
     with pytest.raises(ValueError, match="has shape"):
-        select_masks(other, batches(), density=0.1, offload="cpu", checkpoint=tmp_path)
+        select_masks(other, batches(), density=0.1, offload="cpu", base=tmp_path)

@@ -383,7 +383,7 @@ def test_original_entries_take_the_rounding_off(model, original):
     before = effective(model)
     twin = copy.deepcopy(model)
     sparsify(twin, masks)
-    sparsify(model, masks, original=original)
+    sparsify(model, masks, base=original)
     import transformers as tf
 
     plain = tf.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
@@ -660,7 +660,7 @@ def test_clear_errors(loaded):
         sparsify(model, {name: Mask(torch.tensor([0]), (3, 3))})
     assert not any("forward" in module.__dict__ for module in model.modules())
     with pytest.raises(ValueError, match="holds no safetensors"):
-        sparsify(model, random_masks(model), original="/nonexistent")
+        sparsify(model, random_masks(model), base="/nonexistent")
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

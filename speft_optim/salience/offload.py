@@ -126,7 +126,7 @@ def streaming(
     for target in all_targets(model).values():
         if target.parameter.is_meta:
             if shards is None:
-                raise ValueError(f"{target.name} is on the meta device; pass checkpoint=folder with its safetensors.")
+                raise ValueError(f"{target.name} is on the meta device; pass base=folder with its safetensors.")
             shards.check(target)
         for site in target.sites:
             weights[site] = StreamedWeight(target, device, shards)

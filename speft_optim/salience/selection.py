@@ -45,7 +45,7 @@ def select_masks(
     loss: LossFunction | None = None,
     max_batches: int | None = None,
     offload: str | torch.device | None = None,
-    checkpoint: str | Path | None = None,
+    base: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Masks:
@@ -84,7 +84,7 @@ def select_masks(
             be read whole.
         offload: device to compute on while the weights stay in CPU memory and visit it block by block, for a model that
             does not fit there; the masks are those of a resident model. Not for `grasp`.
-        checkpoint: with `offload`, folder whose safetensors hold the weights of a model on the meta device.
+        base: with `offload`, folder of the checkpoint whose safetensors hold the weights of a model on the meta device.
         seed: of the `random` measure.
         progress: show a progress bar (on terminals only).
 
@@ -100,14 +100,14 @@ def select_masks(
     model = unwrapped(model)
     with contextlib.ExitStack() as stack:
         with together():
-            measure = check_choice(salience, scope, offload, checkpoint)
+            measure = check_choice(salience, scope, offload, base)
             check_differentiable(model)
             check_max_batches(max_batches)
             if loss is not None and not callable(loss):
                 raise TypeError(f"loss={loss!r} is not callable; pass a function of (model, batch), or None.")
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
-                stack.enter_context(streaming(model, offload, checkpoint, by_block=measure.takes_batches))
+                stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
             settle_storage(model)
             found = find_targets(model, targets)
             sizes = {name: target.shape.numel() for name, target in found.items()}
@@ -158,7 +158,7 @@ def check_choice(
     salience: str | Callable[[Tensor, Tensor], Tensor],
     scope: str,
     offload: str | torch.device | None = None,
-    checkpoint: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Measure:
     """Refuse what `select_masks` does not know, or not together.
 
@@ -172,8 +172,8 @@ def check_choice(
     measure = measure_of(salience)
     if not isinstance(scope, str) or scope not in ("local", "global"):
         raise ValueError(f"scope={scope!r} is not known; choose 'local' or 'global'.")
-    if offload is None and checkpoint is not None:
-        raise ValueError("checkpoint is read only with offload; pass offload='cuda' too, or load the model.")
+    if offload is None and base is not None:
+        raise ValueError("base is read only with offload; pass offload='cuda' too, or load the model.")
     if offload is not None and measure.differentiates_twice:
         raise ValueError(f"salience={salience!r} differentiates twice, which offload does not support; choose another.")
     return measure
