@@ -281,7 +281,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no safetensors"):
         select_masks(model, batches(), density=0.1, offload="cpu", base=tmp_path)
     twin = on_meta(model, tmp_path)
-    with pytest.raises(ValueError, match="on the meta device; pass checkpoint"):
+    with pytest.raises(ValueError, match="on the meta device; pass base=folder"):
         select_masks(twin, batches(), density=0.1, offload="cpu")
     other = on_meta(tiny_model(hidden_size=32), tmp_path / "other")
     with pytest.raises(ValueError, match="has shape"):
