@@ -119,11 +119,11 @@ def rehearse(model, tokenizer, optimizer, masks: Masks | None, base: Path, out: 
                 save_masked_entries(model, trial, salience)
         with _trying("the checkpoint"):
             save_model(model, tokenizer, trial)
-            moved = report.moved_share(base, trial / "checkpoint", masks, model)["moved"]
-            if moved:
-                raise ValueError(f"before any training, {moved:,} entries of it differ from those of {base}")
+            moved = report.moved_share(base, trial / "checkpoint", masks, model)
+            if moved["moved"]:
+                raise ValueError(f"before any training, {moved['moved']:,} entries of it differ from those of {base}")
         with _trying("the picture"):
-            report.draw([1.0], (1.0, 1.0), masks, trial / "report.png", str(base))
+            report.draw([1.0], (1.0, 1.0), masks, moved["change"], trial / "report.png", str(base))
 
 
 @contextmanager

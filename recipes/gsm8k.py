@@ -564,7 +564,7 @@ def save(run: Run, model, tokenizer, masks: Masks | None, base: Path) -> dict[st
     with run.stage("draw"):
         held_out = (record["held_out_loss"]["before"], record["held_out_loss"]["after"])
         title = f"{run.args.model}, {report.trained_line(record)}"
-        report.draw(record["history"]["loss"], held_out, masks, out / "report.png", title)
+        report.draw(record["history"]["loss"], held_out, masks, record["moved"]["change"], out / "report.png", title)
     return files | {"picture": str(out / "report.png"), "record": str(out / "run.json")}
 
 

@@ -111,8 +111,9 @@ def moved_share(
         model: the trained model; the base of a weight that it holds as codes is what these codes give.
 
     Returns:
-        `entries` of the model, how many `moved`, how many of these lie outside the mask (`stray`, to be 0), and the
-        `share`.
+        `entries` of the model, how many `moved`, how many of these lie outside the mask (`stray`, to be 0), the
+        `share`, and `change`: for each trained weight the mean change of its trained entries, as a share of the mean
+        magnitude of all its entries.
     """
     before, after = tensor_files(base), tensor_files(tuned)
     missing = sorted(after.keys() - before.keys())
@@ -122,6 +123,7 @@ def moved_share(
         )
     codes = {f"{name}.weight": frozen_weight(module) for name, module in quantized_linears(model)}
     moved = stray = total = 0
+    change: dict[str, float] = {}
     for name in after:
         with safe_open(before[name], "pt") as old, safe_open(after[name], "pt") as new:
             trained = new.get_tensor(name)
@@ -131,25 +133,42 @@ def moved_share(
         total += trained.numel()
         if masks is not None:
             if name in masks:
-                differs[masks[name].indices.to("cpu", torch.int64)] = False
+                kept = masks[name].indices.to("cpu", torch.int64)
+                change[name] = _relative_change(start.flatten(), trained.flatten(), kept)
+                differs[kept] = False
             stray += int(differs.sum())
-    return {"moved": moved, "stray": stray, "entries": total, "share": moved / total}
+    return {"moved": moved, "stray": stray, "entries": total, "share": moved / total, "change": change}
 
 
-def draw(losses: list[float], held_out: tuple[float, float], masks: Masks | None, path: str | Path, title: str) -> None:
-    """Draw the loss curve and, where there is a mask, its density and its concentration, to a PNG.
+def _relative_change(start: torch.Tensor, trained: torch.Tensor, kept: torch.Tensor) -> float:
+    """Mean change of the entries at `kept`, as a share of the mean magnitude of all of `start`."""
+    moved = (trained[kept].float() - start[kept].float()).abs().mean() if len(kept) else torch.zeros(())
+    return float(moved / start.abs().mean(dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def draw(
+    losses: list[float],
+    held_out: tuple[float, float],
+    masks: Masks | None,
+    change: dict[str, float],
+    path: str | Path,
+    title: str,
+) -> None:
+    """Draw the loss curve and, where there is a mask, how far its entries moved and its concentration, to a PNG.
 
     Args:
         losses: training loss of each step; NaN where a step was skipped.
         held_out: loss on held-out answers before and after.
         masks: the mask, or None.
+        change: of `moved_share`, one number for each masked weight.
         path: the PNG.
         title: above the pictures.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from speft_optim.masks.plots import draw_concentration, draw_density
+    from speft_optim.masks.plots import draw_concentration, draw_grid
+    from speft_optim.masks.statistics import mean_grid
 
     figure = Figure(figsize=(8 if masks is None else 17, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -162,9 +181,11 @@ def draw(losses: list[float], held_out: tuple[float, float], masks: Masks | None
     curve.set_ylim(bottom=0)
     curve.legend()
     if rest:
-        draw_density(rest[0], masks)
-        rest[0].set_title("density of the mask, %")
-        draw_concentration(rest[1], masks)  # a local mask is equally dense everywhere; this shows its structure
+        # Not the density, which in local scope is the same everywhere.
+        sizes = {name: mask.shape.numel() for name, mask in masks.items()}
+        draw_grid(rest[0], *mean_grid(change, sizes), scale=100)
+        rest[0].set_title("change of the trained entries, % of the mean weight")
+        draw_concentration(rest[1], masks)
     figure.suptitle(title)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 

@@ -3,13 +3,12 @@
 import torch
 from torch import nn
 
-from speft_optim.weights.sparse_weight import attached, window_of
+from speft_optim.weights.sparse_weight import attached
 
 
 @torch.compiler.disable(recursive=True)
 def refresh_all(model: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a sparsified model: bring weights and values into step, and open the gradient window."""
+    """Forward pre-hook of a sparsified model: bring weights and values into step."""
     # Not by a search of the model, which each forward would pay for.
     for weight in attached(model):
         weight.refresh()
-    window_of(model).open()

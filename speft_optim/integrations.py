@@ -5,6 +5,7 @@ weights, and flags that mean "nothing trains" are lowered.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,19 @@ def take_over(model: nn.Module) -> None:
         # The model and those in it, as the one without its head.
         if hasattr(part, "save_pretrained") and next(quantized_linears(part), None) is not None:
             part.__dict__["save_pretrained"] = _SaveMerged(part)
-    if layers and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+    for quantizer, inner in _quantizers(model):
         quantizer.__dict__["is_serializable"] = _RefuseQuantized()
+        for part in inner:
+            # The save that transformers defines asks the quantiser, which it finds on the whole model only.
+            part.__dict__.setdefault("hf_quantizer", quantizer)
+
+
+def _quantizers(model: nn.Module) -> Iterator[tuple[object, list[nn.Module]]]:
+    """Each quantiser of transformers' that the model holds, with the quantised models inside the one that holds it."""
+    for outer in list(model.modules()):
+        if (quantizer := outer.__dict__.get("hf_quantizer")) is not None:
+            parts = [part for part in outer.modules() if part is not outer and hasattr(part, "save_pretrained")]
+            yield quantizer, [part for part in parts if next(quantized_linears(part), None) is not None]
 
 
 class _RefuseQuantized:
@@ -87,8 +99,11 @@ def hand_back(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part.__dict__.get("save_pretrained"), _SaveMerged):
             del part.__dict__["save_pretrained"]
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+    for quantizer, inner in _quantizers(model):
         quantizer.__dict__.pop("is_serializable", None)
+        for part in inner:
+            if part.__dict__.get("hf_quantizer") is quantizer:
+                del part.__dict__["hf_quantizer"]
 
 
 class _SaveMerged:

@@ -5,11 +5,14 @@ optimizer's. So nothing is added to a training loop or a trainer, accumulation a
 optimizer sees them, and a resumed run restores masks and counter with the moments. Parameters stay the same objects,
 with other contents, so that schedulers and wrappers that hold them need not know.
 
+With batches the masks are selected by `select_masks` at intervals; without, from the training's own backward passes,
+one group of weights after another (see `salience/streaming.py`).
+
 An entry that leaves keeps its trained value in the weight and never moves again.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from typing import Any, Literal
 
@@ -17,16 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.adapter_file import named_root
-from speft_optim.distributed import check_equal_masks, is_distributed
+from speft_optim.distributed import check_equal, check_equal_masks, is_distributed
 from speft_optim.masks.collection import Masks
+from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
-from speft_optim.optim.moments import carry_moments_
-from speft_optim.optim.state import has_moments
+from speft_optim.optim.state import SCHEDULE_KEYS, TURN_KEYS
 from speft_optim.salience.batches import Batches, check_batches, check_max_batches
+from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.selection import check_choice, is_whole, select_masks
+from speft_optim.salience.streaming import TrainingSalience
 from speft_optim.weights.sparse_weight import SparseWeight, sparse_weights
 
-_OPTIONS = {"loss", "max_batches", "memory_budget", "seed", "progress"}
+_OPTIONS = {"loss", "max_batches", "seed", "progress"}
 
 
 _EVENT = ("step", "entries", "overlap")
@@ -35,33 +40,59 @@ _EVENT = ("step", "entries", "overlap")
 _KEPT_EVENTS = 256
 
 
+# Bytes of accumulators: with 2 GiB one group holds 512 million entries, a fourteenth of a model of 8 billion. Not a
+# share of the memory that is free now, since a resumed run must cut the weights into the same groups.
+_BUDGET = 2 * 2**30
+
+
 class MaskSchedule:
-    """Choose the masks of a sparsified model again after every `interval` steps of its optimizer.
+    """Choose the masks of a sparsified model again while its optimizer trains it.
 
     Candidates are the weights that `sparsify` attached to. In global scope many may start with an empty mask: pass
     them all on with `sparsify(model, masks, keep_empty=True)`.
 
+    **With batches**, `select_masks` chooses all masks anew after every `interval` steps, as the paper does.
+
+    **Without batches** the training itself tells the salience, at no pass of its own. One group of weights at a time
+    adds up its gradients in the backward passes that train; after `window` optimizer steps its masks are chosen anew
+    and the next group's turn begins. In local scope each weight keeps its number of entries. In global scope the
+    group's new scores compete with those by which the entries of other groups were kept, so that entries move between
+    weights and their sum stays; in the first round each group keeps its number. This holds a group's accumulators, 4
+    bytes an entry within `memory_budget`, and a score for each trained entry, and a checkpoint holds them too. Scores
+    are of the raw gradients: before clipping, and with the constant factors of a loss scaler and of accumulation. A
+    step that is skipped because of inf or NaN lets the group's window begin anew. Weights that get no gradient keep
+    their masks. Of several processes each adds up its own gradients, and a turn ends with one average over them; a
+    checkpoint within a turn holds the sums of the process that saved it. `magnitude`, `random` and `synflow` need no
+    gradient, and without batches they are selected by at intervals too.
+
     Args:
         model: the sparsified model, or a wrapper around it.
         optimizer: its `SparseAdamW`, or accelerate's wrapper around it.
-        batches: calibration data as for `select_masks`, iterated afresh each time.
-        interval: optimizer steps between selections; the paper's is 1000.
-        salience: name or function of the measure, as for `select_masks`.
+        batches: calibration data as for `select_masks`, iterated afresh each time; None selects from the training.
+        interval: with batches, optimizer steps between selections; default 1000, the paper's.
+        window: without batches, optimizer steps in a group's turn; default 8.
+        salience: the measure, as for `select_masks`; default "gradient" with batches. Without them "gradient", "snip"
+            (the default), "force" or "taylor_fo" of the summed gradient; "fisher" sums the squares of each backward
+            pass's gradient, of a whole micro-batch and not of an example; or a function from weight entries and their
+            summed gradients, fp32 of one shape, to fp32 scores of that shape, higher ones are kept.
         scope: "local" keeps each weight's number of entries, "global" their sum.
         density: from the number of steps taken to the share of all candidates to keep; None keeps the number that
             `sparsify` got.
-        moments: "reset" all, as the paper does, or "carry" over those of entries that stay.
-        threshold: select only when the current masks and those that `probe` batches give overlap less than this, 0 to
-            1; None selects every time.
-        probe: batches for that cheaper estimate.
-        **options: `loss`, `max_batches`, `memory_budget`, `seed` or `progress` of `select_masks`.
+        moments: "reset" all, as the paper does and the default with batches, or "carry" over those of entries that
+            stay, the default without: newcomers start from zero, under the step count of the others.
+        threshold: with batches, select only when the current masks and those that `probe` batches give overlap less
+            than this, 0 to 1; None selects every time.
+        probe: batches for that cheaper estimate; default 1.
+        memory_budget: with batches that of `select_masks`; without, bytes of a group's accumulators, default 2 GiB.
+        **options: with batches, `loss`, `max_batches`, `seed` or `progress` of `select_masks`.
 
     Attributes:
         steps: optimizer steps counted.
         history: for each selection or probe its `step`, `entries`, and `overlap` with the masks before.
 
     Raises:
-        ValueError: an argument is out of range, or the optimizer does not train this model's values.
+        ValueError: an argument is out of range or has no meaning with or without batches, or the optimizer does not
+            train this model's values.
         TypeError: the optimizer is not a SparseAdamW.
     """
 
@@ -69,44 +100,78 @@ class MaskSchedule:
         self,
         model: nn.Module,
         optimizer: SparseAdamW,
-        batches: Batches | None,
+        batches: Batches | None = None,
         *,
-        interval: int = 1000,
-        salience: str | Callable[[Tensor, Tensor], Tensor] = "gradient",
+        interval: int | None = None,
+        window: int | None = None,
+        salience: str | Callable[[Tensor, Tensor], Tensor] | None = None,
         scope: Literal["local", "global"] = "local",
         density: Callable[[int], float] | None = None,
-        moments: Literal["reset", "carry"] = "reset",
+        moments: Literal["reset", "carry"] | None = None,
         threshold: float | None = None,
-        probe: int = 1,
+        probe: int | None = None,
+        memory_budget: int | None = None,
         **options: Any,
     ):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self.model, self.optimizer, self.batches = named_root(model), optimizer, batches
-        self.interval, self.salience, self.scope, self.density = interval, salience, scope, density
-        self.moments, self.threshold, self.probe, self.options = moments, threshold, probe, options
+        self.interval, self.window, self.salience, self.scope, self.density = interval, window, salience, scope, density
+        self.moments, self.threshold, self.probe = moments, threshold, probe
+        self.memory_budget, self.options = memory_budget, options
         self.steps, self.history = 0, []
+        self._skipped = 0
+        self.training: TrainingSalience | None = None
+        self._check_owners()
+        measure = self._check_mode()
         self._check()
         weights = self._weights()
         self.entries = sum(len(weight.mask) for weight in weights)
+        if measure is not None:
+            budget = int(_BUDGET if memory_budget is None else memory_budget)
+            choice = f"{measure.name} in windows of {self.window} steps, {budget} bytes of accumulators"
+            check_equal(choice, "The arguments of MaskSchedule", "pass the same in all of them.")
+            self.training = TrainingSalience(weights, measure, scope, int(self.window), budget)
+            self._skipped = optimizer.skipped_steps
+        self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of accumulators and stored scores that are held now; 0 with batches."""
+        return 0 if self.training is None else self.training.bytes_held
 
     def reselect(self) -> Masks:
         """Choose the masks again now, whatever interval and threshold say; call between steps.
 
         Returns:
             The new masks.
+
+        Raises:
+            ValueError: masks are selected from the training, group by group.
         """
+        if self.training is not None:
+            raise ValueError(
+                "This MaskSchedule selects from the training's own backward passes at the end of each window, so that "
+                "reselect() has nothing to select by; pass batches, or call select_masks with some."
+            )
         masks = self._select(self.batches)
         self._note(masks)
+        self._change(masks)
+        return masks
+
+    def _change(self, masks: Mapping[str, Mask]) -> tuple[int, int]:
+        """Train other entries of these weights; how many there were before, and how many of them stay."""
         check_equal_masks(masks)
-        for weight in self._weights():
+        before = kept = 0
+        for weight in (weight for weight in self._weights() if weight.name in masks):
+            before += len(weight.mask)
             places, stays = weight.change_mask(masks[weight.name])
-            state = self.optimizer.state.get(weight.values, {})
-            if self.moments == "carry" and has_moments(state):
-                carry_moments_(state, weight.values.detach(), places, stays)
+            kept += int(stays.sum())
+            if self.moments == "carry":
+                self.optimizer.carry_moments(weight.values, places, stays)
             else:
                 self.optimizer.reset_moments(weight.values)
-        return masks
+        return before, kept
 
     def state_dict(self) -> dict[str, Tensor]:
         """Counter and latest events; the masks themselves are in the optimizer's state.
@@ -138,16 +203,50 @@ class MaskSchedule:
         rows = [row for row in state_dict["schedule_history"].tolist() if row[0] >= 0]
         self.history = [{"step": int(step), "entries": int(n), "overlap": overlap} for step, n, overlap in rows]
 
+    def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
+        """What is kept with a weight: nothing with batches, else see `TrainingSalience.state_of`."""
+        return {} if self.training is None else self.training.state_of(weight)
+
+    def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
+        """Raise a ValueError for what `state_of` cannot have given."""
+        if self.training is not None:
+            self.training.check_state_of(weight, len(saved["values"]), saved)
+        elif "schedule_turn" in saved:
+            raise ValueError("The saved run's MaskSchedule had no batches; build this one without them too.")
+
+    def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
+        """Restore what `state_of` gave."""
+        if self.training is not None:
+            self.training.load_state_of(weight, saved)
+            self._skipped = int(saved["skipped_steps"])
+
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
         """Post-hook of the optimizer: count a step, and select when it is time."""
         self.steps += 1
+        if self.training is not None:
+            self._after_step_of_turn(optimizer)
+            return
         if self.steps % self.interval:
             return
         if self.threshold is not None:
             overlap = self._note(self._select(itertools.islice(self.batches, self.probe)))
-            if overlap >= self.threshold and self._wanted() == sum(len(weight.mask) for weight in self._weights()):
+            if overlap >= self.threshold and self._wanted() == self._count():
                 return
         self.reselect()
+
+    def _after_step_of_turn(self, optimizer: SparseAdamW) -> None:
+        """Count a step of the group's window, and choose its masks when the window is over."""
+        skipped, self._skipped = optimizer.skipped_steps > self._skipped, optimizer.skipped_steps
+        if skipped:
+            self.training.start_anew()
+        elif self.training.end_step():
+            masks = self.training.select(self._wanted() if self.scope == "global" else self._wanted_by_weight())
+            if masks is not None:
+                total = self._count()
+                before, kept = self._change(masks)
+                now = self._count()
+                overlap = (total - before + kept) / max(1, min(total, now))
+                self.history.append({"step": self.steps, "entries": now, "overlap": overlap})
 
     def _select(self, batches: Batches | Iterator | None) -> Masks:
         weights = {weight.name: weight for weight in self._weights()}
@@ -158,6 +257,7 @@ class MaskSchedule:
             salience=self.salience,
             scope=self.scope,
             budget=self._wanted() if self.scope == "global" else self._wanted_by_weight(),
+            memory_budget=self.memory_budget,
             targets=lambda name, parameter: name in weights,
             **options,
         )
@@ -187,10 +287,14 @@ class MaskSchedule:
             raise ValueError(f"density({self.steps}) is {density!r}; it must give a share in (0, 1], such as 0.01.")
         return density
 
+    def _count(self) -> int:
+        """Entries trained now, over all weights."""
+        return sum(len(weight.mask) for weight in self._weights())
+
     def _weights(self) -> list[SparseWeight]:
         return sparse_weights(self.model)
 
-    def _check(self) -> None:
+    def _check_owners(self) -> None:
         if not isinstance(self.optimizer, SparseAdamW):
             raise TypeError(f"MaskSchedule needs a SparseAdamW, whose moments it knows; got {self.optimizer!r}.")
         if self.optimizer.schedule is not None:
@@ -198,13 +302,50 @@ class MaskSchedule:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if not self._weights() or any(id(weight.values) not in held for weight in self._weights()):
             raise ValueError("The optimizer does not train all of the model's values; build it from sparsify(...).")
-        for name, usual in (("interval", 1000), ("probe", 1)):
+
+    def _check_mode(self) -> Measure | None:
+        """Set the defaults of the mode and refuse the other's options.
+
+        Returns:
+            The measure, where masks are selected from the training.
+        """
+        if self.salience is None:
+            self.salience = "snip" if self.batches is None else "gradient"
+        measure = measure_of(self.salience)
+        if self.batches is None and measure.takes_batches:
+            if measure.statistic not in ("gradient", "squared_gradient"):
+                raise ValueError(
+                    f"salience={self.salience!r} needs calibration batches, as no backward pass that trains can tell "
+                    "it; pass some, or choose gradient, snip, force, taylor_fo, fisher or a function."
+                )
+            given = {name: getattr(self, name) for name in ("interval", "threshold", "probe")} | self.options
+            for name, value in given.items():
+                if value is not None and name in (*_OPTIONS, "interval", "threshold", "probe"):
+                    raise ValueError(
+                        f"{name}={value!r} has no meaning without batches, where masks are selected from the training "
+                        f"itself, a group after every window; leave {name} out, or pass batches."
+                    )
+            self.window = 8 if self.window is None else self.window
+            self.moments = "carry" if self.moments is None else self.moments
+            return measure
+        if self.window is not None:
+            raise ValueError(
+                f"window={self.window!r} has a meaning only where masks are selected from the training's own gradients;"
+                " leave batches out, or set interval."
+            )
+        self.interval = 1000 if self.interval is None else self.interval
+        self.probe = 1 if self.probe is None else self.probe
+        self.moments = "reset" if self.moments is None else self.moments
+        return None
+
+    def _check(self) -> None:
+        for name, usual in (("interval", 1000), ("probe", 1), ("window", 8)):
             value = getattr(self, name)
-            if not is_whole(value) or value < 1:
+            if value is not None and (not is_whole(value) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1, such as {usual}.")
         if not isinstance(self.moments, str) or self.moments not in ("reset", "carry"):
             raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')
-        measure = check_choice(self.salience, self.scope)
+        check_choice(self.salience, self.scope)
         if self.threshold is not None and not isinstance(self.threshold, Real):
             raise TypeError(f"threshold={self.threshold!r} is no number; pass None or a share such as 0.8.")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
@@ -213,13 +354,16 @@ class MaskSchedule:
             raise TypeError(f"density={self.density!r} is not callable; pass a function of the step, or None.")
         if unknown := self.options.keys() - _OPTIONS:
             raise ValueError(
-                f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks; "
-                f"it takes {', '.join(sorted(_OPTIONS))}."
+                f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks; it takes "
+                f"memory_budget, {', '.join(sorted(_OPTIONS))}."
             )
+        budget = self.memory_budget
+        if self.window and budget is not None and (not is_whole(budget) or budget <= 0):
+            raise ValueError(f"memory_budget={budget!r} must be a positive number of bytes, such as 2 * 2**30.")
         check_max_batches(self.options.get("max_batches"))
         if isinstance(self.batches, Iterator):
             raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")
-        if measure.takes_batches:
+        if not self.window and measure_of(self.salience).takes_batches:
             check_batches(self.batches, 1)
         if is_distributed() and (self.scope == "global" or self.density is not None):
             raise ValueError(

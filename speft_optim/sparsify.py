@@ -43,7 +43,6 @@ from speft_optim.weights.sparse_weight import (
 )
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
-from speft_optim.weights.verification import GradientWindow
 from speft_optim.weights.wrappers import check_not_parallel, unwrapped
 
 
@@ -114,11 +113,8 @@ def sparsify(
             module, attribute = target.sites[0]
             module.add_module(child_name(attribute), weight)
             weights.append(weight)
-    window = GradientWindow(model, weights)
-    for weight in window.weights:
-        weight.join(window)
-    hooks = [model.register_forward_pre_hook(refresh_all), *window.hooks(), *let_checkpoints_see_gradients(model)]
-    model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks, window)
+    hooks = [model.register_forward_pre_hook(refresh_all), *let_checkpoints_see_gradients(model)]
+    model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks)
     compare_weights(weights)
     return [weight.values for weight in weights]
 
@@ -138,7 +134,7 @@ def desparsify(model: nn.Module) -> None:
     if not roots:
         raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
     for root in roots:
-        weights, required_grad, hooks, _ = root.__dict__.pop(BEFORE_SPARSIFY)
+        weights, required_grad, hooks = root.__dict__.pop(BEFORE_SPARSIFY)
         for weight in weights:
             weight.detach_from_model()
         # By plain names, since blocks may have been wrapped meanwhile.

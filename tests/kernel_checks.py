@@ -13,6 +13,7 @@ from speft_optim.kernels.adamw import Update, adamw_, fused_adamw
 from speft_optim.kernels.dequantize import dequantize_4bit, dequantize_int8
 from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.kernels.launch import launches
+from speft_optim.kernels.magnitudes import POWERS, mean_power
 from speft_optim.kernels.overlay import overlay_
 from speft_optim.optim import adamw as optim
 from speft_optim.optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
@@ -230,9 +231,11 @@ def state_of(values, bits):
         (8, torch.bfloat16, False),
     ],
 )
-def test_one_launch_steps_many_weights_as_the_reference_does(bits, dtype, maximize):
+@pytest.mark.parametrize("power", POWERS)
+def test_one_launch_steps_many_weights_as_the_reference_does(bits, dtype, maximize, power):
     """Weights of several sizes and step counts in one call; compared over six steps, moments and weight included."""
     options = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, maximize=maximize)
+    options["magnitude_power"] = power
     cases = []
     for number, (shape, share) in enumerate(MATRICES):
         mask = mask_of(shape, share, seed=number)
@@ -242,14 +245,18 @@ def test_one_launch_steps_many_weights_as_the_reference_does(bits, dtype, maximi
     twins = copy.deepcopy([case[1:] for case in cases])
     for step in range(1, 7):
         gradients = [draw(len(case[0]), seed=100 * step + n) * 10.0 ** (n - 2) for n, case in enumerate(cases)]
+        ours, theirs = (
+            mean_power(parts, power) if power else None
+            for parts in ([case[1] for case in cases], [twin[0] for twin in twins])
+        )
         updates = [
-            Update(values, gradient, *stored_moments(state), step + number, weight, mask.positions)
+            Update(values, gradient, *stored_moments(state), step + number, weight, mask.positions, ours)
             for number, ((mask, values, state, weight), gradient) in enumerate(zip(cases, gradients, strict=True))
         ]
         fused_adamw(updates, **options)()
         for number, ((values, state, _), gradient) in enumerate(zip(twins, gradients, strict=True)):
             first, second = unpack_moments(state)
-            adamw_(values, gradient, first, second, step=step + number, **options)
+            adamw_(values, gradient, first, second, step=step + number, mean=theirs, **options)
             store_moments_(state, first, second)
     for (mask, values, state, weight), (expected, expected_state, expected_weight) in zip(cases, twins, strict=True):
         if bits == 32:

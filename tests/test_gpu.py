@@ -10,7 +10,7 @@ from kernel_checks import *  # noqa: F403 - each is run here too, on the card
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
+from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, select_masks, sparsify
 from speft_optim.kernels.product import accumulate_product_
 from speft_optim.kernels.sampling import from_panels
 from speft_optim.weights.sparse_weight import sparse_weights
@@ -263,6 +263,54 @@ def test_a_compiled_model_trains_as_an_eager_one():
             optimizer.zero_grad()
         results.append(torch.cat([value.detach() for value in values]))
     assert relative(*results) < 1e-3
+
+
+def moving(model, scope="global", window=2, **options):
+    masks = select_masks(model, salience="random", density=0.05, scope=scope, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), lr=1e-3)
+    return optimizer, MaskSchedule(model, optimizer, scope=scope, window=window, **options)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_masks_chosen_from_the_training_are_those_of_the_cpu(scope):
+    """The model is moved after its schedule was made, as trainers do."""
+    found = []
+    for device in ("cpu", CUDA):
+        model = tiny_model()
+        optimizer, schedule = moving(model, scope, memory_budget=6_000)
+        model.to(device)
+        for step in range(2 * len(schedule.training.groups) + 5):
+            model(**{key: part.to(device) for key, part in token_batch(step).items()}).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(Masks({weight.name: weight.mask for weight in sparse_weights(model)}))
+        assert all(piece.accumulator.device.type == device for piece in schedule.training.group)
+    # A rounding can make the difference between two entries.
+    assert found[1].count == found[0].count and found[1].overlap(found[0]) > 0.99
+
+
+def test_memory_grows_by_the_accumulators_while_masks_move():
+    budget, peaks = 8 * 2**20, []
+    for is_moving in (False, True):
+        gc.collect()
+        model = tiny_model("llama", torch.bfloat16, hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
+        optimizer, schedule = moving(model.to(CUDA), window=2 if is_moving else 100, memory_budget=budget)
+        if not is_moving:
+            for weight in sparse_weights(model):
+                weight.accumulator = None
+        before = torch.cuda.memory_allocated()
+        for step in range(6):
+            # Enough activations that a selection, between steps, takes less than a backward.
+            model(**on_card(token_batch(step, batch=64, length=60))).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                # The first backward is verified, which takes a dense gradient at a time.
+                torch.cuda.reset_peak_memory_stats()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert schedule.training.turns == (3 if is_moving else 0)
+        del model, optimizer, schedule
+    assert budget / 2 < peaks[1] - peaks[0] < 1.25 * budget
 
 
 class LargestCopy(TorchDispatchMode):

@@ -98,6 +98,59 @@ def test_full_density_is_adamw(kind):
             assert_close(optimizer.state[value][key], expected, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("power", [0.5, 1])
+def test_rates_by_magnitude_are_those_of_one_parameter_an_entry(power):
+    """Each step's rates go by the magnitudes before it, over their mean in the group; decay and others go by lr."""
+    draw = torch.Generator().manual_seed(0)
+    layers = [single(torch.randn(4, 5, generator=draw) * scale, masked=range(0, 20, 2)) for scale in (1.0, 0.1, 3.0)]
+    values, beside = [values for _, values in layers], nn.Parameter(torch.ones(2))
+    groups = [{"params": [values[0], beside, values[1]]}, {"params": values[2:]}]
+    optimizer = SparseAdamW(groups, lr=1e-2, eps=0.0, weight_decay=0.1, magnitude_power=power)
+    entries = [[nn.Parameter(entry.detach().clone()) for entry in part] for part in (*values, beside)]
+    theirs = torch.optim.AdamW([{"params": [entry]} for part in entries for entry in part], eps=0.0, weight_decay=0.0)
+    for _ in range(4):
+        first = torch.cat([values[0], values[1]]).detach().abs() ** power
+        second = values[2].detach().abs() ** power
+        rates = [float(rate) for rate in torch.cat([first / first.mean(), second / second.mean()]).clamp(0.1, 5.0)]
+        for part, own in zip((*values, beside), entries, strict=True):
+            part.grad = torch.randn(len(part), generator=draw)
+            for entry, gradient in zip(own, part.grad, strict=True):
+                entry.grad = gradient.clone()
+        for group, rate in zip(theirs.param_groups, [*rates, 1.0, 1.0], strict=True):
+            group["lr"] = 1e-2 * rate
+            with torch.no_grad():
+                group["params"][0].mul_(1 - 1e-2 * 0.1)
+        optimizer.step()
+        theirs.step()
+        for part, own in zip((*values, beside), entries, strict=True):
+            assert_close(part.detach(), torch.stack(own).detach(), atol=1e-6)
+        for layer, part in layers:
+            assert torch.equal(layer.weight.flatten()[::2], part)
+    assert min(rates) < 0.2 and max(rates) > 1.5
+
+
+@pytest.mark.parametrize("power", [0.5, 1])
+def test_rates_by_magnitude_survive_resuming_and_weights_of_zeros(power):
+    model, masks, values, optimizer = attached(magnitude_power=power, state_bits=8)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 2, start=2)
+    twin = tiny_model()
+    resumed = SparseAdamW(sparsify(twin, masks), **OPTIONS, state_bits=8)
+    resumed.load_state_dict(state)
+    train(twin, resumed, 2, start=2)
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(values, resumed.param_groups[0]["params"], strict=True)
+    )
+    state["param_groups"][0].pop("magnitude_power")
+    resumed.load_state_dict(state)
+    assert resumed.param_groups[0]["magnitude_power"] == 0
+    _, zeros = single(torch.zeros(3, 4))
+    zeros.grad = torch.ones(12)
+    SparseAdamW([zeros], lr=1.0, weight_decay=0.0, magnitude_power=power).step()
+    assert_close(zeros.detach(), torch.full((12,), -0.1))
+
+
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), torch.tensor([1e-2])])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_updates_are_bit_equal_to_torch_for_compact_and_ordinary_parameters(lr, maximize):
@@ -702,6 +755,8 @@ def test_two_runs_from_one_seed_are_bit_equal():
         (dict(params=[7]), TypeError, "got a int as a parameter; it trains tensors"),
         (dict(params=[{"params": {nn.Parameter(torch.ones(1))}}]), TypeError, "are a set.*pass a list"),
         (dict(maximize="no"), TypeError, "maximize='no' is a str; pass a bool"),
+        (dict(magnitude_power=2), ValueError, "magnitude_power=2; it is 0 for one rate, 0.5 or 1"),
+        (dict(magnitude_power="root"), ValueError, "magnitude_power='root'; it is 0 for one rate, 0.5 or 1"),
         (dict(params=[nn.Parameter(torch.tensor([1]), requires_grad=False)]), TypeError, "parameter of torch.int64"),
         (dict(params=[{"params": [nn.Parameter(torch.ones(1))], "lr": -1.0}]), ValueError, "lr=-1.0"),
     ],

@@ -910,6 +910,9 @@ def test_moved_share_notices_strays_and_other_models(folders, tmp_path):
     model.save_pretrained(tmp_path / "tuned")
     moved = report.moved_share(folders / "qwen2", tmp_path / "tuned", masks, model)
     assert (moved["moved"], moved["stray"]) == (3, 1)
+    start = AutoModelForCausalLM.from_pretrained(folders / "qwen2").get_parameter(name)
+    expected = 2 / len(masks[name]) / float(start.abs().mean())
+    assert moved["change"] == {n: pytest.approx(expected if n == name else 0.0, rel=1e-4) for n in masks}
     assert report.moved_share(folders / "qwen2", tmp_path / "tuned", None, model)["stray"] == 0
     with pytest.raises(ValueError, match="the folders hold different models"):
         report.moved_share(folders / "gemma2", folders / "qwen2", None, model)

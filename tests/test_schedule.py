@@ -122,8 +122,9 @@ def test_moments_are_reset_or_carried(state_bits):
                 second[stayed],
                 **{**tolerance, **({"atol": 0.02 * second.max().item()} if tolerance else {})},
             )
-            assert not new_first[~stays].any()
-            assert_close(new_second[~stays], second[stayed].mean().expand(int((~stays).sum())), **tolerance)
+            # The 8-bit second moment has no zero, but a smallest number.
+            smallest = 1e-6 * second.max() if state_bits == 8 else 0
+            assert not new_first[~stays].any() and (new_second[~stays] <= smallest).all()
             assert int(optimizer.state[weight.values]["step"]) == 3
         before = weights_of(model)
         train(model, optimizer, 1, first=3)
@@ -580,7 +581,7 @@ def test_wrong_optimizer_model_and_batches():
         MaskSchedule(model, SparseAdamW(values), iter(CALIBRATION))
     # At construction, not after the first thousand steps.
     with pytest.raises(ValueError, match="needs calibration batches"):
-        MaskSchedule(model, SparseAdamW(values), None)
+        MaskSchedule(model, SparseAdamW(values), None, salience="activation")
     with pytest.raises(TypeError, match="batches is a int"):
         MaskSchedule(model, SparseAdamW(values), 5)
     MaskSchedule(model, SparseAdamW(values), None, salience="magnitude")

@@ -5,6 +5,7 @@ import logging
 import pickle
 import weakref
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights import gradient_hooks as linear
 from speft_optim.weights.sparse_weight import sparse_weights
-from speft_optim.weights.verification import agrees
+from speft_optim.weights.verification import agrees, warn_of_inputs
 
 
 def draw(*shape, seed=0):
@@ -488,10 +489,10 @@ def test_ordinary_models_are_trusted_after_one_step(kind, dtype, caplog):
     assert taps and sum(tap.verdict == ((), True) for tap in taps) >= len(taps) - 2
 
 
-# --- What the gradient window leaves behind ---
+# --- Masked weights say that they require no gradient ---
 
 
-def test_weights_require_gradients_only_from_a_forward_to_the_step():
+def test_weights_never_say_that_they_require_gradients():
     model = tiny_model()
     values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
     optimizer, trainable = SparseAdamW(values), lambda: [p for p in model.parameters() if p.requires_grad]
@@ -500,12 +501,15 @@ def test_weights_require_gradients_only_from_a_forward_to_the_step():
         model(**token_batch())
     assert trainable() == values
     for _ in range(2):
-        model(**token_batch()).loss.backward()
+        loss = model(**token_batch()).loss
+        assert trainable() == values
+        loss.backward()
         assert all(p.grad is None for p in model.parameters() if p not in set(values))
         optimizer.step()
         assert trainable() == values
     model(**token_batch())
     desparsify(model)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
     assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
@@ -541,9 +545,108 @@ def test_weights_that_a_script_unfreezes_are_frozen_again_and_told_of(caplog):
             SparseAdamW(values).step()
             SparseAdamW(others).step()
     (message,) = told(caplog)
-    untouched = len(dict(model.named_parameters())) - 2 * len(masks) - 1
-    assert f"{untouched} other parameters require gradients too" in message
+    assert f"{next(iter(masks))} was set to require gradients" in message and "Masked weights stay frozen" in message
     assert not any(model.get_parameter(name).requires_grad for name in masks)
+
+
+@pytest.mark.parametrize("thaw", [lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True)])
+def test_a_weight_cannot_be_thawed_until_it_is_desparsified(thaw):
+    model = Pair()
+    sparsify(model, some_entries(model, ["first.weight"]))
+    thaw(model.first.weight)
+    assert not model.first.weight.requires_grad
+    desparsify(model)
+    model.first.weight.requires_grad_(False)
+    thaw(model.first.weight)
+    assert model.first.weight.requires_grad
+
+
+def test_a_copied_or_pickled_weight_is_an_ordinary_parameter():
+    model = Pair()
+    sparsify(model, some_entries(model, ["first.weight"]))
+    for twin in (copy.deepcopy(model.first.weight), pickle.loads(pickle.dumps(model.first.weight))):
+        assert type(twin) is nn.Parameter and not twin.requires_grad and torch.equal(twin, model.first.weight)
+        assert twin.requires_grad_().requires_grad
+    assert type(model.state_dict()["first.weight"]) is torch.Tensor
+    assert (model.first.weight.numpy() == numpy.asarray(model.first.weight)).all()
+    tied = nn.ParameterList([model.first.weight, model.first.weight])
+    for twins in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
+        assert twins[0] is twins[1]
+
+
+def test_frozen_values_cost_no_dense_gradient():
+    model = Pair()
+    (values,) = sparsify(model, some_entries(model, ["first.weight"]))
+    values.requires_grad_(False)
+    x = draw(3, 4).requires_grad_()
+    with Alive(torch.Size((4, 4))) as seen:
+        model(x).square().sum().backward()
+    assert x.grad is not None and not seen.made
+
+
+# --- Uses before a step's forward, and backwards that name their inputs ---
+
+
+PENALTIES = {
+    "penalty": lambda w, x: w.square().sum(),
+    "product": lambda w, x: F.linear(x, w).pow(3).sum(),
+    "embedding": lambda w, x: F.embedding(torch.tensor([0, 2, 2]), w).pow(3).sum(),
+    "part in place": lambda w, x: w[1:3].clone().mul_(2).pow(3).sum(),
+}
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("case", PENALTIES)
+def test_a_use_before_the_forward_counts_in_every_step(case, held):
+    model = Pair()
+    expected = copy.deepcopy(model)
+    weight = model.first.weight if held else None
+    masks = some_entries(model, ["first.weight"])
+    (values,) = sparsify(model, masks)
+    optimizer, kept = SparseAdamW([values], lr=0.1), masks["first.weight"].indices.long()
+    for step in range(3):
+        x = draw(3, 4, seed=step)
+        for one, first in ((model, weight if held else model.first.weight), (expected, expected.first.weight)):
+            one.zero_grad()
+            before = PENALTIES[case](first, x)
+            (before + one(x).square().sum()).backward()
+        assert_close(values.grad, expected.first.weight.grad.flatten()[kept], atol=1e-5)
+        optimizer.step()
+        with torch.no_grad():
+            expected.first.weight.copy_(model.first.weight)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_use_before_the_forward_counts_in_a_compiled_step(backend):
+    model = Pair()
+    expected = copy.deepcopy(model)
+    masks = some_entries(model, ["first.weight"])
+    (values,) = sparsify(model, masks)
+    x = draw(3, 4)
+
+    def loss(one):
+        return one.first.weight.pow(3).sum() + one(x).square().sum()
+
+    torch._dynamo.reset()
+    torch.compile(loss, backend=backend)(model).backward()
+    loss(expected).backward()
+    assert_close(values.grad, expected.first.weight.grad.flatten()[masks["first.weight"].indices.long()], atol=1e-5)
+
+
+@pytest.mark.parametrize("named", ["autograd.grad", "backward(inputs=...)"])
+def test_a_backward_that_names_its_inputs_is_warned_of(named, caplog):
+    model = Beside()
+    masks = some_entries(model, ["first.weight"])
+    (values,) = sparsify(model, masks)
+    warn_of_inputs.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        loss = model(draw(3, 4)).square().sum()
+        if named == "autograd.grad":
+            torch.autograd.grad(loss, values)
+        else:
+            loss.backward(inputs=[values])
+    (message,) = [text for text in told(caplog) if "told its inputs" in text]
+    assert "call backward() without inputs" in message
 
 
 def test_a_module_tied_to_another_sparsified_one_is_refused():

@@ -25,6 +25,10 @@ from speft_optim import (
 )
 from speft_optim.weights.wrappers import plain_modules, unwrapped
 
+with contextlib.suppress(ImportError):
+    # Fabric knows only what is compiled after its import.
+    import lightning.fabric  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def process_group():

@@ -74,6 +74,7 @@ class AdapterFile:
 def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, Any] | None = None) -> None:
     """Write the trained entries of a sparsified model; the file appears whole or not at all.
 
+    Where masks moved, it holds all entries that were ever trained, and a line of the log at level INFO says how many.
     Parameters that require gradients beside the compact values, as a new classification head, are written whole.
 
     Args:
@@ -125,6 +126,14 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         write_safetensors(tensors, path / _FILE, metadata)
         card = _card(base, about)
         write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    trained = sum(len(weight.mask) for weight in weights)
+    if masks.count > trained:
+        logger.info(
+            "The adapter holds %s entries: the %s trained now, and %s that were trained before the masks moved.",
+            f"{masks.count:,}",
+            f"{trained:,}",
+            f"{masks.count - trained:,}",
+        )
     if LOADED in model.__dict__:
         model.__dict__[LOADED].note_saved(model, everything)
 

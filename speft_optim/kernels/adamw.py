@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from speft_optim.kernels.csr import CSR
+from speft_optim.kernels.magnitudes import relative_rates
 
 
 def adamw_(
@@ -22,10 +23,18 @@ def adamw_(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    magnitude_power: float = 0.0,
+    mean: Tensor | None = None,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter, Algorithm 2) on fp32 tensors of one shape, in place; `step` starts at 1."""
+    """One AdamW step (Loshchilov & Hutter, Algorithm 2) on fp32 tensors of one shape, in place; `step` starts at 1.
+
+    With a `mean` of `magnitudes.mean_power` each entry's rate is multiplied by `magnitudes.relative_rates`, that of
+    the decay excepted.
+    """
     if maximize:
         grad = -grad
+    # Before they move.
+    rates = None if mean is None else relative_rates(values, mean, magnitude_power)
     # theta <- theta - lr * weight_decay * theta
     values.mul_(1 - lr * weight_decay)
     # m <- beta1 * m + (1 - beta1) * g;  v <- beta2 * v + (1 - beta2) * g^2
@@ -33,6 +42,8 @@ def adamw_(
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # theta <- theta - lr * m_hat / (sqrt(v_hat) + eps)
     denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    if rates is not None:
+        denominator.div_(rates)
     values.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
 
 
@@ -48,6 +59,7 @@ class Update:
         step: number of this step, from 1.
         weight: the dense weight to write the new values into, or None.
         positions: where the values stand in `weight`.
+        mean: fp32 scalar of `magnitudes.mean_power` for rates by magnitude, or None.
     """
 
     values: Tensor
@@ -57,11 +69,13 @@ class Update:
     step: int
     weight: Tensor | None = None
     positions: CSR | None = None
+    mean: Tensor | None = None
 
     @property
-    def kind(self) -> tuple[torch.device, bool, torch.dtype | None]:
-        """What one launch has in common: the device, whether moments are codes, the weight's dtype."""
-        return self.values.device, bool(self.scales), None if self.weight is None else self.weight.dtype
+    def kind(self) -> tuple[torch.device, bool, torch.dtype | None, bool]:
+        """What one launch has in common: device, 8-bit moments or not, the weight's dtype, one rate or several."""
+        dtype = None if self.weight is None else self.weight.dtype
+        return self.values.device, bool(self.scales), dtype, self.mean is not None
 
     def addresses(self) -> list[int]:
         """A row of the table that a launch reads."""
@@ -81,7 +95,7 @@ def fused_adamw(updates: Iterable[Update], **options: float) -> Callable[[], Non
 
     Args:
         updates: the weights to step; all tensors lie where `launches` says that kernels run.
-        **options: `lr`, `beta1`, `beta2`, `eps`, `weight_decay` and `maximize` of `adamw_`.
+        **options: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`, `maximize` and `magnitude_power` of `adamw_`.
     """
     from speft_optim.kernels import adamw_triton
 

@@ -14,8 +14,10 @@ import triton.language as tl
 
 from speft_optim.kernels.adamw import Update
 from speft_optim.kernels.blockwise import BLOCK, code_bounds, dynamic_codes
+from speft_optim.kernels.magnitudes import LEAST, MOST, TINY
 
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_LEAST, _MOST = tl.constexpr(LEAST), tl.constexpr(MOST)
+_TINY = tl.constexpr(TINY)
 
 
 def fused_adamw(
@@ -27,6 +29,7 @@ def fused_adamw(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    magnitude_power: float = 0.0,
 ) -> Callable[[], None]:
     """One AdamW step on each, in place: the arithmetic of `adamw.adamw_`, in fp32, in one launch for each kind.
 
@@ -38,7 +41,7 @@ def fused_adamw(
         if update.values.numel():
             kinds.setdefault(update.kind, []).append(update)
     launches = []
-    for (device, eight_bits, dtype), same in kinds.items():
+    for (device, eight_bits, dtype, by_magnitude), same in kinds.items():
         blocks = torch.tensor([0, *(-(-update.values.numel() // BLOCK) for update in same)]).cumsum(0)
         steps = [[lr / (1 - beta1**update.step), (1 - beta2**update.step) ** 0.5] for update in same]
         table = torch.tensor([update.addresses() for update in same])
@@ -58,6 +61,8 @@ def fused_adamw(
             eps,
             1 - lr * weight_decay,
             -1.0 if maximize else 1.0,
+            same[0].mean,
+            POWER=magnitude_power if by_magnitude else 0.0,
             EIGHT_BITS=eight_bits,
             WEIGHT=None if dtype is None else getattr(tl, str(dtype).removeprefix("torch.")),
             FIELDS=table.shape[1],
@@ -133,6 +138,8 @@ def _adamw(
     eps,
     keep,
     sign,
+    mean,
+    POWER: tl.constexpr,
     EIGHT_BITS: tl.constexpr,
     WEIGHT: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -166,6 +173,10 @@ def _adamw(
     first = first + rest1 * (gradient - first)
     second = beta2 * second + rest2 * gradient * gradient
     denominator = tl.div_rn(tl.sqrt_rn(second), tl.zeros_like(second) + root_correction) + eps
+    if POWER > 0.0:
+        magnitude = tl.abs(value) if POWER == 1.0 else tl.sqrt_rn(tl.abs(value))
+        relative = tl.div_rn(magnitude, tl.zeros_like(magnitude) + tl.maximum(tl.load(mean), _TINY))
+        denominator = tl.div_rn(denominator, tl.minimum(tl.maximum(relative, _LEAST), _MOST))
     value = keep * value - rate * tl.div_rn(first, denominator)
 
     tl.store(values + entry, value, inside)

@@ -35,12 +35,16 @@ def plot_masks(masks: Mapping[str, Mask], path: str | Path) -> None:
 
 def draw_density(axes, masks: Mapping[str, Mask]) -> None:
     """Heat map of density in percent, a row per layer, a column per projection."""
-    layers, projections, cells = density_grid(masks)
-    image = axes.imshow([[100 * v for v in row] for row in cells], aspect="auto", cmap="viridis", vmin=0)
+    draw_grid(axes, *density_grid(masks), scale=100)
+    axes.set_title("density, %")
+
+
+def draw_grid(axes, layers: list[str], projections: list[str], cells: list[list[float]], scale: float = 1) -> None:
+    """Heat map of `scale` times the cells, a row per layer, a column per projection."""
+    image = axes.imshow([[scale * v for v in row] for row in cells], aspect="auto", cmap="viridis", vmin=0)
     axes.set_xticks(range(len(projections)), projections, rotation=45, ha="right")
     step = max(1, len(layers) // 16)
     axes.set_yticks(range(0, len(layers), step), layers[::step])
-    axes.set_title("density, %")
     axes.figure.colorbar(image, ax=axes)
 
 

@@ -21,15 +21,29 @@ def split_name(name: str) -> tuple[str, str]:
 
 def density_grid(masks: Mapping[str, Mask]) -> tuple[list[str], list[str], list[list[float]]]:
     """Density of each (layer, projection) cell, NaN where there is no such weight; layers and projections in order."""
-    entries: dict[tuple[str, str], list[int]] = {}
-    for name, mask in masks.items():
-        cell = entries.setdefault(split_name(name), [0, 0])
-        cell[0] += len(mask)
-        cell[1] += mask.shape.numel()
-    layers = list(dict.fromkeys(layer for layer, _ in entries))
-    projections = list(dict.fromkeys(projection for _, projection in entries))
-    share = {key: kept / max(1, size) for key, (kept, size) in entries.items()}
-    return layers, projections, [[share.get((row, column), math.nan) for column in projections] for row in layers]
+    sizes = {name: mask.shape.numel() for name, mask in masks.items()}
+    return mean_grid({name: len(mask) / max(1, sizes[name]) for name, mask in masks.items()}, sizes)
+
+
+def mean_grid(numbers: Mapping[str, float], sizes: Mapping[str, int]) -> tuple[list[str], list[str], list[list[float]]]:
+    """Mean of a number over the weights of each (layer, projection) cell, each weighed by its size.
+
+    Args:
+        numbers: one for each weight, by its full name.
+        sizes: its number of entries.
+
+    Returns:
+        Layers and projections in order of appearance, and rows of cells, NaN where there is no such weight.
+    """
+    sums: dict[tuple[str, str], list[float]] = {}
+    for name, number in numbers.items():
+        cell = sums.setdefault(split_name(name), [0.0, 0])
+        cell[0] += number * sizes[name]
+        cell[1] += sizes[name]
+    layers = list(dict.fromkeys(layer for layer, _ in sums))
+    projections = list(dict.fromkeys(projection for _, projection in sums))
+    means = {key: total / max(1, size) for key, (total, size) in sums.items()}
+    return layers, projections, [[means.get((row, column), math.nan) for column in projections] for row in layers]
 
 
 def concentration(counts: Iterable[Tensor], share: float = 0.9) -> float:

@@ -23,9 +23,11 @@ from torch.optim import Optimizer
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.kernels.adamw import Update, adamw_, fused_adamw
 from speft_optim.kernels.launch import launches
+from speft_optim.kernels.magnitudes import POWERS, mean_power
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.moments import (
     STATE_BITS,
+    carry_moments_,
     moment_bytes,
     new_moments_,
     store_moments_,
@@ -53,7 +55,15 @@ logger = logging.getLogger(__name__)
 
 
 class Schedule(Protocol):
-    """What changes the masks during training; its state travels in the optimizer's."""
+    """What changes the masks during training; its state travels in the optimizer's.
+
+    Attributes:
+        keys: of the tensors that it keeps with each weight.
+        bytes_held: bytes of what it gathers for the next masks.
+    """
+
+    keys: tuple[str, ...]
+    bytes_held: int
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Optimizer post-hook: a step was taken."""
@@ -66,6 +76,15 @@ class Schedule(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
+
+    def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
+        """What it keeps with one weight, under the rest of `keys`."""
+
+    def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
+        """Raise a ValueError if `load_state_of` could not restore it."""
+
+    def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
+        """Restore what `state_of` gave."""
 
 
 class SparseAdamW(Optimizer):
@@ -83,6 +102,9 @@ class SparseAdamW(Optimizer):
             `if p.ndim >= 2 or name.endswith(".values")`, over `model.named_parameters()`.
         maximize: ascend instead of descend.
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
+        magnitude_power: with 1 or 0.5 each masked entry has a rate of its own, `lr` times abs(entry)^magnitude_power
+            over its mean in the parameter group, cut to 0.1 to 5; 0 is one rate for all. It needs no state. Decay goes
+            by `lr`, and so do ordinary parameters. See docs/benchmarks.md for when it pays.
         on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
             and count it in `skipped_steps`, "raise" a FloatingPointError before anything changed, or "ignore" it, as
             torch's AdamW does. The first two read one number back from the device per step; they also tell once of a
@@ -114,6 +136,7 @@ class SparseAdamW(Optimizer):
         *,
         maximize: bool = False,
         state_bits: Literal[8, 32] = 32,
+        magnitude_power: Literal[0, 0.5, 1] = 0,
         on_nonfinite: Literal["skip", "raise", "ignore"] = "skip",
         **others: Any,
     ):
@@ -128,7 +151,7 @@ class SparseAdamW(Optimizer):
             )
         if not (params := list(params)):
             raise ValueError("params is empty, so nothing would train; pass sparsify(model, masks), or groups of it.")
-        super().__init__(params, {**defaults, "state_bits": state_bits})
+        super().__init__(params, {**defaults, "state_bits": state_bits, "magnitude_power": magnitude_power})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options it lacks are the constructor's."""
@@ -206,10 +229,18 @@ class SparseAdamW(Optimizer):
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
+            magnitude_power=float(group["magnitude_power"]),
         )
+        means = _mean_powers(group, weights)
         trained = [parameter for parameter in group["params"] if parameter.grad is not None]
         prepared = [
-            _Prepared.of(parameter, weights[parameter], self.state.get(parameter), group["state_bits"])
+            _Prepared.of(
+                parameter,
+                weights[parameter],
+                self.state.get(parameter),
+                group["state_bits"],
+                None if weights[parameter] is None else means.get(parameter.device),
+            )
             for parameter in trained
         ]
         updates = [one.update for one in prepared if one.update is not None]
@@ -231,7 +262,7 @@ class SparseAdamW(Optimizer):
                 if one.state["exp_avg"] is not exp_avg:
                     # Decoded moments are fp32, whatever the parameter is.
                     gradient = gradient.float()
-                adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, **options)
+                adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, mean=one.mean, **options)
                 store_moments_(one.state, exp_avg, exp_avg_sq)
             if one.weight is not None:
                 one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
@@ -268,8 +299,8 @@ class SparseAdamW(Optimizer):
         """Bytes held now beyond the model's own weights, by kind.
 
         Returns:
-            Bytes of `values`, mask `positions`, `moments`, `gradients`, and their `total`. Ordinary parameters count
-            with moments and gradients only.
+            Bytes of `values`, mask `positions`, `moments`, `gradients`, of the `salience` that a `MaskSchedule` gathers
+            from the training, and their `total`. Ordinary parameters count with moments and gradients only.
         """
         parameters = self._parameters()
         held = [weight.bytes_held() for parameter in parameters if (weight := linked(parameter)) is not None]
@@ -278,6 +309,7 @@ class SparseAdamW(Optimizer):
             "positions": sum(positions for _, positions in held),
             "moments": sum(moment_bytes(self.state[p]) for p in parameters if p in self.state),
             "gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
+            "salience": 0 if self.schedule is None else self.schedule.bytes_held,
         }
         return {**kinds, "total": sum(kinds.values())}
 
@@ -292,6 +324,21 @@ class SparseAdamW(Optimizer):
         for key in [key for key in self.state[parameter] if key == "step" or key.startswith("exp_avg")]:
             del self.state[parameter][key]
         self._reserve_state()
+
+    def carry_moments(self, parameter: Tensor, places: Tensor, stays: Tensor) -> None:
+        """Let the moments of compact values follow a changed mask, see `carry_moments_`.
+
+        Values that took no step yet, as those of a weight that had no entries, join at the step count of the others.
+        """
+        if has_moments(self.state[parameter]):
+            carry_moments_(self.state[parameter], parameter.detach(), places, stays)
+            return
+        self.reset_moments(parameter)
+        taken = [state["step"] for p, state in self.state.items() if has_moments(state) and linked(p) is not None]
+        if taken:
+            bits = next(bits for p, bits in self._with_bits() if p is parameter)
+            self.state[parameter]["step"] = max(taken).clone()
+            new_moments_(self.state[parameter], parameter.detach(), bits)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, a schedule and its model included: torch's own leaves out all but groups and state.
@@ -356,6 +403,7 @@ class SparseAdamW(Optimizer):
                 self.skipped_steps = int(saved["skipped_steps"])
             if self.schedule is not None and "schedule_steps" in saved:
                 self.schedule.load_state_dict(saved)
+                self.schedule.load_state_of(linked(parameter), saved)
         self._reserve_state()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -381,7 +429,7 @@ class SparseAdamW(Optimizer):
             name=text_to_tensor(weight.name, device),
         )
         if self.schedule is not None:
-            saved.update(self.schedule.state_dict())
+            saved.update({**self.schedule.state_dict(), **self.schedule.state_of(weight)})
         if "former" in self._own_keys(weight):
             saved["former"] = positions_to_bits(weight.former, mask.shape.numel(), device)
             saved["former_values"] = parameter.new_empty(0) if weight.former is None else weight.former_entries()
@@ -393,7 +441,7 @@ class SparseAdamW(Optimizer):
         if weight is not None:
             keys += MASK_KEYS
             if self.schedule is not None:
-                keys += SCHEDULE_KEYS
+                keys += self.schedule.keys
             if self.schedule is not None or weight.former is not None:
                 keys += FORMER_KEYS
         return keys
@@ -415,7 +463,8 @@ class SparseAdamW(Optimizer):
 
     def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list]:
         """Pairs of parameters with their saved state, and the saved groups."""
-        groups = state_dict["param_groups"]
+        # States saved before there were rates by magnitude do not name a power.
+        groups = [{"magnitude_power": 0, **group} for group in state_dict["param_groups"]]
         states = [state_dict["state"].get(key) or {} for group in groups for key in group["params"]]
         self._check_origin(states)
         sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
@@ -427,7 +476,7 @@ class SparseAdamW(Optimizer):
         pairs = list(zip(self._parameters(), states, strict=True))
         for parameter, saved in pairs:
             self._check_saved(parameter, saved)
-        for key in ("skipped_steps", *SCHEDULE_KEYS):
+        for key in ("skipped_steps", *SCHEDULE_KEYS, "schedule_turn"):
             check_common(key, [saved[key] for saved in states if key in saved])
         if self.schedule is not None:
             self.schedule.check_state_dict(next(saved for saved in states if "schedule_steps" in saved))
@@ -466,6 +515,8 @@ class SparseAdamW(Optimizer):
         fits = saved["values"] if self.schedule is not None and isinstance(saved.get("values"), Tensor) else parameter
         check_saved(weight.name, fits, saved, ("step", "exp_avg", "exp_avg_sq", *kept))
         self._check_mask(weight, check_saved_mask(weight.name, saved, weight.holds_entries), text_of(saved["name"]))
+        if self.schedule is not None and "schedule_steps" in saved:
+            self.schedule.check_state_of(weight, saved)
 
     def _check_mask(self, weight: SparseWeight, mask: Mask, name: str) -> None:
         fits = mask.shape == weight.mask.shape if self.schedule is not None else mask == weight.mask
@@ -523,16 +574,23 @@ class _Prepared:
         weight: the masked weight behind it, or None.
         state: the optimizer's for it, with moments.
         update: what a kernel takes, or None where none can.
+        mean: of the magnitudes, for rates in proportion to them, or None.
     """
 
     parameter: Tensor
     weight: SparseWeight | None
     state: dict[str, Any]
     update: Update | None
+    mean: Tensor | None
 
     @classmethod
     def of(
-        cls, parameter: Tensor, weight: SparseWeight | None, state: dict[str, Any] | None, state_bits: int
+        cls,
+        parameter: Tensor,
+        weight: SparseWeight | None,
+        state: dict[str, Any] | None,
+        state_bits: int,
+        mean: Tensor | None,
     ) -> "_Prepared":
         """The next step of a parameter, with a new state where it has none."""
         if not has_moments(state):
@@ -540,12 +598,22 @@ class _Prepared:
             new_moments_(state, parameter, state_bits)
         moments, scales = stored_moments(state)
         if not _can_launch(parameter, moments, scales):
-            return cls(parameter, weight, state, None)
+            return cls(parameter, weight, state, None, mean)
         writable = None if weight is None else weight.writable()
         positions = None if writable is None else weight.mask.positions
         step = int(state["step"]) + 1
-        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, positions)
-        return cls(parameter, weight, state, update)
+        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, positions, mean)
+        return cls(parameter, weight, state, update, mean)
+
+
+def _mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> dict[torch.device, Tensor]:
+    """The mean magnitude of the group's masked entries to its power, on each of their devices; none for power 0."""
+    power = float(group["magnitude_power"])
+    values = [parameter.detach() for parameter in group["params"] if weights[parameter] is not None]
+    if not power or not any(map(len, values)):
+        return {}
+    mean = mean_power(values, power)
+    return {device: mean.to(device) for device in {part.device for part in values}}
 
 
 def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
@@ -600,8 +668,8 @@ def _check_others(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in _LACKING:
             raise TypeError(
-                f"SparseAdamW takes no {name}; choose from lr, betas, eps, weight_decay, maximize, state_bits and "
-                "on_nonfinite."
+                f"SparseAdamW takes no {name}; choose from lr, betas, eps, weight_decay, maximize, state_bits, "
+                "magnitude_power and on_nonfinite."
             )
         if value is not None and value is not False:
             raise ValueError(f"{name}={value!r}: {_LACKING[name]}; leave {name} out.")
@@ -635,5 +703,8 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={value} is not a finite number of at least 0, such as {usual}.")
     if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
+    power = options["magnitude_power"]
+    if not isinstance(power, int | float) or power not in POWERS:
+        raise ValueError(f"magnitude_power={power!r}; it is 0 for one rate, 0.5 or 1 for rates by magnitude.")
     if not all(float(beta) < 1.0 for beta in betas):
         raise ValueError(wrong_betas)

@@ -50,10 +50,10 @@ def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -
 
 
 def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, stays: Tensor) -> None:
-    """Follow a changed mask: survivors keep their moments.
+    """Follow a changed mask: survivors keep their moments, newcomers start from zero under the shared step count.
 
-    A newcomer starts with no first moment and, as its second, the mean of the survivors': with zero, at a step count at
-    which nothing corrects the bias any more, its first update would be several times the learning rate.
+    With nothing left to correct its bias, a newcomer's first updates are up to three times the learning rate. It was
+    measured to be the best of several rules all the same (see docs/negative-results.md).
 
     Args:
         state: of the optimizer, with moments.
@@ -61,15 +61,12 @@ def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, sta
         places: (k,) place of each new entry among the old ones.
         stays: (k,) whether it was among them.
     """
-    first, second = unpack_moments(state)
-    survivors = places[stays]
-    bits = 8 if "exp_avg_scale" in state else 32
-    new_moments_(state, parameter, bits)
-    new_first, new_second = unpack_moments(state)
-    new_first[stays] = first[survivors]
-    new_second[:] = second[survivors].mean() if len(survivors) else 0.0
-    new_second[stays] = second[survivors]
-    store_moments_(state, new_first, new_second)
+    before, survivors = unpack_moments(state), places[stays]
+    new_moments_(state, parameter, 8 if "exp_avg_scale" in state else 32)
+    after = unpack_moments(state)
+    for new, old in zip(after, before, strict=True):
+        new[stays] = old[survivors]
+    store_moments_(state, *after)
 
 
 def moment_bytes(state: dict[str, Any]) -> int:

@@ -26,6 +26,10 @@ FORMER_KEYS = ("former", "former_values")
 SCHEDULE_KEYS = ("schedule_steps", "schedule_history")
 
 
+# Of a schedule that selects from the training's own backward passes: where it is, and what it has gathered so far.
+TURN_KEYS = ("schedule_turn", "schedule_scores", "schedule_accumulator")
+
+
 def moment_keys(bits: int) -> tuple[str, ...]:
     """The keys of a parameter's moments and their step."""
     scales = ("exp_avg_scale", "exp_avg_sq_scale") if bits == 8 else ()
@@ -180,5 +184,6 @@ def _check_tensors(what: str, saved: dict[str, Any]) -> None:
             raise ValueError(f"The saved {key} of {what} has fewer numbers than its shape {tuple(part.shape)} says.")
         # A step takes the root of these; 8-bit codes are never negative.
         negative = key in ("exp_avg_sq", "exp_avg_sq_scale", "step") and bool((part < 0).any())
-        if negative or not bool(part.isfinite().all()):
+        # Sums of gradients may hold inf, as after a step that a loss scaler skipped: their window then begins anew.
+        if negative or key != "schedule_accumulator" and not bool(part.isfinite().all()):
             raise ValueError(f"The saved {key} of {what} holds numbers that are negative or not finite; load another.")

@@ -2,6 +2,8 @@
 
 A piece is a whole weight, or a panel of rows of one that is larger than the budget. Pieces are grouped in the order
 of the weights, so that one pass over the calibration batches serves a group and the scores come out in order.
+
+While a model trains, `GradientSum` and `SquareSum` fill accumulators from the backward passes of the training.
 """
 
 from collections.abc import Iterable, Iterator
@@ -94,3 +96,91 @@ def cut_into_groups(targets: Iterable[Target], budget: int, entry_bytes: int) ->
             groups[-1].append(piece)
             room -= need
     return groups
+
+
+class GradientSum:
+    """Adds up the gradients of a piece of a weight in the piece's accumulator, which the first gradient allocates."""
+
+    def __init__(self, piece: Piece):
+        self.piece = piece
+
+    def from_product(self, left: Tensor, right: Tensor) -> None:
+        """Add `left.T @ right`."""
+        placed(self.piece, left.device).from_product(left, right)
+
+    def from_dense(self, gradient: Tensor) -> None:
+        """Add a dense gradient."""
+        placed(self.piece, gradient.device).from_dense(gradient)
+
+    def end_pass(self) -> None:
+        """No more of the last backward pass will arrive."""
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the accumulators."""
+        return _bytes(self.piece)
+
+
+class SquareSum(GradientSum):
+    """Adds up the squares of the gradients of single backward passes.
+
+    All that arrives in one backward pass belongs to one gradient, as of a weight that is used several times. Reentrant
+    checkpointing makes each block a pass of its own, in which a weight that two blocks share counts as two.
+    """
+
+    def __init__(self, piece: Piece):
+        super().__init__(piece)
+        self._gradient = Piece(piece.target, piece.first, piece.last)
+        self._pass: int | None = None
+
+    def from_product(self, left: Tensor, right: Tensor) -> None:
+        """Add `left.T @ right` to the gradient of the present pass."""
+        self._begin_pass()
+        placed(self._gradient, left.device).from_product(left, right)
+
+    def from_dense(self, gradient: Tensor) -> None:
+        """Add a dense gradient to that of the present pass."""
+        self._begin_pass()
+        placed(self._gradient, gradient.device).from_dense(gradient)
+
+    def end_pass(self) -> None:
+        """Square the gradient of the last pass."""
+        if self._pass is not None:
+            gradient = self._gradient.accumulator
+            placed(self.piece, gradient.device).accumulator.addcmul_(gradient, gradient)
+            gradient.zero_()
+            self._pass = None
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the accumulators."""
+        return _bytes(self.piece) + _bytes(self._gradient)
+
+    def _begin_pass(self) -> None:
+        # The number that autograd gives to each call of backward.
+        now = torch._C._current_graph_task_id()
+        if now != self._pass:
+            self.end_pass()
+            self._pass = now
+
+
+def _bytes(piece: Piece) -> int:
+    return 0 if piece.accumulator is None else piece.accumulator.nbytes
+
+
+def placed(piece: Piece, device: torch.device) -> Piece:
+    """The piece with an accumulator on `device`, where the model may have moved since the turn began.
+
+    Raises:
+        ValueError: the weight itself lies elsewhere.
+    """
+    if piece.accumulator is None:
+        piece.allocate()
+    if piece.accumulator.device != device:
+        if piece.target.device != device:
+            raise ValueError(
+                f"A gradient of {piece.target.name} comes from {device}, the weight lies on {piece.target.device}: "
+                "replicas of nn.DataParallel cannot add up in one place; start one process a GPU with torchrun."
+            )
+        piece.accumulator = piece.accumulator.to(device)
+    return piece

@@ -27,6 +27,7 @@ from speft_optim.weights.gradient_hooks import input_of
 from speft_optim.weights.quantized_linear import differentiable
 from speft_optim.weights.replacement import shadow
 from speft_optim.weights.targets import Target, is_linear, is_product
+from speft_optim.weights.verification import hook_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _gradient_to(piece: Piece) -> Iterator[Tensor]:
         leaf.grad = None
 
     with differentiable(*piece.target.sites[0]) as leaf:
-        hook = leaf.register_post_accumulate_grad_hook(move)
+        hook = hook_gradient(leaf, move)
         try:
             yield leaf
         finally:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speft_optim.weights.quantized_linear import frozen_forwards
 from speft_optim.weights.replacement import replace_method
+from speft_optim.weights.verification import is_recorded, pause
 
 
 class RandomState:
@@ -76,7 +77,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     Blocks whose activations transformers checkpoints in training, and in training only, are checkpointed here too.
     """
     training = [module for module in model.modules() if module.training]
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    required = [parameter for parameter in model.parameters() if is_recorded(parameter)]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -95,7 +96,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         try:
             model.eval()
             for parameter in required:
-                parameter.requires_grad_(False)
+                pause(parameter, True)
             if use_cache is not None:
                 config.use_cache = False
             yield
@@ -103,6 +104,6 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             for module in training:
                 module.training = True
             for parameter in required:
-                parameter.requires_grad_(True)
+                pause(parameter, False)
             if use_cache is not None:
                 config.use_cache = use_cache

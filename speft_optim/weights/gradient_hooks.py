@@ -31,7 +31,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.targets import Target, has_other_forward, is_product, is_transposed_linear
-from speft_optim.weights.verification import agrees
+from speft_optim.weights.verification import agrees, is_paused, is_recorded, warn_of_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,11 @@ Trust = Literal["verified", "product", "always"]
 
 
 class Sink(Protocol):
-    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it."""
+    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it.
+
+    A sink that is to be verified and has no `pending` also has the two parts of `from_product`: `sample`, which returns
+    the anchor's gradient, and `accumulate`, which follows once the product is known to be right.
+    """
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
         """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype.
@@ -108,7 +112,7 @@ class _Use:
         """Keep the factors for the comparison; what a sink makes of them must not stand beside a dense gradient."""
         self.factors = factors
         if self.tap.pending is None:
-            self.product = self.tap.sink.from_product(*factors)
+            self.product = self.tap.sink.sample(*factors)
         else:
             settle(self.tap.pending)
 
@@ -119,6 +123,14 @@ class Way(Enum):
     PRODUCT = "from input and output gradient"
     DENSE = "by autograd, of an alias"
     VERIFY = "both, compared"
+    NONE = "not at all"
+
+
+_numbers = itertools.count()
+
+
+# The ways for which a node is placed on the layer's output.
+_BY_OUTPUT = (Way.PRODUCT, Way.VERIFY)
 
 
 class _TapOutput(torch.autograd.Function):
@@ -154,17 +166,23 @@ class _TapWeight(torch.autograd.Function):
     """A differentiable alias of a frozen weight; its backward sees the dense gradient of one use."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, anchor: Tensor, take: Callable[[Tensor], Tensor | None]) -> Tensor:
-        ctx.take = take
+    def forward(
+        ctx, weight: Tensor, anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None = None
+    ) -> Tensor:
+        # `other` is a leaf that nobody asks the gradient of.
+        ctx.take, ctx.has_other = take, other is not None
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
+        # A backward that was told its inputs goes on to no other leaf.
+        if ctx.has_other and not torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
+            warn_of_inputs()
         if not ctx.needs_input_grad[1]:
-            return None, None, None
+            return None, None, None, None
         # Embeddings made with sparse=True give a sparse one.
-        return None, ctx.take(gradient.to_dense() if gradient.is_sparse else gradient), None
+        return None, ctx.take(gradient.to_dense() if gradient.is_sparse else gradient), None, None
 
 
 class Tap:
@@ -203,6 +221,8 @@ class Tap:
         self.verdict: tuple[tuple, bool] | None = None
         self._found: tuple[tuple, bool] | None = None
         self.told = False
+        # Under this name a module holds its calls that have begun; a replica of it, on another thread, its own.
+        self._key = f"_uses_of_{attribute}_{next(_numbers)}"
         before = module.register_forward_pre_hook(self.before_forward, with_kwargs=True)
         # First among the forward hooks: it must see what the layer itself returned. Also after an exception, as a
         # recomputation ends with: what stands before the weight must not wait for the next forward.
@@ -231,6 +251,8 @@ class Tap:
 
     def way(self, module: nn.Module) -> Way:
         """How to form the gradient of a call that begins now."""
+        if not self.feeds:
+            return Way.NONE
         if not self.is_product or self.trust != "always" and has_other_forward(module, self.attribute):
             if self.is_product:
                 self._tell("its module has another forward than its class had")
@@ -255,24 +277,23 @@ class Tap:
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: let an instance attribute, which is found first, stand before the registered parameter."""
-        use = None
-        if self.feeds:
-            # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
-            weight = getattr(module, self.attribute)
-            use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
-            if use.way is Way.VERIFY:
-                take = functools.partial(self._judge, use, self._surroundings(module))
-                use.alias = _TapWeight.apply(weight.detach(), self.anchor, take)
-            elif use.way is Way.DENSE:
-                use.alias = _TapWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
-            elif weight.requires_grad:
-                use.alias = weight.detach()
-            if use.alias is not None:
-                module.__dict__[self.attribute] = use.alias
-            if use.way is not Way.DENSE and (args or kwargs):
-                x = input_of(args, kwargs)
-                if (kept := keep_input(x)) is not x:
-                    use.kept = x, x._version, kept
+        # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
+        weight = getattr(module, self.attribute)
+        use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
+        if use.way is Way.VERIFY:
+            take = functools.partial(self._judge, use, self._surroundings(module))
+            other = torch.zeros((), requires_grad=True)
+            use.alias = _TapWeight.apply(weight.detach(), self.anchor, take, other)
+        elif use.way is Way.DENSE:
+            use.alias = _TapWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
+        elif torch.is_grad_enabled() and is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
+            use.alias = weight.detach()
+        if use.alias is not None:
+            module.__dict__[self.attribute] = use.alias
+        if use.way in _BY_OUTPUT and (args or kwargs):
+            x = input_of(args, kwargs)
+            if (kept := keep_input(x)) is not x:
+                use.kept = x, x._version, kept
         module.__dict__.setdefault(self._key, []).append(use)
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
@@ -283,15 +304,13 @@ class Tap:
         use = uses.pop()
         if not uses:
             del module.__dict__[self._key]
-        if use is None:
-            return None
         if use.alias is not None:
             module.__dict__.pop(self.attribute, None)
             # Of a call around this one, or of a replica. Else whatever stood there ends with this call too.
             if use.shadowed is not None and (uses or getattr(module, "_is_replica", False)):
                 module.__dict__[self.attribute] = use.shadowed
         use.alias = None
-        if use.way is Way.DENSE or output is None:
+        if use.way not in _BY_OUTPUT or output is None:
             return None
         x, kept = input_of(args, kwargs), use.kept
         # Another hook may have changed the input since, or put another one in its place.
@@ -300,10 +319,6 @@ class Tap:
         use.kept = None
         compared = use if use.way is Way.VERIFY else None
         return _TapOutput.apply(output, x, self.anchor, self.sink, self.transposed, compared)
-
-    @property
-    def _key(self) -> str:
-        return f"_uses_of_{self.attribute}_{id(self)}"
 
     def _judge(self, use: _Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
         """Feed the sink with the product if it is autograd's own gradient of the alias, and with that if not."""
@@ -316,6 +331,8 @@ class Tap:
             return self.sink.from_dense(dense)
         if self.pending is not None:
             self.pending.append((self.sink, factors))
+        else:
+            self.sink.accumulate(*factors)
         return product
 
     def _tell(self, why: str) -> None:

@@ -10,18 +10,19 @@ The compute dtype is bitsandbytes': of a 4-bit layer the `bnb_4bit_compute_dtype
 autocast asks for, else that of the input. The output has the dtype of the input.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from speft_optim.kernels.entries import gather_entries
-from speft_optim.masks.mask import Mask
 from speft_optim.weights.bnb import LAYER_NAME, QuantizedWeight, quantized_linears
 from speft_optim.weights.gradient_hooks import Sink, keep_input, take_keeper
-from speft_optim.weights.scales import plain_scales
-from speft_optim.weights.storage import as_stored, frozen_weight
+from speft_optim.weights.quantized_state import STATE_KEYS, load_entries, save_entries
+from speft_optim.weights.scales import trained_entries
+from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.verification import record
 
 
 class _Product(torch.autograd.Function):
@@ -72,11 +73,9 @@ def _product(x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
 
 
 class FrozenForward:
-    """Stands in for a bitsandbytes linear's forward, and keeps its overlays in and out of state dicts.
+    """Stands in for a bitsandbytes linear's forward, and brings its overlays into state dicts and out of them.
 
-    Codes have no place for trained entries, so `state_dict()` carries them beside the codes, as
-    `<layer>.trained_indices` and `<layer>.trained_values`. Loading takes these for all that was trained. It also takes
-    a floating `<layer>.weight` as a merged checkpoint has: its trained entries are taken over and the codes stay.
+    What such a state dict holds is told in `quantized_state`.
     """
 
     def __init__(self, module: nn.Module, name: str = ""):
@@ -88,9 +87,10 @@ class FrozenForward:
         self.leaf: Tensor | None = None
         self.feeds: list[Feed] = []
         module.__dict__[self.attribute] = self
+        module.__dict__.update(dict.fromkeys(STATE_KEYS, "in state_dict() only"))
         self.hooks = [
-            module.register_state_dict_post_hook(_save_entries),
-            module.register_load_state_dict_pre_hook(_load_entries),
+            module.register_state_dict_post_hook(save_entries),
+            module.register_load_state_dict_pre_hook(load_entries),
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -107,6 +107,16 @@ class FrozenForward:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)
 
+    def __deepcopy__(self, memo: dict) -> "FrozenForward":
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # bitsandbytes copies an int8 weight without the note by which the compiler, if it comes first, finds the
+        # trained entries.
+        weight = copy.deepcopy(self.module._parameters["weight"], memo)
+        if hasattr(weight, "SCB"):
+            trained_entries(weight, "SCB")
+        return made
+
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the product of the layer with `x` is formed in."""
         if getattr(self.module, "compute_type_is_set", False) and self.module.compute_dtype is not None:
@@ -122,7 +132,8 @@ class FrozenForward:
         """Give the layer its own forward back."""
         for hook in self.hooks:
             hook.remove()
-        self.module.__dict__.pop(LAYER_NAME, None)
+        for name in (LAYER_NAME, *STATE_KEYS):
+            self.module.__dict__.pop(name, None)
         del self.module.__dict__[self.attribute]
         if self.before is not None:
             self.module.__dict__[self.attribute] = self.before
@@ -138,66 +149,6 @@ class Feed:
     def remove(self) -> None:
         """Feed the sink no more."""
         self.forward.feeds.remove(self)
-
-
-def _save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    for key, part in state.items():
-        state[key] = plain_scales(part)
-    mask, values = frozen_weight(module).entries()
-    if len(mask):
-        state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
-
-
-def _load_entries(
-    module: nn.Module,
-    state: dict,
-    prefix: str,
-    metadata: dict,
-    strict: bool,
-    missing: list,
-    unexpected: list,
-    errors: list,
-) -> None:
-    weight, name = frozen_weight(module), f"{prefix}weight"
-    stored, codes = state.get(name), module._parameters["weight"]
-    indices, values = (state.pop(f"{prefix}trained_{part}", None) for part in ("indices", "values"))
-    saved = None if indices is None else Mask(indices, weight.shape)
-    if stored is not None and (stored.shape, stored.dtype) == (codes.shape, codes.dtype):
-        errors += _differences(module, state, name)
-        _reset(weight, saved)
-    if saved is not None:
-        weight.put(saved, values)
-    elif stored is not None and stored.is_floating_point():
-        merged = as_stored(module, stored)
-        if merged.shape != weight.shape:
-            return
-        mask, values = weight.entries()
-        entries = gather_entries(merged.to(values.device), mask.indices)
-        # A value that was only rounded on its way to the file keeps its exact form.
-        weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
-        state[name] = codes.detach()
-
-
-def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
-    """What speaks against codes whose scales and tables are others; those in `state`, which torch does not know, go."""
-    quantisation = getattr(module._parameters["weight"], "quant_state", None)
-    own = {} if quantisation is None else quantisation.as_dict(packed=True)
-    found = {key: state.pop(f"{name}.{key}", None) for key in own}
-    return [
-        f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved from."
-        for key, part in found.items()
-        if part is not None and not torch.equal(part.to(own[key].device), own[key])
-    ]
-
-
-def _reset(weight: QuantizedWeight, saved: Mask | None) -> None:
-    """Let trained entries be the codes' again that are not among the saved ones: these are all that was trained."""
-    own, _ = weight.entries()
-    indices = own.indices.to(weight.device)
-    if saved is not None:
-        indices = indices[~torch.isin(indices, saved.indices.to(indices.device), assume_unique=True)]
-    if len(indices):
-        weight.put(Mask(indices, weight.shape), weight.gather_base(indices))
 
 
 @contextmanager
@@ -227,11 +178,11 @@ def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
         return
     parameter = module._parameters[attribute]
     kept, parameter.grad = parameter.grad, None
-    parameter.requires_grad_(True)
+    record(parameter, True)
     try:
         yield parameter
     finally:
-        parameter.requires_grad_(False)
+        record(parameter, False)
         parameter.grad = kept
 
 

@@ -19,11 +19,11 @@ from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
-from speft_optim.weights.gradient_hooks import Tap, tap_target
+from speft_optim.weights.gradient_hooks import Sink, Tap, tap_target
 from speft_optim.weights.quantized_linear import forward_of
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
-from speft_optim.weights.verification import DenseGradient, GradientWindow
+from speft_optim.weights.verification import DenseGradient
 from speft_optim.weights.wrappers import steps_to
 
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -118,14 +118,15 @@ class SparseWeight(AddedModule):
         mask: which entries are trained.
         former: which others were trained before the mask changed, and keep what they learned; None if it never did.
         values: (k,) fp32 parameter, the weight's masked entries.
+        accumulator: what else gets the weight's whole gradient in training, as a `MaskSchedule` asks for; None usually.
     """
 
     former: Mask | None = None
+    accumulator: Sink | None = None
     # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
     _told_of_use = _is_unreduced = False
-    # Whether the weight is a leaf now, and what opens it; in a tuple, as the window holds this module.
-    _opened = False
-    _window: tuple[GradientWindow, ...] = ()
+    # Whether it was told that something thawed the weights.
+    _told_of_thaw = False
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
@@ -140,9 +141,9 @@ class SparseWeight(AddedModule):
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
-        self._remember()
         self._taps: list[Tap] = []
-        self._leaf = DenseGradient(self.add_gradient) if self._dense and verify else None
+        self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if self._dense and verify else None
+        self._remember()
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
             self._taps = tap_target(target, self.values, self, "verified" if verify else "product")
@@ -326,9 +327,9 @@ class SparseWeight(AddedModule):
     def _remember(self) -> None:
         module, attribute = self._places[1].sites[0]
         weight = module._parameters[attribute]
-        # Another tensor, as after a load that assigns, has to be opened anew.
-        for window in self._window:
-            window.is_open &= weight is self._seen[0]
+        if self._leaf is not None:
+            # It may be another tensor, as after a load that assigns.
+            self._leaf.open(weight)
         # In a tuple, as else the weight would become a parameter of this module too.
         self._seen = weight, self._weight_state(weight), _state(self._parameters["values"])
 
@@ -362,12 +363,26 @@ class SparseWeight(AddedModule):
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Sampled gradient of a linear weight, (k,) fp32."""
+        self.accumulate(left, right)
+        return self.sample(left, right)
+
+    def sample(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sampled gradient of a linear weight, (k,) fp32, which may turn out not to be that of the layer."""
         if not len(self.mask):
             return torch.zeros_like(self.values)
         return self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2))
 
+    def accumulate(self, left: Tensor, right: Tensor) -> None:
+        """Give the whole gradient, as its factors, to the accumulator."""
+        if self.accumulator is not None:
+            _leave_graph()
+            self.accumulator.from_product(left, right)
+
     def from_dense(self, gradient: Tensor) -> Tensor:
         """Masked entries of a dense gradient, (k,) fp32."""
+        if self.accumulator is not None:
+            _leave_graph()
+            self.accumulator.from_dense(gradient)
         return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
 
     @property
@@ -376,26 +391,9 @@ class SparseWeight(AddedModule):
         return self._places[1].parameter
 
     @property
-    def is_verified(self) -> bool:
-        """Whether uses of the weight that its hooks do not see are looked for."""
-        return self._leaf is not None
-
-    def modules_on_path(self) -> list[nn.Module]:
-        """The modules that hold the weight and those that lead to it."""
-        return [child for _, _, child in self._path] + [module for module, _ in self._places[1].sites]
-
-    def open(self) -> bool:
-        """Let autograd see uses of the weight that the hooks do not; whether it required a gradient already."""
-        if not self.values.requires_grad:
-            return False
-        weight = self.parameter
-        thawed, self._opened = weight.requires_grad and not self._opened, True
-        self._leaf.open(weight)
-        return thawed
-
-    def join(self, window: GradientWindow) -> None:
-        """Let this window open the weight from now on."""
-        self._window = (window,)
+    def target(self) -> Target:
+        """The weight by name and modules."""
+        return self._places[1]
 
     def verify_again(self) -> None:
         """Compare the gradient of the next backward with autograd's own, as in the first."""
@@ -403,14 +401,22 @@ class SparseWeight(AddedModule):
             tap.verdict = None
 
     def after_step(self) -> None:
-        """The optimizer took a step: freeze the weight until the next forward, and trust what backward verified."""
+        """The optimizer took a step: trust what backward verified."""
         for tap in self._taps:
             tap.promote()
-        if self._leaf is not None:
-            self._leaf.rest()
-        self._opened = False
-        for window in self._window:
-            window.is_open = False
+
+    def _warn_of_thaw(self) -> None:
+        """Say once for a model that its masked weights stay frozen."""
+        if self._told_of_thaw:
+            return
+        for weight in sparse_weights(self._places[0]):
+            weight._told_of_thaw = True
+        logger.warning(
+            "%s was set to require gradients after sparsify, as model.requires_grad_(True) does with all parameters. "
+            "Masked weights stay frozen, since their masked entries train as values; freeze the other parameters "
+            "again if they shall not train.",
+            self.name,
+        )
 
     @torch.no_grad()
     def add_gradient(self, gradient: Tensor) -> None:
@@ -435,15 +441,14 @@ class SparseWeight(AddedModule):
             self.base.release(self.values)
         for hook in self._hooks:
             hook.remove()
-        self.after_step()
         if self._leaf is not None:
             self._leaf.close()
         _, target = self._places
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
         unlink(self.values)
-        self._hooks, self._taps, self._leaf = [], [], None
-        self._places, self._path, self._seen, self._linked, self._window = (), (), (), (), ()
+        self._hooks, self._taps, self._leaf, self.accumulator = [], [], None, None
+        self._places, self._path, self._seen, self._linked = (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         # The weight's entry shares memory with the weight, so a write now still reaches it.
@@ -478,7 +483,10 @@ class SparseWeight(AddedModule):
     def __getstate__(self):
         """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
         self.refresh()
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        # It belongs to a schedule, whose own copy gives it to the weights of a copied model.
+        state.pop("accumulator", None)
+        return state
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -492,6 +500,8 @@ class SparseWeight(AddedModule):
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
         else:
             keep_attached(weight, self.mask, self.values)
+        if self._leaf is not None:
+            self._leaf.open(weight)
         self._seen = weight, self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
@@ -522,6 +532,12 @@ def _refuse_gradient(gradients: tuple) -> None:
     )
 
 
+def _leave_graph() -> None:
+    """Let a compiler run the hook that called this eagerly: a graph has no place for sums that outlive it."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
+
+
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
     """The sparsified weights of a model, in the order of its parameters; none on a plain model."""
     return [module for module in model.modules() if isinstance(module, SparseWeight)]
@@ -540,11 +556,6 @@ def _state(tensor: Tensor) -> tuple:
 def attached(root: nn.Module) -> list[SparseWeight]:
     """What `sparsify(root, ...)` attached, as it was called on this very module."""
     return root.__dict__[BEFORE_SPARSIFY][0]
-
-
-def window_of(root: nn.Module) -> GradientWindow:
-    """What lets the weights of a model that `sparsify` was called on require gradients."""
-    return root.__dict__[BEFORE_SPARSIFY][3]
 
 
 def sparsified_roots(model: nn.Module) -> list[nn.Module]:

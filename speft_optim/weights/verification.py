@@ -6,23 +6,26 @@ A linear layer's hooks form the gradient of its own product, `x @ W.T`, and noth
   autograd's own dense gradient of it, formed and freed layer by layer, is compared with what the hooks saw. Where both
   agree the hooks are trusted from the next optimizer step on, and the layer computes with W detached. Where they differ
   the layer goes on with the alias (see `gradient_hooks.Tap`).
-* Everywhere else. From a forward to the optimizer's step W itself is a leaf that requires a gradient. A use in sight of
-  the hooks goes through the alias or the detached W, so a gradient that arrives at the leaf comes from a use that they
-  did not see: a fused loss, a parent's forward, a module tied later. Its masked entries are added to the values'
+* Everywhere else. For autograd W itself is a leaf that requires a gradient, all the time. A use in sight of the hooks
+  goes through the alias or the detached W, so a gradient that arrives at the leaf comes from a use that they did not
+  see: a fused loss, a penalty before the forward, a module tied later. Its masked entries are added to the values'
   gradient at once and the dense gradient is freed. Where there is no such use this costs nothing.
 
-W requires no gradient between a step and the next forward, as then optimizers and DistributedDataParallel collect what
-does. So a use before the step's first call of a module of the model is not seen, nor any that autograd is told to leave
-out, as by `backward(inputs=values)`. Comparing W's whole gradient at the end of each backward was rejected: reentrant
-checkpointing nests backwards, and a difference would have to be mended after the reducer of DistributedDataParallel has
-seen the gradient.
+To Python W says that it requires no gradient (see `WatchedWeight`), so that optimizers, DistributedDataParallel and
+whoever counts what trains leave it alone. A backward that names the tensors it is for, as `backward(inputs=values)` and
+`autograd.grad` do, does not reach the leaf; a warning says so. Comparing W's whole gradient at the end of each backward
+was rejected: reentrant checkpointing nests backwards, and a difference would have to be mended after the reducer of
+DistributedDataParallel has seen the gradient.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,87 @@ def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.split(max(_ROWS, len(matrix) // 32))
 
 
+class WatchedWeight(nn.Parameter):
+    """A frozen weight whose uses autograd records.
+
+    It says that it requires no gradient, since it is not to be trained. Only the compiler hears the truth, else its
+    graphs would leave these uses out. The class is put on a parameter in place and taken off again; copies and pickles
+    are plain parameters.
+    """
+
+    watcher: "DenseGradient"
+
+    @property
+    def requires_grad(self) -> bool:
+        """False, but for the compiler."""
+        return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "WatchedWeight":
+        """Change nothing, and tell whoever watches that the weight was asked to require gradients."""
+        if requires_grad:
+            self.watcher.when_thawed()
+        return self
+
+    def numpy(self, *, force: bool = False):
+        """The weight as an array, as of any tensor that requires no gradient."""
+        return self.detach().numpy(force=force)
+
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        if id(self) not in memo:
+            copy = self.detach().clone(memory_format=torch.preserve_format)
+            memo[id(self)] = nn.Parameter(copy, requires_grad=False)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return nn.Parameter(self.detach(), requires_grad=False).__reduce_ex__(protocol)
+
+
+@functools.cache
+def _watched(kind: type) -> type:
+    """The class of a watched parameter of some class."""
+    return WatchedWeight if kind is nn.Parameter else type(kind.__name__, (WatchedWeight, kind), {})
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether autograd records uses of a tensor, whatever it says of itself; inside a graph it may."""
+    return torch.compiler.is_compiling() or _REQUIRES_GRAD.__get__(tensor)
+
+
+def record(tensor: Tensor, value: bool) -> None:
+    """Let autograd record uses of a leaf, or not."""
+    _REQUIRES_GRAD.__set__(tensor, value)
+
+
+def hook_gradient(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `hook` with a recorded leaf, whatever that says of itself, as soon as its gradient is complete."""
+    kind = type(leaf)
+    if isinstance(leaf, WatchedWeight):
+        leaf.__class__ = nn.Parameter
+    try:
+        return leaf.register_post_accumulate_grad_hook(hook)
+    finally:
+        leaf.__class__ = kind
+
+
+def pause(parameter: nn.Parameter, value: bool) -> None:
+    """Let autograd record no uses of a parameter while its model is calibrated, or record them again."""
+    record(parameter, not value)
+    if isinstance(parameter, WatchedWeight):
+        parameter.watcher.is_paused = value
+
+
+def is_paused(weight: Tensor) -> bool:
+    """Whether a watched weight belongs to a model that is calibrated, where a measure may make it a leaf of its own."""
+    return not torch.compiler.is_compiling() and isinstance(weight, WatchedWeight) and weight.watcher.is_paused
+
+
+_REQUIRES_GRAD = torch._C.TensorBase.requires_grad
+
+
 class DenseGradient:
     """While it is open, a weight is a leaf whose dense gradients are passed on and freed as soon as they are complete.
 
@@ -76,43 +160,44 @@ class DenseGradient:
 
     Args:
         take: what a gradient, of the weight's shape and dtype, is passed to.
+        when_thawed: called when something asks the weight to require gradients; with it the weight says meanwhile that
+            it requires none.
     """
 
-    def __init__(self, take: Callable[[Tensor], None]):
-        self.take = take
+    def __init__(self, take: Callable[[Tensor], None], when_thawed: Callable[[], None] | None = None):
+        self.take, self.when_thawed = take, when_thawed
         self.weight: Tensor | None = None
         self._hook = None
+        self._kind: type = nn.Parameter
+        self._was_recorded = self.is_paused = False
         self._before: DenseGradient | None = None
         self._kept: Tensor | None = None
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the weight has the hook."""
-        return self._hook is not None
-
     def open(self, weight: nn.Parameter) -> None:
-        """Let the weight require a gradient; does nothing twice."""
-        if self.weight is not weight or not self.is_open:
-            self.close()
-            # A gradient from before would be added to the next one; it is put back afterwards.
-            self._kept, weight.grad = weight.grad, None
-            # A hook needs this first.
-            weight.requires_grad_(True)
-            self.weight, self._hook = weight, weight.register_post_accumulate_grad_hook(self._move)
-            self._before, _takers[weight] = _takers.get(weight), self
-        weight.requires_grad_(True)
-
-    def rest(self) -> None:
-        """Freeze the weight until it is opened again; its hook stays, as putting it there takes longer."""
-        if self.is_open:
-            self.weight.requires_grad_(False)
+        """Let autograd record the weight's uses; does nothing twice."""
+        if self.weight is weight:
+            return
+        self.close()
+        # A gradient from before would be added to the next one; it is put back afterwards.
+        self._kept, weight.grad = weight.grad, None
+        self.weight, self._before, self._was_recorded = weight, _takers.get(weight), is_recorded(weight)
+        self._kind = type(weight)
+        # A hook needs this first.
+        record(weight, True)
+        self._hook = hook_gradient(weight, self._move)
+        if self.when_thawed is not None:
+            weight.__class__, weight.watcher = _watched(self._kind), self
+        _takers[weight] = self
 
     def close(self) -> None:
         """Let the weight be frozen again, without a hook."""
-        if self.is_open:
+        if self.weight is not None:
             self._hook.remove()
-            self.weight.requires_grad_(False)
             self.weight.grad = self._kept
+            if self.when_thawed is not None:
+                self.weight.__class__ = self._kind
+                del self.weight.watcher
+            record(self.weight, self._was_recorded)
             if self._before is None:
                 _takers.pop(self.weight, None)
             else:
@@ -122,67 +207,24 @@ class DenseGradient:
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
         # A compiled graph calls hooks of weights that get no gradient from it, too.
-        if _takers.get(weight) is not self or weight.grad is None:
+        if _takers.get(weight) is not self or self.is_paused or weight.grad is None:
             return
         gradient, weight.grad = weight.grad, None
         self.take(gradient.to_dense() if gradient.is_sparse else gradient)
 
     def __getstate__(self) -> dict:
         # A copied tensor has no hooks.
-        return {"take": self.take, "weight": None, "_hook": None, "_before": None, "_kept": None}
+        return {**self.__dict__, "weight": None, "_hook": None, "_before": None, "_kept": None}
 
 
 _takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-class GradientWindow:
-    """The time from a forward to the optimizer's step, in which the dense masked weights of a model are leaves.
-
-    Args:
-        model: the sparsified model.
-        weights: its `SparseWeight`s.
-    """
-
-    def __init__(self, model: nn.Module, weights: list):
-        self.model, self.weights = model, [weight for weight in weights if weight.is_verified]
-        self.is_open = self._told = False
-
-    def __getstate__(self) -> dict:
-        # In a copied model no weight is a leaf yet.
-        return {**self.__dict__, "is_open": False}
-
-    def hooks(self) -> list:
-        """Register what opens the window: a forward of the model, its upper modules, or any that leads to a weight."""
-        # A loss may call only the decoder, and read the head's weight.
-        modules = {module: None for name, module in self.model.named_modules() if name.count(".") < 2}
-        for weight in self.weights:
-            modules.update((module, None) for module in weight.modules_on_path())
-        return [module.register_forward_pre_hook(self.before_forward) for module in modules] if self.weights else []
-
-    def before_forward(self, module: nn.Module, args: tuple) -> None:
-        """Forward pre-hook: open the window unless it is open."""
-        # In front of a compiled graph `refresh_all` opens it.
-        if not torch.compiler.is_compiling():
-            self.open()
-
-    def open(self) -> None:
-        """Let the weights require gradients if a graph is recorded; says once if they did already."""
-        if self.is_open or not torch.is_grad_enabled():
-            return
-        # None does while the model is calibrated.
-        if not any(weight.values.requires_grad for weight in self.weights):
-            return
-        self.is_open = True
-        thawed = [weight.name for weight in self.weights if weight.open()]
-        if thawed and not self._told:
-            self._told = True
-            known = {id(weight.values) for weight in self.weights} | {id(weight.parameter) for weight in self.weights}
-            others = sum(p.requires_grad and id(p) not in known for p in self.model.parameters())
-            logger.warning(
-                "%d masked weights, e.g. %s, were set to require gradients after sparsify, as "
-                "model.requires_grad_(True) does; they are frozen again, since their masked entries train as values. "
-                "%d other parameters require gradients too; freeze them if they shall not train.",
-                len(thawed),
-                thawed[0],
-                others,
-            )
+@functools.cache
+def warn_of_inputs() -> None:
+    """Say, once per process, what a backward leaves out that was told which tensors it is for."""
+    logger.warning(
+        "This backward was told its inputs, as by autograd.grad or backward(inputs=...): gradients of masked weights "
+        "are those of uses inside their modules alone. If a weight is used elsewhere too, as by a fused loss, call "
+        "backward() without inputs."
+    )

@@ -1,0 +1,104 @@
+"""Entries that compete for the places of a mask: those with new scores against those that are trained already.
+
+Candidates are numbered in the order of weights and positions, so that one running selection of the best serves weights
+with new scores for all their entries beside weights with a stored score for each trained one. Of equals the earlier
+stays, as in `select_masks`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.measures import Measure
+from speft_optim.salience.topk import BestEntries
+from speft_optim.weights.sparse_weight import SparseWeight
+
+
+@dataclass(eq=False)
+class Candidates:
+    """Candidates of one weight in the order of their positions: trained entries, or all entries of a piece.
+
+    Attributes:
+        weight: the weight.
+        positions: of the trained entries, (k,).
+        scores: by which these were kept, (k,).
+        piece: the piece, whose entries have new scores; the other two are None then.
+    """
+
+    weight: SparseWeight
+    positions: Tensor | None = None
+    scores: Tensor | None = None
+    piece: Piece | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions) if self.piece is None else self.piece.entries
+
+    def positions_at(self, places: Tensor) -> Tensor:
+        """Flat positions in the weight of the candidates at `places`, int64."""
+        if self.piece is None:
+            return self.positions[places.long().to(self.positions.device)].long()
+        return places.long() + self.piece.first * self.piece.columns
+
+    def scored(self, measure: Measure, chunk: int) -> Iterator[tuple[int, Tensor]]:
+        """The scores, each run of them with the place of its first candidate.
+
+        Raises:
+            ValueError: a new score is not finite.
+        """
+        if self.piece is None:
+            yield 0, self.scores
+            return
+        offset = self.piece.first * self.piece.columns
+        for first, weight, signal in self.piece.chunks(chunk):
+            scores = measure.scores(self.weight.name, weight, signal)
+            if not bool(scores.isfinite().all()):
+                raise ValueError(
+                    f"Scores of {self.weight.name} are not finite though its gradients are; look at its entries for "
+                    "NaN or inf, and at the salience function."
+                )
+            yield first - offset, scores
+
+
+def keep_best(
+    runs: list[Candidates], count: int, all_compete: bool, measure: Measure, chunk: int
+) -> dict[SparseWeight, tuple[Tensor, Tensor]]:
+    """Keep the best `count` candidates, or all if there are fewer.
+
+    Args:
+        runs: in the order of weights and positions.
+        count: how many to keep.
+        all_compete: whether trained entries without a new score compete by their stored ones; else all are kept, and
+            what is left of `count` goes to the others.
+        measure: makes the new scores.
+        chunk: entries to score at a time.
+
+    Returns:
+        For each weight the positions that are kept, (k,) int64 and rising, and their scores, on the weight's device.
+    """
+    competing = [run for run in runs if all_compete or run.piece is not None]
+    count -= sum(len(run) for run in runs) - sum(len(run) for run in competing)
+    size = sum(len(run) for run in competing)
+    best, starts = BestEntries(min(max(count, 0), size), size, chunk), [0]
+    for run in competing:
+        for first, scores in run.scored(measure, chunk):
+            best.update(scores, starts[-1] + first)
+        starts.append(starts[-1] + len(run))
+    positions, scores = best.positions, best.scores
+    bounds = torch.tensor(starts, dtype=positions.dtype, device=positions.device)
+    cuts = torch.searchsorted(positions, bounds).tolist()
+    kept = {}
+    for number, run in enumerate(competing):
+        chosen = slice(cuts[number], cuts[number + 1])
+        kept[run] = run.positions_at(positions[chosen] - starts[number]), scores[chosen]
+    parts: dict[SparseWeight, list] = {}
+    for run in runs:
+        parts.setdefault(run.weight, []).append(kept.get(run, (run.positions, run.scores)))
+    return {weight: _joined(both, weight.values.device) for weight, both in parts.items()}
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    positions, scores = zip(*parts, strict=True)
+    return torch.cat([part.to(device).long() for part in positions]), torch.cat([part.to(device) for part in scores])

@@ -1,0 +1,134 @@
+"""What a state dict holds of a quantised layer with trained entries, and how a layer takes it back.
+
+A quantised weight has no place for trained entries, so `state_dict()` carries them beside it, as
+`<layer>.trained_indices` and `<layer>.trained_values`. The weight is sealed then: its shape gets a leading 1, the
+scales of an int8 one another name, and the dtype that a packed 4-bit quantisation state notes a sentence behind it. So
+a model that does not know of trained entries refuses it, instead of loading it without them. A sparsified model undoes
+the seal, and takes the saved entries for all that was trained. It also loads states that were saved without a seal.
+
+Loading also takes a floating `<layer>.weight`, as a merged checkpoint has: the layer takes over its trained entries and
+the quantised weight stays.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from speft_optim.kernels.entries import gather_entries
+from speft_optim.masks.mask import Mask
+from speft_optim.weights.bnb import QuantizedWeight
+from speft_optim.weights.scales import plain_scales
+from speft_optim.weights.storage import as_stored, frozen_weight
+
+# What state dicts have of a layer that is none of its attributes, as which torch.distributed.checkpoint looks up each.
+STATE_KEYS = ("trained_indices", "trained_values", "SCB", "sealed_SCB", "weight_format")
+
+# bitsandbytes looks up the noted dtype in torch by its name; the error of that shows this sentence.
+_SEAL = (
+    " of a quantised weight with trained entries, which only a model that sparsify was called on can load. Write the "
+    "merged model with export_merged(model, folder)"
+)
+
+
+def save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    """State dict post-hook: add the layer's trained entries, and seal its quantised weight if it has any."""
+    for key, part in state.items():
+        state[key] = plain_scales(part)
+    mask, values = frozen_weight(module).entries()
+    if len(mask):
+        state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
+        _seal(state, prefix)
+
+
+def load_entries(
+    module: nn.Module,
+    state: dict,
+    prefix: str,
+    metadata: dict,
+    strict: bool,
+    missing: list,
+    unexpected: list,
+    errors: list,
+) -> None:
+    """Load state dict pre-hook: set the layer's trained entries and leave in `state` what torch can load."""
+    weight, name = frozen_weight(module), f"{prefix}weight"
+    indices, values = (state.pop(f"{prefix}trained_{part}", None) for part in ("indices", "values"))
+    saved = None if indices is None else Mask(indices, weight.shape)
+    codes = module._parameters["weight"]
+    if name in state and state[name].shape == (1, *codes.shape):
+        if saved is None:
+            errors.append(f"{name} was saved with trained entries, but {prefix}trained_indices is not in the state.")
+            return
+        _unseal(state, prefix)
+    stored = state.get(name)
+    if stored is not None and (stored.shape, stored.dtype) == (codes.shape, codes.dtype):
+        errors += _differences(module, state, name)
+        _reset(weight, saved)
+        # It is more than a tensor: also where torch would put the stored one in its place, it takes its numbers only.
+        codes.detach().copy_(stored)
+        state[name] = codes
+    if saved is not None:
+        weight.put(saved, values)
+    elif stored is not None and stored.is_floating_point():
+        merged = as_stored(module, stored)
+        if merged.shape != weight.shape:
+            return
+        mask, values = weight.entries()
+        entries = gather_entries(merged.to(values.device), mask.indices)
+        # A value that was only rounded on its way to the file keeps its exact form.
+        weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
+        state[name] = codes
+
+
+def _seal(state: dict, prefix: str) -> None:
+    """Seal the weight, in the dict and not in its tensors.
+
+    torch checks the shape of a weight, strict or not. transformers does not where it is quantised, but it needs the
+    scales of an int8 one, and with bitsandbytes it looks up the noted dtype of a 4-bit one.
+    """
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].unsqueeze(0)
+    _rename(state, f"{prefix}SCB", f"{prefix}sealed_SCB")
+    _change_noted_dtype(state, prefix, lambda dtype: dtype + _SEAL)
+
+
+def _unseal(state: dict, prefix: str) -> None:
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].squeeze(0)
+    _rename(state, f"{prefix}sealed_SCB", f"{prefix}SCB")
+    _change_noted_dtype(state, prefix, lambda dtype: dtype.removesuffix(_SEAL))
+
+
+def _rename(state: dict, key: str, other: str) -> None:
+    if key in state:
+        state[other] = state.pop(key)
+
+
+def _change_noted_dtype(state: dict, prefix: str, change: Callable[[str], str]) -> None:
+    """Change the dtype that the packed quantisation state of a 4-bit weight notes; others have none."""
+    for key in [key for key in state if key.startswith(f"{prefix}weight.quant_state.")]:
+        from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+
+        noted = unpack_tensor_to_dict(state[key])
+        state[key] = pack_dict_to_tensor({**noted, "dtype": change(noted["dtype"])}).to(state[key].device)
+
+
+def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
+    """What speaks against codes whose scales and tables are others; those in `state`, which torch does not know, go."""
+    quantisation = getattr(module._parameters["weight"], "quant_state", None)
+    own = {} if quantisation is None else quantisation.as_dict(packed=True)
+    found = {key: state.pop(f"{name}.{key}", None) for key in own}
+    return [
+        f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved from."
+        for key, part in found.items()
+        if part is not None and not torch.equal(part.to(own[key].device), own[key])
+    ]
+
+
+def _reset(weight: QuantizedWeight, saved: Mask | None) -> None:
+    """Let trained entries be the codes' again that are not among the saved ones: these are all that was trained."""
+    own, _ = weight.entries()
+    indices = own.indices.to(weight.device)
+    if saved is not None:
+        indices = indices[~torch.isin(indices, saved.indices.to(indices.device), assume_unique=True)]
+    if len(indices):
+        weight.put(Mask(indices, weight.shape), weight.gather_base(indices))
