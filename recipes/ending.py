@@ -81,11 +81,10 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
 
 def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int) -> dict[str, int]:
     """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole."""
-    weights = report.base_weights(model)
     # Quantised weights are saved in 16 bits.
     sizes = (
         target.shape.numel() * (target.parameter.element_size() if target.parameter.is_floating_point() else 2)
-        for target in weights
+        for target in report.base_weights(model)
     )
     needed = {
         "checkpoint": sum(sizes),

@@ -47,6 +47,7 @@ import torch
 from recipes import baselines, compiled, data, ending, loop, memory, models, report
 from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
 from speft_optim import Masks, SparseAdamW, select_masks, sparsify
+from speft_optim.salience.measures import measure_of
 from speft_optim.weights.storage import frozen_weight
 
 METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
@@ -458,7 +459,7 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
         scope=args.scope,
         targets=args.targets,
         # Second derivatives need the logits, which the model's own loss forms.
-        loss=None if args.salience == "grasp" else loop.mean_loss,
+        loss=None if measure_of(args.salience).differentiates_twice else loop.mean_loss,
         seed=args.seed,
     )
     masks.save(path)

@@ -20,7 +20,6 @@ from recipes.baselines import plain_layers
 from speft_optim import Masks, __version__
 from speft_optim.files import tensor_files, write_atomically
 from speft_optim.weights.bnb import quantized_linears
-from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 
@@ -101,10 +100,9 @@ def adamw_bytes(model: torch.nn.Module) -> int:
 
 
 def base_weights(model: torch.nn.Module) -> list[Target]:
-    """The weights of the model itself, without those that a mask or an adapter has put beside them."""
-    values = {id(weight.values) for weight in sparse_weights(model)}
+    """The weights of the model itself, without those that an adapter has put beside them."""
     with plain_layers(model):
-        return [target for target in all_targets(model).values() if id(target.parameter) not in values]
+        return list(all_targets(model).values())
 
 
 def moved_share(

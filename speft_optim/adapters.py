@@ -20,6 +20,7 @@ from speft_optim.checkpoint.adapter_file import LOADED, AdapterFile, fingerprint
 from speft_optim.integrations import hand_back, take_over
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask, find
+from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
@@ -101,6 +102,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string to call the adapter by.")
     model = named_root(model)
     adapter = read_adapter(path)
+    settle_storage(model)
     _check_fits(model, adapter, path)
     if weights := sparse_weights(model):
         for weight in weights:
@@ -194,6 +196,7 @@ def _loaded(model: nn.Module) -> Loaded:
         raise ValueError(f"No adapter is loaded on this {type(model).__name__}; call load_adapter(model, path) first.")
     if sparse_weights(model):
         raise ValueError("The model is being trained; call save_adapter and desparsify before its adapters change.")
+    settle_storage(model)
     loaded = model.__dict__[LOADED]
     if fingerprint(model, Masks({name: mask for name, (mask, _) in loaded.base.items()})) != loaded.fingerprint:
         raise ValueError(

@@ -129,8 +129,8 @@ class MaskSchedule:
         self.entries = sum(len(weight.mask) for weight in weights)
         if measure is not None:
             budget = int(_BUDGET if memory_budget is None else memory_budget)
-            named = self.salience if isinstance(self.salience, str) else "a function"
-            choice = f"{named} in windows of {self.window}, rounds of {self.interval} steps, {budget} bytes of sums"
+            steps = f"windows of {self.window}, rounds of {self.interval} steps"
+            choice = f"{measure.name} in {steps}, {budget} bytes of accumulators"
             check_equal(choice, "The arguments of MaskSchedule", "pass the same in all of them.")
             steps = dict(window=int(self.window), interval=int(self.interval))
             self.training = TrainingSalience(weights, measure, scope, **steps, memory_budget=budget)
@@ -316,7 +316,7 @@ class MaskSchedule:
             self.salience = "snip" if self.batches is None else "gradient"
         measure = measure_of(self.salience)
         if self.batches is None and measure.takes_batches:
-            if measure.signal not in ("gradient", "squared_gradient"):
+            if measure.statistic not in ("gradient", "squared_gradient"):
                 raise ValueError(
                     f"salience={self.salience!r} needs calibration batches, as no backward pass that trains can tell "
                     "it; pass some, or choose gradient, snip, force, taylor_fo, fisher or a function."
@@ -349,7 +349,7 @@ class MaskSchedule:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1, such as {usual}.")
         if not isinstance(self.moments, str) or self.moments not in ("reset", "carry"):
             raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')
-        check_choice("gradient" if self.window else self.salience, self.scope)
+        check_choice(self.salience, self.scope)
         if self.threshold is not None and not isinstance(self.threshold, Real):
             raise TypeError(f"threshold={self.threshold!r} is no number; pass None or a share such as 0.8.")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:

@@ -29,7 +29,7 @@ from speft_optim.integrations import (
 )
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
-from speft_optim.weights.bnb import is_quantized_linear
+from speft_optim.weights.bnb import is_quantized_linear, settle_storage
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.provenance import compare_at_first_step, compare_weights
 from speft_optim.weights.sparse_weight import (
@@ -50,7 +50,7 @@ def sparsify(
     model: nn.Module,
     masks: Mapping[str, Mask],
     *,
-    original: str | Path | None = None,
+    base: str | Path | None = None,
     keep_empty: bool = False,
     verify: bool = True,
 ) -> list[nn.Parameter]:
@@ -65,8 +65,8 @@ def sparsify(
     Args:
         model: a model in memory; its weights are left in place and in their dtype (fp32, bf16, fp16 or quantised).
         masks: from a parameter's full name to its mask.
-        original: None starts the values from the weight's own entries, on a quantised base the dequantised ones: the
-            model then computes what it did before. The folder of the checkpoint that the base was quantised from
+        base: None starts the values from the weight's own entries, on a quantised base the dequantised ones: the
+            model then computes what it did before. The folder of the checkpoint that the model was quantised from
             starts them from the entries there, which takes the rounding error off the masked entries.
         keep_empty: attach to weights with an empty mask too, so that a `MaskSchedule` can give them entries; else they
             are left as they are.
@@ -93,10 +93,11 @@ def sparsify(
     with together():
         check_not_parallel(wrapper)
         check_differentiable(model)
+        settle_storage(model)
         targets = all_targets(model)
         _check_masks(model, masks, targets)
         found = {name: mask for name, mask in masks.items() if len(mask)}
-        entries = {} if original is None else original_entries(original, found, targets)
+        entries = {} if base is None else original_entries(base, found, targets)
     check_equal_masks(masks)
     _follow_optimizers()
     required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}

@@ -14,6 +14,7 @@ from conftest import tiny_model, token_batch
 
 import speft_optim
 from speft_optim import SparseAdamW, save_adapter, select_masks, sparsify
+from speft_optim.salience.measures import MEASURES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +66,26 @@ def assert_trains(model, optimizer):
     loss.backward()
     optimizer.step()
     assert any(not torch.equal(old, new) for old, new in zip(before, entries(optimizer), strict=True))
+
+
+# --- The tables of measures ---
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_the_table_of_measures_has_every_measure_and_what_it_needs(page):
+    table = (ROOT / page).read_text().partition("| measure | score | needs |\n")[2].partition("\n\n")[0]
+    needs = {}
+    for row in table.splitlines()[1:]:
+        names, _, need = (cell.strip() for cell in row.strip("|").split("|"))
+        needs |= dict.fromkeys(re.findall(r"`(\w+)`", names), need)
+    assert needs.keys() == MEASURES.keys()
+    for name, need in needs.items():
+        measure = MEASURES[name]
+        assert (need.split(",")[0] == "labels", need == "nothing", "twice" in need) == (
+            measure.labels,
+            not measure.takes_batches,
+            measure.passes == 2,
+        ), name
 
 
 # --- The README's Python ---

@@ -10,7 +10,7 @@ from conftest import assert_close
 from torch import nn
 
 from speft_optim.masks.mask import Mask, find
-from speft_optim.weights.bnb import FourBitWeight, Int8Weight, is_quantized_linear
+from speft_optim.weights.bnb import FourBitWeight, Int8Weight, is_quantized_linear, settle_storage
 from speft_optim.weights.storage import DenseWeight, frozen_weight
 from speft_optim.weights.targets import all_targets, find_targets, is_linear
 
@@ -101,6 +101,7 @@ def test_a_layer_quantised_and_trained_on_the_cpu_moves_to_a_gpu_and_back(kind):
         module = module.to(device)
         weight = frozen_weight(module)
         assert weight.scales.device == module.weight.device == weight.dense(torch.float32).device
+        weight.place_scales()
         assert torch.equal(weight.dense(torch.float32).cpu(), expected)
         if kind == "int8":
             theirs = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
@@ -110,14 +111,16 @@ def test_a_layer_quantised_and_trained_on_the_cpu_moves_to_a_gpu_and_back(kind):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_scales_that_were_left_on_another_device_are_brought_to_the_codes(trained):
+def test_scales_that_were_left_on_another_device_are_read_beside_the_codes_and_placed_there_when_asked(trained):
     """As bitsandbytes leaves those of an int8 weight that was quantised on the CPU and moved to a GPU."""
     module, _ = layer("int8", (30, 50))
     if trained:
         frozen_weight(module).put(Mask(torch.tensor([7]), (30, 50)), torch.tensor([3.0]))
-    weight = frozen_weight(module)
+    weight, before = frozen_weight(module), module.weight.SCB
     # The one other device that is everywhere.
     weight.device = torch.device("meta")
+    assert weight.scales.is_meta and module.weight.SCB is before
+    weight.place_scales()
     assert weight.scales.is_meta and module.weight.SCB.is_meta
     assert len(frozen_weight(module).overlays) == trained
 
@@ -140,16 +143,60 @@ def test_int8_state_is_found_before_and_after_first_forward():
     assert torch.equal(frozen_weight(module).dense(torch.float32), before)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "double"])
-def test_the_cpu_layout_of_evaluation_is_undone(kind):
+def in_evaluation(kind):
+    """A layer that bitsandbytes has computed in evaluation, in the CPU's other layout where there is one."""
     module, _ = layer(kind, (64, 128), torch.bfloat16)
-    before = frozen_weight(module).dense(torch.float32)
     module.eval()
+    before = frozen_weight(module).dense(torch.float32)
     with torch.no_grad():
         module(torch.randn(2, 128))
-    after = frozen_weight(module).dense(torch.float32)
+    if bnb.functional.has_avx512bf16():
+        assert kind == "int8" or module.weight.quant_state.packing_format_for_cpu
+    return module, before
+
+
+def storage(module):
+    """All that a layer's weight is stored as: tensors by identity, place and content."""
+    held = dict(vars(module.weight))
+    if hasattr(module, "state"):
+        held |= {f"state.{key}": part for key, part in vars(module.state).items()}
+    if (state := held.get("quant_state")) is not None:
+        held |= {f"quant_state.{key}": part for key, part in vars(state).items()}
+    held["codes"] = module.weight.data
+    return {
+        key: (part.data_ptr(), part.dtype, part.shape, part.stride(), part.tolist())
+        if isinstance(part, torch.Tensor)
+        else id(part)
+        for key, part in held.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "double"])
+def test_a_read_changes_nothing_of_a_layer_in_any_layout_and_settling_changes_no_entry(kind):
+    module, before = in_evaluation(kind)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"proj": module})])})
+    kept = storage(module)
+    (target,) = find_targets(model).values()
+    read = frozen_weight(module).dense(torch.float32)
+    assert target.shape == (64, 128) and torch.equal(target.rows(3, 9), read[3:9])
+    assert torch.equal(frozen_weight(module).gather(torch.arange(64 * 128)), read.view(-1))
+    assert storage(module) == kept
     # bitsandbytes itself rounds the scales to bf16 on the way, where this processor has such a layout at all.
-    assert_close(after, before, rtol=2e-2, atol=2e-2)
+    assert_close(read, before, rtol=2e-2, atol=2e-2)
+    settle_storage(model)
+    assert torch.equal(frozen_weight(module).dense(torch.float32), read)
+    assert kind == "int8" or not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "double"])
+def test_entries_can_be_put_into_a_layer_in_any_layout(kind):
+    module, _ = in_evaluation(kind)
+    expected = frozen_weight(module).dense(torch.float32)
+    weight = frozen_weight(module)
+    weight.put(Mask(torch.tensor([7]), (64, 128)), torch.tensor([3.0]))
+    expected.view(-1)[7] = 3.0
+    assert torch.equal(weight.dense(torch.float32), expected)
+    assert torch.equal(frozen_weight(module).dense(torch.float32), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

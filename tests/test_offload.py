@@ -10,12 +10,12 @@ from conftest import tiny_model, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim import select_masks
+from speft_optim import select_masks, sparsify
 from speft_optim.salience.measures import MEASURES
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.prefetch import Belt, copy_pages_, lock_pages
 
-STREAMED = sorted(set(MEASURES) - {"grasp"})
+STREAMED = sorted(name for name, measure in MEASURES.items() if not measure.differentiates_twice)
 
 
 def batches():
@@ -58,7 +58,17 @@ def test_weights_can_be_read_from_a_sharded_checkpoint(tmp_path, salience):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     choose = dict(salience=salience, density=0.1, progress=False)
     resident = select_masks(model, batches(), **choose)
-    assert select_masks(twin.bfloat16(), batches(), offload="cpu", checkpoint=tmp_path, **choose) == resident
+    assert select_masks(twin.bfloat16(), batches(), offload="cpu", base=tmp_path, **choose) == resident
+
+
+def test_a_sparsified_model_is_streamed_as_a_resident_one():
+    model = tiny_model("llama")
+    choose = dict(density=0.1, progress=False)
+    values = sparsify(model, select_masks(model, salience="magnitude", **choose))
+    resident = select_masks(model, batches(), **choose)
+    assert select_masks(model, batches(), offload="cpu", **choose) == resident
+    model(**token_batch()).loss.backward()
+    assert all(part.grad is not None for part in values)
 
 
 def test_embeddings_and_norms_can_be_targets_of_a_streamed_model():
@@ -267,12 +277,12 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="grasp"):
         select_masks(model, batches(), salience="grasp", density=0.1, offload="cpu")
     with pytest.raises(ValueError, match="only with offload"):
-        select_masks(model, batches(), density=0.1, checkpoint=tmp_path)
+        select_masks(model, batches(), density=0.1, base=tmp_path)
     with pytest.raises(ValueError, match="holds no safetensors"):
-        select_masks(model, batches(), density=0.1, offload="cpu", checkpoint=tmp_path)
+        select_masks(model, batches(), density=0.1, offload="cpu", base=tmp_path)
     twin = on_meta(model, tmp_path)
-    with pytest.raises(ValueError, match="on the meta device; pass checkpoint"):
+    with pytest.raises(ValueError, match="on the meta device; pass base=folder"):
         select_masks(twin, batches(), density=0.1, offload="cpu")
     other = on_meta(tiny_model(hidden_size=32), tmp_path / "other")
     with pytest.raises(ValueError, match="has shape"):
-        select_masks(other, batches(), density=0.1, offload="cpu", checkpoint=tmp_path)
+        select_masks(other, batches(), density=0.1, offload="cpu", base=tmp_path)

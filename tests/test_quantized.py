@@ -12,7 +12,16 @@ from conftest import BytesSince, Reference, assert_close, product_flops, tiny_mo
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
-from speft_optim import MaskSchedule, SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim import (
+    MaskSchedule,
+    SparseAdamW,
+    desparsify,
+    export_merged,
+    load_adapter,
+    save_adapter,
+    select_masks,
+    sparsify,
+)
 from speft_optim.integrations import take_over
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
@@ -192,6 +201,47 @@ def test_compute_dtype_follows_bitsandbytes(kind, original):
 # Selection
 
 
+@pytest.mark.parametrize("kind", ["nf4", "double"])
+def test_every_entry_point_leaves_the_layout_of_evaluation_for_good(kind, tmp_path):
+    """Else each read of a weight would unpack a copy of it."""
+    # The layout takes rows that are whole numbers of blocks only.
+    loaded = load_quantized(save_original(tmp_path / "original", intermediate_size=128), kind)
+
+    def in_evaluation():
+        model = copy.deepcopy(loaded).eval()
+        with torch.no_grad():
+            model(**token_batch())
+        layers = [module for _, module in quantized_linears(model)]
+        if bnb.functional.has_avx512bf16():
+            assert any(is_packed(module) for module in layers)
+        return model, layers
+
+    def is_packed(module):
+        return getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+
+    # On the way bitsandbytes rounds quantised scales once more, so that the adapter's base has to go it too.
+    trained, _ = in_evaluation()
+    masks = random_masks(trained)
+    sparsify(trained, masks)
+    save_adapter(trained, tmp_path / "adapter")
+    for enter in (
+        lambda model: select_masks(model, salience="magnitude", density=0.1, progress=False),
+        lambda model: sparsify(model, Masks(list(masks.items())[:1])),
+        lambda model: load_adapter(model, tmp_path / "adapter"),
+        lambda model: export_merged(model, tmp_path / "merged"),
+    ):
+        model, layers = in_evaluation()
+        enter(model)
+        assert not any(is_packed(module) for module in layers)
+
+
+def test_a_function_scores_quantised_weights_as_the_measure_it_computes(model, batches):
+    for scope in ("local", "global"):
+        choose = dict(density=0.03, scope=scope, progress=False)
+        own = select_masks(model, batches, salience=lambda w, g: -w * g, **choose)
+        assert own == select_masks(model, batches, salience="force", **choose)
+
+
 @pytest.mark.parametrize("salience", sorted(MEASURES))
 def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
     twin = dequantized_twin(model)
@@ -200,7 +250,7 @@ def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
     expected = select_masks(twin, batches, salience=salience, density=0.03)
     whole = select_masks(model, batches, salience=salience, density=0.03)
     # fp32 sums in another order can swap neighbours in the ranking; random and magnitude have no sums.
-    assert whole.overlap(expected) > (0.99 if MEASURES[salience].signal != "none" else 0.9999)
+    assert whole.overlap(expected) > (0.99 if MEASURES[salience].statistic != "none" else 0.9999)
     streamed = select_masks(model, batches, salience=salience, density=0.03, memory_budget=2**18)
     assert streamed.overlap(whole) > 0.99
     assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "selection changed the base"
@@ -333,7 +383,7 @@ def test_original_entries_take_the_rounding_off(model, original):
     before = effective(model)
     twin = copy.deepcopy(model)
     sparsify(twin, masks)
-    sparsify(model, masks, original=original)
+    sparsify(model, masks, base=original)
     import transformers as tf
 
     plain = tf.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
@@ -611,7 +661,7 @@ def test_clear_errors(loaded):
         sparsify(model, {name: Mask(torch.tensor([0]), (3, 3))})
     assert not any("forward" in module.__dict__ for module in model.modules())
     with pytest.raises(ValueError, match="holds no safetensors"):
-        sparsify(model, random_masks(model), original="/nonexistent")
+        sparsify(model, random_masks(model), base="/nonexistent")
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

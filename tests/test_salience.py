@@ -17,10 +17,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 from speft_optim import desparsify, select_masks, sparsify
 from speft_optim.salience.accumulators import cut_into_groups
 from speft_optim.salience.batches import BatchReader
-from speft_optim.salience.calibration import _SIGNALS, random_draws, stream_scores
+from speft_optim.salience.calibration import _FILLS, random_draws, stream_scores
 from speft_optim.salience.fisher import example_losses
 from speft_optim.salience.grasp import GradientStore
-from speft_optim.salience.measures import MEASURES
+from speft_optim.salience.measures import MEASURES, measure_of
 from speft_optim.weights.targets import find_targets
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "mixtral"]
@@ -212,7 +212,7 @@ def test_fisher_is_the_mean_of_squares_and_not_the_square_of_the_mean(size):
     batches = [{"x": part, "labels": torch.ones(len(part), dtype=torch.long)} for part in x.split(size)]
     targets = find_targets(model := OneUnit(), ["unit"])
     (group,) = cut_into_groups(targets.values(), 2**20, 8)
-    fill, _ = _SIGNALS["squared_gradient"]
+    fill = _FILLS["squared_gradient"]
     fill(model, BatchReader(batches, torch.device("cpu"), _Bar()), group, None)
     assert group[0].accumulator.tolist() == [[1.0, 0.25]]
 
@@ -583,6 +583,59 @@ def test_estimation_stays_within_the_memory_budget(salience, dtype, scope, densi
         )
         assert peak <= batch_bytes + max(budget, candidates + budget // share), (budget, peak, batch_bytes)
     assert all(mask == masks[0] for mask in masks)
+
+
+# --- The table of measures, and functions in its place ---
+
+
+@pytest.mark.parametrize("salience", MEASURES)
+def test_a_row_of_the_table_tells_name_width_of_scores_and_passes(salience):
+    measure, passes = MEASURES[salience], []
+
+    class Counted(list):
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    assert measure_of(salience) is measure and measure.name == salience
+    statistic = torch.zeros(1, dtype=torch.float64 if salience == "random" else torch.float32)
+    assert measure.score(torch.zeros(1), statistic).element_size() == measure.score_bytes
+    select_masks(tiny_model("llama"), Counted(ragged_batches(1)), salience=salience, density=0.1, progress=False)
+    assert len(passes) == measure.passes
+
+
+def signed_product(weight, gradient):
+    """What `force` ranks by."""
+    return -weight * gradient
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 30_000}, {"offload": "cpu"}], ids=str)
+def test_a_function_in_place_of_a_measure_gets_weights_and_signed_gradients(scope, options):
+    model, batches = tiny_model("llama"), ragged_batches()
+    choose = dict(density=0.1, scope=scope, progress=False, **options)
+    assert select_masks(model, batches, salience=signed_product, **choose) == select_masks(
+        model, batches, salience="force", **choose
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_function_gets_fp32_runs_that_it_may_change_and_scores_of_any_floating_dtype_count(dtype):
+    model, batches = tiny_model("llama", dtype), ragged_batches()
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    seen = []
+
+    def halves(weight, gradient):
+        seen.append((weight.dtype, gradient.dtype, weight.shape == gradient.shape, torch.is_grad_enabled()))
+        return weight.mul_(0.0).add_(gradient.abs() > 1e-3).half()
+
+    masks = select_masks(model, batches, salience=halves, density=0.05, progress=False)
+    assert set(seen) == {(torch.float32, torch.float32, True, False)}
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+    scores = {name: (g.abs() > 1e-3).float() for name, (_, g) in dense_gradients(model, masks, batches).items()}
+    kept = sum(scores[name].flatten()[mask.indices.long()].sum() for name, mask in masks.items())
+    possible = sum(min(int(scores[name].sum()), len(mask)) for name, mask in masks.items())
+    assert possible > 0 and abs(int(kept) - possible) <= 0.05 * possible
 
 
 def test_random_draws_are_uniform_and_independent_of_the_cut():

@@ -448,7 +448,7 @@ def test_copies_and_undoing_after_a_change():
 def test_a_model_in_training_is_scored_as_a_plain_one(salience, memory_budget):
     """Its own taps must stay out of calibration, of second derivatives too."""
     model = tiny_model()
-    linear = None if salience == "activation" else lambda name, parameter: "sparse_" not in name
+    linear = None if salience == "activation" else lambda name, parameter: True
     choose = dict(salience=salience, density=0.1, targets=linear, memory_budget=memory_budget, progress=False)
     masks = select_masks(model, CALIBRATION, **choose)
     sparsify(model, select_masks(model, density=0.1, salience="random", targets=linear, seed=7, progress=False))
@@ -457,6 +457,17 @@ def test_a_model_in_training_is_scored_as_a_plain_one(salience, memory_budget):
     assert {weight.name: weight.values.requires_grad for weight in sparse_weights(model)} == before
     model(**token_batch()).loss.backward()
     assert all(weight.values.grad is not None for weight in sparse_weights(model))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_function_reselects_as_the_measure_it_computes(scope):
+    ends = []
+    for salience in ("force", lambda w, g: -w * g):
+        model, optimizer, schedule = attach(scope=scope, salience=salience)
+        train(model, optimizer, 4)
+        assert len(schedule.history) == 1
+        ends.append(masks_of(model))
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
@@ -549,6 +560,7 @@ def test_calibration_leaves_training_as_it_was():
         (dict(density=0.1), TypeError, "density"),
         (dict(budget=5), ValueError, "budget"),
         (dict(salience="gradint"), ValueError, "salience='gradint' is not known; choose from"),
+        (dict(salience=3), TypeError, "salience=3 is a int; pass one of"),
     ],
 )
 def test_wrong_arguments(options, error, match):

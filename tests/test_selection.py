@@ -24,7 +24,7 @@ from speft_optim.salience.calibration import default_memory_budget
 from speft_optim.salience.selection import _shares
 from speft_optim.salience.topk import BestEntries, _kth_best
 from speft_optim.weights.sparse_weight import sparse_weights
-from speft_optim.weights.targets import find_targets
+from speft_optim.weights.targets import all_targets, find_targets
 
 examples = settings(max_examples=60, deadline=None, database=None)
 
@@ -282,6 +282,17 @@ IGNORED = {**BATCH, "labels": torch.full_like(BATCH["labels"], -100)}
         (dict(budget=2.5), TypeError, "budget=2.5 is a float"),
         (dict(density=0.1, scope="layer"), ValueError, "scope='layer'.*'local' or 'global'"),
         (dict(density=0.1, salience="wanda"), ValueError, "salience='wanda' is not known.*gradient"),
+        (dict(density=0.1, salience=5), TypeError, "salience=5 is a int; pass one of .*gradient.*function"),
+        (dict(density=0.1, salience=lambda w: w), TypeError, r"must take a weight's entries and their gradient"),
+        (dict(density=0.1, salience=lambda w, g: 3), TypeError, "returned a int for model.*; return a floating"),
+        (dict(density=0.1, salience=lambda w, g: w > 0), TypeError, "returned a tensor of torch.bool for model"),
+        (
+            dict(density=0.1, salience=lambda w, g: w[1:]),
+            ValueError,
+            r"of shape .*\d+,\) entries of model.*_proj",
+        ),
+        (dict(density=0.1, salience=lambda w, g: w * math.nan), ValueError, "NaN for .* entries of model.*_proj"),
+        (dict(density=0.1, salience=lambda w, g: w * math.inf), ValueError, "scores of model.*_proj.* are not finite"),
         (dict(density=0.1, memory_budget=0), ValueError, "memory_budget=0 must be a positive number of bytes"),
         (dict(density=0.1, memory_budget=1.5), ValueError, "memory_budget=1.5"),
         (dict(density=0.1, targets=["r_proj"]), ValueError, "'r_proj', which no parameter ends with.*model.embed"),
@@ -459,6 +470,19 @@ def snapshot(model):
     }
     hooks = [list(p._post_accumulate_grad_hooks or []) for p in model.parameters()]
     return parameters, modules, hooks, model.config.to_dict(), torch.get_rng_state().tolist(), torch.is_grad_enabled()
+
+
+def test_compact_values_are_not_among_the_weights_to_select():
+    model = tiny_model("llama")
+    plain = {name: target.sites for name, target in all_targets(model).items()}
+    sparsify(model, select_masks(model, salience="magnitude", density=0.1, progress=False))
+    assert any(name.endswith("sparse_weight.values") for name, _ in model.named_parameters())
+    assert {name: target.sites for name, target in all_targets(model).items()} == plain
+    seen = []
+    find_targets(model, lambda name, parameter: bool(seen.append(name)) or "norm" in name)
+    assert seen == list(plain)
+    with pytest.raises(ValueError, match="targets names 'values', which no parameter ends with"):
+        find_targets(model, ["values"])
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")

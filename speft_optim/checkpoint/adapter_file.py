@@ -140,14 +140,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
 
 def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
     """The parameters without a mask that require gradients, by name; says which of them no file can hold."""
-    compact = {id(weight.values) for weight in sparse_weights(model)}
     loaded = model.__dict__[LOADED].adapters.values() if LOADED in model.__dict__ else ()
     # Also what an adapter brought that the training began with: it is not the base's.
     brought = {name for adapter in loaded for name in adapter.whole}
     found = {
-        name: target
-        for name, target in all_targets(model).items()
-        if (target.parameter.requires_grad or name in brought) and id(target.parameter) not in compact
+        name: target for name, target in all_targets(model).items() if target.parameter.requires_grad or name in brought
     }
     found = {name: target for name, target in found.items() if name not in masks and target.shape.numel()}
     left_out = [name for name, target in found.items() if target.parameter.dtype not in _DTYPES]
@@ -219,11 +216,9 @@ def fingerprint(model: nn.Module, masks: Masks) -> str:
     entries outside the mask never change, it is the same before and after training.
     """
     digest = hashlib.sha256()
-    compact = {id(weight.values) for weight in sparse_weights(model)}
     for name, target in all_targets(model).items():
-        if id(target.parameter) not in compact:
-            digest.update(f"{name}{tuple(target.shape)}".encode())
-            digest.update(_probe(target, masks.get(name)).to(torch.float32).cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(target.shape)}".encode())
+        digest.update(_probe(target, masks.get(name)).to(torch.float32).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -29,7 +29,7 @@ def has_no_tensor(base: str | Path, name: str) -> ValueError:
     return ValueError(
         f"{base} has no tensor {name}. Either it is another model's checkpoint: give the original's folder. Or the "
         "weight is new (an added head), or this architecture's files store it under other names than the model in "
-        "memory has (as Mixtral's experts), so that entries cannot be found in them: leave base= or original= out."
+        "memory has (as Mixtral's experts), so that entries cannot be found in them: leave base= out."
     )
 
 

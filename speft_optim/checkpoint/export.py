@@ -23,6 +23,7 @@ from speft_optim.checkpoint.base import check_is_weight, check_same_model, has_n
 from speft_optim.checkpoint.names import Tensors, as_in_base
 from speft_optim.files import tensor_files, whole_folder
 from speft_optim.kernels.entries import scatter_entries_
+from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.sparse_weight import linked
 from speft_optim.weights.storage import DenseWeight, as_stored, frozen_weight
 from speft_optim.weights.targets import Target, all_targets
@@ -101,9 +102,8 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int)
     _flush(model)
     tensors: Tensors = {}
     for name, target in all_targets(model).items():
-        if linked(target.parameter) is None:
-            weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
-            tensors[name] = (weight.shape, lambda weight=weight, module=module: as_stored(module, weight.dense(dtype)))
+        weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
+        tensors[name] = (weight.shape, lambda weight=weight, module=module: as_stored(module, weight.dense(dtype)))
     for path, module in plain_modules(model):
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
@@ -151,7 +151,7 @@ def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> 
     targets = {}
     for first, target in all_targets(model).items():
         # Offloaded weights, which are on the meta device, cannot have been trained.
-        if linked(target.parameter) is None and not target.parameter.is_meta:
+        if not target.parameter.is_meta:
             stored = [name for name in names[id(target.parameter)] if name in files]
             if not stored:
                 raise has_no_tensor(base, first)
@@ -177,6 +177,7 @@ def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> 
 
 
 def _flush(model: nn.Module) -> None:
+    settle_storage(model)
     for parameter in model.parameters():
         if (weight := linked(parameter)) is not None:
             weight.synchronize()

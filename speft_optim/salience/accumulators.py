@@ -101,9 +101,6 @@ def cut_into_groups(targets: Iterable[Target], budget: int, entry_bytes: int) ->
 class GradientSum:
     """Adds up the gradients of a piece of a weight in the piece's accumulator, which the first gradient allocates."""
 
-    # Bytes of accumulators for each entry of the piece.
-    entry_bytes = 4
-
     def __init__(self, piece: Piece):
         self.piece = piece
 
@@ -130,9 +127,6 @@ class SquareSum(GradientSum):
     All that arrives in one backward pass belongs to one gradient, as of a weight that is used several times. Reentrant
     checkpointing makes each block a pass of its own, in which a weight that two blocks share counts as two.
     """
-
-    # The sum of squares, and the gradient of the present pass.
-    entry_bytes = 8
 
     def __init__(self, piece: Piece):
         super().__init__(piece)

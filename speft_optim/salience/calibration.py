@@ -27,19 +27,18 @@ from speft_optim.salience.batches import Batches, BatchReader, LossFunction, che
 from speft_optim.salience.first_order import gradient
 from speft_optim.salience.fisher import squared_gradient
 from speft_optim.salience.grasp import GradientStore, hessian_gradient, warn_of_plain_attention
-from speft_optim.salience.measures import Measure
+from speft_optim.salience.measures import MEASURES, Measure
 from speft_optim.salience.model_state import calibrating
 from speft_optim.salience.synflow import flow
 from speft_optim.weights.targets import Target
 
-# What fills the accumulators of a group, and the bytes it takes per entry.
-_SIGNALS = {
-    "gradient": (gradient, 4),
-    "squared_gradient": (squared_gradient, 8),
-    "squared_input": (squared_input, 0),
-    "flow": (flow, 4),
-    # And the part of H g from the first backward, in the weight's dtype, which waits for the part from forward.
-    "hessian_gradient": (hessian_gradient, 4),
+# What fills the accumulators of a group; the other statistics need none.
+_FILLS = {
+    "gradient": gradient,
+    "squared_gradient": squared_gradient,
+    "squared_input": squared_input,
+    "flow": flow,
+    "hessian_gradient": hessian_gradient,
 }
 
 
@@ -97,8 +96,8 @@ def stream_scores(
         ValueError: batches are missing, hold no usable labels, or are an iterator needed more than once; a loss is not
             finite, or none can be differentiated.
     """
-    second_order = measure.signal == "hessian_gradient"
-    fill, entry_bytes = _SIGNALS.get(measure.signal, (None, 0))
+    second_order = measure.differentiates_twice
+    fill, entry_bytes = _FILLS.get(measure.statistic), measure.entry_bytes
     # Long enough to keep a device busy; a short one takes a seventh of the budget.
     chunk = max(1, min(2**22, memory_budget // 512))
     # The accumulators get what a chunk and the candidates leave, and at least an eighth: where candidates need nearly
@@ -110,7 +109,7 @@ def stream_scores(
         if second_order:
             store = stack.enter_context(GradientStore(targets, room // 2))
             room -= store.memory_bytes
-            gradient_groups = cut_into_groups(targets.values(), room, 4)
+            gradient_groups = cut_into_groups(targets.values(), room, MEASURES["gradient"].entry_bytes)
             entry_bytes += max(target.dtype.itemsize for target in targets.values())
         groups = cut_into_groups(targets.values(), room, entry_bytes)
         reader = None
@@ -119,8 +118,8 @@ def stream_scores(
                 check_batches(batches, len(gradient_groups) + len(groups))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
             device = next(iter(targets.values())).device
-            keyed, differentiated = loss is None, measure.signal != "squared_input"
-            reader = BatchReader(batches, device, bar, keyed and differentiated, keyed, max_batches)
+            keyed = loss is None
+            reader = BatchReader(batches, device, bar, keyed and measure.labels, keyed, max_batches)
         if second_order:
             warn_of_plain_attention(model)
             for group in gradient_groups:
@@ -136,7 +135,7 @@ def stream_scores(
                 fill(model, reader, group, loss)
             while group:
                 yield from _score(group.pop(0), measure, chunk, seed)
-        if reader is not None and differentiated and not second_order:
+        if measure.labels and not second_order:
             with together():
                 _check_differentiated(reader)
 
@@ -155,9 +154,9 @@ def _check_differentiated(reader: BatchReader) -> None:
 
 def _score(piece: Piece, measure: Measure, chunk: int, seed: int) -> Iterator[tuple[str, int, Tensor]]:
     for first, weight, signal in piece.chunks(chunk):
-        if measure.signal == "random":
+        if measure.statistic == "random":
             signal = random_draws(piece.target.name, first, weight.numel(), seed, weight.device)
-        yield piece.target.name, first, measure.score(weight, signal)
+        yield piece.target.name, first, measure.scores(piece.target.name, weight, signal)
 
 
 def random_draws(name: str, start: int, count: int, seed: int, device: torch.device) -> Tensor:

@@ -53,7 +53,7 @@ class Candidates:
             return
         offset = self.piece.first * self.piece.columns
         for first, weight, signal in self.piece.chunks(chunk):
-            scores = score_entries(measure, weight, signal)
+            scores = measure.scores(self.weight.name, weight, signal)
             if not bool(scores.isfinite().all()):
                 raise ValueError(
                     f"Scores of {self.weight.name} are not finite though its gradients are; look at its entries for "
@@ -102,22 +102,3 @@ def keep_best(
 def _joined(parts: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
     positions, scores = zip(*parts, strict=True)
     return torch.cat([part.to(device).long() for part in positions]), torch.cat([part.to(device) for part in scores])
-
-
-def score_entries(measure: Measure, weight: Tensor, signal: Tensor) -> Tensor:
-    """Scores of some entries.
-
-    Raises:
-        ValueError: a salience function gives something else than a score for each entry.
-    """
-    scores = measure.score(weight, signal)
-    fits = isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape == weight.shape
-    if not fits or scores.dtype not in (torch.float32, torch.float64):
-        given = (
-            f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        )
-        raise ValueError(
-            f"The salience function gave {given} for weights and gradients of shape {tuple(weight.shape)}; return one "
-            "fp32 score for each entry."
-        )
-    return scores

@@ -1,8 +1,8 @@
 """Salience measures: how much each entry of a weight matters for training it (SPEFT, Section 3.2 and Table 1).
 
-A measure is a `signal` that calibration accumulates per weight, and a small function from weight and signal to scores;
-higher scores are kept. With g the gradient of the loss averaged over the calibration batches with its sign, H its
-Hessian:
+A measure is a statistic that calibration accumulates per weight, and a small function from weight and statistic to
+scores; higher scores are kept. With g the gradient of the loss averaged over the calibration batches with its sign, H
+its Hessian:
 
     magnitude   abs(w)                        gradient   abs(g)
     snip        abs(g * w)                    force      -(g * w), signed
@@ -11,15 +11,20 @@ Hessian:
     synflow     abs(w * dR/dw), R the sum of the logits of the linearised network of absolute weights
     activation  abs(w) * norm of the weight's input feature: ours, not the paper's; for text without labels
     random      uniform: the control
+
+All that the library knows about a measure is its row in `MEASURES`. A function of a user's own is a measure of the
+gradient, see `measure_of`.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-Signal = Literal["none", "random", "gradient", "squared_gradient", "hessian_gradient", "flow", "squared_input"]
+Statistic = Literal["none", "random", "gradient", "squared_gradient", "hessian_gradient", "flow", "squared_input"]
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,77 @@ class Measure:
     """A salience measure.
 
     Attributes:
-        score: from a piece of a weight and the same piece of its signal, both fp32 or fp64 of one shape, to scores of
-            that shape; must not change its arguments.
-        signal: what calibration accumulates; `none` and `random` need no pass over data.
+        score: from a 1-D run of a weight's entries and the same run of its statistic, both fp32 (of `random` fp64), to
+            scores of that shape; must not change its arguments.
+        statistic: what calibration accumulates for each weight.
+        entry_bytes: bytes that the accumulator takes for each entry. Those of `grasp` get beside it the part of H g
+            from the first backward, in the weight's dtype, which waits for the part from forward.
+        score_bytes: bytes of one score, at most.
+        passes: passes over the calibration batches that one group of weights takes.
+        labels: whether a loss is differentiated, which takes batches with labels or a loss function.
+        checked: whether each result of `score` is checked, as of a function that is not our own.
     """
 
     score: Callable[[Tensor, Tensor], Tensor]
-    signal: Signal
+    statistic: Statistic
+    entry_bytes: int = 4
+    score_bytes: int = 4
+    passes: int = 1
+    labels: bool = True
+    checked: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the score function, by which `select_masks` knows a measure of the table."""
+        return getattr(self.score, "__name__", type(self.score).__name__)
 
     @property
     def takes_batches(self) -> bool:
-        """Whether the signal comes of passes over calibration batches."""
-        return self.signal not in ("none", "random", "flow")
+        """Whether the statistic comes of passes over calibration batches."""
+        return self.passes > 0
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the loss is differentiated twice, which the fused attention and losses do not support."""
+        return self.statistic == "hessian_gradient"
+
+    def scores(self, name: str, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        """Score a run of a weight's entries.
+
+        Args:
+            name: the weight's name, for errors.
+            weight: (entries,) fp32.
+            statistic: (entries,) fp32 or fp64; None where the measure needs none.
+
+        Returns:
+            (entries,) fp32 or fp64.
+
+        Raises:
+            TypeError: a function that is not our own returned no floating tensor.
+            ValueError: it returned another shape or NaN.
+        """
+        if not self.checked:
+            return self.score(weight, statistic)
+        with torch.no_grad():
+            # The run of an fp32 weight is a view of it, which a function that works in place would change.
+            scores = self.score(weight.clone(), statistic)
+        self._check(name, weight, scores)
+        return scores.to(weight.device, torch.promote_types(scores.dtype, torch.float32))
+
+    def _check(self, name: str, weight: Tensor, scores: object) -> None:
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            got = f"a tensor of {scores.dtype}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise TypeError(f"salience={self.name} returned {got} for {name}; return a floating tensor of scores.")
+        if scores.shape != weight.shape:
+            raise ValueError(
+                f"salience={self.name} returned scores of shape {tuple(scores.shape)} for {tuple(weight.shape)} "
+                f"entries of {name}; return one score for each entry, in the shape of the arguments."
+            )
+        if bad := int(scores.isnan().sum()):
+            raise ValueError(
+                f"salience={self.name} returned NaN for {bad:,} of {weight.numel():,} entries of {name}; return "
+                "finite scores, the lowest for entries that must not be kept."
+            )
 
 
 def magnitude(w: Tensor, _: Tensor) -> Tensor:
@@ -86,37 +150,65 @@ def activation(w: Tensor, squares: Tensor) -> Tensor:
     return w.abs() * squares.sqrt()
 
 
-def uniform(_: Tensor, draws: Tensor) -> Tensor:
+def random(_: Tensor, draws: Tensor) -> Tensor:
     """The draws themselves."""
     return draws
 
 
 MEASURES: dict[str, Measure] = {
-    "magnitude": Measure(magnitude, "none"),
-    "gradient": Measure(gradient, "gradient"),
-    "snip": Measure(snip, "gradient"),
-    "force": Measure(force, "gradient"),
-    "taylor_fo": Measure(taylor_fo, "gradient"),
-    "synflow": Measure(synflow, "flow"),
-    "grasp": Measure(grasp, "hessian_gradient"),
-    "fisher": Measure(fisher, "squared_gradient"),
-    "activation": Measure(activation, "squared_input"),
-    "random": Measure(uniform, "random"),
+    measure.name: measure
+    for measure in (
+        Measure(magnitude, "none", entry_bytes=0, passes=0, labels=False),
+        Measure(gradient, "gradient"),
+        Measure(snip, "gradient"),
+        Measure(force, "gradient"),
+        Measure(taylor_fo, "gradient", score_bytes=8),
+        Measure(synflow, "flow", passes=0, labels=False),
+        Measure(grasp, "hessian_gradient", passes=2),
+        Measure(fisher, "squared_gradient", entry_bytes=8),
+        Measure(activation, "squared_input", entry_bytes=0, labels=False),
+        Measure(random, "random", entry_bytes=0, score_bytes=8, passes=0, labels=False),
+    )
 }
 
 
 def measure_of(salience: str | Callable[[Tensor, Tensor], Tensor]) -> Measure:
-    """The measure of a name, or of a function of a weight and its gradient.
+    """The measure behind the argument `salience` of `select_masks`.
 
     Args:
-        salience: a name, or a function from a weight's entries and their gradients, fp32 of one shape, to scores of
-            that shape; higher scores are kept.
+        salience: a name in `MEASURES`, or a function `salience(weight, gradient) -> scores`. It is called under
+            `torch.no_grad()` with fp32 runs of a weight's entries and of their gradient, both of shape (entries,) and
+            on one device; the gradient is the mean over the calibration batches, with its sign. It returns floating
+            scores of that shape, of which the highest are kept. How a weight is cut into runs depends on the memory
+            budget, so each score must depend on its own entry alone.
 
     Raises:
-        ValueError: no measure has that name.
+        ValueError: no measure has this name.
+        TypeError: it is neither a name nor a function.
     """
-    if callable(salience):
-        return Measure(salience, "gradient")
-    if not isinstance(salience, str) or salience not in MEASURES:
-        raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
-    return MEASURES[salience]
+    if isinstance(salience, str):
+        if salience not in MEASURES:
+            raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
+        return MEASURES[salience]
+    if not callable(salience):
+        raise TypeError(
+            f"salience={salience!r} is a {type(salience).__name__}; pass one of {', '.join(sorted(MEASURES))}, or a "
+            "function of (weight, gradient)."
+        )
+    measure = Measure(salience, "gradient", score_bytes=8, checked=True)
+    _check_arguments(measure)
+    return measure
+
+
+def _check_arguments(measure: Measure) -> None:
+    try:
+        signature = inspect.signature(measure.score)
+    except ValueError:
+        return  # Functions written in C may not tell their arguments.
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"salience={measure.name} must take a weight's entries and their gradient: {error}; write it as "
+            "(weight, gradient) -> scores."
+        ) from error

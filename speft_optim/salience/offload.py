@@ -28,7 +28,7 @@ from speft_optim.salience.prefetch import Belt, Site, copy_pages_, lock_pages
 from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.replacement import replace_method, shadow
 from speft_optim.weights.storage import STREAMED
-from speft_optim.weights.targets import Target, all_targets
+from speft_optim.weights.targets import AddedModule, Target, all_targets
 
 
 class StreamedWeight:
@@ -126,7 +126,7 @@ def streaming(
     for target in all_targets(model).values():
         if target.parameter.is_meta:
             if shards is None:
-                raise ValueError(f"{target.name} is on the meta device; pass checkpoint=folder with its safetensors.")
+                raise ValueError(f"{target.name} is on the meta device; pass base=folder with its safetensors.")
             shards.check(target)
         for site in target.sites:
             weights[site] = StreamedWeight(target, device, shards)
@@ -160,6 +160,8 @@ def _device_of_tensors(device: str | torch.device) -> torch.device:
 
 
 def _sites(module: nn.Module) -> list[Site]:
+    if isinstance(module, AddedModule):
+        return []  # Compact values stay where they are: no forward reads them.
     return [(module, name) for name, parameter in module._parameters.items() if parameter is not None]
 
 

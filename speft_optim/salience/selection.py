@@ -8,7 +8,7 @@ that of one `topk` over everything. Ties go to the earlier position, and to the 
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
@@ -21,9 +21,10 @@ from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
 from speft_optim.salience.batches import Batches, LossFunction, check_max_batches
 from speft_optim.salience.calibration import default_memory_budget, stream_scores
-from speft_optim.salience.measures import MEASURES, Measure
+from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.topk import BestEntries
+from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.provenance import note_weights
 from speft_optim.weights.targets import Target, Targets, check_differentiable, find_targets
 from speft_optim.weights.wrappers import unwrapped
@@ -35,7 +36,7 @@ def select_masks(
     model: nn.Module,
     batches: Batches | None = None,
     *,
-    salience: str = "gradient",
+    salience: str | Callable[[Tensor, Tensor], Tensor] = "gradient",
     density: float | None = None,
     budget: int | Mapping[str, int] | None = None,
     scope: Literal["local", "global"] = "local",
@@ -44,7 +45,7 @@ def select_masks(
     loss: LossFunction | None = None,
     max_batches: int | None = None,
     offload: str | torch.device | None = None,
-    checkpoint: str | Path | None = None,
+    base: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Masks:
@@ -60,7 +61,10 @@ def select_masks(
         batches: calibration data: an iterable of the dicts the model takes, with labels, or of whatever `loss` takes (a
             list or a DataLoader; the paper uses 64 batches of 16 examples). Not needed by `magnitude`, `random` and
             `synflow`. The data that is trained on, since the entries are chosen for it.
-        salience: name of the measure, see `speft_optim.salience.measures`.
+        salience: name of the measure, see `speft_optim.salience.measures`; or a function `salience(weight, gradient)`
+            that scores runs of a weight's entries and must not mix them. Both arguments are fp32 of shape (entries,),
+            the gradient being the mean over the batches with its sign; it returns floating scores of that shape, of
+            which the highest are kept.
         density: share of the targeted entries to keep, in (0, 1]; per weight in local scope, rounded to whole entries.
         budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or
             takes a number for each target by name.
@@ -80,7 +84,7 @@ def select_masks(
             be read whole.
         offload: device to compute on while the weights stay in CPU memory and visit it block by block, for a model that
             does not fit there; the masks are those of a resident model. Not for `grasp`.
-        checkpoint: with `offload`, folder whose safetensors hold the weights of a model on the meta device.
+        base: with `offload`, folder of the checkpoint whose safetensors hold the weights of a model on the meta device.
         seed: of the `random` measure.
         progress: show a progress bar (on terminals only).
 
@@ -96,15 +100,15 @@ def select_masks(
     model = unwrapped(model)
     with contextlib.ExitStack() as stack:
         with together():
-            check_choice(salience, scope, offload, checkpoint)
+            measure = check_choice(salience, scope, offload, base)
             check_differentiable(model)
             check_max_batches(max_batches)
             if loss is not None and not callable(loss):
                 raise TypeError(f"loss={loss!r} is not callable; pass a function of (model, batch), or None.")
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
-                by_block = MEASURES[salience].takes_batches
-                stack.enter_context(streaming(model, offload, checkpoint, by_block=by_block))
+                stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
+            settle_storage(model)
             found = find_targets(model, targets)
             sizes = {name: target.shape.numel() for name, target in found.items()}
             if isinstance(budget, Mapping):
@@ -126,16 +130,16 @@ def select_masks(
         budget = int(budget) if is_whole(budget) else budget
         density = None if density is None else float(density)
         # Processes that measure other things, or cut the weights into other groups, would exchange what does not match.
-        choice = f"{salience} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
+        choice = f"{measure.name} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
         memory_budget = smallest(memory_budget)
         shares = _shares(sizes, density, budget) if scope == "local" else None
         total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
         # All cut the weights alike, even if some were asked for other numbers of entries.
-        candidates = largest(_candidate_bytes(sizes, shares, total, MEASURES[salience]))
+        candidates = largest(_candidate_bytes(sizes, shares, total, measure.score_bytes))
         options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, max_batches=max_batches)
         options.update(seed=seed, progress=progress)
-        scores = stream_scores(model, batches, found, MEASURES[salience], **options)
+        scores = stream_scores(model, batches, found, measure, **options)
         # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
         stack.enter_context(contextlib.closing(scores))
         # Runs long enough to keep a device busy, and short enough that their temporaries are few.
@@ -145,27 +149,34 @@ def select_masks(
             masks = _select_local(scores, found, shares, step)
         else:
             masks = _select_global(scores, found, total, step)
-    if salience != "random":
+    if measure.statistic != "random":
         note_weights(masks, found)
     return masks
 
 
 def check_choice(
-    salience: str, scope: str, offload: str | torch.device | None = None, checkpoint: str | Path | None = None
-) -> None:
+    salience: str | Callable[[Tensor, Tensor], Tensor],
+    scope: str,
+    offload: str | torch.device | None = None,
+    base: str | Path | None = None,
+) -> Measure:
     """Refuse what `select_masks` does not know, or not together.
+
+    Returns:
+        The measure.
 
     Raises:
         ValueError: a name is not known, or two arguments exclude each other.
+        TypeError: the measure is neither a name nor a function.
     """
-    if not isinstance(salience, str) or salience not in MEASURES:
-        raise ValueError(f"salience={salience!r} is not known; choose from {', '.join(sorted(MEASURES))}.")
+    measure = measure_of(salience)
     if not isinstance(scope, str) or scope not in ("local", "global"):
         raise ValueError(f"scope={scope!r} is not known; choose 'local' or 'global'.")
-    if offload is None and checkpoint is not None:
-        raise ValueError("checkpoint is read only with offload; pass offload='cuda' too, or load the model.")
-    if offload is not None and salience == "grasp":
-        raise ValueError("salience='grasp' differentiates twice, which offload does not support; choose another.")
+    if offload is None and base is not None:
+        raise ValueError("base is read only with offload; pass offload='cuda' too, or load the model.")
+    if offload is not None and measure.differentiates_twice:
+        raise ValueError(f"salience={salience!r} differentiates twice, which offload does not support; choose another.")
+    return measure
 
 
 def _select_local(
@@ -211,10 +222,8 @@ def _select_global(
     return masks
 
 
-def _candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None, total: int, measure: Measure) -> int:
+def _candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None, total: int, score_bytes: int) -> int:
     """What the best entries so far take at most: of one weight and finished masks (`shares`), or of all together."""
-    one = torch.zeros(1)
-    score_bytes = measure.score(one, one).element_size()
     if shares is None:
         return BestEntries.bytes(total, sum(sizes.values()), score_bytes)
     return max(BestEntries.bytes(shares[name], size, score_bytes) for name, size in sizes.items()) + 4 * total

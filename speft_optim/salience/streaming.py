@@ -28,7 +28,7 @@ from torch import Tensor
 from speft_optim.distributed import average_, is_distributed, total
 from speft_optim.masks.mask import Mask
 from speft_optim.salience.accumulators import GradientSum, Piece, SquareSum, cut_into_groups, placed
-from speft_optim.salience.competition import Candidates, keep_best, score_entries
+from speft_optim.salience.competition import Candidates, keep_best
 from speft_optim.salience.measures import Measure
 from speft_optim.weights.sparse_weight import SparseWeight
 
@@ -40,7 +40,7 @@ class TrainingSalience:
 
     Args:
         weights: the sparsified weights, in the model's order.
-        measure: of the signal "gradient" or "squared_gradient".
+        measure: of the statistic "gradient" or "squared_gradient".
         scope: whether entries compete within their weight ("local") or over all weights ("global").
         window: optimizer steps that are summed in a turn.
         interval: least number of steps in a round.
@@ -64,8 +64,8 @@ class TrainingSalience:
         memory_budget: int,
     ):
         self.weights, self.measure, self.scope, self.window = weights, measure, scope, window
-        self._sum_of = SquareSum if measure.signal == "squared_gradient" else GradientSum
-        self.groups = cut_into_groups((w.target for w in weights), memory_budget, self._sum_of.entry_bytes)
+        self._sum_of = SquareSum if measure.statistic == "squared_gradient" else GradientSum
+        self.groups = cut_into_groups((w.target for w in weights), memory_budget, measure.entry_bytes)
         # Steps of a turn.
         self.period = max(window, -(-interval // len(self.groups)))
         # Long enough to keep a device busy, and short enough that temporaries of a selection are few.
@@ -77,7 +77,7 @@ class TrainingSalience:
                 self._groups_of[piece.target.name].append(number)
         self.turns = self.steps = 0
         self._told: set[str] = set()
-        dtype = score_entries(measure, torch.ones(2), torch.ones(2)).dtype
+        dtype = measure.scores(weights[0].name, torch.ones(2), torch.ones(2)).dtype
         stored = weights if scope == "global" and len(self.groups) > 1 else filter(self._is_cut, weights)
         self.scores = {w.name: torch.zeros(len(w.mask), dtype=dtype, device=w.values.device) for w in stored}
         self._begin_turn()

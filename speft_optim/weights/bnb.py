@@ -4,6 +4,9 @@ A dense weight holds its trained entries itself. Codes cannot, so a quantised we
 with exact fp32 values, and *is* the dequantised codes with the overlays laid over; codes and scales are only read. The
 overlays travel with the scales (see `weights/scales.py`), which every reader needs.
 
+A read changes nothing. What bitsandbytes rearranged or left behind is put in order once, by `settle_storage`, where a
+model first comes in, and by each forward of ours, since models move between devices in training too.
+
     int8    w = code * scale / 127, one fp32 scale a row
     4-bit   w = table[code] * scale, one scale for each run of `blocksize` flat positions, two codes in a byte; with
             double quantisation the scales are codes themselves
@@ -58,15 +61,18 @@ class QuantizedWeight:
 
     @property
     def scales(self) -> Tensor:
-        """The plain scales, on the device of the codes."""
+        """The plain scales, on the device of the codes; a copy where they lie on another, see `place_scales`."""
         entries = trained_entries(self.holder, self.attribute)
         scales = getattr(self.holder, self.attribute) if entries is None else entries.scales
-        if scales.device != self.device:
-            # bitsandbytes leaves those of an int8 weight behind that was quantised on another device and moved.
-            scales = scales.to(self.device)
+        return scales if scales.device == self.device else scales.to(self.device)
+
+    def place_scales(self) -> None:
+        """Move the scales to the codes for good: bitsandbytes leaves those of an int8 weight behind that moves."""
+        entries = trained_entries(self.holder, self.attribute)
+        before = getattr(self.holder, self.attribute) if entries is None else entries.scales
+        if (scales := self.scales) is not before:
             kept = scales if entries is None else TrainedScales(TrainedEntries(scales, entries.overlays, entries.layer))
             setattr(self.holder, self.attribute, kept)
-        return scales
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
         """Let the scales carry these overlays from now on, or be plain again without any."""
@@ -206,15 +212,18 @@ class FourBitWeight(QuantizedWeight):
     attribute = "absmax"
 
     def __init__(self, module: nn.Module):
-        state = _quantisation_state(module)
-        if getattr(state, "packing_format_for_cpu", False):
-            _unpack_cpu_layout(module)
-            state = _quantisation_state(module)
+        state, self._unpacked = _quantisation_state(module), None
+        if _has_cpu_layout(state):
+            state = copy.copy(state)
+            self._unpacked = _unpack_cpu_layout_(module.weight.detach(), state)
         super().__init__(module, state)
         self.state = state
         self.shape, self.device = torch.Size(state.shape), module.weight.device
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
+        _settle_codes(self.module)
+        self.state, self._unpacked = _quantisation_state(self.module), None
+        self.holder = self.state
         super()._carry(overlays)
         if hasattr(self.module, "support_avx512bf16_for_cpu"):
             from bitsandbytes.functional import has_avx512bf16
@@ -224,8 +233,8 @@ class FourBitWeight(QuantizedWeight):
 
     @property
     def packed(self) -> Tensor:
-        """The codes as bitsandbytes holds them."""
-        return self.module.weight.detach()
+        """The codes, two in a byte, in the shape in which bitsandbytes holds them."""
+        return self.module.weight.detach() if self._unpacked is None else self._unpacked
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
@@ -319,12 +328,37 @@ def _has_scales(weight: Tensor) -> bool:
     return noted or getattr(weight, "SCB", None) is not None
 
 
-def _unpack_cpu_layout(module: nn.Module) -> None:
-    """Undo the other layout that bitsandbytes gives 4-bit weights in evaluation on CPUs with AVX512-BF16.
+def settle_storage(model: nn.Module) -> None:
+    """Put the quantised weights of a model in the order in which they are read at no cost; call it where one comes in.
 
-    Its `state_dict()` turns the layout back in place, but leaves plain scales turned around.
+    4-bit weights leave the layout that bitsandbytes gives them in evaluation on CPUs with AVX512-BF16, and the scales
+    of int8 weights follow their codes to the device that these were moved to.
     """
-    module.state_dict()
+    for _, module in quantized_linears(model):
+        if layer_kind(type(module)) == "Linear8bitLt":
+            Int8Weight(module).place_scales()
+        else:
+            _settle_codes(module)
+
+
+def _has_cpu_layout(state: object) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _settle_codes(module: nn.Module) -> None:
     state = _quantisation_state(module)
-    if state.absmax.dim() == 2:
+    if _has_cpu_layout(state):
+        module.weight.data = _unpack_cpu_layout_(module.weight.data, state)
+
+
+def _unpack_cpu_layout_(packed: Tensor, state: object) -> Tensor:
+    """Undo the other layout in `state`, in place, and in the bytes of `packed`, newly made."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    packed, _ = _convert_weight_packed_for_cpu_inverse(packed, state)
+    # bitsandbytes leaves scales that are not quantised themselves turned around, and all in the weight's dtype.
+    if state.nested:
+        state.offset, state.state2.dtype = state.offset.float(), torch.float32
+    else:
         state.absmax = state.absmax.t().reshape(-1).float()
+    return packed

@@ -99,7 +99,10 @@ class FrozenForward:
         feeds = self.feeds if torch.is_grad_enabled() else ()
         sinks, anchors = tuple(feed.sink for feed in feeds), (feed.anchor for feed in feeds)
         operand = keep_input(x.to(dtype)) if feeds else x.to(dtype)
-        output = _Product.apply(operand, self.leaf, frozen_weight(self.module), False, sinks, *anchors)
+        weight = frozen_weight(self.module)
+        # The model may have moved since it came in.
+        weight.place_scales()
+        output = _Product.apply(operand, self.leaf, weight, False, sinks, *anchors)
         if self.module.bias is not None:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)

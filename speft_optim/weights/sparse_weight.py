@@ -22,7 +22,7 @@ from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.gradient_hooks import Sink, Tap, tap_target
 from speft_optim.weights.quantized_linear import forward_of
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
-from speft_optim.weights.targets import Target
+from speft_optim.weights.targets import AddedModule, Target
 from speft_optim.weights.verification import DenseGradient
 from speft_optim.weights.wrappers import steps_to
 
@@ -110,7 +110,7 @@ class CompactValues(nn.Parameter):
             Tensor.data.__set__(self, new)
 
 
-class SparseWeight(nn.Module):
+class SparseWeight(AddedModule):
     """The trained entries of one weight, kept equal to the weight they belong to.
 
     Attributes:

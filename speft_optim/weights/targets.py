@@ -19,6 +19,10 @@ from speft_optim.weights.wrappers import plain_modules, steps_to
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
+class AddedModule(nn.Module):
+    """A module that this library adds to a model: its parameters are not weights of the model."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One weight of a model.
@@ -64,10 +68,12 @@ class Target:
 
 
 def all_targets(model: nn.Module) -> dict[str, Target]:
-    """Every floating or quantised weight of the model by its first name, shared ones once, in the model's order."""
+    """Every weight of the model by its first name, shared ones once, in the model's order; without compact values."""
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[int, str] = {}
     for path, module in plain_modules(model):
+        if isinstance(module, AddedModule):
+            continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
@@ -185,9 +191,9 @@ def _by_suffix(model: nn.Module, known: dict[str, Target], suffixes: Iterable[st
         matches = [name for name in known if ("." + name).endswith(endings)]
         if not matches:
             every = model.named_parameters(remove_duplicate=False)
-            shared = next((p for name, p in every if ("." + name).endswith(endings)), None)
-            if shared is not None:
-                first = next(name for name, target in known.items() if target.parameter is shared)
+            shared = {id(p) for name, p in every if ("." + name).endswith(endings)}
+            first = next((name for name, target in known.items() if id(target.parameter) in shared), None)
+            if first is not None:
                 raise ValueError(
                     f"targets names {suffix!r}, whose weight is shared and goes by its first name, {first}."
                 )
