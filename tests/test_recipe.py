@@ -924,7 +924,7 @@ def results(out):
     """All that a run leaves but times, the machine's memory and names of folders."""
     record = json.loads((out / "run.json").read_text())
     record["history"].pop("step_seconds")
-    for key in ("seconds", "tokens_per_second", "peak_bytes", "files", "arguments"):
+    for key in ("seconds", "tokens_per_second", "steady_tokens_per_second", "peak_bytes", "files", "arguments"):
         record.pop(key)
     paths = ["adapter.safetensors", "masks.safetensors"]
     paths += sorted(str(path.relative_to(out)) for path in (out / "checkpoint").iterdir())

