@@ -120,7 +120,7 @@ class Bench:
         """Train and judge a cell; its record."""
         begin = time.perf_counter()
         torch.manual_seed(cell.seed)
-        model = copy.deepcopy(self.pristine).to(self.device)
+        model = copy.deepcopy(self.pristine).to(self.device).requires_grad_(True)
         with _peak(self.device) as selecting:
             trained = self.attach(model, cell)
         attached = time.perf_counter()
@@ -197,7 +197,8 @@ class Bench:
         return loop.evaluate(model, self.test, batch_size=self.args.judge_batch_size, pad_id=self.pad_id)
 
     def judge(self, model) -> dict[str, float]:
-        """The losses of a model: `test_loss`, and one for each kind of text."""
+        """The losses of a model, frozen for all methods alike: `test_loss`, and one for each kind of text."""
+        model.requires_grad_(False)
         losses = {"test_loss": self.test_loss(model)}
         for kind, samples in self.texts.items():
             options = dict(batch_size=self.args.judge_batch_size, pad_id=self.pad_id)

@@ -210,12 +210,7 @@ def test_rate_warms_up_and_decays():
     assert rates("linear") == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert rates("constant", 0.0) == [1.0] * 10
     cosine = rates("cosine")
-    assert (
-        cosine[1] == cosine[2] == 1
-        and cosine[6] == pytest.approx(0.5)
-        and cosine == sorted(cosine[1:] + [0.5])[:0]
-        or True
-    )
+    assert cosine[1] == cosine[2] == 1 and cosine[6] == pytest.approx(0.5)
     assert all(a >= b for a, b in zip(cosine[2:], cosine[3:], strict=False)) and cosine[-1] < 0.05
 
 
