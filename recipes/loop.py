@@ -95,7 +95,9 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tenso
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
     if not is_known(model):
         return _loss_of_logits(model, batch, inputs), count
-    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch["places"]]
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    # Its backward adds at these places; that of an index would sort them first.
+    hidden = hidden.index_select(0, batch["places"])
     softcap = getattr(model.config, "final_logit_softcapping", None)
     if (head := frozen_head(model)) is not None:
         return linear_cross_entropy(hidden, head, targets, softcap=softcap), count

@@ -162,6 +162,10 @@ class MaskSchedule:
         self._change(masks)
         return masks
 
+    def ever_trained(self) -> Masks:
+        """The entries that are or were trained, which are all that can differ from the base model."""
+        return Masks({weight.name: weight.ever_trained() for weight in self._weights()})
+
     def _change(self, masks: Mapping[str, Mask]) -> tuple[int, int]:
         """Train other entries of these weights; how many there were before, and how many of them stay."""
         check_equal_masks(masks)

@@ -210,12 +210,7 @@ def test_rate_warms_up_and_decays():
     assert rates("linear") == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert rates("constant", 0.0) == [1.0] * 10
     cosine = rates("cosine")
-    assert (
-        cosine[1] == cosine[2] == 1
-        and cosine[6] == pytest.approx(0.5)
-        and cosine == sorted(cosine[1:] + [0.5])[:0]
-        or True
-    )
+    assert cosine[1] == cosine[2] == 1 and cosine[6] == pytest.approx(0.5)
     assert all(a >= b for a, b in zip(cosine[2:], cosine[3:], strict=False)) and cosine[-1] < 0.05
 
 
@@ -453,6 +448,37 @@ def command(folders, kind, out, *more):
     fixed = ["--model", folders / kind, "--data", folders / "problems", "--out", out, "--held-out", 8]
     small = ["--batch-size", 4, "--accumulation", 2, "--calibration-samples", 8, "--dtype", "float32"]
     return [str(part) for part in [*fixed, *small, *more]]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_job_with_a_mask_that_moves(folders, tmp_path, bits):
+    """What the run leaves is right for all entries that were ever trained, and a resumed run is the same."""
+    out, more = tmp_path / "run", ["--steps", 6, "--lr", 3e-3, "--density", 0.05, "--moving", "--base-bits", bits]
+    more += ["--interval", 2, "--window", 1, "--state-bits", 8, "--checkpoint-every", 3]
+    record = gsm8k.main(command(folders, "wide", out, *more))
+    mask, moved = record["mask"], record["moved"]
+    assert mask["ever_trained"] > mask["count"] and moved["stray"] == 0
+    assert mask["count"] < moved["moved"] <= mask["ever_trained"]
+    assert (record["arguments"]["salience"], record["arguments"]["scope"]) == ("snip", "global")
+    if bits == 16:
+        model = AutoModelForCausalLM.from_pretrained(folders / "wide", dtype=torch.float32)
+        load_adapter(model, out / "adapter.safetensors")
+        trained = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
+        assert all(torch.equal(p, trained.get_parameter(name)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "more, match",
+    [
+        (["--moving", "--method", "full"], "--moving is for --method sparse"),
+        (["--moving", "--scope", "local"], "--moving is for --method sparse in --scope global"),
+        (["--window", 4], "--interval and --window are for masks that move; add --moving"),
+    ],
+)
+def test_options_of_moving_masks_are_refused_elsewhere(folders, tmp_path, more, match, capsys):
+    with pytest.raises(SystemExit):
+        gsm8k.parse(command(folders, "qwen2", tmp_path, *more))
+    assert match in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "qwen2", "llama"])
@@ -927,7 +953,7 @@ def results(out):
     """All that a run leaves but times, the machine's memory and names of folders."""
     record = json.loads((out / "run.json").read_text())
     record["history"].pop("step_seconds")
-    for key in ("seconds", "tokens_per_second", "peak_bytes", "files", "arguments"):
+    for key in ("seconds", "tokens_per_second", "steady_tokens_per_second", "peak_bytes", "files", "arguments"):
         record.pop(key)
     paths = ["adapter.safetensors", "masks.safetensors"]
     paths += sorted(str(path.relative_to(out)) for path in (out / "checkpoint").iterdir())

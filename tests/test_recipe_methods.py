@@ -185,6 +185,17 @@ def test_a_mask_takes_the_budget_of_a_rank(folder, tmp_path):
     assert Masks.load(tmp_path / "masks.safetensors").count == expected
 
 
+def test_autocast_casts_weights_anew_each_step_and_keeps_them_in_fp32(samples):
+    losses = {}
+    for autocast in (None, torch.bfloat16):
+        model = tiny()
+        options = dict(steps=8, batch_size=8, pad_id=PAD, warmup=0.0, autocast=autocast)
+        losses[autocast] = loop.train(model, attach(model, "full", lr=1e-2), samples, **options).loss
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    plain, cast = losses.values()
+    assert cast != plain and cast == pytest.approx(plain, rel=0.02) and cast[-1] < 0.9 * cast[0]
+
+
 # --- speed
 
 
