@@ -138,7 +138,6 @@ def test_the_line_for_weight_decay_finds_all_values(tmp_path):
 def test_the_line_for_moving_masks_and_those_for_adapters_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = surroundings(tmp_path)
-    names["optimizer"] = SparseAdamW(sparsify(names["model"], names["masks"]), lr=1e-3)
     run_block(3, names)
     assert_trains(names["model"], names["optimizer"])
     assert names["optimizer"].schedule.steps == 1
