@@ -222,9 +222,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     speed.add_argument(
         "--compile",
         nargs="?",
-        const="default",
+        const="parts",
         choices=compiled.MODES,
-        help="compile the blocks and the loss, in this mode of torch.compile (default: not)",
+        help="compile norms, rotary embeddings and the loss (parts), or whole blocks, which takes minutes, without or "
+        "with CUDA graphs (default: not)",
     )
 
     scoring = parser.add_argument_group("scoring")
@@ -716,7 +717,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     trained = attach(run, model, samples, pad_id, dtype)
     if args.compile:
-        compiled.compile_blocks(model, args.compile)
+        compiled.compile_model(model, args.compile)
     # A run that goes on takes as many steps as it would have, and knows by them whether it has taken its last.
     record["steps"] = record.get("steps") or fitting_steps(run, model, samples, pad_id, dtype, steps)
     if not is_trained(record, out):
