@@ -656,7 +656,8 @@ def train(run: Run, model, trained: Trained, samples: list[data.Sample], pad_id:
         )
         record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
         record["steady_tokens_per_second"] = history.tokens_per_second_after(loop.READ_EVERY)
-        print(f"{record['steady_tokens_per_second']:.0f} tokens/s without the first {loop.READ_EVERY} steps")
+        if record["steps"] > loop.READ_EVERY:
+            print(f"{record['steady_tokens_per_second']:.0f} tokens/s without the first {loop.READ_EVERY} steps")
         record["optimizer_bytes"] = {
             "held": report.optimizer_bytes(trained.optimizer, trained.masks),
             "adamw": report.adamw_bytes(model),
