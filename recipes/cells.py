@@ -166,7 +166,7 @@ class Bench:
         """Train what is attached."""
         args = self.args
         if args.compile:
-            compiled.compile_blocks(model, args.compile)
+            compiled.compile_model(model, args.compile)
         history = loop.train(
             model,
             trained.optimizer,

@@ -1,12 +1,22 @@
-"""Training with compiled decoder blocks: fewer and larger kernels, where launching them takes longer than they do.
+"""Training with compiled parts: fewer and larger kernels, where launching them takes longer than they do.
 
-A small model is bound by launches: a step of SmolLM2-135M is some ten thousand kernels of a few microseconds. Each
-block is compiled by itself, as transformers' regional compilation does: a graph of all blocks takes minutes to compile
-and is little faster. Shapes are symbolic, so that a new length compiles nothing.
+A small model is bound by launches, of which norms and rotary embeddings make up more than half. Three ways, each with
+the loss:
+
+* `parts` compiles norms and rotary embeddings alone. These are alike in all blocks and for all methods, so that two
+  small graphs serve a whole process.
+* `blocks` compiles each decoder block, masks and adapters included, as transformers' regional compilation does. Every
+  block has its own masks and is a graph of its own, which takes seconds to compile each; one graph of all blocks takes
+  minutes and is little faster.
+* `graphs` does the same and records CUDA graphs.
+
+Shapes are symbolic, so that a new length compiles nothing.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -14,27 +24,29 @@ from torch import nn
 from recipes import loss
 from speft_optim.weights.sparse_weight import sparsified_roots
 
-MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
+MODES = ("parts", "blocks", "graphs")
+_ROTARY = "apply_rotary_pos_emb"
 
 
-def compile_blocks(model: nn.Module, mode: str = "default", *, backend: str = "inductor") -> None:
-    """Compile the decoder's blocks and the loss; to be called when masks or adapters are attached.
+def compile_model(model: nn.Module, how: str = "parts", *, backend: str = "inductor") -> None:
+    """Compile a model for training; to be called when masks or adapters are attached.
 
     Args:
         model: a causal language model of transformers.
-        mode: one of `MODES`, of torch.compile; `reduce-overhead` records CUDA graphs.
+        how: one of `MODES`.
         backend: of torch.compile.
     """
-    blocks = _blocks(model)
-    # Each block that has its own masks is its own graph; beyond the limit torch would silently not compile.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
-    limit = torch._dynamo.config.accumulated_recompile_limit
-    torch._dynamo.config.accumulated_recompile_limit = max(limit, 64 * len(blocks))
-    options = dict(dynamic=True, backend=backend) | ({} if mode == "default" else {"mode": mode})
-    for block in blocks:
-        block.compile(**options)
+    modules = _norms(model) if how == "parts" else _blocks(model)
+    _raise_limits(len(modules))
+    options = dict(dynamic=True, backend=backend) | ({"mode": "reduce-overhead"} if how == "graphs" else {})
+    for module in modules:
+        module.compile(**options)
     loss.chunk_loss = torch.compile(loss._chunk_loss, **options)
-    if sparsified_roots(model):
+    if how == "parts":
+        if (rotary := getattr(_code_of(model), _ROTARY, None)) is not None:
+            model.__dict__["_rotary_before"] = rotary
+            setattr(_code_of(model), _ROTARY, torch.compile(rotary, **options))
+    elif sparsified_roots(model):
         from speft_optim.eager import refresh_all
 
         # A compiled block cannot see whether its values changed, and the loss calls the decoder, not the model.
@@ -43,10 +55,12 @@ def compile_blocks(model: nn.Module, mode: str = "default", *, backend: str = "i
 
 
 def uncompile(model: nn.Module) -> None:
-    """Undo `compile_blocks`."""
-    for block in _blocks(model):
-        block._compiled_call_impl = None
+    """Undo `compile_model`."""
+    for module in model.modules():
+        module._compiled_call_impl = None
     loss.chunk_loss = loss._chunk_loss
+    if (rotary := model.__dict__.pop("_rotary_before", None)) is not None:
+        setattr(_code_of(model), _ROTARY, rotary)
     if (hook := model.__dict__.pop("_refresh_of_compiled", None)) is not None:
         hook.remove()
 
@@ -61,5 +75,23 @@ def eagerly(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _raise_limits(modules: int) -> None:
+    """Let torch compile as many graphs as there are modules; beyond its limit it silently would not."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 * modules)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 64 * modules)
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     return list(model.get_decoder().layers)
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """The norms that nobody watches: one with a mask of its own, or another hook, would be a graph of its own."""
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    return [norm for norm in norms if not norm._forward_pre_hooks and not norm._forward_hooks]
+
+
+def _code_of(model: nn.Module) -> ModuleType:
+    """Transformers' module of the architecture, where its blocks find the function that rotates."""
+    return sys.modules[type(model).__module__]

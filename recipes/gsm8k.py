@@ -245,9 +245,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     speed.add_argument(
         "--compile",
         nargs="?",
-        const="default",
+        const="parts",
         choices=compiled.MODES,
-        help="compile the blocks and the loss, in this mode of torch.compile (default: not)",
+        help="compile norms, rotary embeddings and the loss (parts), or whole blocks, which takes minutes, without or "
+        "with CUDA graphs (default: not)",
     )
 
     scoring = parser.add_argument_group("scoring")
@@ -699,7 +700,8 @@ def train(run: Run, model, trained: Trained, samples: list[data.Sample], pad_id:
         )
         record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
         record["steady_tokens_per_second"] = history.tokens_per_second_after(loop.READ_EVERY)
-        print(f"{record['steady_tokens_per_second']:.0f} tokens/s without the first {loop.READ_EVERY} steps")
+        if record["steps"] > loop.READ_EVERY:
+            print(f"{record['steady_tokens_per_second']:.0f} tokens/s without the first {loop.READ_EVERY} steps")
         if trained.schedule is not None:
             # All that can differ from the base.
             trained.masks = trained.schedule.ever_trained()
@@ -764,7 +766,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     trained = attach(run, model, samples, pad_id, dtype)
     if args.compile:
-        compiled.compile_blocks(model, args.compile)
+        compiled.compile_model(model, args.compile)
     # A run that goes on takes as many steps as it would have, and knows by them whether it has taken its last.
     record["steps"] = record.get("steps") or fitting_steps(run, model, samples, pad_id, dtype, steps)
     if not is_trained(record, out):

@@ -162,9 +162,10 @@ def let_checkpoints_see_gradients(model: nn.Module) -> list:
 
 class _RequireGradient:
     def __init__(self, model: nn.Module):
-        self.model = model
+        # Not searched in each forward, which a small model would feel.
+        self.parts = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
+        checkpointing = any(part.gradient_checkpointing for part in self.parts)
         if checkpointing and torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_(True)

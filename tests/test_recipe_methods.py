@@ -9,6 +9,7 @@ from byte_tokenizer import VOCABULARY, byte_tokenizer
 from conftest import tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from recipes import baselines, compiled, data, gsm8k, loop
 from speft_optim import Masks, SparseAdamW, select_masks, sparsify
@@ -233,15 +234,16 @@ def test_padding_to_repeated_shapes_changes_no_loss(method, kind, samples):
     assert all(batch["input_ids"].shape[1] % 32 == 0 == len(batch["targets"]) % 256 for batch in window.batches)
 
 
+@pytest.mark.parametrize("how", ["parts", "blocks"])
 @pytest.mark.parametrize("method", ["sparse", "full", "lora"])
-def test_compiled_blocks_train_as_plain_ones(method, samples):
+def test_compiled_models_train_as_plain_ones(how, method, samples):
     torch._dynamo.reset()
     histories, losses = [], []
     for compiles in (False, True):
         model = tiny()
         optimizer = attach(model, method)
         if compiles:
-            compiled.compile_blocks(model, backend="aot_eager")
+            compiled.compile_model(model, how, backend="aot_eager")
         options = dict(batch_size=8, pad_id=PAD, pad_multiple=32, pool=3)
         torch._dynamo.utils.counters.clear()
         histories.append(loop.train(model, optimizer, samples, steps=4, **options))
@@ -256,11 +258,28 @@ def test_compiled_blocks_train_as_plain_ones(method, samples):
     torch._dynamo.reset()
 
 
+def test_compiled_parts_are_compiled_once_for_all_blocks_methods_and_models(samples):
+    torch._dynamo.reset()
+    graphs = []
+    for method, layers in (("sparse", 2), ("sparse", 4), ("lora", 3)):
+        model = tiny(num_hidden_layers=layers)
+        rotary = modeling_llama.apply_rotary_pos_emb
+        optimizer = attach(model, method)
+        compiled.compile_model(model, backend="aot_eager")
+        assert modeling_llama.apply_rotary_pos_emb is not rotary
+        loop.train(model, optimizer, samples, steps=2, batch_size=8, pad_id=PAD, pad_multiple=32)
+        compiled.uncompile(model)
+        assert modeling_llama.apply_rotary_pos_emb is rotary
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] <= 6 and graphs[2] <= graphs[0] + 1
+    torch._dynamo.reset()
+
+
 def test_a_compiled_model_computes_with_values_that_were_changed(samples):
     torch._dynamo.reset()
     model = tiny()
     optimizer = attach(model, "sparse")
-    compiled.compile_blocks(model, backend="aot_eager")
+    compiled.compile_model(model, "blocks", backend="aot_eager")
     loop.train(model, optimizer, samples, steps=1, batch_size=8, pad_id=PAD)
     values = optimizer.param_groups[0]["params"]
     with torch.no_grad():
@@ -281,7 +300,7 @@ def test_rate_of_tokens_leaves_out_the_first_steps():
 
 def test_job_with_the_speed_options(folder, tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(compiled, "compile_blocks", lambda model, mode: asked.append(mode))
+    monkeypatch.setattr(compiled, "compile_model", lambda model, how: asked.append(how))
     record = gsm8k.main(command(folder, tmp_path, "--steps", 12, "--compile", "--length-pool", 3))
-    assert asked == ["default"] and record["arguments"]["pad_multiple"] == 32
+    assert asked == ["parts"] and record["arguments"]["pad_multiple"] == 32
     assert record["steady_tokens_per_second"] > 0 and "without the first 10 steps" in capsys.readouterr().out
