@@ -356,9 +356,9 @@ def quantized_linear(plain: nn.Linear, precision: str, device: torch.device) -> 
 
 def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
     """A frozen model; its quantised layers are computed as ours are."""
-    from speft_optim.integrations import take_over
+    from speft_optim.integrations import patch_model
 
-    take_over(model)
+    patch_model(model)
     # An optimizer of nothing, so that all modes share one step; the scalar belongs to no module.
     return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0
 

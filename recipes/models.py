@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from eval.checkpoints import fetch, load_tokenizer
-from speft_optim.integrations import take_over
+from speft_optim.integrations import patch_model
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str =
         folder, quantization_config=_quantisation(bits, dtype), device_map={"": device}, **options
     )
     # From the start, so that the loss before training is of the same products as the one after.
-    take_over(model)
+    patch_model(model)
     return model.train(), tokenizer
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.adapter_file import LOADED, AdapterFile, fingerprint, named_root, read_adapter
-from speft_optim.integrations import hand_back, take_over
+from speft_optim.integrations import patch_model, unpatch_model
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.bnb import settle_storage
@@ -176,7 +176,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
     if LOADED in model.__dict__:
         _use(model, model.__dict__[LOADED], {key: share for key, share in loaded.shares.items() if key != name})
     else:
-        hand_back(model)
+        unpatch_model(model)
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -252,7 +252,7 @@ def _use(model: nn.Module, loaded: Loaded, shares: dict[str, float]) -> None:
 
 def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:
     if entries:
-        take_over(model)
+        patch_model(model)
     targets = all_targets(model)
     for name, (mask, values) in entries.items():
         if len(mask):

@@ -22,7 +22,7 @@ _FLAG_BEFORE = "_is_quantized_before_sparsify"
 _REPLICA_HOOK = "_refuses_to_be_replicated"
 
 
-def take_over(model: nn.Module) -> None:
+def patch_model(model: nn.Module) -> None:
     """Compute every bitsandbytes linear of the model, masked or not, as a frozen linear layer. Does nothing twice."""
     layers = dict(quantized_linears(model))
     for name, module in layers.items():
@@ -65,7 +65,7 @@ class _RefuseQuantized:
 
 
 def _refuse_replica(model: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of the whole model: a replica shares its layers' `forward`, which compute on the first card.
+    """Forward pre-hook of the whole model: a replica shares its layers' `forward`, which compute on the first GPU.
 
     These cannot tell, since they know the layer that they stand in for and not its replica; a hook is called with it.
     """
@@ -77,12 +77,12 @@ def _refuse_replica(model: nn.Module, args: tuple) -> None:
 
 
 def declare_trainable(model: nn.Module) -> None:
-    """Lower the flag by which transformers knows a model that cannot train; `hand_back` raises it again."""
+    """Lower the flag by which transformers knows a model that cannot train; `unpatch_model` raises it again."""
     if _FLAG in model.__dict__:
         model.__dict__[_FLAG_BEFORE], model.__dict__[_FLAG] = model.__dict__[_FLAG], False
 
 
-def hand_back(model: nn.Module) -> None:
+def unpatch_model(model: nn.Module) -> None:
     """Undo these, but for layers that carry trained entries: these go on computing with them."""
     kept = False
     for _, module in quantized_linears(model):

@@ -22,10 +22,10 @@ from speft_optim.checkpoint.base import original_entries
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.integrations import (
     declare_trainable,
-    hand_back,
     let_checkpoints_see_gradients,
+    patch_model,
     sharding_wrapper,
-    take_over,
+    unpatch_model,
 )
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
@@ -102,7 +102,7 @@ def sparsify(
     _follow_optimizers()
     required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
     model.requires_grad_(False)
-    take_over(model)
+    patch_model(model)
     declare_trainable(model)
     weights = []
     for name, target in targets.items():
@@ -142,7 +142,7 @@ def desparsify(model: nn.Module) -> None:
             target.parameter.requires_grad_(required_grad.get(name, target.parameter.requires_grad))
         for hook in hooks:
             hook.remove()
-        hand_back(root)
+        unpatch_model(root)
 
 
 def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:

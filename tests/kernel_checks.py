@@ -289,7 +289,7 @@ def test_blocks_of_zeros_and_of_one_entry_stay_finite(bits):
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_a_model_trains_by_kernels_as_without_them(bits, monkeypatch):
-    """Taps, sampled gradients, clipping, the step and what it writes, over six steps."""
+    """Gradient hooks, sampled gradients, clipping, the step and what it writes, over six steps."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(40, 60), nn.Linear(60, 30)])}).to(DEVICE)
     twin = copy.deepcopy(model)

@@ -228,7 +228,7 @@ def test_all_ways_to_read_a_quantised_weight_agree(tmp_path, kind):
 
 
 def test_gradients_under_liger_are_those_of_transformers(monkeypatch):
-    """Its kernels overwrite what they saved, in backward; what a tap saved must not be among that."""
+    """Its kernels overwrite what they saved, in backward; what a gradient hook saved must not be among that."""
     pytest.importorskip("liger_kernel")
     from transformers.models.llama import modeling_llama
 

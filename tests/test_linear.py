@@ -1,4 +1,4 @@
-"""Taps: whatever module uses a frozen weight, its masked entries get the gradient that dense backward gives them."""
+"""Gradient hooks: a masked weight gets the gradient that dense backward gives it, whatever module uses it."""
 
 import copy
 import warnings
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, Masks, desparsify, select_masks, sparsify
-from speft_optim.weights.gradient_hooks import Tap
+from speft_optim.weights.gradient_hooks import GradientHook
 from speft_optim.weights.sparse_weight import sparse_weights
 
 
@@ -395,8 +395,10 @@ def test_taps_hold_no_input_between_forwards(checkpointed):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sparsify(model, select_masks(model, salience="random", density=0.2, progress=False))
     model(**token_batch()).loss.backward()
-    taps = [tap for weight in sparse_weights(model) for tap in weight._hooks if isinstance(tap, Tap)]
-    assert len(taps) == 14
+    gradient_hooks = [
+        hook for weight in sparse_weights(model) for hook in weight._hooks if isinstance(hook, GradientHook)
+    ]
+    assert len(gradient_hooks) == 14
     assert not any("uses_of" in key or key == "weight" for module in model.modules() for key in module.__dict__)
 
 

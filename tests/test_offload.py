@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speft_optim import select_masks, sparsify
 from speft_optim.salience.measures import MEASURES
 from speft_optim.salience.offload import streaming
-from speft_optim.salience.prefetch import Belt, copy_pages_, lock_pages
+from speft_optim.salience.prefetch import Prefetcher, copy_pages_, lock_pages
 
 STREAMED = sorted(name for name, measure in MEASURES.items() if not measure.differentiates_twice)
 
@@ -138,13 +138,13 @@ def test_part_of_a_block_may_be_called_from_outside():
 def test_a_batch_moves_each_block_at_most_twice(monkeypatch):
     """Of five blocks: up, then down to those two that are still there; the next batch finds the lowest two there."""
     model = tiny_model("llama", num_hidden_layers=5)
-    moved, fill = [], Belt._fill
+    moved, fill = [], Prefetcher._fill
 
-    def note(belt, buffer, block):
+    def note(prefetcher, buffer, block):
         moved.append(block)
-        fill(belt, buffer, block)
+        fill(prefetcher, buffer, block)
 
-    monkeypatch.setattr(Belt, "_fill", note)
+    monkeypatch.setattr(Prefetcher, "_fill", note)
     choose = dict(density=0.1, offload="cpu", progress=False)
     select_masks(model, batches()[:2], **choose)
     assert moved == [0, 1, 2, 3, 4, 2, 1, 0, 2, 3, 4, 2, 1, 0]
@@ -221,7 +221,7 @@ def test_pages_that_cannot_be_locked_are_left_with_a_warning(monkeypatch, caplog
 
 @pytest.mark.parametrize("by_block", [True, False])
 def test_pages_are_locked_for_a_card_until_all_copies_are_over(monkeypatch, by_block):
-    """Also where no block goes on the belt, as for `synflow`, which moves all weights several times a pass."""
+    """Also where no block goes on the prefetcher, as for `synflow`, which moves all weights several times a pass."""
     model, done = tiny_model("llama"), []
 
     def lock(tensors, device, stack):

@@ -22,7 +22,7 @@ from speft_optim import (
     select_masks,
     sparsify,
 )
-from speft_optim.integrations import take_over
+from speft_optim.integrations import patch_model
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
 from speft_optim.salience.grasp import GradientStore
@@ -322,7 +322,7 @@ def test_a_checkpointed_step_multiplies_no_more_than_a_frozen_one_and_each_weigh
     model.train().requires_grad_(False)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    take_over(model)
+    patch_model(model)
     floor, dequantised = product_flops(lambda: loss_of(model).backward()), len(made)
     made.clear()
     masks = random_masks(model)

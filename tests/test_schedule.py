@@ -446,7 +446,7 @@ def test_copies_and_undoing_after_a_change():
 @pytest.mark.parametrize("salience", sorted(MEASURES))
 @pytest.mark.parametrize("memory_budget", [2**30, 30_000])
 def test_a_model_in_training_is_scored_as_a_plain_one(salience, memory_budget):
-    """Its own taps must stay out of calibration, of second derivatives too."""
+    """Its own hooks must stay out of calibration, of second derivatives too."""
     model = tiny_model()
     linear = None if salience == "activation" else lambda name, parameter: True
     choose = dict(salience=salience, density=0.1, targets=linear, memory_budget=memory_budget, progress=False)

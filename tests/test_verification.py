@@ -485,8 +485,8 @@ def test_ordinary_models_are_trusted_after_one_step(kind, dtype, caplog):
             model(**token_batch()).loss.backward()
             optimizer.step()
     assert not [text for text in told(caplog) if "otherwise" in text]
-    taps = [tap for weight in sparse_weights(model) for tap in weight._taps if tap.is_product]
-    assert taps and sum(tap.verdict == ((), True) for tap in taps) >= len(taps) - 2
+    gradient_hooks = [hook for weight in sparse_weights(model) for hook in weight._gradient_hooks if hook.is_product]
+    assert gradient_hooks and sum(hook.verdict == ((), True) for hook in gradient_hooks) >= len(gradient_hooks) - 2
 
 
 # --- Masked weights say that they require no gradient ---

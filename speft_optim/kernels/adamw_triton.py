@@ -34,7 +34,7 @@ def fused_adamw(
     """One AdamW step on each, in place: the arithmetic of `adamw.adamw_`, in fp32, in one launch for each kind.
 
     Returns:
-        What takes the step. All that it reads on the card but the updates' own tensors is there before it is called.
+        What takes the step. All that it reads on the GPU but the updates' own tensors is there before it is called.
     """
     kinds: dict[tuple, list[Update]] = {}
     for update in updates:

@@ -211,7 +211,7 @@ class SparseAdamW(Optimizer):
             _check_gradients(weights)
             _warn_of_dense_training(weights)
             self._stepped = True
-        # What the host does is done while the card is still at the gradients, of which one number is waited for.
+        # What the host does is done while the GPU is still at the gradients, of which one number is waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
         plans = [self._plan(group, weights) for group in self.param_groups]
         if largest and not self._may_step(largest):

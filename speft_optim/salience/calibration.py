@@ -2,7 +2,7 @@
 
 The targeted weights are cut into pieces and the pieces into groups whose accumulators fit the budget, beside the
 temporaries of one chunk of scores and the best entries that the caller keeps. A group costs one pass over the batches.
-Only the group's weights are tapped, so backward stops below the lowest of them; when a group is done its scores are
+Only the group's weights are observed, so backward stops below the lowest of them; when a group is done its scores are
 handed on in chunks and its accumulators freed. Holding all gradients at once, the obvious way, takes twice the memory
 of a bf16 model on top of it.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from speft_optim.distributed import average_, together, total
 from speft_optim.salience.accumulators import Piece
 from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
-from speft_optim.weights.gradient_hooks import Sink, Tap, Trust, settle, tap_target
+from speft_optim.weights.gradient_hooks import GradientHook, Sink, Trust, hook_target, settle
 from speft_optim.weights.storage import DenseWeight, frozen_weight
 from speft_optim.weights.targets import Target
 from speft_optim.weights.verification import DenseGradient
@@ -23,7 +23,7 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: Lo
     for piece in group:
         piece.allocate()
 
-    with tapped(group, {piece: piece for piece in group}, reader.used_otherwise) as observed, together():
+    with observing(group, {piece: piece for piece in group}, reader.used_otherwise) as observed, together():
         for batch in reader:
             observed.promote()
             backward_of((loss or model_loss)(model, batch), reader, observed)
@@ -34,25 +34,25 @@ class Observed:
     """The weights of a group while their gradients are fed to sinks.
 
     Attributes:
-        taps: the hooks on the modules that hold them.
+        gradient_hooks: those on the modules that hold them.
         pending: products that wait for the dense gradient that they were compared with to be freed.
         used_outside: names of weights whose gradient came past the hooks.
     """
 
     def __init__(self):
-        self.taps: list[Tap] = []
+        self.gradient_hooks: list[GradientHook] = []
         self.pending: list = []
         self.used_outside: set[str] = set()
 
     def promote(self) -> None:
         """Trust the hooks that backward verified; call between backwards."""
-        for tap in self.taps:
-            tap.promote()
+        for hook in self.gradient_hooks:
+            hook.promote()
 
     @property
     def used_otherwise(self) -> set[str]:
         """Names of weights whose gradient is not, or not only, that of their layers' products."""
-        return self.used_outside | {tap.name for tap in self.taps if tap.told}
+        return self.used_outside | {hook.name for hook in self.gradient_hooks if hook.told}
 
     def watch(self, piece: Piece, sink: Sink, stack: contextlib.ExitStack) -> None:
         """Feed the dense gradient of uses outside the modules to the sink too, while the stack is open."""
@@ -74,7 +74,7 @@ class Observed:
 
 
 @contextlib.contextmanager
-def tapped(
+def observing(
     group: list[Piece], sinks: dict[Piece, Sink], used_otherwise: set[str], trust: Trust = "verified"
 ) -> Iterator[Observed]:
     """Feed the gradient of each piece's weight to its sink while this lasts.
@@ -84,17 +84,17 @@ def tapped(
         sinks: where their gradients go.
         used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
             that each is told of once; gets those that are found now.
-        trust: as for `gradient_hooks.Tap`; with "verified" uses outside the weights' modules count too.
+        trust: as for `gradient_hooks.GradientHook`; with "verified" uses outside the weights' modules count too.
     """
     anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
         for piece in group:
-            observed.taps += tap_target(piece.target, anchor, sinks[piece], trust, observed.pending)
+            observed.gradient_hooks += hook_target(piece.target, anchor, sinks[piece], trust, observed.pending)
             if trust == "verified" and _may_be_leaf(piece.target):
                 observed.watch(piece, sinks[piece], stack)
-        for tap in observed.taps:
-            tap.told = tap.name in used_otherwise
-            stack.callback(tap.remove)
+        for hook in observed.gradient_hooks:
+            hook.told = hook.name in used_otherwise
+            stack.callback(hook.remove)
         yield observed
         used_otherwise |= observed.used_otherwise
 
@@ -107,7 +107,7 @@ def _may_be_leaf(target: Target) -> bool:
 def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
     """Check the loss of the reader's last batch and go back from it."""
     counts = reader.takes(value)
-    # Where none of the tapped weights is used, as an expert without tokens, there is nothing to go back to.
+    # Where none of the observed weights is used, as an expert without tokens, there is nothing to go back to.
     if counts and value.requires_grad:
         reader.went_back = True
         value.backward()

@@ -22,7 +22,7 @@ from speft_optim.salience.batches import (
     loss_of,
     model_loss,
 )
-from speft_optim.salience.first_order import Observed, backward_of, tapped
+from speft_optim.salience.first_order import Observed, backward_of, observing
 from speft_optim.weights.gradient_hooks import settle
 from speft_optim.weights.targets import is_product
 
@@ -38,7 +38,7 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     """
     sinks = {piece: _ExampleSquares(piece) for piece in group}
     examples = 0
-    with tapped(group, sinks, reader.used_otherwise) as observed, _counted_uses(sinks.values()), together():
+    with observing(group, sinks, reader.used_otherwise) as observed, _counted_uses(sinks.values()), together():
         for batch in reader:
             done, counting = [], None
             observed.promote()

@@ -1,11 +1,11 @@
 """Estimation on a model that is larger than the accelerator: weights stay where they are and visit it in turn.
 
 Each block of the model (an element of an `nn.ModuleList`) is recomputed in backward, so that its weights are wanted
-only while it is at work. A belt (`salience/prefetch.py`) brings them, two blocks' at most; what a block started from is
-kept off the device. A module outside the blocks gets copies of its parameters for the time of its forward. Either way
-they come as instance attributes that shadow the parameters. So a pass needs the device for two blocks, the activations
-of one, the embeddings or head, and the accumulators. A batch moves each block once in forward and, down to the lowest
-with a weight that is scored, once more in backward.
+only while it is at work. A prefetcher (`salience/prefetch.py`) brings them, two blocks' at most; what a block started
+from is kept off the device. A module outside the blocks gets copies of its parameters for the time of its forward.
+Either way they come as instance attributes that shadow the parameters. So a pass needs the device for two blocks, the
+activations of one, the embeddings or head, and the accumulators. A batch moves each block once in forward and, down to
+the lowest with a weight that is scored, once more in backward.
 
 Weights may lie in CPU memory, or on disk: then the model is on the meta device and its tensors are read from a
 checkpoint's safetensors shards as they are needed. Moving whole models with accelerate's hooks was rejected: its copies
@@ -24,7 +24,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim.files import tensor_files
-from speft_optim.salience.prefetch import Belt, Site, copy_pages_, lock_pages
+from speft_optim.salience.prefetch import Prefetcher, Site, copy_pages_, lock_pages
 from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.replacement import replace_method, shadow
 from speft_optim.weights.storage import STREAMED
@@ -113,7 +113,7 @@ def streaming(
         model: a model in CPU memory or, with `folder`, on the meta device (buffers in memory).
         device: where to compute.
         folder: checkpoint with the tensors of parameters that are on the meta device.
-        by_block: whether batches will pass through the model, with blocks on the belt and recomputed in backward;
+        by_block: whether batches will pass through the model, with blocks prefetched and recomputed in backward;
             without, each module's weights come for its own forward, and stay for as long as a graph keeps them.
 
     Raises:
@@ -136,14 +136,14 @@ def streaming(
     with contextlib.ExitStack() as stack:
         blocks = list(dict.fromkeys(_blocks(model))) if by_block else []
         if device.type == "cuda":
-            # Ahead of the belt, whose end waits for all work: no copy is under way when pages are unlocked.
+            # Ahead of the prefetcher, whose end waits for all work: no copy is under way when pages are unlocked.
             lock_pages([p for p in model.parameters() if p.device.type == "cpu"], device, stack)
-        cargo = [{site: weights[site] for part in block.modules() for site in _sites(part)} for block in blocks]
-        belt = Belt(cargo, device, stack)
+        by_blocks = [{site: weights[site] for part in block.modules() for site in _sites(part)} for block in blocks]
+        prefetcher = Prefetcher(by_blocks, device, stack)
         for module in model.modules():
-            _visit(module, {name: weights[module, name] for _, name in _sites(module)}, belt, device, stack)
+            _visit(module, {name: weights[module, name] for _, name in _sites(module)}, prefetcher, device, stack)
         for number, block in enumerate(blocks):
-            _put_on(belt, block, number, min(number + 1, len(blocks) - 1), device, stack)
+            _put_on(prefetcher, block, number, min(number + 1, len(blocks) - 1), device, stack)
         yield
 
 
@@ -166,7 +166,11 @@ def _sites(module: nn.Module) -> list[Site]:
 
 
 def _visit(
-    module: nn.Module, own: dict[str, StreamedWeight], belt: Belt, device: torch.device, stack: contextlib.ExitStack
+    module: nn.Module,
+    own: dict[str, StreamedWeight],
+    prefetcher: Prefetcher,
+    device: torch.device,
+    stack: contextlib.ExitStack,
 ) -> None:
     """Shadow the module's parameters and buffers by copies on the device during each forward."""
     buffers = [name for name, buffer in module._buffers.items() if buffer is not None]
@@ -174,8 +178,8 @@ def _visit(
         return
 
     def copies() -> dict[str, Tensor]:
-        # A part of a block may also be called from outside of it, when the belt has another block's weights.
-        here = belt.at_hand
+        # A part of a block may also be called from outside of it, when the prefetcher has another block's weights.
+        here = prefetcher.at_hand
         weights = {name: here[module, name] if (module, name) in here else own[name].whole() for name in own}
         return weights | {name: module._buffers[name].to(device) for name in buffers}
 
@@ -186,9 +190,9 @@ def _visit(
 
 
 def _put_on(
-    belt: Belt, block: nn.Module, number: int, above: int, device: torch.device, stack: contextlib.ExitStack
+    prefetcher: Prefetcher, block: nn.Module, number: int, above: int, device: torch.device, stack: contextlib.ExitStack
 ) -> None:
-    """Let the block run with weights from the belt, checkpointed, its inputs kept in CPU memory."""
+    """Let the block run with prefetched weights, checkpointed, its inputs kept in CPU memory."""
 
     def call(*args, **kwargs):
         # Where no input requires a gradient backward ends here, and block 0 of the next batch follows.
@@ -198,13 +202,13 @@ def _put_on(
         following = itertools.chain([above], itertools.repeat(below))
 
         def work(*args, **kwargs):
-            with belt.visit(number, next(following)):
+            with prefetcher.visit(number, next(following)):
                 return block._call_impl(*args, **kwargs)
 
         with save_on_cpu(pin_memory=device.type == "cuda"):
             return checkpoint(work, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    # As `Module.compile` stands in for a call: hooks of the block itself, as taps are, run in the recomputation too.
+    # As `Module.compile` replaces a call: hooks of the block itself run in the recomputation too.
     replace_method(block, "_compiled_call_impl", call, stack)
 
 

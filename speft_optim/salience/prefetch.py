@@ -31,7 +31,7 @@ Site = tuple[nn.Module, str]
 _ALIGNMENT = 256
 
 
-class Cargo(Protocol):
+class HostWeight(Protocol):
     """A weight that lies elsewhere."""
 
     shape: torch.Size
@@ -51,7 +51,7 @@ class _Buffer:
         self.filled = None
 
 
-class Belt:
+class Prefetcher:
     """Brings the weights of a model's blocks to the device, each while its block is at work.
 
     Args:
@@ -63,13 +63,13 @@ class Belt:
         at_hand: the weights on the device of the block that is being visited.
     """
 
-    def __init__(self, blocks: list[Mapping[Site, Cargo]], device: torch.device, stack: contextlib.ExitStack):
+    def __init__(self, blocks: list[Mapping[Site, HostWeight]], device: torch.device, stack: contextlib.ExitStack):
         self.at_hand: dict[Site, Tensor] = {}
         self._blocks, self._device = blocks, device
         # `torch.cpu` has streams as well, whose methods do nothing: there a copy is over when the call returns.
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        size = max((sum(_aligned(_bytes(weight)) for weight in cargo.values()) for cargo in blocks), default=0)
+        size = max((sum(_aligned(_bytes(weight)) for weight in weights.values()) for weights in blocks), default=0)
         # The one at work last.
         self._buffers = [_Buffer(size, device) for _ in blocks[:2]]
         stack.callback(self._buffers.clear)
@@ -174,7 +174,7 @@ def _pages(address: int, size: int) -> tuple[int, int]:
     return before, (size - before) // page * page
 
 
-def _bytes(weight: Cargo) -> int:
+def _bytes(weight: HostWeight) -> int:
     return weight.shape.numel() * weight.dtype.itemsize
 
 

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from speft_optim.salience.accumulators import Piece
 from speft_optim.salience.batches import BatchReader, LossFunction
-from speft_optim.salience.first_order import tapped
+from speft_optim.salience.first_order import observing
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.replacement import replace_method, shadow
 from speft_optim.weights.storage import frozen_weight
@@ -44,10 +44,10 @@ def flow(model: nn.Module, reader: BatchReader | None, group: list[Piece], loss:
     """
     for piece in group:
         piece.allocate()
-    # Taps first: where a tap shadows a weight, the absolute value is taken of its alias. A linear layer gets another
+    # Hooks first: where one shadows a weight, the absolute value is taken of its alias. A linear layer gets another
     # forward here, which is ours.
-    taps = tapped(group, {piece: piece for piece in group}, set(), trust="always")
-    with plain_implementation(model, attention=False), taps, linearised(model):
+    gradient_hooks = observing(group, {piece: piece for piece in group}, set(), trust="always")
+    with plain_implementation(model, attention=False), gradient_hooks, linearised(model):
         logits = _logits_of_ones(model)
         if logits.requires_grad:
             logits.sum().backward()
@@ -166,7 +166,7 @@ def _shadow_absolute(module: nn.Module, attributes: list[str], stack: contextlib
     """Let a module that uses its weights in its own way see their absolute values in fp64."""
 
     def absolute() -> dict[str, Tensor]:
-        # By getattr, for a tap or a copy on another device may stand before the parameter already.
+        # By getattr, for a hook or a copy on another device may stand before the parameter already.
         weights = {attribute: getattr(module, attribute) for attribute in attributes}
         return {name: weight.abs().double() for name, weight in weights.items() if weight.is_floating_point()}
 

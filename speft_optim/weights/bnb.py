@@ -12,7 +12,7 @@ model first comes in, and by each forward of ours, since models move between dev
             double quantisation the scales are codes themselves
 
 Each product is fp32 and rounded once to the dtype asked for, so that all ways to read an entry agree to the bit.
-On a card one kernel of ours makes the whole weight, overlay and all. Elsewhere, and for rows of a length that it does
+On a GPU one kernel of ours makes the whole weight, overlay and all. Elsewhere, and for rows of a length that it does
 not take, bitsandbytes is imported for its kernel that dequantises a whole 4-bit weight; everything else is plain
 PyTorch: the layout is small and stable, and no kernel reads single rows or positions.
 """

@@ -1,8 +1,8 @@
-"""Weight gradients without weights that require gradients: taps on the use of a frozen weight.
+"""Weight gradients without weights that require gradients: hooks on the use of a frozen weight.
 
-A `Tap` watches one use of a frozen weight and hands what its gradient is made of to a sink. For a linear layer that is
-the layer's input and its output gradient: an identity placed on the layer's *output* passes both on, and leaves the
-layer's forward, class and weight alone, so that the input gradient is that of a frozen layer and the dense weight
+A `GradientHook` watches one use of a frozen weight and hands what its gradient is made of to a sink. For a linear layer
+that is the layer's input and its output gradient: an identity placed on the layer's *output* passes both on, and leaves
+the layer's forward, class and weight alone, so that the input gradient is that of a frozen layer and the dense weight
 gradient is never formed. The input is kept before the product, by a node beside the layer's own way: if the identity
 kept it, a checkpointed block, whose recomputation ends with the last tensor that it has to bring back, would form its
 last product once more for nothing. It is kept as it comes, by several layers in one piece, and without checkpointing
@@ -40,7 +40,7 @@ Trust = Literal["verified", "product", "always"]
 
 
 class Sink(Protocol):
-    """What a tap feeds. Both methods return the gradient of the tap's anchor, or None where the sink keeps it.
+    """What a hook feeds. Both methods return the gradient of the hook's anchor, or None where the sink keeps it.
 
     A sink that is to be verified and has no `pending` also has the two parts of `from_product`: `sample`, which returns
     the anchor's gradient, and `accumulate`, which follows once the product is known to be right.
@@ -72,14 +72,14 @@ class _KeepInput(torch.autograd.Function):
 
 
 def keep_input(x: Tensor) -> Tensor:
-    """An alias of `x` whose node keeps it for `take_keeper`; `x` itself where autograd has no node for it."""
+    """An alias of `x` whose node keeps it for `take_saved_input`; `x` itself where autograd has no node for it."""
     # A compiler decides by itself what it keeps, and knows no nodes.
     if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
         return x
     return x if getattr(x.grad_fn, "is_free", False) else _KeepInput.apply(x)
 
 
-def take_keeper(x: Tensor) -> torch.autograd.graph.Node | None:
+def take_saved_input(x: Tensor) -> torch.autograd.graph.Node | None:
     """The node whose `saved_tensors` are `x` alone; None where nothing keeps it, or keeps it for another already.
 
     A node each, since a checkpointed tensor can be brought back once only.
@@ -102,8 +102,8 @@ class _Use:
         product: what the sink returned for them.
     """
 
-    def __init__(self, tap: "Tap", way: "Way", shadowed: Tensor | None):
-        self.tap, self.way, self.shadowed, self.alias = tap, way, shadowed, None
+    def __init__(self, hook: "GradientHook", way: "Way", shadowed: Tensor | None):
+        self.hook, self.way, self.shadowed, self.alias = hook, way, shadowed, None
         self.kept: tuple[Tensor, int, Tensor] | None = None
         self.factors: tuple[Tensor, Tensor] | None = None
         self.product: Tensor | None = None
@@ -111,14 +111,14 @@ class _Use:
     def take(self, factors: tuple[Tensor, Tensor]) -> None:
         """Keep the factors for the comparison; what a sink makes of them must not stand beside a dense gradient."""
         self.factors = factors
-        if self.tap.pending is None:
-            self.product = self.tap.sink.sample(*factors)
+        if self.hook.pending is None:
+            self.product = self.hook.sink.sample(*factors)
         else:
-            settle(self.tap.pending)
+            settle(self.hook.pending)
 
 
 class Way(Enum):
-    """How a tap forms the gradient of one call."""
+    """How a hook forms the gradient of one call."""
 
     PRODUCT = "from input and output gradient"
     DENSE = "by autograd, of an alias"
@@ -133,22 +133,22 @@ _numbers = itertools.count()
 _BY_OUTPUT = (Way.PRODUCT, Way.VERIFY)
 
 
-class _TapOutput(torch.autograd.Function):
+class _HookOutput(torch.autograd.Function):
     """Identity on a linear layer's output; its backward sees the layer's input and output gradient."""
 
     @staticmethod
     def forward(
         ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Sink, transposed: bool, use: _Use | None
     ) -> Tensor:
-        ctx.sink, ctx.transposed, ctx.use, ctx.keeper = sink, transposed, use, take_keeper(x)
-        ctx.save_for_backward(*(() if ctx.keeper else (x,)))
+        ctx.sink, ctx.transposed, ctx.use, ctx.saved_input = sink, transposed, use, take_saved_input(x)
+        ctx.save_for_backward(*(() if ctx.saved_input else (x,)))
         # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
         return output.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, output_gradient: Tensor):
-        (x,) = (ctx.keeper or ctx).saved_tensors
+        (x,) = (ctx.saved_input or ctx).saved_tensors
         anchor_gradient = None
         if ctx.needs_input_grad[2]:
             # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
@@ -162,7 +162,7 @@ class _TapOutput(torch.autograd.Function):
         return output_gradient, None, anchor_gradient, None, None, None
 
 
-class _TapWeight(torch.autograd.Function):
+class _HookWeight(torch.autograd.Function):
     """A differentiable alias of a frozen weight; its backward sees the dense gradient of one use."""
 
     @staticmethod
@@ -185,13 +185,13 @@ class _TapWeight(torch.autograd.Function):
         return None, ctx.take(gradient.to_dense() if gradient.is_sparse else gradient), None, None
 
 
-class Tap:
+class GradientHook:
     """Hooks on one module that feed the gradient of one of its frozen weights to a sink.
 
     Args:
         module: the module that uses the weight in its forward.
         attribute: the weight's name in the module.
-        anchor: a tensor that requires gradients, else the tap rests; it makes the output require them, and gets what
+        anchor: a tensor that requires gradients, else the hook rests; it makes the output require them, and gets what
             the sink returns.
         sink: where the gradient's parts go.
         name: the weight's full name, for warnings.
@@ -201,7 +201,7 @@ class Tap:
 
     Attributes:
         told: whether the weight was named as one that is used otherwise.
-        verdict: whether the product is right, under hooks that stood before this tap's own; None until that is known.
+        verdict: whether the product is right, under hooks that stood before this hook's own; None until that is known.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Tap:
     @property
     def feeds(self) -> bool:
         """Whether a forward now leads to a gradient for the sink."""
-        # Where not, as in the calibration of a model in training, a second derivative must not meet the tap either.
+        # Where not, as in the calibration of a model in training, a second derivative must not meet the hook either.
         return torch.is_grad_enabled() and self.anchor.requires_grad
 
     def promote(self) -> None:
@@ -268,7 +268,7 @@ class Tap:
         return Way.PRODUCT if self.verdict[1] else Way.DENSE
 
     def _surroundings(self, module: nn.Module) -> tuple:
-        """What may change the layer's output before this tap sees it; empty in the usual case."""
+        """What may change the layer's output before this hook sees it; empty in the usual case."""
         first = next(iter(module._forward_hooks), None)
         if first == self._after_id and not _global_forward_hooks and "forward" not in module.__dict__:
             return ()
@@ -283,9 +283,9 @@ class Tap:
         if use.way is Way.VERIFY:
             take = functools.partial(self._judge, use, self._surroundings(module))
             other = torch.zeros((), requires_grad=True)
-            use.alias = _TapWeight.apply(weight.detach(), self.anchor, take, other)
+            use.alias = _HookWeight.apply(weight.detach(), self.anchor, take, other)
         elif use.way is Way.DENSE:
-            use.alias = _TapWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
+            use.alias = _HookWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
         elif torch.is_grad_enabled() and is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
             use.alias = weight.detach()
         if use.alias is not None:
@@ -318,7 +318,7 @@ class Tap:
             x = kept[2]
         use.kept = None
         compared = use if use.way is Way.VERIFY else None
-        return _TapOutput.apply(output, x, self.anchor, self.sink, self.transposed, compared)
+        return _HookOutput.apply(output, x, self.anchor, self.sink, self.transposed, compared)
 
     def _judge(self, use: _Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
         """Feed the sink with the product if it is autograd's own gradient of the alias, and with that if not."""
@@ -355,16 +355,18 @@ def settle(pending: list) -> None:
         sink.from_product(*factors)
 
 
-def tap_target(
+def hook_target(
     target: Target, anchor: Tensor, sink: Sink, trust: Trust = "product", pending: list | None = None
-) -> list[Tap]:
-    """Tap every use of a weight in a module that holds it; their gradients add up in the anchor or in the sink."""
-    taps = []
+) -> list[GradientHook]:
+    """Hook every use of a weight in a module that holds it; their gradients add up in the anchor or in the sink."""
+    gradient_hooks = []
     for module, attribute in target.sites:
         # A quantised layer computes from codes, in a forward of ours.
         own = attribute == "weight" and is_quantized_linear(module)
-        taps.append(Tap(module, attribute, anchor, sink, target.name, "always" if own else trust, pending))
-    return taps
+        gradient_hooks.append(
+            GradientHook(module, attribute, anchor, sink, target.name, "always" if own else trust, pending)
+        )
+    return gradient_hooks
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.weights.bnb import LAYER_NAME, QuantizedWeight, quantized_linears
-from speft_optim.weights.gradient_hooks import Sink, keep_input, take_keeper
+from speft_optim.weights.gradient_hooks import Sink, keep_input, take_saved_input
 from speft_optim.weights.quantized_state import STATE_KEYS, load_entries, save_entries
 from speft_optim.weights.scales import trained_entries
 from speft_optim.weights.storage import frozen_weight
@@ -37,14 +37,14 @@ class _Product(torch.autograd.Function):
         ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool, sinks: tuple, *anchors: Tensor
     ) -> Tensor:
         ctx.weight, ctx.transposed, ctx.sinks = weight, transposed, sinks
-        ctx.keeper = take_keeper(x) if sinks and leaf is None else None
-        wanted = leaf is not None or sinks and not ctx.keeper
+        ctx.saved_input = take_saved_input(x) if sinks and leaf is None else None
+        wanted = leaf is not None or sinks and not ctx.saved_input
         ctx.save_for_backward(*((x, leaf) if wanted else ()))
         return _product(x, weight, transposed)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, leaf = (*ctx.keeper.saved_tensors, None) if ctx.keeper else ctx.saved_tensors or (None, None)
+        x, leaf = (*ctx.saved_input.saved_tensors, None) if ctx.saved_input else ctx.saved_tensors or (None, None)
         left, right = (x, gradient) if ctx.transposed else (gradient, x)
         leaf_gradient = back = None
         if ctx.needs_input_grad[1]:
@@ -166,7 +166,7 @@ def frozen_forwards(model: nn.Module) -> Iterator[None]:
 def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
     """A leaf that requires gradients and gets those of the weight: the parameter, or a stand-in that takes no memory.
 
-    A quantised layer must be computed by `frozen_forwards` or `take_over`.
+    A quantised layer must be computed by `frozen_forwards` or `patch_model`.
     """
     if (forward := forward_of(module)) is not None and attribute == "weight":
         weight = frozen_weight(module)
@@ -187,6 +187,6 @@ def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
 
 
 def forward_of(module: nn.Module) -> FrozenForward | None:
-    """What stands in for a layer's forward since `take_over`."""
+    """What stands in for a layer's forward since `patch_model`."""
     found = (module.__dict__.get(attribute) for attribute in ("_old_forward", "forward"))
     return next((forward for forward in found if isinstance(forward, FrozenForward)), None)

@@ -19,7 +19,7 @@ from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
-from speft_optim.weights.gradient_hooks import Sink, Tap, tap_target
+from speft_optim.weights.gradient_hooks import GradientHook, Sink, hook_target
 from speft_optim.weights.quantized_linear import forward_of
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
@@ -141,13 +141,13 @@ class SparseWeight(AddedModule):
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
-        self._taps: list[Tap] = []
+        self._gradient_hooks: list[GradientHook] = []
         self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if self._dense and verify else None
         self._remember()
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
-            self._taps = tap_target(target, self.values, self, "verified" if verify else "product")
-            self._hooks += self._taps
+            self._gradient_hooks = hook_target(target, self.values, self, "verified" if verify else "product")
+            self._hooks += self._gradient_hooks
         else:
             # The layer's stand-in reads the values anew in each product, and knows both factors of the gradient: one
             # node in the graph instead of two, and no hook.
@@ -397,13 +397,13 @@ class SparseWeight(AddedModule):
 
     def verify_again(self) -> None:
         """Compare the gradient of the next backward with autograd's own, as in the first."""
-        for tap in self._taps:
-            tap.verdict = None
+        for hook in self._gradient_hooks:
+            hook.verdict = None
 
     def after_step(self) -> None:
         """The optimizer took a step: trust what backward verified."""
-        for tap in self._taps:
-            tap.promote()
+        for hook in self._gradient_hooks:
+            hook.promote()
 
     def _warn_of_thaw(self) -> None:
         """Say once for a model that its masked weights stay frozen."""
@@ -424,7 +424,7 @@ class SparseWeight(AddedModule):
         if not self.values.requires_grad:
             return
         self._is_unreduced = is_distributed()
-        if not self._told_of_use and not any(tap.told for tap in self._taps):
+        if not self._told_of_use and not any(hook.told for hook in self._gradient_hooks):
             self._told_of_use = True
             logger.warning(
                 "%s is used outside its module's forward, where no hook sees it: the gradient of these uses is formed "
@@ -447,7 +447,7 @@ class SparseWeight(AddedModule):
         module, attribute = target.sites[0]
         delattr(module, child_name(attribute))
         unlink(self.values)
-        self._hooks, self._taps, self._leaf, self.accumulator = [], [], None, None
+        self._hooks, self._gradient_hooks, self._leaf, self.accumulator = [], [], None, None
         self._places, self._path, self._seen, self._linked = (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

@@ -218,7 +218,7 @@ def is_product(module: nn.Module, attribute: str) -> bool:
 
 
 def is_linear(module: nn.Module, attribute: str) -> bool:
-    """Whether the module's own forward uses the weight as `x @ W.T`, so that a tap on the output sees its whole use."""
+    """Whether the module's own forward uses the weight as `x @ W.T`, so that a hook on its output sees it all."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return attribute == "weight" and (plain or is_quantized_linear(module))
 

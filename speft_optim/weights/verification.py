@@ -5,7 +5,7 @@ A linear layer's hooks form the gradient of its own product, `x @ W.T`, and noth
 * Inside the layer's forward. In the first backward the layer computes with an alias of W that requires a gradient, and
   autograd's own dense gradient of it, formed and freed layer by layer, is compared with what the hooks saw. Where both
   agree the hooks are trusted from the next optimizer step on, and the layer computes with W detached. Where they differ
-  the layer goes on with the alias (see `gradient_hooks.Tap`).
+  the layer goes on with the alias (see `gradient_hooks.GradientHook`).
 * Everywhere else. For autograd W itself is a leaf that requires a gradient, all the time. A use in sight of the hooks
   goes through the alias or the detached W, so a gradient that arrives at the leaf comes from a use that they did not
   see: a fused loss, a penalty before the forward, a module tied later. Its masked entries are added to the values'
