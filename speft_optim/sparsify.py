@@ -30,16 +30,15 @@ from speft_optim.integrations import (
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.weights.bnb import is_quantized_linear, settle_storage
+from speft_optim.weights.compact_values import linked, warn_if_built_before
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.provenance import compare_at_first_step, compare_weights
 from speft_optim.weights.sparse_weight import (
     BEFORE_SPARSIFY,
     SparseWeight,
     child_name,
-    linked,
     sparse_weights,
     sparsified_roots,
-    warn_if_built_before,
 )
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets, check_called, check_differentiable, check_in_memory

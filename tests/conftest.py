@@ -189,7 +189,7 @@ class Reference:
 
     def assert_agrees(self, model, optimizer, values):
         """Weights, values and both moments agree inside the masks; outside, weights are bit-identical to the start."""
-        from speft_optim.weights.sparse_weight import linked
+        from speft_optim.weights.compact_values import linked
 
         for parameter in values:
             weight = linked(parameter)

@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, SparseAdamW, load_adapter, save_adapter, select_masks, sparsify
-from speft_optim.weights.sparse_weight import linked, sparse_weights
+from speft_optim.weights.compact_values import linked
+from speft_optim.weights.sparse_weight import sparse_weights
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 

@@ -15,7 +15,7 @@ from speft_optim import Mask, SparseAdamW, select_masks, sparsify
 from speft_optim.kernels.blockwise import BLOCK, code_bounds, dequantize_blockwise, dynamic_codes, quantize_blockwise
 from speft_optim.optim.moments import new_moments_, store_moments_, unpack_moments
 from speft_optim.optim.state import has_moments
-from speft_optim.weights.sparse_weight import linked
+from speft_optim.weights.compact_values import linked
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.optim.state import has_moments
-from speft_optim.weights.sparse_weight import linked
+from speft_optim.weights.compact_values import linked
 
 # With the default eps, entries whose gradient is nothing but rounding error would move by that error's sign.
 OPTIONS = dict(lr=1e-2, weight_decay=0.1, eps=1e-4)

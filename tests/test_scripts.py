@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from speft_optim import Masks, SparseAdamW, desparsify, select_masks, sparsify
-from speft_optim.weights.sparse_weight import linked, sparse_weights
+from speft_optim.weights.compact_values import linked
+from speft_optim.weights.sparse_weight import sparse_weights
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 3

@@ -24,7 +24,7 @@ from speft_optim.checkpoint.names import Tensors, as_in_base
 from speft_optim.files import tensor_files, whole_folder
 from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.weights.bnb import settle_storage
-from speft_optim.weights.sparse_weight import linked
+from speft_optim.weights.compact_values import linked
 from speft_optim.weights.storage import DenseWeight, as_stored, frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 from speft_optim.weights.wrappers import plain_modules, unwrapped

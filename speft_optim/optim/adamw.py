@@ -7,13 +7,10 @@ and moments all have the length of the mask; the weight itself is written at the
 import copy
 import logging
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,17 +18,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from speft_optim.distributed import check_equal_masks, together
-from speft_optim.kernels.adamw import Update, adamw_, fused_adamw
-from speft_optim.kernels.launch import launches
-from speft_optim.kernels.magnitudes import POWERS, mean_power
+from speft_optim.kernels.adamw import adamw_, fused_adamw
 from speft_optim.masks.mask import Mask
+from speft_optim.optim.checks import check_gradients, check_options, check_others, warn_of_dense_training
 from speft_optim.optim.moments import (
-    STATE_BITS,
     carry_moments_,
     moment_bytes,
     new_moments_,
     store_moments_,
-    stored_moments,
     unpack_moments,
 )
 from speft_optim.optim.state import (
@@ -49,7 +43,9 @@ from speft_optim.optim.state import (
     text_of,
     text_to_tensor,
 )
-from speft_optim.weights.sparse_weight import SparseWeight, linked
+from speft_optim.optim.step import Prepared, mean_powers
+from speft_optim.weights.compact_values import linked
+from speft_optim.weights.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +136,7 @@ class SparseAdamW(Optimizer):
         on_nonfinite: Literal["skip", "raise", "ignore"] = "skip",
         **others: Any,
     ):
-        _check_others(others)
+        check_others(others)
         if not isinstance(on_nonfinite, str) or on_nonfinite not in ("skip", "raise", "ignore"):
             raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
         self._on_nonfinite = on_nonfinite
@@ -157,7 +153,7 @@ class SparseAdamW(Optimizer):
         """Add a group of parameters; options it lacks are the constructor's."""
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"A parameter group is a dict with params, got {param_group!r}; write dict(params=[...]).")
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         params = param_group["params"]
         if isinstance(params, set):
             raise TypeError("The params of a group are a set, whose order changes between runs; pass a list.")
@@ -208,8 +204,8 @@ class SparseAdamW(Optimizer):
             # the values of one over the positions of another.
             masks = {weight.name: weight.mask for weight in weights.values() if weight is not None}
             check_equal_masks(masks, may_be_divided=True)
-            _check_gradients(weights)
-            _warn_of_dense_training(weights)
+            check_gradients(weights)
+            warn_of_dense_training(weights)
             self._stepped = True
         # What the host does is done while the GPU is still at the gradients, of which one number is waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
@@ -231,10 +227,10 @@ class SparseAdamW(Optimizer):
             maximize=group["maximize"],
             magnitude_power=float(group["magnitude_power"]),
         )
-        means = _mean_powers(group, weights)
+        means = mean_powers(group, weights)
         trained = [parameter for parameter in group["params"] if parameter.grad is not None]
         prepared = [
-            _Prepared.of(
+            Prepared.of(
                 parameter,
                 weights[parameter],
                 self.state.get(parameter),
@@ -247,7 +243,7 @@ class SparseAdamW(Optimizer):
         launch = fused_adamw(updates, **{**options, "lr": float(options["lr"])}) if updates else None
         return partial(self._take, prepared, options, launch)
 
-    def _take(self, prepared: list["_Prepared"], options: dict[str, Any], launch: Callable[[], None] | None) -> None:
+    def _take(self, prepared: list["Prepared"], options: dict[str, Any], launch: Callable[[], None] | None) -> None:
         """Take the step: together where kernels run, else one by one."""
         if launch is not None:
             launch()
@@ -481,7 +477,7 @@ class SparseAdamW(Optimizer):
         if self.schedule is not None:
             self.schedule.check_state_dict(next(saved for saved in states if "schedule_steps" in saved))
         for group in groups:
-            _check_options(group)
+            check_options(group)
         return pairs, groups
 
     def _check_origin(self, states: list[dict[str, Any]]) -> None:
@@ -563,148 +559,3 @@ class SparseAdamW(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
-
-
-@dataclass
-class _Prepared:
-    """A parameter's next step, ready but for the word that its gradient is finite.
-
-    Attributes:
-        parameter: updated in place.
-        weight: the masked weight behind it, or None.
-        state: the optimizer's for it, with moments.
-        update: what a kernel takes, or None where none can.
-        mean: of the magnitudes, for rates in proportion to them, or None.
-    """
-
-    parameter: Tensor
-    weight: SparseWeight | None
-    state: dict[str, Any]
-    update: Update | None
-    mean: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        parameter: Tensor,
-        weight: SparseWeight | None,
-        state: dict[str, Any] | None,
-        state_bits: int,
-        mean: Tensor | None,
-    ) -> "_Prepared":
-        """The next step of a parameter, with a new state where it has none."""
-        if not has_moments(state):
-            state = {**(state or {}), "step": torch.zeros((), dtype=torch.float32)}
-            new_moments_(state, parameter, state_bits)
-        moments, scales = stored_moments(state)
-        if not _can_launch(parameter, moments, scales):
-            return cls(parameter, weight, state, None, mean)
-        writable = None if weight is None else weight.writable()
-        positions = None if writable is None else weight.mask.positions
-        step = int(state["step"]) + 1
-        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, positions, mean)
-        return cls(parameter, weight, state, update, mean)
-
-
-def _mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> dict[torch.device, Tensor]:
-    """The mean magnitude of the group's masked entries to its power, on each of their devices; none for power 0."""
-    power = float(group["magnitude_power"])
-    values = [parameter.detach() for parameter in group["params"] if weights[parameter] is not None]
-    if not power or not any(map(len, values)):
-        return {}
-    mean = mean_power(values, power)
-    return {device: mean.to(device) for device in {part.device for part in values}}
-
-
-def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
-    """Whether a kernel, which gets addresses and looks at nothing, may step the parameter."""
-    if not launches(parameter):
-        return False
-    device, kind = parameter.device, torch.uint8 if scales else torch.float32
-    for dtype, parts in ((torch.float32, (parameter, parameter.grad, *scales)), (kind, moments)):
-        for part in parts:
-            if part.dtype != dtype or part.device != device or not part.is_contiguous():
-                return False
-    return True
-
-
-def _check_gradients(weights: dict[Tensor, SparseWeight | None]) -> None:
-    """Say at the first step which values get no gradient and why, and refuse to step if all of them are frozen."""
-    compact = {parameter: weight.name for parameter, weight in weights.items() if weight is not None}
-    frozen = [name for parameter, name in compact.items() if not parameter.requires_grad]
-    remedy = (
-        "were frozen after sparsify (requires_grad is False), as peft's get_peft_model and some trainers do with all "
-        "they do not know; call requires_grad_(True) on the values that sparsify returned, or sparsify after it."
-    )
-    if frozen and len(frozen) == len(compact):
-        raise ValueError(f"The values of all {len(frozen)} masked weights {remedy}")
-    if frozen:
-        logger.warning(
-            "The values of %d of %d masked weights, e.g. %s, %s", len(frozen), len(compact), frozen[0], remedy
-        )
-    missing = [name for parameter, name in compact.items() if parameter.grad is None and parameter.requires_grad]
-    if missing:
-        logger.warning(
-            "%d masked weights have no gradient at the first step, e.g. %s: they were not used (a branch that was not "
-            "taken, an expert without a token), or reentrant checkpointing of blocks whose inputs need none cut them "
-            "off (use_reentrant=False).",
-            len(missing),
-            missing[0],
-        )
-
-
-def _warn_of_dense_training(weights: dict[Tensor, SparseWeight | None]) -> None:
-    dense = [parameter for parameter in weights if parameter.ndim >= 2 and parameter.grad is not None]
-    if dense and not any(weights.values()):
-        logger.warning(
-            "SparseAdamW trains %d weights whole, as torch's AdamW does, and no compact values: to train masked "
-            "entries, build it from sparsify(model, masks) and not from model.parameters().",
-            len(dense),
-        )
-
-
-def _check_others(options: dict[str, Any]) -> None:
-    """Take what a script for torch's AdamW may pass if it asks for nothing, else say why not."""
-    for name, value in options.items():
-        if name not in _LACKING:
-            raise TypeError(
-                f"SparseAdamW takes no {name}; choose from lr, betas, eps, weight_decay, maximize, state_bits, "
-                "magnitude_power and on_nonfinite."
-            )
-        if value is not None and value is not False:
-            raise ValueError(f"{name}={value!r}: {_LACKING[name]}; leave {name} out.")
-
-
-_LACKING = {
-    "fused": "SparseAdamW always takes the step of all parameters in fused kernels where there are kernels",
-    "foreach": "SparseAdamW has one implementation, which does what foreach is for",
-    "capturable": "SparseAdamW counts steps on the CPU and cannot be captured in a CUDA graph",
-    "differentiable": "the step of SparseAdamW cannot be differentiated through",
-    "amsgrad": "SparseAdamW has no AMSGrad variant, only AdamW",
-}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    lr, eps, decay = options["lr"], options["eps"], options["weight_decay"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements; pass a number or a tensor of one element.")
-    betas = options["betas"]
-    wrong_betas = f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999)."
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(wrong_betas)
-    if not isinstance(options["maximize"], bool):
-        raise TypeError(f"maximize={options['maximize']!r} is a {type(options['maximize']).__name__}; pass a bool.")
-    numbers = [("lr", lr, 1e-3), ("eps", eps, 1e-8), ("weight_decay", decay, 1e-2)]
-    for name, value, usual in (*numbers, ("betas", betas[0], 0.9), ("betas", betas[1], 0.999)):
-        if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:
-            raise TypeError(f"{name}={value!r} is no number; pass a float.")
-        # Written so that NaN fails too, and an integer that no float can hold.
-        if not 0.0 <= (float(value) if isinstance(value, Tensor) else value) <= sys.float_info.max:
-            raise ValueError(f"{name}={value} is not a finite number of at least 0, such as {usual}.")
-    if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
-        raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
-    power = options["magnitude_power"]
-    if not isinstance(power, int | float) or power not in POWERS:
-        raise ValueError(f"magnitude_power={power!r}; it is 0 for one rate, 0.5 or 1 for rates by magnitude.")
-    if not all(float(beta) < 1.0 for beta in betas):
-        raise ValueError(wrong_betas)

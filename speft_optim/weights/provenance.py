@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import PROBES, Mask, find, places_outside
-from speft_optim.weights.sparse_weight import SparseWeight, linked
+from speft_optim.weights.compact_values import linked
+from speft_optim.weights.sparse_weight import SparseWeight
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target
 

@@ -1,0 +1,98 @@
+"""What an optimizer refuses: options out of range, and a first step that cannot be meant."""
+
+import logging
+import sys
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from speft_optim.kernels.magnitudes import POWERS
+from speft_optim.optim.moments import STATE_BITS
+from speft_optim.weights.sparse_weight import SparseWeight
+
+logger = logging.getLogger(__name__)
+
+
+def check_gradients(weights: dict[Tensor, SparseWeight | None]) -> None:
+    """Say at the first step which values get no gradient and why, and refuse to step if all of them are frozen."""
+    compact = {parameter: weight.name for parameter, weight in weights.items() if weight is not None}
+    frozen = [name for parameter, name in compact.items() if not parameter.requires_grad]
+    remedy = (
+        "were frozen after sparsify (requires_grad is False), as peft's get_peft_model and some trainers do with all "
+        "they do not know; call requires_grad_(True) on the values that sparsify returned, or sparsify after it."
+    )
+    if frozen and len(frozen) == len(compact):
+        raise ValueError(f"The values of all {len(frozen)} masked weights {remedy}")
+    if frozen:
+        logger.warning(
+            "The values of %d of %d masked weights, e.g. %s, %s", len(frozen), len(compact), frozen[0], remedy
+        )
+    missing = [name for parameter, name in compact.items() if parameter.grad is None and parameter.requires_grad]
+    if missing:
+        logger.warning(
+            "%d masked weights have no gradient at the first step, e.g. %s: they were not used (a branch that was not "
+            "taken, an expert without a token), or reentrant checkpointing of blocks whose inputs need none cut them "
+            "off (use_reentrant=False).",
+            len(missing),
+            missing[0],
+        )
+
+
+def warn_of_dense_training(weights: dict[Tensor, SparseWeight | None]) -> None:
+    """Say that no masked weight is among what trains, where whole matrices are."""
+    dense = [parameter for parameter in weights if parameter.ndim >= 2 and parameter.grad is not None]
+    if dense and not any(weights.values()):
+        logger.warning(
+            "SparseAdamW trains %d weights whole, as torch's AdamW does, and no compact values: to train masked "
+            "entries, build it from sparsify(model, masks) and not from model.parameters().",
+            len(dense),
+        )
+
+
+def check_others(options: dict[str, Any]) -> None:
+    """Take what a script for torch's AdamW may pass if it asks for nothing, else say why not."""
+    for name, value in options.items():
+        if name not in _LACKING:
+            raise TypeError(
+                f"SparseAdamW takes no {name}; choose from lr, betas, eps, weight_decay, maximize, state_bits, "
+                "magnitude_power and on_nonfinite."
+            )
+        if value is not None and value is not False:
+            raise ValueError(f"{name}={value!r}: {_LACKING[name]}; leave {name} out.")
+
+
+_LACKING = {
+    "fused": "SparseAdamW always takes the step of all parameters in fused kernels where there are kernels",
+    "foreach": "SparseAdamW has one implementation, which does what foreach is for",
+    "capturable": "SparseAdamW counts steps on the CPU and cannot be captured in a CUDA graph",
+    "differentiable": "the step of SparseAdamW cannot be differentiated through",
+    "amsgrad": "SparseAdamW has no AMSGrad variant, only AdamW",
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse a parameter group whose options are of a wrong type or out of range."""
+    lr, eps, decay = options["lr"], options["eps"], options["weight_decay"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of {lr.numel()} elements; pass a number or a tensor of one element.")
+    betas = options["betas"]
+    wrong_betas = f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999)."
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(wrong_betas)
+    if not isinstance(options["maximize"], bool):
+        raise TypeError(f"maximize={options['maximize']!r} is a {type(options['maximize']).__name__}; pass a bool.")
+    numbers = [("lr", lr, 1e-3), ("eps", eps, 1e-8), ("weight_decay", decay, 1e-2)]
+    for name, value, usual in (*numbers, ("betas", betas[0], 0.9), ("betas", betas[1], 0.999)):
+        if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:
+            raise TypeError(f"{name}={value!r} is no number; pass a float.")
+        # Written so that NaN fails too, and an integer that no float can hold.
+        if not 0.0 <= (float(value) if isinstance(value, Tensor) else value) <= sys.float_info.max:
+            raise ValueError(f"{name}={value} is not a finite number of at least 0, such as {usual}.")
+    if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
+        raise ValueError(f"state_bits={options['state_bits']!r}; moments are kept in 8 or 32 bits.")
+    power = options["magnitude_power"]
+    if not isinstance(power, int | float) or power not in POWERS:
+        raise ValueError(f"magnitude_power={power!r}; it is 0 for one rate, 0.5 or 1 for rates by magnitude.")
+    if not all(float(beta) < 1.0 for beta in betas):
+        raise ValueError(wrong_betas)
