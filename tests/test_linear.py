@@ -389,7 +389,7 @@ def test_what_other_hooks_do_to_an_input_or_its_gradient_means_what_it_did(chang
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_taps_hold_no_input_between_forwards(checkpointed):
+def test_hooks_hold_no_input_between_forwards(checkpointed):
     model = tiny_model().train()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -309,6 +309,7 @@ def test_tiny_updates_do_not_vanish_in_bf16(gradient, lr, decay, steps, exact, s
     assert layer.weight.flatten().tolist() == [stored] * 12
 
 
+@pytest.mark.slow
 def test_tiny_updates_do_not_vanish_where_the_config_says_bf16(tmp_path):
     """The hub's library takes the dtype of the checkpoint's config unless told otherwise."""
     from transformers import AutoModelForCausalLM
@@ -328,6 +329,7 @@ def test_tiny_updates_do_not_vanish_where_the_config_says_bf16(tmp_path):
     assert final[0] == pytest.approx(final[1], rel=0.05) and final[1] < 1
 
 
+@pytest.mark.slow
 def test_weight_decay_moves_no_entry_outside_the_mask():
     """Nor does leftover momentum after a second selection."""
     options = dict(lr=1e-3, weight_decay=0.1)

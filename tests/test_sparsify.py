@@ -464,6 +464,7 @@ def test_a_weight_that_gets_no_gradient_is_told_of_once(caplog):
     assert "1 masked weights have no gradient at the first step, e.g. other.weight" in record.message
 
 
+@pytest.mark.slow
 def test_attaching_and_detaching_again_and_again_leaves_nothing_behind():
     model = tiny_model()
     masks = random_masks(model)
