@@ -15,7 +15,7 @@ from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.kernels.magnitudes import POWERS, mean_power
 from speft_optim.kernels.overlay import overlay_
-from speft_optim.optim import adamw as optim
+from speft_optim.optim import step as optimizer_step
 from speft_optim.optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -373,7 +373,7 @@ def test_hyper_parameters_may_be_tensors_and_a_bad_gradient_ignored(bits):
         optimizer = SparseAdamW([values], **options, state_bits=bits, on_nonfinite="ignore")
         with pytest.MonkeyPatch.context() as patch:
             if not kernels_run:
-                patch.setattr(optim, "launches", lambda tensor: False)
+                patch.setattr(optimizer_step, "launches", lambda tensor: False)
             for step in range(3):
                 values.grad = draw(300, seed=step + 1)
                 if step == 1:
