@@ -568,10 +568,33 @@ def test_a_copied_or_pickled_weight_is_an_ordinary_parameter():
         assert type(twin) is nn.Parameter and not twin.requires_grad and torch.equal(twin, model.first.weight)
         assert twin.requires_grad_().requires_grad
     assert type(model.state_dict()["first.weight"]) is torch.Tensor
+    assert repr(model.first.weight) == repr(nn.Parameter(model.first.weight.detach(), requires_grad=False))
     assert (model.first.weight.numpy() == numpy.asarray(model.first.weight)).all()
     tied = nn.ParameterList([model.first.weight, model.first.weight])
     for twins in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
         assert twins[0] is twins[1]
+
+
+def test_a_weight_that_a_tool_makes_anew_of_the_same_class_is_watched_again():
+    from accelerate.utils import set_module_tensor_to_device
+
+    model = Pair()
+    masks = some_entries(model, ["first.weight"])
+    (values,) = sparsify(model, masks)
+    held = model.first.weight
+    set_module_tensor_to_device(model, "first.weight", "cpu", value=held.detach() * 2)
+    model.first.weight = type(held)(model.first.weight.detach().clone(), requires_grad=False)
+    assert model.first.weight is not held
+    expected = copy.deepcopy(model)
+    desparsify(expected)
+    for step in range(2):
+        values.grad = None
+        expected.zero_grad()
+        for one in (model, expected):
+            (one(draw(3, 4)).square().sum() + one.first.weight.pow(3).sum()).backward()
+        if step:
+            kept = masks["first.weight"].indices.long()
+            assert_close(values.grad, expected.first.weight.grad.flatten()[kept], atol=1e-5)
 
 
 def test_frozen_values_cost_no_dense_gradient():

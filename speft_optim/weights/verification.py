@@ -82,6 +82,10 @@ class WatchedWeight(nn.Parameter):
 
     watcher: "DenseGradient"
 
+    def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:
+        """An ordinary parameter, for tools that make a new one of an old one's class, as accelerate does."""
+        return nn.Parameter(data, requires_grad)
+
     @property
     def requires_grad(self) -> bool:
         """False, but for the compiler."""
@@ -96,6 +100,9 @@ class WatchedWeight(nn.Parameter):
         if requires_grad:
             self.watcher.when_thawed()
         return self
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return repr(nn.Parameter(self.detach(), requires_grad=False))
 
     def numpy(self, *, force: bool = False):
         """The weight as an array, as of any tensor that requires no gradient."""
