@@ -79,8 +79,15 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
         )
 
 
-def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int) -> dict[str, int]:
-    """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole."""
+def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int, sums: int = 0) -> dict[str, int]:
+    """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole.
+
+    Args:
+        model: with what is trained attached.
+        masks: what is trained; None for all weights or an adapter.
+        state_bits: of the optimizer's two moments.
+        sums: bytes of the sums of gradients by which masks move; a training state has them too.
+    """
     # Quantised weights are saved in 16 bits.
     sizes = (
         target.shape.numel() * (target.parameter.element_size() if target.parameter.is_floating_point() else 2)
@@ -88,7 +95,7 @@ def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int)
     )
     needed = {
         "checkpoint": sum(sizes),
-        "training state": 2 * training_state_bytes(model, state_bits, masked=masks is not None),
+        "training state": 2 * (training_state_bytes(model, state_bits, masked=masks is not None) + sums),
     }
     return needed | ({} if masks is None else {"adapter and masks": 12 * masks.count})
 

@@ -328,8 +328,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.method in baselines.ADAPTERS:
         check_adapter(parser, args)
-    if args.moving and (args.method != "sparse" or args.scope == "local" or args.dry_run):
-        parser.error("--moving is for --method sparse in --scope global, and --dry-run counts no moving masks")
+    if args.moving and (args.method != "sparse" or args.scope == "local"):
+        parser.error("--moving is for --method sparse in --scope global")
     if not args.moving and (args.interval or args.window):
         parser.error("--interval and --window are for masks that move; add --moving")
     if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
@@ -437,6 +437,7 @@ def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
         state_bits=args.state_bits,
         accumulation=args.accumulation,
         checkpointing=args.checkpointing,
+        sums=moving.sum_bytes(total) if args.moving else 0,
     )
 
 
@@ -771,7 +772,9 @@ def main(argv: list[str] | None = None) -> dict:
     record["steps"] = record.get("steps") or fitting_steps(run, model, samples, pad_id, dtype, steps)
     if not is_trained(record, out):
         with run.stage("try the ending"):
-            ending.check_space(out, ending.expected_bytes(model, trained.masks, args.state_bits))
+            targeted = sum(mask.shape.numel() for mask in (trained.masks or {}).values())
+            sums = 0 if trained.schedule is None else moving.sum_bytes(targeted)
+            ending.check_space(out, ending.expected_bytes(model, trained.masks, args.state_bits, sums))
             # PiSSA takes its start out of the weights, which it so rounds anew.
             exact = args.method != "pissa"
             rehearsed = dict(masks=trained.masks, base=base, out=out, salience=args.salience, exact=exact)

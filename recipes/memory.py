@@ -162,6 +162,7 @@ def estimate(
     state_bits: int = 32,
     accumulation: int = 1,
     checkpointing: bool = True,
+    sums: int = 0,
 ) -> dict[str, dict[str, int]]:
     """Bytes of each part at the moments that can set the peak of a training step; see `peak_bytes`.
 
@@ -175,6 +176,7 @@ def estimate(
         state_bits: of the optimizer's two moments.
         accumulation: forward passes in a step; gradients of the first are there during the others.
         checkpointing: whether blocks are recomputed in backward.
+        sums: bytes of the sums of gradients by which masks move.
 
     Returns:
         By moment (`loss`, `last block`, `first block`) the bytes by part. The loss is taken in chunks (`recipes.loss`).
@@ -191,6 +193,8 @@ def estimate(
     loss = 10 * row + chunk * (3 if shape.capped else 2)
     earlier = gradients if accumulation > 1 else 0
     held["workspace"] = WORKSPACE_BYTES
+    if sums:
+        held["sums of gradients"] = sums
     kept = boundary * shape.layers + masks
     recomputed = block if checkpointing else block - saved
     return {

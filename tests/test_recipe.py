@@ -29,7 +29,7 @@ from safetensors.torch import save as serialise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import speft_optim
-from recipes import data, ending, gsm8k, loop, memory, models, report, training_state
+from recipes import data, ending, gsm8k, loop, memory, models, moving, report, training_state
 from recipes.loss import frozen_head
 from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
 from speft_optim.optim.state import has_moments
@@ -1191,6 +1191,30 @@ def test_expected_bytes_are_what_a_run_writes(method, samples, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     saved = (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert expected["checkpoint"] <= saved < expected["checkpoint"] + 10_000
+
+
+def test_expected_bytes_of_masks_that_move_count_their_sums(samples, tmp_path):
+    states = []
+    for is_moving in (False, True):
+        model = tiny("llama")
+        masks = select_masks(model, salience="random", density=0.05, scope="global", progress=False)
+        if is_moving:
+            optimizer, schedule = moving.attach(model, masks, salience="snip", power=0.5, lr=1e-3)
+        else:
+            optimizer = SparseAdamW(sparsify(model, masks), lr=1e-3)
+        folder = tmp_path / str(is_moving)
+        loop.train(model, optimizer, samples, steps=1, batch_size=2, pad_id=PAD, checkpoint_folder=folder)
+        states.append(loop.newest_checkpoint(folder).stat().st_size)
+    sums = moving.sum_bytes(sum(mask.shape.numel() for mask in masks.values()))
+    counted, without = (ending.expected_bytes(model, masks, 32, *given) for given in ([sums], []))
+    assert counted["training state"] - without["training state"] == 2 * sums
+    assert sums < states[1] - states[0] and schedule.memory_budget == moving.BUDGET
+
+
+def test_the_dry_run_counts_the_sums_of_masks_that_move():
+    plain, more = ([*"--preset llama3-8b --base-bits 4 --dry-run".split(), *extra] for extra in ([], ["--moving"]))
+    without, within = (memory.peak_bytes(gsm8k.main(arguments)) for arguments in (plain, more))
+    assert within - without == moving.BUDGET
 
 
 def test_a_run_from_a_source_tree_that_was_never_installed(folders, tmp_path, monkeypatch):
