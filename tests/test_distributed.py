@@ -275,11 +275,11 @@ def sparsify_that_fails_in_one_process_ends_all(rank):
         ({**masks, name: Mask(torch.tensor([0]), (3, 3))}, {}, "is for shape"),
         ({}, {}, "hold no entry"),
         ([], {}, "a dict from parameter names"),
-        (masks, {"original": f"{FOLDER[0]}/nowhere"}, "holds no safetensors"),
+        (masks, {"base": f"{FOLDER[0]}/nowhere"}, "holds no safetensors"),
     ):
         before = copy.deepcopy(dict(model.state_dict()))
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message if rank else "Process 1 failed"):
-            sparsify(model, wrong if rank else masks, **(options if rank else {"original": folder}))
+            sparsify(model, wrong if rank else masks, **(options if rank else {"base": folder}))
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert all(torch.equal(before[key], part) for key, part in model.state_dict().items())
     assert len(sparsify(model, masks)) == len(masks)

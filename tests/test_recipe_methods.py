@@ -260,6 +260,7 @@ def test_compiled_models_train_as_plain_ones(how, method, samples):
 
 def test_compiled_parts_are_compiled_once_for_all_blocks_methods_and_models(samples):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     graphs = []
     for method, layers in (("sparse", 2), ("sparse", 4), ("lora", 3)):
         model = tiny(num_hidden_layers=layers)
