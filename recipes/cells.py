@@ -5,7 +5,6 @@ the checkpoint that it would be published as: merged, in the base's dtype.
 """
 
 import copy
-import random
 import subprocess
 import time
 from argparse import Namespace
@@ -221,8 +220,8 @@ def attach_moving(bench: Bench, model, salience: str, budget: int, seed: int, op
 
 def _choose(bench: Bench, model, salience: str, budget: int, seed: int, **options) -> Masks:
     """Masks by training problems that are drawn by the seed."""
-    drawn = random.Random(seed).sample(bench.samples, min(bench.args.calibration_samples, len(bench.samples)))
-    batches = data.make_batches(drawn, bench.args.batch_size, pad_id=bench.pad_id)
+    count, size = bench.args.calibration_samples, bench.args.batch_size
+    batches = data.calibration_batches(bench.samples, count, size, pad_id=bench.pad_id, seed=seed)
     with models.products_of(bench.dtype):
         options = dict(salience=salience, budget=budget, seed=seed, **options)
         return select_masks(model, batches, loss=loop.mean_loss, **options)

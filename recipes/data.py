@@ -473,6 +473,14 @@ def make_batches(samples: Sequence[Sample], batch_size: int, *, pad_id: int) -> 
     return [collate(ordered[i : i + batch_size], pad_id=pad_id) for i in range(0, len(ordered), batch_size)]
 
 
+def calibration_batches(
+    samples: Sequence[Sample], count: int, batch_size: int, *, pad_id: int, seed: int
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of at most `count` samples that the seed draws, to rank entries by."""
+    drawn = random.Random(seed).sample(samples, min(count, len(samples)))
+    return make_batches(drawn, batch_size, pad_id=pad_id)
+
+
 def sample_windows(
     samples: Sequence[Sample], window: int, *, seed: int, start: int = 0, pool: int = 1
 ) -> Iterator[list[Sample]]:

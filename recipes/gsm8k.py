@@ -28,7 +28,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import sys
 import time
 import warnings
@@ -485,8 +484,8 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
     path = Path(args.out) / MASKS
     if resumes and path.is_file():
         return Masks.load(path)
-    drawn = random.Random(args.seed).sample(samples, min(args.calibration_samples, len(samples)))
-    batches = data.make_batches(drawn, args.batch_size, pad_id=pad_id)
+    options = dict(pad_id=pad_id, seed=args.seed)
+    batches = data.calibration_batches(samples, args.calibration_samples, args.batch_size, **options)
     masks = select_masks(
         model,
         batches,

@@ -129,8 +129,8 @@ class MaskSchedule:
         self.entries = sum(len(weight.mask) for weight in weights)
         if measure is not None:
             budget = int(_BUDGET if memory_budget is None else memory_budget)
-            steps = f"windows of {self.window}, rounds of {self.interval} steps"
-            choice = f"{measure.name} in {steps}, {budget} bytes of accumulators"
+            rounds = f"windows of {self.window}, rounds of {self.interval} steps"
+            choice = f"{measure.name} in {rounds}, {budget} bytes of accumulators"
             check_equal(choice, "The arguments of MaskSchedule", "pass the same in all of them.")
             steps = dict(window=int(self.window), interval=int(self.interval))
             self.training = TrainingSalience(weights, measure, scope, **steps, memory_budget=budget)

@@ -107,6 +107,18 @@ def product_flops(call):
     return counter.get_total_flops()
 
 
+def masks_of(model):
+    """The masks of a sparsified model."""
+    from speft_optim.weights.sparse_weight import sparse_weights
+
+    return Masks({weight.name: weight.mask for weight in sparse_weights(model)})
+
+
+def weights_of(model):
+    """A copy of all that a model's state dict holds."""
+    return {name: part.detach().clone() for name, part in model.state_dict().items()}
+
+
 def equal_states(left, right):
     """Whether two state dicts, however nested, are equal bit for bit."""
     if isinstance(left, torch.Tensor):

@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import Reference, assert_close, equal_states, tiny_model, token_batch
+from conftest import Reference, assert_close, equal_states, masks_of, tiny_model, token_batch, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from speft_optim import (
-    Masks,
     MaskSchedule,
     SparseAdamW,
     desparsify,
@@ -47,14 +46,6 @@ def train(model, optimizer, steps, first=0):
         model(**token_batch(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def masks_of(model):
-    return Masks({weight.name: weight.mask for weight in sparse_weights(model)})
-
-
-def weights_of(model):
-    return {name: part.detach().clone() for name, part in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import BytesSince, assert_close, equal_states, tiny_model, token_batch
+from conftest import BytesSince, assert_close, equal_states, masks_of, tiny_model, token_batch, weights_of
 from quantized_models import dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
@@ -60,14 +60,6 @@ def train(model, optimizer, steps, first=0, parts=1):
             (model(**token_batch(parts * step + part)).loss / parts).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def masks_of(model):
-    return Masks({weight.name: weight.mask for weight in sparse_weights(model)})
-
-
-def weights_of(model):
-    return {name: part.detach().clone() for name, part in model.state_dict().items()}
 
 
 def assert_same(left, right):

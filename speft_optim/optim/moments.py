@@ -52,8 +52,9 @@ def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -
 def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, stays: Tensor) -> None:
     """Follow a changed mask: survivors keep their moments, newcomers start from zero under the shared step count.
 
-    With nothing left to correct its bias, a newcomer's first updates are up to three times the learning rate. It was
-    measured to be the best of several rules all the same (see docs/negative-results.md).
+    With nothing left to correct its bias, a newcomer's first update is some three times the learning rate with the
+    usual betas, (1 - beta1) / sqrt(1 - beta2). It was measured to be the best of several rules all the same (see
+    docs/negative-results.md).
 
     Args:
         state: of the optimizer, with moments.

@@ -277,6 +277,11 @@ class GradientHook:
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: let an instance attribute, which is found first, stand before the registered parameter."""
+        uses = module.__dict__.setdefault(self._key, [])
+        if not torch.is_grad_enabled():
+            # Nothing is recorded, as in generation; what ends this call must find an entry all the same.
+            uses.append(None)
+            return
         # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
         weight = getattr(module, self.attribute)
         use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
@@ -286,7 +291,7 @@ class GradientHook:
             use.alias = _HookWeight.apply(weight.detach(), self.anchor, take, other)
         elif use.way is Way.DENSE:
             use.alias = _HookWeight.apply(weight.detach(), self.anchor, self.sink.from_dense)
-        elif torch.is_grad_enabled() and is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
+        elif is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
             use.alias = weight.detach()
         if use.alias is not None:
             module.__dict__[self.attribute] = use.alias
@@ -294,7 +299,7 @@ class GradientHook:
             x = input_of(args, kwargs)
             if (kept := keep_input(x)) is not x:
                 use.kept = x, x._version, kept
-        module.__dict__.setdefault(self._key, []).append(use)
+        uses.append(use)
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
         """Forward hook, called without an output after an exception."""
@@ -304,6 +309,8 @@ class GradientHook:
         use = uses.pop()
         if not uses:
             del module.__dict__[self._key]
+        if use is None:
+            return None
         if use.alias is not None:
             module.__dict__.pop(self.attribute, None)
             # Of a call around this one, or of a replica. Else whatever stood there ends with this call too.
