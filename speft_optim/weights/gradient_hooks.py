@@ -285,6 +285,8 @@ class GradientHook:
         # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
         weight = getattr(module, self.attribute)
         use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
+        # Before anything that autograd sees: a recomputation that has all it needs ends there, in `after_forward`.
+        uses.append(use)
         if use.way is Way.VERIFY:
             take = functools.partial(self._judge, use, self._surroundings(module))
             other = torch.zeros((), requires_grad=True)
@@ -299,7 +301,6 @@ class GradientHook:
             x = input_of(args, kwargs)
             if (kept := keep_input(x)) is not x:
                 use.kept = x, x._version, kept
-        uses.append(use)
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
         """Forward hook, called without an output after an exception."""
