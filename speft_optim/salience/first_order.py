@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from speft_optim.distributed import average_, together, total
 from speft_optim.salience.accumulators import Piece
 from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
-from speft_optim.weights.gradient_hooks import GradientHook, Sink, Trust, hook_target, settle
+from speft_optim.weights.gradient_hooks import GradientHook, settle
+from speft_optim.weights.gradient_nodes import Accumulator
+from speft_optim.weights.observation import observe_gradient
+from speft_optim.weights.quantized_linear import ProductHook
 from speft_optim.weights.storage import DenseWeight, frozen_weight
 from speft_optim.weights.targets import Target
 from speft_optim.weights.verification import DenseGradient
@@ -31,7 +34,7 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: Lo
 
 
 class Observed:
-    """The weights of a group while their gradients are fed to sinks.
+    """The weights of a group while their gradients go to accumulators.
 
     Attributes:
         gradient_hooks: those on the modules that hold them.
@@ -40,7 +43,7 @@ class Observed:
     """
 
     def __init__(self):
-        self.gradient_hooks: list[GradientHook] = []
+        self.gradient_hooks: list[GradientHook | ProductHook] = []
         self.pending: list = []
         self.used_outside: set[str] = set()
 
@@ -54,8 +57,8 @@ class Observed:
         """Names of weights whose gradient is not, or not only, that of their layers' products."""
         return self.used_outside | {hook.name for hook in self.gradient_hooks if hook.told}
 
-    def watch(self, piece: Piece, sink: Sink, stack: contextlib.ExitStack) -> None:
-        """Feed the dense gradient of uses outside the modules to the sink too, while the stack is open."""
+    def watch(self, piece: Piece, accumulator: Accumulator, stack: contextlib.ExitStack) -> None:
+        """Give the accumulator the dense gradient of uses outside the modules too, while the stack is open."""
         parameter = piece.target.parameter
 
         def take(dense: Tensor) -> None:
@@ -66,7 +69,7 @@ class Observed:
                     piece.target.name,
                 )
             self.used_outside.add(piece.target.name)
-            sink.from_dense(dense)
+            accumulator.from_dense(dense)
 
         leaf = DenseGradient(take)
         leaf.open(parameter)
@@ -75,23 +78,23 @@ class Observed:
 
 @contextlib.contextmanager
 def observing(
-    group: list[Piece], sinks: dict[Piece, Sink], used_otherwise: set[str], trust: Trust = "verified"
+    group: list[Piece], accumulators: Mapping[Piece, Accumulator], used_otherwise: set[str]
 ) -> Iterator[Observed]:
-    """Feed the gradient of each piece's weight to its sink while this lasts.
+    """Let the gradient of each piece's weight go to its accumulator while this lasts.
 
     Args:
         group: the pieces.
-        sinks: where their gradients go.
+        accumulators: where their gradients go.
         used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
             that each is told of once; gets those that are found now.
-        trust: as for `gradient_hooks.GradientHook`; with "verified" uses outside the weights' modules count too.
     """
     anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
         for piece in group:
-            observed.gradient_hooks += hook_target(piece.target, anchor, sinks[piece], trust, observed.pending)
-            if trust == "verified" and _may_be_leaf(piece.target):
-                observed.watch(piece, sinks[piece], stack)
+            to = accumulators[piece]
+            observed.gradient_hooks += observe_gradient(piece.target, anchor, to, True, observed.pending)
+            if _may_be_leaf(piece.target):
+                observed.watch(piece, to, stack)
         for hook in observed.gradient_hooks:
             hook.told = hook.name in used_otherwise
             stack.callback(hook.remove)

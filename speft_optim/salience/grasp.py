@@ -12,7 +12,7 @@ Fused attention cannot be differentiated twice, so this pass uses PyTorch's plai
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -24,10 +24,9 @@ from speft_optim.salience.accumulators import Piece
 from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import input_of
-from speft_optim.weights.quantized_linear import differentiable
+from speft_optim.weights.observation import differentiable
 from speft_optim.weights.replacement import shadow
 from speft_optim.weights.targets import Target, is_linear, is_product
-from speft_optim.weights.verification import hook_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +129,9 @@ def hessian_gradient(
         others = {name: targets[name] for name in sorted(dense)}
         for name, target in others.items():
             if name not in known:
-                stack.enter_context(differentiable(*target.sites[0]))
-        leaves = [stack.enter_context(_gradient_to(piece)) for piece in group]
+                # Nothing asks for the gradient of these leaves, so none is formed.
+                stack.enter_context(differentiable(target, lambda gradient: None))
+        leaves = [stack.enter_context(differentiable(piece.target, piece.from_dense)) for piece in group]
         stack.enter_context(together())
         for batch in reader:
             value = (loss or model_loss)(model, batch)
@@ -152,22 +152,6 @@ def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], 
         if gradient is not None:
             parts.append((gradient.float() * store.get(target, torch.float32)).sum().to(step.device))
     return sum(parts) if parts else None
-
-
-@contextlib.contextmanager
-def _gradient_to(piece: Piece) -> Iterator[Tensor]:
-    """Let the weight require gradients and move each to the piece's accumulator as soon as it is complete."""
-
-    def move(leaf: Tensor) -> None:
-        piece.from_dense(leaf.grad)
-        leaf.grad = None
-
-    with differentiable(*piece.target.sites[0]) as leaf:
-        hook = hook_gradient(leaf, move)
-        try:
-            yield leaf
-        finally:
-            hook.remove()
 
 
 class _Times(torch.autograd.Function):

@@ -19,7 +19,8 @@ modules' forward methods.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from speft_optim.salience.accumulators import Piece
 from speft_optim.salience.batches import BatchReader, LossFunction
-from speft_optim.salience.first_order import observing
 from speft_optim.salience.model_state import plain_implementation
+from speft_optim.weights.gradient_hooks import GradientHook
 from speft_optim.weights.replacement import replace_method, shadow
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets, is_product, is_transposed_linear
@@ -44,13 +45,33 @@ def flow(model: nn.Module, reader: BatchReader | None, group: list[Piece], loss:
     """
     for piece in group:
         piece.allocate()
-    # Hooks first: where one shadows a weight, the absolute value is taken of its alias. A linear layer gets another
-    # forward here, which is ours.
-    gradient_hooks = observing(group, {piece: piece for piece in group}, set(), trust="always")
-    with plain_implementation(model, attention=False), gradient_hooks, linearised(model):
+    anchor = torch.zeros((), requires_grad=True)
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        stack.enter_context(plain_implementation(model, attention=False))
+        # Hooks first: where one shadows a weight, the absolute value is taken of its alias.
+        pieces = _observe_uses(group, anchor, stack)
+        stack.enter_context(linearised(model, pieces, anchor))
         logits = _logits_of_ones(model)
         if logits.requires_grad:
             logits.sum().backward()
+
+
+def _observe_uses(
+    group: list[Piece], anchor: Tensor, stack: contextlib.ExitStack
+) -> dict[tuple[nn.Module, str], list[Piece]]:
+    """Hook the weights that are no products, while the stack is open.
+
+    Returns:
+        The pieces of those that are, by module and attribute; the product that takes their place feeds these.
+    """
+    products = defaultdict(list)
+    for piece in group:
+        for module, attribute in piece.target.sites:
+            if is_product(module, attribute):
+                products[module, attribute].append(piece)
+            else:
+                stack.callback(GradientHook(module, attribute, anchor, piece, piece.target.name).remove)
+    return products
 
 
 def _logits_of_ones(model: nn.Module) -> Tensor:
@@ -71,14 +92,21 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def linearised(model: nn.Module) -> Iterator[None]:
-    """The model as the linearised network of its absolute weights, computing in fp64."""
+def linearised(model: nn.Module, pieces: Mapping[tuple[nn.Module, str], list[Piece]], anchor: Tensor) -> Iterator[None]:
+    """The model as the linearised network of its absolute weights, computing in fp64.
+
+    Args:
+        model: the model.
+        pieces: what gets the gradients of products, by module and attribute.
+        anchor: requires gradients, so that these are formed.
+    """
     targets = {site: target for target in all_targets(model).values() for site in target.sites}
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             own = [attribute for attribute, parameter in module._parameters.items() if parameter is not None]
             if is_product(module, "weight"):
-                _replace(module, _AbsoluteLinear(module, targets[module, "weight"]), stack)
+                site = module, "weight"
+                _replace(module, _AbsoluteLinear(module, targets[site], pieces.get(site, []), anchor), stack)
             elif type(module).__name__.endswith("Norm"):
                 _replace(module, _scale_of_layer_norm if isinstance(module, nn.LayerNorm) else _scale, stack)
             elif _is_activation(module):
@@ -97,26 +125,35 @@ def _replace(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) 
 class _AbsoluteLinear:
     """`x @ abs(W).T + abs(b)` in fp64."""
 
-    def __init__(self, module: nn.Module, target: Target):
-        self.target, self.transposed = target, is_transposed_linear(module, "weight")
+    def __init__(self, module: nn.Module, target: Target, pieces: list[Piece], anchor: Tensor):
+        self.target, self.pieces, self.anchor = target, pieces, anchor
+        self.transposed = is_transposed_linear(module, "weight")
 
     def __call__(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
-        output = _AbsoluteTimes.apply(x.double(), self.target, self.transposed)
+        anchor = self.anchor if self.pieces else None
+        output = _AbsoluteTimes.apply(x.double(), anchor, self.target, self.transposed, self.pieces)
         return output if module.bias is None else output + module.bias.abs().double()
 
 
 class _AbsoluteTimes(torch.autograd.Function):
-    """`x @ abs(W).T`, or `x @ abs(W)` of a transposed weight, in panels; W is read again in backward, not kept."""
+    """`x @ abs(W).T`, or `x @ abs(W)` of a transposed weight, in panels; W is read again in backward, not kept.
+
+    The gradient of abs(W) goes to the pieces as its two factors; the anchor makes sure that there is a backward.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, target: Target, transposed: bool) -> Tensor:
-        ctx.target, ctx.transposed = target, transposed
+    def forward(ctx, x: Tensor, anchor: Tensor | None, target: Target, transposed: bool, pieces: list[Piece]) -> Tensor:
+        ctx.target, ctx.transposed, ctx.pieces = target, transposed, pieces
+        ctx.save_for_backward(*((x,) if pieces else ()))
         return _times_rows(x, target) if transposed else _times_columns(x, target)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        for piece in ctx.pieces:
+            (x,) = ctx.saved_tensors
+            piece.from_product(*((x, gradient) if ctx.transposed else (gradient, x)))
         back = _times_columns if ctx.transposed else _times_rows
-        return back(gradient, ctx.target), None, None
+        return back(gradient, ctx.target), None, None, None, None
 
 
 def _panels(target: Target) -> Iterator[tuple[slice, Tensor]]:

@@ -18,27 +18,32 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.weights.bnb import LAYER_NAME, QuantizedWeight, quantized_linears
-from speft_optim.weights.gradient_hooks import Sink, keep_input, take_saved_input
+from speft_optim.weights.gradient_nodes import Accumulator, keep_input, take_saved_input
 from speft_optim.weights.quantized_state import STATE_KEYS, load_entries, save_entries
 from speft_optim.weights.scales import trained_entries
 from speft_optim.weights.storage import frozen_weight
-from speft_optim.weights.verification import record
 
 
 class _Product(torch.autograd.Function):
     """`x @ W.T`, or `x @ W`, with W made anew for each product; differentiable any number of times.
 
     `leaf` is None, or a tensor of W's shape that stands for it in the graph and gets its gradient. To each of `anchors`
-    belongs a sink (see `gradient_hooks.Sink`), which takes W's gradient as its two factors; that can be done once only.
+    belongs an accumulator, which takes W's gradient as its two factors; that can be done once only.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, leaf: Tensor | None, weight: QuantizedWeight, transposed: bool, sinks: tuple, *anchors: Tensor
+        ctx,
+        x: Tensor,
+        leaf: Tensor | None,
+        weight: QuantizedWeight,
+        transposed: bool,
+        accumulators: tuple[Accumulator, ...],
+        *anchors: Tensor,
     ) -> Tensor:
-        ctx.weight, ctx.transposed, ctx.sinks = weight, transposed, sinks
-        ctx.saved_input = take_saved_input(x) if sinks and leaf is None else None
-        wanted = leaf is not None or sinks and not ctx.saved_input
+        ctx.weight, ctx.transposed, ctx.accumulators = weight, transposed, accumulators
+        ctx.saved_input = take_saved_input(x) if accumulators and leaf is None else None
+        wanted = leaf is not None or accumulators and not ctx.saved_input
         ctx.save_for_backward(*((x, leaf) if wanted else ()))
         return _product(x, weight, transposed)
 
@@ -49,8 +54,8 @@ class _Product(torch.autograd.Function):
         leaf_gradient = back = None
         if ctx.needs_input_grad[1]:
             leaf_gradient = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(leaf.dtype)
-        fed = _feed(ctx.sinks, ctx.needs_input_grad[5:], left, right)
-        # A checkpoint gave up the input with this: it need not stand beside the dense weight and the input gradient.
+        fed = _feed(ctx.accumulators, ctx.needs_input_grad[5:], left, right)
+        # Drop x first: under checkpointing this is its last reference, and the dense weight comes next.
         del x, left, right
         if ctx.needs_input_grad[0] and torch.is_grad_enabled():
             back = _Product.apply(gradient, leaf, ctx.weight, not ctx.transposed, ())
@@ -59,12 +64,15 @@ class _Product(torch.autograd.Function):
         return back, leaf_gradient, None, None, None, *fed
 
 
-def _feed(sinks: tuple, needed: tuple[bool, ...], left: Tensor, right: Tensor) -> list[Tensor | None]:
-    """What the sinks that are asked make of a gradient `left.T @ right`."""
+def _feed(
+    accumulators: tuple[Accumulator, ...], needed: tuple[bool, ...], left: Tensor, right: Tensor
+) -> list[Tensor | None]:
+    """What the accumulators that are asked make of a gradient `left.T @ right`."""
     if any(needed) and torch.is_grad_enabled():
         raise RuntimeError("The values of a quantised weight can be differentiated once only; leave create_graph out.")
     factors = [torch.atleast_2d(factor) for factor in (left, right)] if any(needed) else ()
-    return [sink.from_product(*factors) if asked else None for sink, asked in zip(sinks, needed, strict=True)]
+    both = zip(accumulators, needed, strict=True)
+    return [accumulator.from_product(*factors) if asked else None for accumulator, asked in both]
 
 
 def _product(x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
@@ -85,7 +93,7 @@ class FrozenForward:
         self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.before = module.__dict__.get(self.attribute)
         self.leaf: Tensor | None = None
-        self.feeds: list[Feed] = []
+        self.gradient_hooks: list[ProductHook] = []
         module.__dict__[self.attribute] = self
         module.__dict__.update(dict.fromkeys(STATE_KEYS, "in state_dict() only"))
         self.hooks = [
@@ -96,13 +104,13 @@ class FrozenForward:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
         dtype = self.compute_dtype(x)
-        feeds = self.feeds if torch.is_grad_enabled() else ()
-        sinks, anchors = tuple(feed.sink for feed in feeds), (feed.anchor for feed in feeds)
-        operand = keep_input(x.to(dtype)) if feeds else x.to(dtype)
+        hooks = self.gradient_hooks if torch.is_grad_enabled() else ()
+        accumulators, anchors = tuple(hook.accumulator for hook in hooks), (hook.anchor for hook in hooks)
+        operand = keep_input(x.to(dtype)) if hooks else x.to(dtype)
         weight = frozen_weight(self.module)
         # The model may have moved since it came in.
         weight.place_scales()
-        output = _Product.apply(operand, self.leaf, weight, False, sinks, *anchors)
+        output = _Product.apply(operand, self.leaf, weight, False, accumulators, *anchors)
         if self.module.bias is not None:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)
@@ -124,10 +132,6 @@ class FrozenForward:
         device = x.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    def feed(self, anchor: Tensor, sink: Sink) -> "Feed":
-        """From now on let the weight's gradient of each product go to `sink`, whose answer is that of `anchor`."""
-        return Feed(self, anchor, sink)
-
     def remove(self) -> None:
         """Give the layer its own forward back."""
         for hook in self.hooks:
@@ -139,16 +143,28 @@ class FrozenForward:
             self.module.__dict__[self.attribute] = self.before
 
 
-class Feed:
-    """What a layer's product feeds; `remove` ends it, as that of a hook."""
+class ProductHook:
+    """Hands the two factors of a quantised layer's own product to an accumulator, as a `GradientHook` does.
 
-    def __init__(self, forward: FrozenForward, anchor: Tensor, sink: Sink):
-        self.forward, self.anchor, self.sink = forward, anchor, sink
-        forward.feeds.append(self)
+    It is a part of the product, so that nothing can come between the two, and needs no verification.
+    """
+
+    # Never found to be used otherwise.
+    told = False
+
+    def __init__(self, forward: FrozenForward, name: str, anchor: Tensor, accumulator: Accumulator):
+        self.forward, self.name, self.anchor, self.accumulator = forward, name, anchor, accumulator
+        forward.gradient_hooks.append(self)
 
     def remove(self) -> None:
-        """Feed the sink no more."""
-        self.forward.feeds.remove(self)
+        """Hand over no more."""
+        self.forward.gradient_hooks.remove(self)
+
+    def promote(self) -> None:
+        """Nothing waits for a verdict."""
+
+    def verify_again(self) -> None:
+        """There is nothing to verify."""
 
 
 @contextmanager
@@ -160,30 +176,6 @@ def frozen_forwards(model: nn.Module) -> Iterator[None]:
     finally:
         for forward in added:
             forward.remove()
-
-
-@contextmanager
-def differentiable(module: nn.Module, attribute: str) -> Iterator[Tensor]:
-    """A leaf that requires gradients and gets those of the weight: the parameter, or a stand-in that takes no memory.
-
-    A quantised layer must be computed by `frozen_forwards` or `patch_model`.
-    """
-    if (forward := forward_of(module)) is not None and attribute == "weight":
-        weight = frozen_weight(module)
-        forward.leaf = torch.zeros((), device=weight.device).expand(weight.shape).requires_grad_()
-        try:
-            yield forward.leaf
-        finally:
-            forward.leaf = None
-        return
-    parameter = module._parameters[attribute]
-    kept, parameter.grad = parameter.grad, None
-    record(parameter, True)
-    try:
-        yield parameter
-    finally:
-        record(parameter, False)
-        parameter.grad = kept
 
 
 def forward_of(module: nn.Module) -> FrozenForward | None:

@@ -15,8 +15,8 @@ from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link, unlink
-from speft_optim.weights.gradient_hooks import GradientHook, Sink, hook_target
-from speft_optim.weights.quantized_linear import forward_of
+from speft_optim.weights.gradient_nodes import Accumulator
+from speft_optim.weights.observation import observe_gradient
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
 from speft_optim.weights.verification import DenseGradient
@@ -40,7 +40,7 @@ class SparseWeight(AddedModule):
     """
 
     former: Mask | None = None
-    accumulator: Sink | None = None
+    accumulator: Accumulator | None = None
     # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
     _told_of_use = _is_unreduced = False
     # Whether it was told that something thawed the weights.
@@ -59,17 +59,12 @@ class SparseWeight(AddedModule):
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
-        self._gradient_hooks: list[GradientHook] = []
         self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if self._dense and verify else None
         self._remember()
+        self._hooks = []
         if self._dense:
-            self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
-            self._gradient_hooks = hook_target(target, self.values, self, "verified" if verify else "product")
-            self._hooks += self._gradient_hooks
-        else:
-            # The layer's stand-in reads the values anew in each product, and knows both factors of the gradient: one
-            # node in the graph instead of two, and no hook.
-            self._hooks = [forward_of(module).feed(self.values, self) for module, _ in target.sites]
+            self._hooks += [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
+        self._gradient_hooks = observe_gradient(target, self.values, self, verify)
 
     def check(self) -> None:
         """Refuse to go on without the weight.
@@ -316,7 +311,7 @@ class SparseWeight(AddedModule):
     def verify_again(self) -> None:
         """Compare the gradient of the next backward with autograd's own, as in the first."""
         for hook in self._gradient_hooks:
-            hook.verdict = None
+            hook.verify_again()
 
     def after_step(self) -> None:
         """The optimizer took a step: trust what backward verified."""
@@ -357,7 +352,7 @@ class SparseWeight(AddedModule):
         if self._change() is None:
             self.synchronize()
             self.base.release(self.values)
-        for hook in self._hooks:
+        for hook in self._hooks + self._gradient_hooks:
             hook.remove()
         if self._leaf is not None:
             self._leaf.close()
