@@ -13,16 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-def checked_path(path: object) -> Path:
-    """What a caller passed as a path.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{path!r} is a {type(path).__name__}; pass a path as a string or a pathlib.Path.")
-    return Path(path)
+from speft_optim.checks import checked_path
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -13,13 +13,13 @@ An entry that leaves keeps its trained value in the weight and never moves again
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.adapter_file import named_root
+from speft_optim.checks import check_callable, check_choice, check_share, check_whole
 from speft_optim.distributed import check_equal, check_equal_masks, is_distributed
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
@@ -27,7 +27,7 @@ from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.optim.state import SCHEDULE_KEYS, TURN_KEYS
 from speft_optim.salience.batches import Batches, check_batches, check_max_batches
 from speft_optim.salience.measures import Measure, measure_of
-from speft_optim.salience.selection import check_choice, is_whole, select_masks
+from speft_optim.salience.selection import check_together, select_masks
 from speft_optim.salience.streaming import TrainingSalience
 from speft_optim.weights.sparse_weight import SparseWeight, sparse_weights
 
@@ -290,8 +290,7 @@ class MaskSchedule:
 
     def _density_now(self) -> float:
         density = self.density(self.steps)
-        if not isinstance(density, Real) or not 0.0 < density <= 1.0:
-            raise ValueError(f"density({self.steps}) is {density!r}; it must give a share in (0, 1], such as 0.01.")
+        check_share(f"density({self.steps})", density, "a schedule must give a share, such as 0.01")
         return density
 
     def _count(self) -> int:
@@ -349,25 +348,20 @@ class MaskSchedule:
     def _check(self) -> None:
         for name, usual in (("interval", 1000), ("probe", 1), ("window", 8)):
             value = getattr(self, name)
-            if value is not None and (not is_whole(value) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1, such as {usual}.")
-        if not isinstance(self.moments, str) or self.moments not in ("reset", "carry"):
-            raise ValueError(f'moments={self.moments!r}; they are "reset" or "carry".')
-        check_choice(self.salience, self.scope)
-        if self.threshold is not None and not isinstance(self.threshold, Real):
-            raise TypeError(f"threshold={self.threshold!r} is no number; pass None or a share such as 0.8.")
-        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold={self.threshold} is outside (0, 1]; 0.8 selects anew below 80 % overlap.")
-        if self.density is not None and not callable(self.density):
-            raise TypeError(f"density={self.density!r} is not callable; pass a function of the step, or None.")
+            if value is not None:
+                check_whole(name, value, least=1, usual=usual)
+        check_choice("moments", self.moments, ("reset", "carry"))
+        check_together(self.salience, self.scope)
+        if self.threshold is not None:
+            check_share("threshold", self.threshold, "0.8 selects anew below 80 % overlap")
+        check_callable("density", self.density, "the step")
         if unknown := self.options.keys() - _OPTIONS:
             raise ValueError(
                 f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks; it takes "
                 f"memory_budget, {', '.join(sorted(_OPTIONS))}."
             )
-        budget = self.memory_budget
-        if self.window and budget is not None and (not is_whole(budget) or budget <= 0):
-            raise ValueError(f"memory_budget={budget!r} must be a positive number of bytes, such as 2 * 2**30.")
+        if self.window and self.memory_budget is not None:
+            check_whole("memory_budget", self.memory_budget, least=1, usual="2 * 2**30 bytes")
         check_max_batches(self.options.get("max_batches"))
         if isinstance(self.batches, Iterator):
             raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")

@@ -756,7 +756,7 @@ def test_two_runs_from_one_seed_are_bit_equal():
         (dict(params={"params": [nn.Parameter(torch.ones(2))]}), TypeError, "params is a dict;.* a list of groups"),
         (dict(params=[7]), TypeError, "got a int as a parameter; it trains tensors"),
         (dict(params=[{"params": {nn.Parameter(torch.ones(1))}}]), TypeError, "are a set.*pass a list"),
-        (dict(maximize="no"), TypeError, "maximize='no' is a str; pass a bool"),
+        (dict(maximize="no"), TypeError, "maximize='no' is a str; pass True or False"),
         (dict(magnitude_power=2), ValueError, "magnitude_power=2; it is 0 for one rate, 0.5 or 1"),
         (dict(magnitude_power="root"), ValueError, "magnitude_power='root'; it is 0 for one rate, 0.5 or 1"),
         (dict(params=[nn.Parameter(torch.tensor([1]), requires_grad=False)]), TypeError, "parameter of torch.int64"),

@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from speft_optim.files import checked_path, write_atomically, write_safetensors
+from speft_optim.checks import checked_path
+from speft_optim.files import write_atomically, write_safetensors
 from speft_optim.masks.collection import UNREADABLE, Masks, parts_of
 from speft_optim.masks.mask import Mask, places_outside
 from speft_optim.version import __version__

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speft_optim.files import checked_path, write_safetensors
+from speft_optim.checks import checked_path
+from speft_optim.files import write_safetensors
 from speft_optim.masks.mask import PROBES, Mask
 from speft_optim.masks.statistics import density_grid
 

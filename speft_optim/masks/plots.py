@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from speft_optim.files import checked_path, write_atomically
+from speft_optim.checks import checked_path
+from speft_optim.files import write_atomically
 from speft_optim.masks.mask import Mask
 from speft_optim.masks.statistics import concentration, density_grid, split_name
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.kernels.adamw import adamw_, fused_adamw
 from speft_optim.masks.mask import Mask
@@ -137,8 +138,7 @@ class SparseAdamW(Optimizer):
         **others: Any,
     ):
         check_others(others)
-        if not isinstance(on_nonfinite, str) or on_nonfinite not in ("skip", "raise", "ignore"):
-            raise ValueError(f'on_nonfinite={on_nonfinite!r}; it takes "skip", "raise" or "ignore".')
+        check_choice("on_nonfinite", on_nonfinite, ("skip", "raise", "ignore"))
         self._on_nonfinite = on_nonfinite
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         if not isinstance(params, Iterable) or isinstance(params, Tensor | dict | set):

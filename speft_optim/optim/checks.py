@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from speft_optim.checks import check_flag
 from speft_optim.kernels.magnitudes import POWERS
 from speft_optim.optim.moments import STATE_BITS
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -80,8 +81,7 @@ def check_options(options: dict[str, Any]) -> None:
     wrong_betas = f"betas={betas} must be two numbers in [0, 1), such as (0.9, 0.999)."
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(wrong_betas)
-    if not isinstance(options["maximize"], bool):
-        raise TypeError(f"maximize={options['maximize']!r} is a {type(options['maximize']).__name__}; pass a bool.")
+    check_flag("maximize", options["maximize"])
     numbers = [("lr", lr, 1e-3), ("eps", eps, 1e-8), ("weight_decay", decay, 1e-2)]
     for name, value, usual in (*numbers, ("betas", betas[0], 0.9), ("betas", betas[1], 0.999)):
         if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:

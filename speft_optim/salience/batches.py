@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from speft_optim.checks import check_whole
 from speft_optim.salience.model_state import RandomState
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,8 @@ def check_max_batches(max_batches: int | None) -> None:
         TypeError: it is no whole number.
         ValueError: it is less than 1.
     """
-    if max_batches is None:
-        return
-    if isinstance(max_batches, bool) or not isinstance(max_batches, Integral):
-        raise TypeError(f"max_batches={max_batches!r} is a {type(max_batches).__name__}; pass a whole number or None.")
-    if max_batches < 1:
-        raise ValueError(f"max_batches={max_batches} leaves no batch; pass at least 1, such as 64, or None for all.")
+    if max_batches is not None:
+        check_whole("max_batches", max_batches, least=1, usual="64, or None for all")
 
 
 def map_tensors(batch: Batch, change: Callable[[Any], Any]) -> Batch:

@@ -9,13 +9,13 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from speft_optim.checks import check_callable, check_choice, check_flag, check_share, check_whole, is_whole
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
@@ -100,11 +100,10 @@ def select_masks(
     model = unwrapped(model)
     with contextlib.ExitStack() as stack:
         with together():
-            measure = check_choice(salience, scope, offload, base)
+            measure = check_together(salience, scope, offload, base)
             check_differentiable(model)
             check_max_batches(max_batches)
-            if loss is not None and not callable(loss):
-                raise TypeError(f"loss={loss!r} is not callable; pass a function of (model, batch), or None.")
+            check_callable("loss", loss, "(model, batch)")
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
                 stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
@@ -117,14 +116,9 @@ def select_masks(
                 _check_amount(density, budget, sum(sizes.values()))
             if memory_budget is None:
                 memory_budget = default_memory_budget(next(iter(found.values())).device)
-            if not is_whole(memory_budget) or memory_budget <= 0:
-                raise ValueError(
-                    f"memory_budget={memory_budget!r} must be a positive number of bytes, such as 2 * 2**30."
-                )
-            if not is_whole(seed):
-                raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; pass a whole number, such as 0.")
-            if not isinstance(progress, bool):
-                raise TypeError(f"progress={progress!r} is a {type(progress).__name__}; pass True or False.")
+            check_whole("memory_budget", memory_budget, least=1, usual="2 * 2**30 bytes")
+            check_whole("seed", seed, usual=0)
+            check_flag("progress", progress)
         # What numpy counted may be of a width in which its products overflow.
         memory_budget = int(memory_budget)
         budget = int(budget) if is_whole(budget) else budget
@@ -154,7 +148,7 @@ def select_masks(
     return masks
 
 
-def check_choice(
+def check_together(
     salience: str | Callable[[Tensor, Tensor], Tensor],
     scope: str,
     offload: str | torch.device | None = None,
@@ -170,8 +164,7 @@ def check_choice(
         TypeError: the measure is neither a name nor a function.
     """
     measure = measure_of(salience)
-    if not isinstance(scope, str) or scope not in ("local", "global"):
-        raise ValueError(f"scope={scope!r} is not known; choose 'local' or 'global'.")
+    check_choice("scope", scope, ("local", "global"))
     if offload is None and base is not None:
         raise ValueError("base is read only with offload; pass offload='cuda' too, or load the model.")
     if offload is not None and measure.differentiates_twice:
@@ -247,13 +240,9 @@ def _check_amount(density: float | None, budget: int | None, total: int) -> None
     if (density is None) == (budget is None):
         raise ValueError(f"Give exactly one of density and budget; got density={density}, budget={budget}.")
     if density is not None:
-        if isinstance(density, bool) or not isinstance(density, Real):
-            raise TypeError(f"density={density!r} is a {type(density).__name__}; pass a number in (0, 1].")
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density={density} is outside (0, 1]; 0.01 keeps one entry in a hundred.")
+        check_share("density", density, "0.01 keeps one entry in a hundred")
     else:
-        if not is_whole(budget):
-            raise TypeError(f"budget={budget!r} is a {type(budget).__name__}; pass a whole number of entries.")
+        check_whole("budget", budget, usual=f"{max(1, total // 100)} entries")
         if not 1 <= budget <= total:
             raise ValueError(
                 f"budget={budget:,} is outside 1..{total:,}, the number of targeted entries; choose one of these."
@@ -269,11 +258,6 @@ def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, 
     for name, count in budget.items():
         if not is_whole(count) or not 0 <= count <= sizes[name]:
             raise ValueError(f"budget of {name} is {count!r}; pass a whole number of entries in 0..{sizes[name]:,}.")
-
-
-def is_whole(number: object) -> bool:
-    """Whether it is a whole number of Python or numpy, and no truth value."""
-    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 class _Ranges:
