@@ -4,23 +4,19 @@ PyTorch's `SparseAdam` takes sparse *gradients* of a dense parameter and keeps d
 and moments all have the length of the mask; the weight itself is written at the masked entries in the same step.
 """
 
-import copy
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.kernels.adamw import adamw_, fused_adamw
-from speft_optim.masks.mask import Mask
 from speft_optim.optim.checks import check_gradients, check_options, check_others, warn_of_dense_training
 from speft_optim.optim.moments import (
     carry_moments_,
@@ -29,20 +25,9 @@ from speft_optim.optim.moments import (
     store_moments_,
     unpack_moments,
 )
+from speft_optim.optim.saved_optimizer import SavedOptimizer
 from speft_optim.optim.state import (
-    FORMER_KEYS,
-    MASK_KEYS,
-    SCHEDULE_KEYS,
-    check_common,
-    check_saved,
-    check_saved_mask,
-    former_of,
     has_moments,
-    mask_of,
-    moment_keys,
-    positions_to_bits,
-    text_of,
-    text_to_tensor,
 )
 from speft_optim.optim.step import Prepared, mean_powers
 from speft_optim.weights.compact_values import linked
@@ -51,40 +36,7 @@ from speft_optim.weights.sparse_weight import SparseWeight
 logger = logging.getLogger(__name__)
 
 
-class Schedule(Protocol):
-    """What changes the masks during training; its state travels in the optimizer's.
-
-    Attributes:
-        keys: of the tensors that it keeps with each weight.
-        bytes_held: bytes of what it gathers for the next masks.
-    """
-
-    keys: tuple[str, ...]
-    bytes_held: int
-
-    def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Optimizer post-hook: a step was taken."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors of fixed shape under `SCHEDULE_KEYS`."""
-
-    def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Raise a ValueError if `load_state_dict` could not restore it."""
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
-
-    def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """What it keeps with one weight, under the rest of `keys`."""
-
-    def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Raise a ValueError if `load_state_of` could not restore it."""
-
-    def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Restore what `state_of` gave."""
-
-
-class SparseAdamW(Optimizer):
+class SparseAdamW(SavedOptimizer):
     """AdamW for `sparsify(model, masks)`; ordinary parameters among them get ordinary AdamW.
 
     Unlike `torch.optim.SparseAdam` (sparse gradients, dense state) everything it holds is as long as the mask.
@@ -118,10 +70,8 @@ class SparseAdamW(Optimizer):
         TypeError: a parameter is not a floating tensor, or an option is not known.
     """
 
-    _stepped = False
+    _own_attributes = (*SavedOptimizer._own_attributes, "_on_nonfinite", "_told_of_zeros")
     _told_of_zeros = False
-    skipped_steps = 0
-    schedule: Schedule | None = None
 
     def __init__(
         self,
@@ -309,12 +259,6 @@ class SparseAdamW(Optimizer):
         }
         return {**kinds, "total": sum(kinds.values())}
 
-    def follow(self, schedule: Schedule) -> None:
-        """Let a schedule change the masks from now on, after steps of this optimizer."""
-        self.schedule = schedule
-        self.register_step_post_hook(schedule.after_step)
-        self._reserve_state()
-
     def reset_moments(self, parameter: Tensor) -> None:
         """Forget the moments and step count of a parameter, as before its first step."""
         for key in [key for key in self.state[parameter] if key == "step" or key.startswith("exp_avg")]:
@@ -335,227 +279,3 @@ class SparseAdamW(Optimizer):
             bits = next(bits for p, bits in self._with_bits() if p is parameter)
             self.state[parameter]["step"] = max(taken).clone()
             new_moments_(self.state[parameter], parameter.detach(), bits)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, a schedule and its model included: torch's own leaves out all but groups and state.
-
-        A copy of the optimizer belongs to a copy of the model: copy both in one go, as `copy.deepcopy((model, o))`.
-        What the schedule was given must allow it too: a density that is a lambda cannot be pickled, a function can.
-        """
-        own = ("_on_nonfinite", "_stepped", "_told_of_zeros", "skipped_steps", "schedule")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Also called by `load_state_dict`, on one that has its hook already.
-        if "schedule" in state and self.schedule is not None:
-            # Not `follow`: the model of this copy may not be there yet.
-            self.register_step_post_hook(self.schedule.after_step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """For each parameter its moments, for each compact one also its values, mask and the weight's name and shape.
-
-        All of it is tensors under each parameter (see `state.py`), so that every tool for checkpoints carries it and
-        `torch.load(..., weights_only=True)` opens it. The counters of optimizer and schedule stand with each parameter.
-        """
-        live = self.state
-        complete = {p: self._saved_state(p, bits) for p, bits in self._with_bits() if p in live or p.requires_grad}
-        self.state = defaultdict(dict, complete)
-        try:
-            return super().state_dict()
-        finally:
-            self.state = live
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, dtypes kept, and write the values into the weights.
-
-        With a `MaskSchedule` the saved masks are restored too; graphs from before cannot go backward after that.
-
-        Raises:
-            ValueError: groups or parameters differ in number, a key is missing or damaged, or without a schedule a
-                parameter's mask is not the saved one; nothing is changed.
-        """
-        if isinstance(state_dict, dict):
-            state_dict = state_dict.copy()
-            for hook in self._optimizer_load_state_dict_pre_hooks.values():
-                changed = hook(self, state_dict)
-                state_dict = state_dict if changed is None else changed
-        try:
-            pairs, groups = self._checked_state(state_dict)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
-            raise ValueError(
-                f"The saved optimizer state is damaged ({type(error).__name__}: {error}); load another."
-            ) from error
-        # Not by torch's own loader, which would cast the moments to the parameter's dtype.
-        groups = [
-            {**({"param_names": own["param_names"]} if "param_names" in own else {}), **saved, "params": own["params"]}
-            for own, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True)
-        ]
-        self.__setstate__({"state": defaultdict(dict), "param_groups": groups})
-        self._stepped = False
-        for parameter, saved in pairs:
-            self._restore(parameter, saved)
-            if "skipped_steps" in saved:
-                self.skipped_steps = int(saved["skipped_steps"])
-            if self.schedule is not None and "schedule_steps" in saved:
-                self.schedule.load_state_dict(saved)
-                self.schedule.load_state_of(linked(parameter), saved)
-        self._reserve_state()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
-
-    def _saved_state(self, parameter: Tensor, state_bits: int) -> dict[str, Any]:
-        """What `state_dict` tells of a parameter."""
-        live, weight = self.state.get(parameter, {}), linked(parameter)
-        saved = {"step": torch.zeros((), dtype=torch.float32)}
-        if has_moments(live):
-            saved = {key: part for key, part in live.items() if key == "step" or key.startswith("exp_avg")}
-        else:
-            new_moments_(saved, parameter.detach(), state_bits)
-        saved["skipped_steps"] = torch.tensor(self.skipped_steps)
-        if weight is None:
-            return saved
-        weight.synchronize()
-        mask, device = weight.mask, parameter.device
-        # Copies, since a tool may load into them: the mask must not change unseen, nor the values beside the old mask.
-        saved.update(
-            values=parameter.detach().clone(),
-            indices=mask.indices.to(device, copy=True),
-            shape=torch.tensor(mask.shape, device=device),
-            name=text_to_tensor(weight.name, device),
-        )
-        if self.schedule is not None:
-            saved.update({**self.schedule.state_dict(), **self.schedule.state_of(weight)})
-        if "former" in self._own_keys(weight):
-            saved["former"] = positions_to_bits(weight.former, mask.shape.numel(), device)
-            saved["former_values"] = parameter.new_empty(0) if weight.former is None else weight.former_entries()
-        return saved
-
-    def _own_keys(self, weight: SparseWeight | None) -> list[str]:
-        """The keys of a saved state beside moments."""
-        keys = ["skipped_steps"]
-        if weight is not None:
-            keys += MASK_KEYS
-            if self.schedule is not None:
-                keys += self.schedule.keys
-            if self.schedule is not None or weight.former is not None:
-                keys += FORMER_KEYS
-        return keys
-
-    def _reserve_state(self) -> None:
-        """Let each parameter's state have all its keys from the start, of which tools that load ask it.
-
-        What is computed only as the state is saved, and moments before the first step, are empty tensors meanwhile.
-        """
-        for parameter, state_bits in self._with_bits():
-            weight = linked(parameter)
-            if weight is None and not parameter.requires_grad:
-                continue
-            state = self.state[parameter]
-            moments = () if has_moments(state) else moment_keys(state_bits)
-            for key in (*moments, *self._own_keys(weight)):
-                if key not in state:
-                    state[key] = torch.zeros(() if key == "step" else 0)
-
-    def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list]:
-        """Pairs of parameters with their saved state, and the saved groups."""
-        # States saved before there were rates by magnitude do not name a power.
-        groups = [{"magnitude_power": 0, **group} for group in state_dict["param_groups"]]
-        states = [state_dict["state"].get(key) or {} for group in groups for key in group["params"]]
-        self._check_origin(states)
-        sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"The saved optimizer has parameter groups of sizes {saved_sizes}, this one of {sizes}; "
-                "build it with the same masks and groups as the saved run."
-            )
-        pairs = list(zip(self._parameters(), states, strict=True))
-        for parameter, saved in pairs:
-            self._check_saved(parameter, saved)
-        for key in ("skipped_steps", *SCHEDULE_KEYS, "schedule_turn"):
-            check_common(key, [saved[key] for saved in states if key in saved])
-        if self.schedule is not None:
-            self.schedule.check_state_dict(next(saved for saved in states if "schedule_steps" in saved))
-        for group in groups:
-            check_options(group)
-        return pairs, groups
-
-    def _check_origin(self, states: list[dict[str, Any]]) -> None:
-        """Refuse what another optimizer saved."""
-        names = [weight.name for parameter in self._parameters() if (weight := linked(parameter)) is not None]
-        if names and not any("values" in saved for saved in states):
-            raise ValueError(
-                f"The saved optimizer state knows no values of {names[0]}: the state of a dense run, or of another "
-                "optimizer, cannot be used; start without it."
-            )
-
-    def _check_saved(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        """Refuse the state of another mask, or with a schedule of another weight, before anything is changed."""
-        weight = linked(parameter)
-        if weight is None:
-            if saved or parameter.requires_grad:
-                what = f"a parameter of shape {tuple(parameter.shape)}"
-                check_saved(what, parameter, saved, ("step", "exp_avg", "exp_avg_sq", *self._own_keys(None)))
-            return
-        weight.check()
-        if self.schedule is None and "schedule_steps" in saved:
-            raise ValueError(
-                "The saved run had a MaskSchedule, this optimizer has none; build that MaskSchedule before loading."
-            )
-        if self.schedule is not None and "values" in saved and "schedule_steps" not in saved:
-            raise ValueError(
-                "The saved state has no schedule_steps: that run had no MaskSchedule; load the state first, then build "
-                "the MaskSchedule."
-            )
-        kept = [key for key in self._own_keys(weight) if self.schedule is not None or key not in FORMER_KEYS]
-        fits = saved["values"] if self.schedule is not None and isinstance(saved.get("values"), Tensor) else parameter
-        check_saved(weight.name, fits, saved, ("step", "exp_avg", "exp_avg_sq", *kept))
-        self._check_mask(weight, check_saved_mask(weight.name, saved, weight.holds_entries), text_of(saved["name"]))
-        if self.schedule is not None and "schedule_steps" in saved:
-            self.schedule.check_state_of(weight, saved)
-
-    def _check_mask(self, weight: SparseWeight, mask: Mask, name: str) -> None:
-        fits = mask.shape == weight.mask.shape if self.schedule is not None else mask == weight.mask
-        if name != weight.name or not fits:
-            raise ValueError(
-                f"{weight.name} has mask {weight.mask.fingerprint()} ({len(weight.mask):,} entries), the saved state "
-                f"is of {name} with mask {mask.fingerprint()} ({len(mask):,} entries); sparsify the model with the "
-                "saved run's masks (Masks.load) before loading, or build the run's MaskSchedule before loading if it "
-                "had one."
-            )
-
-    @torch.no_grad()
-    def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        if has_moments(saved):
-            # The step is read at each step, which on a GPU would wait for it.
-            self.state[parameter] = {
-                key: part.detach().to("cpu" if key == "step" else parameter.device, copy=True)
-                for key, part in saved.items()
-                if key == "step" or key.startswith("exp_avg")
-            }
-        weight = linked(parameter)
-        if weight is not None:
-            mask = mask_of(saved)
-            if weight.mask != mask:
-                weight.change_mask(mask)
-            weight.restore_former(former_of(saved), saved.get("former_values"))
-            parameter.copy_(saved["values"])
-            weight.write()
-
-    def _restore_past_loading(self) -> None:
-        """Restore what was put straight into the live state, as `ZeroRedundancyOptimizer` does with a saved one."""
-        loaded = {p: state for p in self._parameters() if len((state := self.state.get(p, {})).get("values", ()))}
-        for parameter, saved in loaded.items():
-            self._check_saved(parameter, saved)
-        for parameter, saved in loaded.items():
-            del self.state[parameter]
-            self._restore(parameter, saved)
-            self.skipped_steps = int(saved["skipped_steps"])
-        self._reserve_state()
-
-    def _with_bits(self) -> list[tuple[Tensor, int]]:
-        """The parameters, each with the width of its group's moments."""
-        return [(parameter, group["state_bits"]) for group in self.param_groups for parameter in group["params"]]
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
