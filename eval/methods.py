@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from eval.compare import save_figure
+from eval.records import save_figure
 
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "shira")
 

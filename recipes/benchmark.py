@@ -39,6 +39,7 @@ if __package__ in (None, ""):  # started as `python recipes/benchmark.py`
 import torch
 from torch import Tensor, nn
 
+from eval.records import write_json
 from recipes import salience_cost
 from recipes.loss import linear_cross_entropy
 from recipes.memory import (
@@ -52,7 +53,6 @@ from recipes.memory import (
     peak_bytes,
     usable_bytes,
 )
-from recipes.report import write_json
 
 MODES = [
     "frozen-bf16",
@@ -181,9 +181,10 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
             optimizer_ms.append(last)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
-    check = verified_step(model, optimizer, ids, device) if method == "ours" and precision == "bf16" else {}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
+    del optimizer
+    check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
     import transformers
 
     return {
@@ -206,15 +207,16 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
     }
 
 
-def verified_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> dict:
-    """Time and peak of a step that compares each layer's gradient with autograd's, as the first step of a run does.
+def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, device: torch.device) -> dict:
+    """Time and peak of the first step after `sparsify`, which compares each layer's gradient with autograd's.
 
-    Taken last, when nothing is compiled or tuned any more; the peak of the whole run covers the first step too.
+    Masks are attached anew for it, when nothing is compiled or tuned any more; the peak of the whole run covers its own
+    first step too.
     """
-    from speft_optim.weights.sparse_weight import sparse_weights
+    from speft_optim import desparsify
 
-    for weight in sparse_weights(model):
-        weight.verify_again()
+    desparsify(model)
+    optimizer, _ = attach_ours(model, args)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     whole, _ = take_step(model, optimizer, ids, device)
@@ -356,7 +358,7 @@ def quantized_linear(plain: nn.Linear, precision: str, device: torch.device) -> 
 
 def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
     """A frozen model; its quantised layers are computed as ours are."""
-    from speft_optim.integrations import patch_model
+    from speft_optim import patch_model
 
     patch_model(model)
     # An optimizer of nothing, so that all modes share one step; the scalar belongs to no module.
@@ -375,13 +377,12 @@ def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim
 
 def random_masks(model: nn.Module, density: float, kind: str):
     """Masks of the seven projections: the same share of every row, or concentrated as gradients choose them."""
-    from speft_optim import Mask, Masks
-    from speft_optim.weights.targets import find_targets
+    from speft_optim import Mask, Masks, find_targets
 
     masks = Masks()
     for name, target in find_targets(model, PROJECTIONS).items():
         rows, columns = target.matrix_shape
-        device = target.parameter.device
+        device = target.device
         if kind == "uniform":
             count = max(1, round(density * columns))
             columns_of = torch.rand(rows, columns, device=device).topk(count, dim=1).indices.sort(dim=1).values

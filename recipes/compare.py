@@ -25,7 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes import compiled, loop, memory, moving, report
+from eval.records import write_json
+from recipes import compiled, loop, memory, moving
 from recipes.cells import Bench, Cell, check_cell
 from recipes.claims import claimed
 
@@ -151,7 +152,7 @@ def check_settings(args: argparse.Namespace, out: Path) -> None:
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     path = out / "settings.json"
     if not path.is_file():
-        report.write_json(settings, path)
+        write_json(settings, path)
     before = json.loads(path.read_text(encoding="utf-8"))
     if differing := sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
         name = differing[0]
@@ -195,7 +196,7 @@ class Worker:
         print(f"== {cell.name}", flush=True)
         begin = time.time()
         try:
-            report.write_json(self.bench.run(cell), result_of(cell, self.out))
+            write_json(self.bench.run(cell), result_of(cell, self.out))
         except Exception:  # whatever it is, the other cells can do without this one
             failure.write_text(traceback.format_exc(), encoding="utf-8")
             traceback.print_exc()

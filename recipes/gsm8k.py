@@ -44,11 +44,10 @@ if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
 
 import torch
 
+from eval.records import write_json
 from recipes import baselines, compiled, data, ending, loop, memory, models, moving, report
 from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
-from speft_optim import Masks, MaskSchedule, SparseAdamW, select_masks, sparsify
-from speft_optim.salience.measures import measure_of
-from speft_optim.weights.storage import frozen_weight
+from speft_optim import MEASURES, Masks, MaskSchedule, SparseAdamW, find_targets, select_masks, sparsify
 
 METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
 PRESETS = {
@@ -159,7 +158,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     method.add_argument("--budget", type=int, help="number of values to train, instead of --density")
     method.add_argument("--budget-rank", type=int, help="train as many values as LoRA of this rank, instead of both")
-    method.add_argument("--salience", help="measure that ranks the entries (default gradient, with --moving snip)")
+    method.add_argument(
+        "--salience",
+        choices=sorted(MEASURES),
+        metavar="MEASURE",
+        help="measure that ranks the entries (default gradient, with --moving snip)",
+    )
     method.add_argument(
         "--scope",
         choices=["local", "global"],
@@ -370,10 +374,9 @@ def default_rate(method: str, density: float, weight_size: float) -> float:
 
 
 def linear_weight_size(model: torch.nn.Module) -> float:
-    """Root mean square over all linear weights but the head's."""
-    head = model.get_output_embeddings()
-    weights = [frozen_weight(m) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    squares = sum(weight.dense(torch.float32).square().sum().item() for weight in weights)
+    """Root mean square over the linear weights of the blocks."""
+    weights = find_targets(model).values()
+    squares = sum(weight.rows(0, weight.matrix_shape[0]).float().square().sum().item() for weight in weights)
     return (squares / sum(weight.shape.numel() for weight in weights)) ** 0.5
 
 
@@ -495,7 +498,7 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
         scope=args.scope,
         targets=args.targets,
         # Second derivatives need the logits, which the model's own loss forms.
-        loss=None if measure_of(args.salience).differentiates_twice else loop.mean_loss,
+        loss=None if MEASURES[args.salience].differentiates_twice else loop.mean_loss,
         seed=args.seed,
     )
     masks.save(path)
@@ -580,7 +583,7 @@ class Run:
         yield
         seconds = self.record["seconds"]
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
-        report.write_json(self.record, self.out / "run.json")
+        write_json(self.record, self.out / "run.json")
 
     def score(self, when: str, checkpoint: Path, data_folder: str | None) -> None:
         """Score before or after training, unless that is known."""

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from recipes.loss import CHUNK_BYTES, DECODERS
-from speft_optim.kernels.product import PANEL_BYTES
 
 GIB = 2**30
 # Sold sizes, taken as 10^9 bytes a GB: cards with error correction have little more than that to give.
@@ -24,6 +23,8 @@ CARDS = (12, 16, 24, 40, 48, 80)
 OVERHEAD_BYTES = 3 * 2**28
 # Of cuBLAS, on an H100; other cards take less.
 WORKSPACE_BYTES = 64 * 2**20
+# The library forms the gradients of uniform masks in dense panels of at most so many bytes.
+PANEL_BYTES = 64 * 2**20
 
 SHAPES = {
     "llama3-8b": (

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from eval.checkpoints import fetch, load_tokenizer
-from speft_optim.integrations import patch_model
+from speft_optim import patch_model
 
 
 @dataclass(frozen=True)

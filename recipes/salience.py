@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
+from eval.records import save_figure, write_json
 from recipes import data, ending, models, report
-from speft_optim import Masks, select_masks
-from speft_optim.files import write_atomically
-from speft_optim.salience.measures import MEASURES
+from speft_optim import MEASURES, Masks, select_masks
 
 
 class PeakMemory:
@@ -126,7 +125,7 @@ def draw(shared: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_title("entries that two measures share, %")
     figure.colorbar(image, ax=axes, shrink=0.8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    save_figure(figure, path, dpi=130)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -152,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
         # Written before the next measure begins, which may take hours and fail.
         record["costs"].append(row)
         record["overlaps"] = overlaps(masks)
-        report.write_json(record, out / "salience.json")
+        write_json(record, out / "salience.json")
         masks[name].plot(out / f"mask_{name}.png")
     print(table(record["overlaps"]))
     draw(record["overlaps"], out / "overlap.png")

@@ -19,10 +19,7 @@ import torch
 from torch import nn
 
 from recipes.salience import PeakMemory
-from speft_optim import select_masks
-from speft_optim.salience.measures import MEASURES
-from speft_optim.salience.model_state import calibrating
-from speft_optim.weights.targets import find_targets
+from speft_optim import MEASURES, find_targets, select_masks
 
 
 def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:
@@ -131,15 +128,16 @@ def plain_passes(model: nn.Module, batches: list[dict], device: torch.device) ->
         parameter.grad = None
 
     weights = [target.parameter for target in find_targets(model).values()]
-    with calibrating(model):
-        hooks = []
-        for weight in weights:
-            weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(free))
-        for batch in batches:
-            model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
-        for hook, weight in zip(hooks, weights, strict=True):
-            hook.remove()
-            weight.requires_grad_(False)
+    # In evaluation mode, as estimation takes its passes.
+    model.eval()
+    hooks = []
+    for weight in weights:
+        weight.requires_grad_(True)
+        hooks.append(weight.register_post_accumulate_grad_hook(free))
+    for batch in batches:
+        model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+    for hook, weight in zip(hooks, weights, strict=True):
+        hook.remove()
+        weight.requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -16,6 +16,7 @@ from recipes import benchmark, memory
 from recipes.loss import frozen_head, linear_cross_entropy
 from recipes.memory import GIB, Shape, estimate, peak_bytes
 from speft_optim import Mask, SparseAdamW, select_masks, sparsify
+from speft_optim.kernels.product import PANEL_BYTES
 from speft_optim.weights.bnb import quantized_linears
 
 SMALL = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -206,6 +207,10 @@ def test_calibration_keeps_to_checkpointed_blocks(salience):
     assert all(found == masks[0] for found in masks)
     if salience == "gradient":
         assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_the_estimate_knows_the_librarys_panels():
+    assert memory.PANEL_BYTES == PANEL_BYTES
 
 
 @pytest.mark.parametrize(

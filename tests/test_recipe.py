@@ -29,6 +29,7 @@ from safetensors.torch import save as serialise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import speft_optim
+from eval import records
 from recipes import data, ending, gsm8k, loop, memory, models, moving, report, training_state
 from recipes.loss import frozen_head
 from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
@@ -489,7 +490,7 @@ def test_job_on_tiny_models(kind, method, folders, tmp_path, capsys):
     more += ["--density", 0.1] if method == "sparse" else []
     record = gsm8k.main(command(folders, kind, out, *more))
 
-    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(report._plain(record)))
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(records._plain(record)))
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
     assert len(record["history"]["loss"]) == record["steps"] == 6 and record["lr"] == 3e-3
     assert not (out / "resume").exists() and (out / "report.png").stat().st_size > 10_000
@@ -600,7 +601,7 @@ def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, mo
     assert resumed["history"]["loss"] == whole["history"]["loss"]
     files = [load_file(tmp_path / run / "adapter.safetensors") for run in ("whole", "killed")]
     assert_equal(*files)
-    assert resumed["adapter_sha256"] == report.sha256(out / "adapter.safetensors")
+    assert resumed["adapter_sha256"] == records.hash_files([out / "adapter.safetensors"])
     with pytest.raises(ValueError, match="is complete"):
         gsm8k.main(command(folders, "llama", out, *more, "--resume"))
 
