@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from eval.records import save_figure, write_json
-from recipes import data, ending, models, report
+from recipes import data, ending, models, report, word_problems
 from speft_optim import MEASURES, Masks, select_masks
 
 
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
         models.resolve(args.model, cache=args.cache), dtype=models.fastest_dtype(device), device=device
     )
     if args.data == "generator":
-        examples = data.generate(args.samples, split="train", seed=args.seed)
+        examples = word_problems.generate(args.samples, split="train", seed=args.seed)
     else:
         examples, _ = data.load_examples(args.data, train_limit=args.samples)
     samples = data.tokenize(tokenizer, examples, max_length=args.max_length)
