@@ -110,14 +110,27 @@ def score(
         "seconds": 0.0,
     }
     language_model = as_language_model(model, tokenizer, batch_size)
+    finish(record, language_model, loaded, None if out is None else Path(out))
+    return record
+
+
+def finish(record: dict, language_model, loaded: dict[str, dict], out: Path | None) -> None:
+    """Runs the tasks of a record that it still lists as unfinished, and writes it whenever one ends.
+
+    Args:
+        record: gets the results.
+        language_model: an lm-eval model.
+        loaded: each task by name, from `load_tasks`.
+        out: JSON file; None writes none.
+    """
+    options = {name: record[name] for name in ("limit", "chat_template", "seed")}
     for name in list(record["unfinished"]):
         start = time.perf_counter()
-        record["tasks"] |= run(language_model, loaded[name], limit=limit, chat_template=chat_template, seed=seed)
+        record["tasks"] |= run(language_model, loaded[name], **options)
         record["unfinished"].remove(name)
         record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
         if out is not None:
-            write_json(record, Path(out))
-    return record
+            write_json(record, out)
 
 
 def earlier_record(out: str | None, settings: dict) -> dict | None:

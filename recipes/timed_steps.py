@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from eval.records import package_version
 from recipes.loss import linear_cross_entropy
 from recipes.memory import GIB
 from recipes.peers import ATTACH
@@ -35,31 +36,39 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
         if number >= 2:
             step_ms.append(whole)
             optimizer_ms.append(last)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
-    del optimizer
-    check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
-    import transformers
-
-    return {
+    row = {
         "layers": model.config.num_hidden_layers,
         "trained": trained,
         "step_ms": round(statistics.median(step_ms), 1),
         "optimizer_ms": round(statistics.median(optimizer_ms), 2),
-        "peak_gib": None if peak is None else round(peak / GIB, 3),
-        "reserved_gib": None if reserved is None else round(reserved / GIB, 3),
-        "parts_gib": {
-            "weights": round(weights / GIB, 3),
-            "values and positions" if method == "ours" else "adapters": round(held / GIB, 3),
-            "moments": round(state / GIB, 3),
-            "activations and gradients": round(max(0, (peak or 0) - weights - held - state) / GIB, 3),
-        },
-        **check,
-        "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **memory_of(device, weights, "values and positions" if method == "ours" else "adapters", held, state),
+    }
+    del optimizer
+    check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return row | check | {"card": card} | {name: package_version(name) for name in ("torch", "transformers")}
+
+
+def memory_of(device: torch.device, weights: int, kind: str, held: int, state: int) -> dict:
+    """The peak so far, and its parts.
+
+    Args:
+        device: a GPU; elsewhere the peak is not known.
+        weights: bytes of the model.
+        kind: what is trained in it.
+        held: bytes of this.
+        state: bytes of the optimizer's moments.
+    """
+    on_card = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_card else 0
+    parts = {"weights": weights, kind: held, "moments": state}
+    parts["activations and gradients"] = max(0, peak - sum(parts.values()))
+    return {
+        "peak_gib": round(peak / GIB, 3) if on_card else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_card else None,
+        "parts_gib": {name: round(size / GIB, 3) for name, size in parts.items()},
     }
 
 
