@@ -10,11 +10,11 @@ samples. Runs on different problems are treated as independent.
 import argparse
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import numpy
+
+from eval.records import save_figure
 
 # Runs that differ in one of these do not differ by their weights alone.
 SETTINGS = ("chat_template", "prepends_bos", "batch_size", "max_gen_tokens", "dtype", "seed", "limit")
@@ -184,15 +184,6 @@ def group_name(key: tuple[str, str, str], found: list[dict]) -> str:
     task, metric, chosen = key
     counts = dict.fromkeys(str(row["n"]) for row in found if (row["task"], row["metric"], row["filter"]) == key)
     return f"{task}\n{metric if chosen == 'none' else chosen}\nn = {', '.join(counts)}"
-
-
-def save_figure(figure, path: Path) -> None:
-    """Saves under a temporary name and renames, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / "figure.png"
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,17 +4,15 @@ import difflib
 import hashlib
 import json
 import math
-import random
 from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
-import numpy
-import torch
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
+from transformers import set_seed
 
 from eval.model import quiet
 
@@ -124,9 +122,7 @@ def run(
         chat_template: wrap each prompt in the model's chat template, solved examples as earlier turns.
         seed: seeds Python's, NumPy's and PyTorch's generators.
     """
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    set_seed(seed)
     # lm-eval gives no way to switch this one bar off; `disable=None` shows it on a terminal only.
     with mock.patch("lm_eval.api.task.tqdm", partial(tqdm, disable=None)):
         results = evaluate(

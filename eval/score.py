@@ -14,13 +14,11 @@ The file is written whenever a task ends. The same command again goes on after a
 """
 
 import argparse
-import hashlib
 import json
 import platform
 import re
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ import torch
 from eval.checkpoints import begins_with_bos, fetch, load_tokenizer
 from eval.harness import check_names, load_tasks, run
 from eval.model import as_language_model, load_model
-from speft_optim.files import write_atomically
+from eval.records import hash_files, package_version, write_json
 
 PACKAGES = ("torch", "transformers", "lm_eval")
 
@@ -112,14 +110,27 @@ def score(
         "seconds": 0.0,
     }
     language_model = as_language_model(model, tokenizer, batch_size)
+    finish(record, language_model, loaded, None if out is None else Path(out))
+    return record
+
+
+def finish(record: dict, language_model, loaded: dict[str, dict], out: Path | None) -> None:
+    """Runs the tasks of a record that it still lists as unfinished, and writes it whenever one ends.
+
+    Args:
+        record: gets the results.
+        language_model: an lm-eval model.
+        loaded: each task by name, from `load_tasks`.
+        out: JSON file; None writes none.
+    """
+    options = {name: record[name] for name in ("limit", "chat_template", "seed")}
     for name in list(record["unfinished"]):
         start = time.perf_counter()
-        record["tasks"] |= run(language_model, loaded[name], limit=limit, chat_template=chat_template, seed=seed)
+        record["tasks"] |= run(language_model, loaded[name], **options)
         record["unfinished"].remove(name)
         record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
         if out is not None:
-            write_json(Path(out), record)
-    return record
+            write_json(record, out)
 
 
 def earlier_record(out: str | None, settings: dict) -> dict | None:
@@ -142,14 +153,6 @@ def environment(model: torch.nn.Module) -> dict:
         "device": device,
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
     }
-
-
-def package_version(name: str) -> str | None:
-    """Returns the version of a package; None where it runs from a source tree that was never installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def find_checkpoint(checkpoint: str) -> Path:
@@ -199,25 +202,6 @@ def check_dtype(dtype: str | None) -> None:
     found = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16, or None for the default")
-
-
-def hash_files(paths: list[Path]) -> str:
-    """SHA-256 over the bytes of the files in this order; of one file it is what `sha256sum` prints."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Writes under a temporary name and renames, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One line for the values of all problems, not one each. Strings hold no raw newline, so none is touched.
-    text = json.dumps(record, indent=2)
-    text = re.sub(r"\[\n[\d\s.,e+-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def table(record: dict) -> str:

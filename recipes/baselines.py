@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from speft_optim.weights.targets import find_targets
+from speft_optim import find_targets
 
 # By method, the configuration for a rank, the names of the layers and a seed.
 ADAPTERS: dict[str, Callable] = {

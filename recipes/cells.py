@@ -1,23 +1,10 @@
-"""One cell of a comparison: a method at a budget, a learning rate and a seed, trained and judged.
+"""Cells of a comparison: a method at a budget, a learning rate and a seed."""
 
-Every method gets the same data in the same order, the same loop and the same number of trained values, and is judged as
-the checkpoint that it would be published as: merged, in the base's dtype.
-"""
-
-import copy
-import subprocess
-import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from recipes import baselines, compiled, data, forgetting, loop, models, moving, report
-from recipes.claims import claimed
-from speft_optim import Masks, SparseAdamW, select_masks, sparsify
+from eval.records import read_json_lines
+from recipes import baselines
 
 SALIENCES = ("snip", "gradient", "magnitude", "random")
 STATIC = tuple(f"static-{salience}" for salience in SALIENCES)
@@ -63,189 +50,30 @@ def check_cell(cell: Cell) -> None:
         raise ValueError(f"the budget rank of {cell.method} is {cell.budget_rank}; full has none, others at least 1")
 
 
-@dataclass
-class Trained:
-    """What a cell trains in its model.
+def read_cells(path: Path) -> list[Cell]:
+    """Read a file with one cell a line.
 
-    Attributes:
-        kind: `sparse`, `full`, or the name of an adapter.
-        optimizer: over it.
-        counted: the number of `trained` values, and of what `budget`, `rank` and `density`.
-        adapter: peft's wrapper around the model, if any.
+    Raises:
+        ValueError: there is no such file, it is empty, or a line is none of a cell.
     """
-
-    kind: str
-    optimizer: torch.optim.Optimizer
-    counted: dict
-    adapter: torch.nn.Module | None = None
-
-
-class Bench:
-    """A model and data, loaded once for many cells.
-
-    Args:
-        args: the settings of the comparison.
-        out: its folder, which keeps the texts for forgetting.
-    """
-
-    def __init__(self, args: Namespace, out: Path):
-        self.args, self.out = args, out
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = getattr(torch, args.dtype) if args.dtype != "auto" else models.fastest_dtype(self.device)
-        base = models.resolve(args.model, cache=args.cache)
-        model, self.tokenizer = models.load(base, dtype=self.dtype, device=self.device)
-        self.pad_id = self.tokenizer.pad_token_id
-        train, test = data.load_examples(args.data, train_limit=args.train_limit)
-        self.samples = data.tokenize(self.tokenizer, train, max_length=args.max_length)
-        self.test = data.tokenize(self.tokenizer, test[: args.test_limit], max_length=args.max_length)
-        with claimed(out / "texts.claim", wait=True):
-            self.texts = forgetting.load_texts(out / "texts.json", model, self.tokenizer)
-        self.base = self.judge(model)
-        # Each cell trains a copy of it, so that nothing of one cell reaches the next.
-        self.pristine = model.cpu()
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a cell."""
-        per_epoch = data.steps_per_epoch(len(self.samples), self.args.batch_size * self.args.accumulation)
-        return self.args.steps or max(1, round(self.args.epochs * per_epoch))
-
-    def run(self, cell: Cell) -> dict:
-        """Train and judge a cell; its record."""
-        begin = time.perf_counter()
-        torch.manual_seed(cell.seed)
-        model = copy.deepcopy(self.pristine).to(self.device).requires_grad_(True)
-        with _peak(self.device) as selecting:
-            trained = self.attach(model, cell)
-        attached = time.perf_counter()
-        with _peak(self.device) as training, models.products_of(self.dtype):
-            history = self.train(model, trained, cell)
-        ended = time.perf_counter()
-        record = asdict(cell) | trained.counted | {"steps": self.steps, "problems": len(self.samples)}
-        if trained.adapter is not None:
-            record["unmerged_test_loss"] = self.test_loss(model)
-            model = trained.adapter.merge_and_unload()
-        del trained.optimizer
-        record |= self.judge(model.to(self.dtype))
-        record["forgetting"] = {kind: record[f"{kind}_loss"] - self.base[f"{kind}_loss"] for kind in self.texts}
-        record |= {"base": self.base, "test_problems": len(self.test)}
-        record |= {"peak_bytes": training.get("bytes"), "attach_peak_bytes": selecting.get("bytes")}
-        record["tokens_per_second"] = history.tokens_per_second_after(loop.READ_EVERY)
-        record |= {"train_loss": history.loss, "skipped_steps": history.skipped_steps}
-        record["seconds"] = {
-            "attach": attached - begin,
-            "train": ended - attached,
-            "judge": time.perf_counter() - ended,
-        }
-        return record | {"workers": self.args.workers, "machine": report.machine(), "commit": commit()}
-
-    def attach(self, model, cell: Cell) -> "Trained":
-        """Attach what the cell trains."""
-        options = dict(lr=cell.rate, weight_decay=self.args.weight_decay)
-        if cell.method == "full":
-            # The master weights; products are cast.
-            model.float()
-            count = sum(parameter.numel() for parameter in model.parameters())
-            return Trained("full", baselines.optimizer_over(model, **options), {"trained": count})
-        layers = baselines.linear_layers(model)
-        budget = baselines.trained_values(layers, cell.budget_rank)
-        share = {"density": budget / sum(layer.weight.numel() for layer in layers.values())}
-        if cell.method in baselines.ADAPTERS:
-            adapter, counted = baselines.attach_adapter(model, cell.method, budget=budget, seed=cell.seed)
-            optimizer = baselines.optimizer_over(model, **options)
-            return Trained(cell.method, optimizer, counted | share, adapter)
-        kind, salience = cell.method.split("-")
-        optimizer = SPARSE[kind](self, model, salience, budget, cell.seed, options)
-        count = sum(values.numel() for group in optimizer.param_groups for values in group["params"])
-        if count != budget:
-            raise ValueError(f"{cell.method} trains {count:,} values, not the {budget:,} of its budget")
-        return Trained("sparse", optimizer, {"budget": budget, "trained": count} | share)
-
-    def train(self, model, trained: "Trained", cell: Cell) -> loop.History:
-        """Train what is attached."""
-        args = self.args
-        if args.compile:
-            compiled.compile_model(model, args.compile)
-        history = loop.train(
-            model,
-            trained.optimizer,
-            self.samples,
-            steps=self.steps,
-            batch_size=args.batch_size,
-            accumulation=args.accumulation,
-            pad_id=self.pad_id,
-            warmup=args.warmup,
-            schedule=args.schedule,
-            clip=args.clip,
-            seed=cell.seed,
-            autocast=baselines.autocast_dtype(trained.kind, self.device),
-            pool=args.length_pool,
-            pad_multiple=args.pad_multiple,
-        )
-        if args.compile:
-            compiled.uncompile(model)
-        return history
-
-    def test_loss(self, model) -> float:
-        """Mean loss over the answer tokens of all test problems."""
-        return loop.evaluate(model, self.test, batch_size=self.args.judge_batch_size, pad_id=self.pad_id)
-
-    def judge(self, model) -> dict[str, float]:
-        """The losses of a model, frozen for all methods alike: `test_loss`, and one for each kind of text."""
-        model.requires_grad_(False)
-        losses = {"test_loss": self.test_loss(model)}
-        for kind, samples in self.texts.items():
-            options = dict(batch_size=self.args.judge_batch_size, pad_id=self.pad_id)
-            losses[f"{kind}_loss"] = loop.evaluate(model, samples, **options)
-        return losses
+    cells = []
+    for where, row in read_json_lines(path):
+        try:
+            cells.append(_as_cell(row))
+        except TypeError as error:
+            raise ValueError(
+                f'{where} is no cell ({error}); write it as {{"method": "lora", "budget_rank": 4, "rate": 0.003, '
+                '"seed": 0}'
+            ) from error
+    if not cells:
+        raise ValueError(f"{path} holds no cells; write one a line")
+    return cells
 
 
-def attach_static(bench: Bench, model, salience: str, budget: int, seed: int, options: dict) -> torch.optim.Optimizer:
-    """Choose a mask once, by training problems drawn by the seed, and attach its values; the optimizer over them."""
-    masks = _choose(bench, model, salience, budget, seed)
-    # The loop looks at each gradient's norm, so the optimizer need not.
-    return SparseAdamW(sparsify(model, masks), on_nonfinite="ignore", **options)
-
-
-def attach_moving(bench: Bench, model, salience: str, budget: int, seed: int, options: dict) -> torch.optim.Optimizer:
-    """The same with masks over all weights together that move from there on."""
-    masks = _choose(bench, model, salience, budget, seed, scope="global")
-    args = bench.args
-    power = moving.power_for(masks.density) if args.magnitude_power is None else args.magnitude_power
-    steps = dict(window=args.window, interval=args.interval)
-    settings = dict(salience=salience, power=power, **steps, on_nonfinite="ignore")
-    optimizer, _ = moving.attach(model, masks, **settings, **options)
-    return optimizer
-
-
-def _choose(bench: Bench, model, salience: str, budget: int, seed: int, **options) -> Masks:
-    """Masks by training problems that are drawn by the seed."""
-    count, size = bench.args.calibration_samples, bench.args.batch_size
-    batches = data.calibration_batches(bench.samples, count, size, pad_id=bench.pad_id, seed=seed)
-    with models.products_of(bench.dtype):
-        options = dict(salience=salience, budget=budget, seed=seed, **options)
-        return select_masks(model, batches, loss=loop.mean_loss, **options)
-
-
-# By the first half of a method's name.
-SPARSE: dict[str, Callable[..., torch.optim.Optimizer]] = {"static": attach_static, "moving": attach_moving}
-
-
-@contextmanager
-def _peak(device: torch.device) -> Iterator[dict[str, int]]:
-    """The most `bytes` that tensors take on a GPU within the block; nothing on a CPU."""
-    measured: dict[str, int] = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield measured
-    if device.type == "cuda":
-        measured["bytes"] = torch.cuda.max_memory_allocated(device)
-
-
-def commit() -> str | None:
-    """The commit of the source tree, where it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _as_cell(row: object) -> Cell:
+    cell = Cell(**row)
+    numbers = {"rate": (int, float), "seed": (int,), "budget_rank": (int, type(None))}
+    for name, kinds in numbers.items():
+        if type(getattr(cell, name)) not in kinds:
+            raise TypeError(f"its {name} is {getattr(cell, name)!r}")
+    return cell

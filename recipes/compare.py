@@ -19,15 +19,12 @@ import json
 import multiprocessing
 import sys
 import time
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from tqdm import tqdm
-
-from recipes import compiled, loop, memory, moving, report
-from recipes.cells import Bench, Cell, check_cell
-from recipes.claims import claimed
+from eval.records import write_json
+from recipes import compiled, loop, memory, moving
+from recipes.cells import Cell, check_cell, read_cells
+from recipes.workers import Worker, check_ended, result_of, watch, work
 
 # What may differ between commands that fill one folder.
 FREE = ("cells", "methods", "budget_ranks", "rates", "seeds", "out", "workers", "minutes", "cache")
@@ -115,33 +112,6 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def read_cells(path: Path) -> list[Cell]:
-    """Read a file with one cell a line."""
-    if not path.is_file():
-        raise ValueError(f"no such file of cells: {path}")
-    cells = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            cells += [_read_cell(line)] if line.strip() else []
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f'{path}, line {number} is no cell ({error}); write it as {{"method": "lora", "budget_rank": 4, '
-                '"rate": 0.003, "seed": 0}'
-            ) from error
-    if not cells:
-        raise ValueError(f"{path} holds no cells; write one a line")
-    return cells
-
-
-def _read_cell(line: str) -> Cell:
-    cell = Cell(**json.loads(line))
-    numbers = {"rate": (int, float), "seed": (int,), "budget_rank": (int, type(None))}
-    for name, kinds in numbers.items():
-        if type(getattr(cell, name)) not in kinds:
-            raise TypeError(f"its {name} is {getattr(cell, name)!r}")
-    return cell
-
-
 def check_settings(args: argparse.Namespace, out: Path) -> None:
     """Write what all cells have in common, or compare it with what is there.
 
@@ -151,99 +121,13 @@ def check_settings(args: argparse.Namespace, out: Path) -> None:
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     path = out / "settings.json"
     if not path.is_file():
-        report.write_json(settings, path)
+        write_json(settings, path)
     before = json.loads(path.read_text(encoding="utf-8"))
     if differing := sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
         name = differing[0]
         raise ValueError(
             f"--{name.replace('_', '-')} is {settings.get(name)}, but the cells in {out} were trained with "
             f"{before.get(name)}; repeat that, or choose another --out"
-        )
-
-
-class Worker:
-    """Takes cells until none is left.
-
-    Args:
-        args: the command line.
-        begin: when the command began, as `time.time()`.
-    """
-
-    def __init__(self, args: argparse.Namespace, begin: float):
-        self.args, self.out = args, Path(args.out)
-        self.end = None if args.minutes is None else begin + 60 * args.minutes
-        self.longest, self.bench = 0.0, None
-
-    def run(self, cells: list[Cell]) -> None:
-        """Train those that nobody has trained or is at."""
-        for cell in tqdm(cells, desc="cells", disable=None):
-            with claimed(self.out / "claims" / cell.name) as mine:
-                if not mine or result_of(cell, self.out).exists() or not self.has_time():
-                    continue
-                self.bench = self.bench or Bench(self.args, self.out)
-                self.train(cell)
-
-    def has_time(self) -> bool:
-        """Whether a cell that takes as long as the longest so far would end in time."""
-        return self.end is None or time.time() + self.longest <= self.end
-
-    def train(self, cell: Cell) -> None:
-        """Train one cell and write its result; where it fails, what went wrong goes to a file beside."""
-        # Anew for an earlier failure of this very cell.
-        failure = result_of(cell, self.out).with_suffix(".error")
-        failure.unlink(missing_ok=True)
-        print(f"== {cell.name}", flush=True)
-        begin = time.time()
-        try:
-            report.write_json(self.bench.run(cell), result_of(cell, self.out))
-        except Exception:  # whatever it is, the other cells can do without this one
-            failure.write_text(traceback.format_exc(), encoding="utf-8")
-            traceback.print_exc()
-        self.longest = max(self.longest, time.time() - begin)
-
-
-def result_of(cell: Cell, out: Path) -> Path:
-    """The file of a cell's result."""
-    return out / "cells" / f"{cell.name}.json"
-
-
-def work(args: argparse.Namespace, cells: list[Cell], begin: float, number: int) -> None:
-    """Be one of several workers; what it prints goes to a file."""
-    with (Path(args.out) / f"worker-{number}.log").open("a", buffering=1) as log, redirect_stdout(log):
-        with redirect_stderr(log):
-            try:
-                Worker(args, begin).run(cells)
-            except Exception:
-                traceback.print_exc()
-                raise
-
-
-def watch(processes: list, cells: list[Cell], out: Path) -> None:
-    """Show how many cells are there until all workers have ended."""
-    bar = tqdm(total=len(cells), desc="cells", disable=None)
-    while True:
-        alive = any(process.is_alive() for process in processes)
-        bar.n = sum(result_of(cell, out).exists() for cell in cells)
-        bar.refresh()
-        if not alive:
-            bar.close()
-            return
-        time.sleep(1)
-
-
-def check_ended(processes: list, out: Path) -> None:
-    """Say which workers did not come to their end, as one that was killed or could not load the model.
-
-    Raises:
-        ValueError: one did not; all cells that were trained are there.
-    """
-    if ended := [number for number, process in enumerate(processes) if process.exitcode]:
-        number = ended[0]
-        lines = (out / f"worker-{number}.log").read_text(encoding="utf-8").splitlines()
-        raise ValueError(
-            f"{len(ended)} of {len(processes)} workers ended early, the first with exit code "
-            f"{processes[number].exitcode}: {lines[-1] if lines else 'it said nothing'}; see {out}/worker-*.log, and "
-            "repeat the command for the cells that are missing"
         )
 
 

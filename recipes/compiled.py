@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from recipes import loss
-from speft_optim.weights.sparse_weight import sparsified_roots
 
 MODES = ("parts", "blocks", "graphs")
 _ROTARY = "apply_rotary_pos_emb"
@@ -42,16 +41,9 @@ def compile_model(model: nn.Module, how: str = "parts", *, backend: str = "induc
     for module in modules:
         module.compile(**options)
     loss.chunk_loss = torch.compile(loss._chunk_loss, **options)
-    if how == "parts":
-        if (rotary := getattr(_code_of(model), _ROTARY, None)) is not None:
-            model.__dict__["_rotary_before"] = rotary
-            setattr(_code_of(model), _ROTARY, torch.compile(rotary, **options))
-    elif sparsified_roots(model):
-        from speft_optim.eager import refresh_all
-
-        # A compiled block cannot see whether its values changed, and the loss calls the decoder, not the model.
-        hook = model.get_decoder().register_forward_pre_hook(lambda decoder, args: refresh_all(model, args))
-        model.__dict__["_refresh_of_compiled"] = hook
+    if how == "parts" and (rotary := getattr(_code_of(model), _ROTARY, None)) is not None:
+        model.__dict__["_rotary_before"] = rotary
+        setattr(_code_of(model), _ROTARY, torch.compile(rotary, **options))
 
 
 def uncompile(model: nn.Module) -> None:
@@ -61,8 +53,6 @@ def uncompile(model: nn.Module) -> None:
     loss.chunk_loss = loss._chunk_loss
     if (rotary := model.__dict__.pop("_rotary_before", None)) is not None:
         setattr(_code_of(model), _ROTARY, rotary)
-    if (hook := model.__dict__.pop("_refresh_of_compiled", None)) is not None:
-        hook.remove()
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
+from eval.records import hash_files, whole_folder
 from recipes import report
 from recipes.baselines import plain_layers
 from recipes.training_state import History, load_checkpoint, save_checkpoint, training_state_bytes
 from speft_optim import Masks, save_adapter
-from speft_optim.files import whole_folder
 
-# Hidden names of temporary files and folders, here and in `speft_optim.files`, all end so.
+# Hidden names of temporary files and folders, here, in `eval.records` and of the library, all end so.
 TEMPORARY = ".*.tmp"
 
 
@@ -34,7 +34,7 @@ def save_model(model, tokenizer, out: Path) -> None:
 def save_masked_entries(model, out: Path, salience: str) -> str:
     """Write the adapter to `out/adapter.safetensors`; its checksum."""
     save_adapter(model, out / "adapter.safetensors", details={"measure": salience})
-    return report.sha256(out / "adapter.safetensors")
+    return hash_files([out / "adapter.safetensors"])
 
 
 def check_packages(*, scoring: bool) -> None:

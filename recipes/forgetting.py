@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from eval.checkpoints import text_prefix
-from recipes import report
+from eval.records import write_json
 from recipes.data import Sample
 
 COUNT, OWN_LENGTH, DOCUMENTATION_LENGTH = 64, 128, 256
@@ -34,7 +34,7 @@ def load_texts(path: Path, model, tokenizer, *, seed: int = 0) -> dict[str, list
         texts = {"own": own_texts(model, tokenizer, seed=seed), "documentation": documentation(tokenizer, seed=seed)}
         source = {"own": f"sampled from the base model, seed {seed}"}
         source["documentation"] = f"pydoc_data.topics of Python {platform.python_version()}"
-        report.write_json({"source": source, "texts": texts}, path)
+        write_json({"source": source, "texts": texts}, path)
     texts = json.loads(path.read_text(encoding="utf-8"))["texts"]
     return {kind: [Sample(ids, ids) for ids in rows] for kind, rows in texts.items()}
 

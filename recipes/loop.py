@@ -14,25 +14,17 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
-from recipes.compiled import eagerly
-from recipes.data import IGNORED, Sample, collate, make_batches, sample_windows
-from recipes.loss import frozen_head, is_known, linear_cross_entropy
-from recipes.training_state import (
-    History,
-    load_checkpoint,
-    newest_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from recipes.batch_loss import summed_loss
+from recipes.data import Sample, sample_windows
+from recipes.random_state import random_state, restore_random_state
+from recipes.training_state import History, load_checkpoint, newest_checkpoint, save_checkpoint
+from recipes.windows import Window, prepare
 
 # Steps between two looks at the losses, which stay on the device till then.
 READ_EVERY = 10
@@ -55,136 +47,6 @@ def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float
     if schedule == "linear":
         return 1 - progress
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
-
-
-def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, Tensor | int]:
-    """Find out what the loss needs to know of a batch, best where it still is on the CPU: a GPU would be waited for.
-
-    Args:
-        batch: `input_ids`, `attention_mask`, `labels`, each (batch, length).
-        multiple: pad `places` and `targets` to a length that this divides, so that shapes repeat.
-
-    Returns:
-        The batch with `places`, the positions in (batch * length) that predict a label token, `targets`, these tokens,
-        and their number `count`. It has no mask where padding is on the right: nothing looks at what comes behind it,
-        and attention without a mask is faster and need not look whether the mask is all ones.
-    """
-    length, counted = batch["labels"].shape[1], batch["labels"][:, 1:] != IGNORED
-    rows, columns = counted.nonzero(as_tuple=True)
-    found = {"places": rows * length + columns, "targets": batch["labels"][:, 1:][counted], "count": len(rows)}
-    missing = -len(rows) % multiple
-    found["places"] = functional.pad(found["places"], (0, missing))
-    found["targets"] = functional.pad(found["targets"], (0, missing), value=IGNORED)
-    hidden = ("attention_mask",) if batch["attention_mask"][:, 0].all() else ()
-    return {key: value for key, value in batch.items() if key not in hidden} | found
-
-
-def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tensor, int]:
-    """Cross-entropy summed over the label tokens of a batch, and their number.
-
-    Logits are a good part of the work and most of the memory with a large vocabulary. They are made for label tokens
-    only, and a chunk of these at a time where the head is frozen; of an architecture that is not known from the first
-    labelled position on.
-
-    Args:
-        model: a causal language model of transformers.
-        batch: from `collate`, or from `locate_labels`.
-    """
-    batch = batch if "places" in batch else locate_labels(batch)
-    targets, count = batch["targets"], batch["count"]
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
-    if not is_known(model):
-        return _loss_of_logits(model, batch, inputs), count
-    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    # Its backward adds at these places; that of an index would sort them first.
-    hidden = hidden.index_select(0, batch["places"])
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    if (head := frozen_head(model)) is not None:
-        return linear_cross_entropy(hidden, head, targets, softcap=softcap), count
-    logits = model.get_output_embeddings()(hidden).float()
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    return functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED), count
-
-
-def _loss_of_logits(model: nn.Module, batch: dict[str, Tensor | int], inputs: dict[str, Tensor]) -> Tensor:
-    """The summed loss by the model's own logits, from the first labelled position on."""
-    targets = batch["labels"][:, 1:]
-    counted = targets != IGNORED
-    first = int(counted.any(0).int().argmax())
-    # Position i predicts token i + 1. A tensor of positions, not a count from the end: a count leaves a view with gaps
-    # of the hidden states, for which torch copies the whole vocabulary matrix once per row of the batch.
-    positions = torch.arange(first, targets.shape[1], device=targets.device)
-    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits[counted[:, first:]]
-    return functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
-
-
-def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over the label tokens of a batch, as the model's own loss is, at less cost."""
-    loss, count = summed_loss(model, batch)
-    return loss / count
-
-
-def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
-    """Mean loss over the label tokens of all samples, in evaluation mode, without gradients and uncompiled."""
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    try:
-        with torch.no_grad(), eagerly(model):
-            batches = make_batches(samples, batch_size, pad_id=pad_id)
-            for batch in tqdm(batches, desc="held-out loss", disable=None, leave=False):
-                batch = locate_labels(batch)
-                if batch["count"]:
-                    total += summed_loss(model, _to(batch, device))[0]
-                    count += batch["count"]
-    finally:
-        model.train(was_training)
-    if not count:
-        raise ValueError("none of the held-out samples has a label; give samples whose answers are not empty")
-    return float(total) / count
-
-
-@dataclass(frozen=True)
-class Window:
-    """What one optimizer step sees, on the device.
-
-    Attributes:
-        batches: those with a label.
-        bare: number of batches without one.
-        labels: label tokens of all batches.
-        tokens: tokens of all batches, prompts included and padding not.
-    """
-
-    batches: list[dict[str, Tensor | int]]
-    bare: int
-    labels: int
-    tokens: int
-
-
-def prepare(
-    window: Sequence[Sample], batch_size: int, *, pad_id: int, device: torch.device, multiple: int = 1
-) -> Window:
-    """Cut a window into batches and send them to the device, which is not waited for.
-
-    Args:
-        window: samples of one step.
-        batch_size: samples in one forward pass.
-        pad_id: token to pad with.
-        device: of the model.
-        multiple: lengths are padded to a multiple of this, label tokens to one of eight times this.
-    """
-    # Similar lengths share a micro-batch: less padding, and the gradient of the window is the same in any order.
-    window = sorted(window, key=lambda sample: len(sample.input_ids))
-    parts = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    labels = 8 * multiple if multiple > 1 else 1
-    batches = [locate_labels(collate(part, pad_id=pad_id, multiple=multiple), multiple=labels) for part in parts]
-    labelled = [batch for batch in batches if batch["count"]]
-    return Window(
-        [_to(batch, device) for batch in labelled],
-        bare=len(batches) - len(labelled),
-        labels=sum(batch["count"] for batch in labelled),
-        tokens=sum(len(sample.input_ids) for sample in window),
-    )
 
 
 def train(
@@ -394,13 +256,3 @@ def _skip(history: History, step: int, reason: str) -> None:
     history.skipped_steps += 1
     if history.skipped_steps == 1:
         warnings.warn(f"step {step + 1} is skipped because of {reason}; later ones are counted silently", stacklevel=3)
-
-
-def _to(batch: dict[str, Tensor | int], device: torch.device) -> dict[str, Tensor | int]:
-    """The batch on the device; a GPU copies from pinned memory when it comes to it, and is not waited for."""
-    if device.type != "cuda":
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    return {
-        key: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }

@@ -12,6 +12,7 @@ which it copies the head in forward and backward.
 import torch
 from torch import Tensor, nn
 
+# The label that the losses of PyTorch and transformers leave out.
 IGNORED = -100
 CHUNK_BYTES = 128 * 2**20
 # Architectures of transformers whose logits are the head's product and at most a cap, with no factor or bias behind it.

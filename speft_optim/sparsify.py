@@ -86,7 +86,7 @@ def sparsify(
         RuntimeError: another process of the group failed; the model is as it was.
     """
     # Not at import: its decorator loads the compiler, and Triton with it.
-    from speft_optim.eager import refresh_all
+    from speft_optim.eager import refresh_before_forward
 
     wrapper, model = model, unwrapped(model)
     with together():
@@ -112,7 +112,7 @@ def sparsify(
             module, attribute = target.sites[0]
             module.add_module(child_name(attribute), weight)
             weights.append(weight)
-    hooks = [model.register_forward_pre_hook(refresh_all), *let_checkpoints_see_gradients(model)]
+    hooks = [*refresh_before_forward(model), *let_checkpoints_see_gradients(model)]
     model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks)
     compare_weights(weights)
     return [weight.values for weight in weights]

@@ -11,8 +11,9 @@ import torch
 from byte_tokenizer import VOCABULARY, byte_tokenizer
 from conftest import tiny_model
 
-from recipes import baselines, cells, compare, data, forgetting, loop, moving
-from recipes.cells import Bench, Cell
+from recipes import baselines, batch_loss, cells, compare, forgetting, loop, moving, word_problems, workers
+from recipes.bench import Bench
+from recipes.cells import Cell
 from recipes.claims import claimed
 from speft_optim import SparseAdamW
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
     sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
     tiny_model("llama", **sizes).save_pretrained(root / "model")
     byte_tokenizer(template="<s> $A").save_pretrained(root / "model")
-    data.write(root / "problems", train=16, test=6)
+    word_problems.write(root / "problems", train=16, test=6)
     return root
 
 
@@ -87,7 +88,9 @@ def test_a_cell_is_the_recipes_own_training(folder, finished):
     record = records(finished)["lora_r2_lr0.01_s1"]
     assert history.loss == pytest.approx(record["train_loss"], rel=1e-6)
     merged = wrapper.merge_and_unload()
-    assert loop.evaluate(merged, bench.test, batch_size=64, pad_id=PAD) == pytest.approx(record["test_loss"], rel=1e-6)
+    assert batch_loss.evaluate(merged, bench.test, batch_size=64, pad_id=PAD) == pytest.approx(
+        record["test_loss"], rel=1e-6
+    )
 
 
 def test_cells_of_one_worker_do_not_reach_each_other(folder, finished, tmp_path):
@@ -102,7 +105,7 @@ def test_finished_cells_are_not_trained_again_and_other_settings_are_refused(fol
     def refuse(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(compare, "Bench", refuse)
+    monkeypatch.setattr(workers, "Bench", refuse)
     more = ["--methods", "lora", "--rates", "1e-2", "--budget-ranks", "2", "--seeds", "0,1"]
     assert compare.main(command(folder, finished, *more)) == {"done": 2, "failed": 0, "left": 0}
     with pytest.raises(ValueError, match="--steps is 4, but the cells in .* were trained with 3"):
@@ -215,7 +218,7 @@ def test_cells_that_cannot_be_trained_are_refused(cell, message, tmp_path):
         ("", "holds no cells"),
         ("{}", "line 1 is no cell"),
         ('\n{"method": "lora"}', "line 2 is no cell"),
-        ("x", "line 1 is no cell"),
+        ("x", "line 1 is not JSON"),
         ('{"method": "lora", "budget_rank": 4, "rate": "1", "seed": 0}', "its rate is '1'"),
     ],
 )
@@ -223,7 +226,7 @@ def test_files_of_no_cells_are_refused(text, message, tmp_path):
     file = tmp_path / "cells.jsonl"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        compare.read_cells(file)
+        cells.read_cells(file)
 
 
 def test_texts_are_made_once_and_are_the_models_own(folder, tmp_path):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from eval import methods
+from eval import entries, methods
 
 
 def cell(method, rank, rate, seed, loss, **more):
@@ -32,7 +32,7 @@ def write(folder, cells):
 
 
 def rows_of(folder):
-    found = [dict(zip(methods.HEADS, row, strict=True)) for row in methods.rows(methods.read_entries(folder))]
+    found = [dict(zip(methods.HEADS, row, strict=True)) for row in methods.rows(entries.read_entries(folder))]
     return {row["method"]: row for row in found}
 
 
@@ -58,8 +58,8 @@ def test_table_by_hand(tmp_path):
 
 def test_a_rate_is_bracketed_by_worse_ones_on_both_sides_alone(tmp_path):
     def bracketed(*losses):
-        cells = [methods.Entry("lora", 4, rate, (cell("lora", 4, rate, 0, x),)) for rate, x in enumerate(losses, 1)]
-        return methods.best_of(cells)[1]
+        cells = [entries.Entry("lora", 4, rate, (cell("lora", 4, rate, 0, x),)) for rate, x in enumerate(losses, 1)]
+        return entries.best_of(cells)[1]
 
     assert bracketed(3, 1, 2) and bracketed(3, 1, None)
     assert not bracketed(1, 2, 3) and not bracketed(3, 2, 1) and not bracketed(1, 1, 3) and not bracketed(1)
@@ -85,7 +85,7 @@ def test_command_prints_text_or_markdown_and_draws(tmp_path, capsys):
 
 def test_no_picture_of_memory_without_a_gpu(tmp_path):
     folder = write(tmp_path, [cell("lora", 4, 1e-3, 0, 0.6, peak_bytes=None)])
-    drawn = methods.draw(methods.read_entries(folder), tmp_path)
+    drawn = methods.draw(entries.read_entries(folder), tmp_path)
     assert [path.name for path in drawn] == ["rates.png", "budgets.png"]
 
 
@@ -98,6 +98,6 @@ def test_folders_without_cells_and_foreign_files_are_refused(tmp_path):
 
 
 def test_differences_without_several_seeds_have_no_error():
-    one, other = (methods.Entry("lora", 4, 1.0, (cell("lora", 4, 1.0, 0, loss),)) for loss in (0.5, 0.75))
-    assert methods.difference(one, other) == (-0.25, None)
-    assert math.isinf(methods.Entry("lora", 4, 1.0, (cell("lora", 4, 1.0, 0, None),)).mean)
+    one, other = (entries.Entry("lora", 4, 1.0, (cell("lora", 4, 1.0, 0, loss),)) for loss in (0.5, 0.75))
+    assert entries.difference(one, other) == (-0.25, None)
+    assert math.isinf(entries.Entry("lora", 4, 1.0, (cell("lora", 4, 1.0, 0, None),)).mean)

@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig
 
 from eval.checkpoints import begins_with_bos, ensure_one_bos, load_tokenizer, prompt_ids
-from recipes import data, models
+from recipes import data, packaged_models, word_problems
 
 CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 
@@ -22,7 +22,7 @@ CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 def numbers_and_template(example):
     """What is left of a question without its names and things, so that equal sums look equal."""
     words = re.findall(r"\d+|[A-Za-z]+", example.question)
-    return " ".join("_" if word in data.NAMES or word in data.THINGS else word for word in words)
+    return " ".join("_" if word in word_problems.NAMES or word in word_problems.THINGS else word for word in words)
 
 
 # --- generator
@@ -30,7 +30,7 @@ def numbers_and_template(example):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_calculation_is_right_and_the_last_one_is_the_answer(split):
-    for example in data.generate(1500, split=split):
+    for example in word_problems.generate(1500, split=split):
         calculations = CALCULATION.findall(example.answer)
         assert 2 <= len(calculations) <= 3
         assert example.answer.count("<<") == len(calculations)
@@ -42,7 +42,7 @@ def test_every_calculation_is_right_and_the_last_one_is_the_answer(split):
 
 
 def test_every_number_that_is_used_stands_in_the_question_or_was_calculated():
-    for example in data.generate(1000, split="train", seed=5):
+    for example in word_problems.generate(1000, split="train", seed=5):
         known = set(re.findall(r"\d+", example.question)) | {"2"}  # "half" and "twice as many" stand for a 2
         for left, _, right, result, _ in CALCULATION.findall(example.answer):
             assert {left, right} <= known, example
@@ -50,37 +50,37 @@ def test_every_number_that_is_used_stands_in_the_question_or_was_calculated():
 
 
 def test_no_braces_are_left_and_names_differ():
-    for example in data.generate(1000, split="train"):
+    for example in word_problems.generate(1000, split="train"):
         assert not re.search(r"[{}]", example.question + example.answer)
-        names = [word for word in re.findall(r"[A-Z][a-z]+", example.question) if word in data.NAMES]
+        names = [word for word in re.findall(r"[A-Z][a-z]+", example.question) if word in word_problems.NAMES]
         assert len(set(names)) <= 2
 
 
 def test_all_templates_occur_in_both_splits():
-    for split in data.SPLITS:
+    for split in word_problems.SPLITS:
         beginnings = [
             re.escape(template.question.split("{thing}")[-1]).replace(r"\{name\}", r"\w+")
-            for template in data.TEMPLATES
+            for template in word_problems.TEMPLATES
         ]
-        questions = [example.question for example in data.generate(3000, split=split)]
+        questions = [example.question for example in word_problems.generate(3000, split=split)]
         for beginning in beginnings:
             pattern = re.compile(re.sub(r"\\\{\w\\\}", r"\\d+", beginning).replace(r"\{other\}", r"\w+") + "$")
             assert any(pattern.search(question) for question in questions), beginning
 
 
 def test_splits_share_no_sum_even_under_other_names_and_seeds():
-    train = {numbers_and_template(e) for seed in (0, 1) for e in data.generate(4000, split="train", seed=seed)}
-    test = {numbers_and_template(e) for seed in (0, 2) for e in data.generate(1000, split="test", seed=seed)}
+    train = {numbers_and_template(e) for seed in (0, 1) for e in word_problems.generate(4000, split="train", seed=seed)}
+    test = {numbers_and_template(e) for seed in (0, 2) for e in word_problems.generate(1000, split="test", seed=seed)}
     assert train and test and not train & test
 
 
 def test_generation_is_the_same_every_time_and_in_every_process():
-    first = data.generate(50, split="train", seed=3)
-    assert data.generate(50, split="train", seed=3) == first
-    assert data.generate(20, split="train", seed=3) == first[:20]
-    assert data.generate(50, split="train", seed=4) != first
+    first = word_problems.generate(50, split="train", seed=3)
+    assert word_problems.generate(50, split="train", seed=3) == first
+    assert word_problems.generate(20, split="train", seed=3) == first[:20]
+    assert word_problems.generate(50, split="train", seed=4) != first
     assert len({example.question for example in first}) == 50
-    program = "from recipes import data; print(data.generate(50, split='train', seed=3)[-1].question)"
+    program = "from recipes import word_problems; print(word_problems.generate(50, split='train', seed=3)[-1].question)"
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == first[-1].question
@@ -91,25 +91,25 @@ def test_generation_is_the_same_every_time_and_in_every_process():
 )
 def test_generator_refuses_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        data.generate(**arguments)
+        word_problems.generate(**arguments)
 
 
 def test_written_folder_reads_back_and_replaces_an_earlier_one(tmp_path):
     folder = tmp_path / "made" / "problems"
-    data.write(folder, train=30, test=10, seed=1)
+    word_problems.write(folder, train=30, test=10, seed=1)
     (folder / "stale").touch()
-    assert data.write(folder, train=40, test=12, seed=1) == folder
+    assert word_problems.write(folder, train=40, test=12, seed=1) == folder
     assert sorted(path.name for path in folder.parent.iterdir()) == ["problems"]
     assert sorted(path.name for path in folder.iterdir()) == ["test.jsonl", "train.jsonl"]
     train, test = data.load_examples(str(folder))
-    assert train == data.generate(40, split="train", seed=1)
-    assert test == data.generate(12, split="test", seed=1)
+    assert train == word_problems.generate(40, split="train", seed=1)
+    assert test == word_problems.generate(12, split="test", seed=1)
 
 
 def test_a_failed_write_leaves_the_earlier_folder(tmp_path):
-    data.write(tmp_path / "problems", train=5, test=5)
+    word_problems.write(tmp_path / "problems", train=5, test=5)
     with pytest.raises(ValueError, match="count is 0"):
-        data.write(tmp_path / "problems", train=7, test=0)
+        word_problems.write(tmp_path / "problems", train=7, test=0)
     assert len(data.read_jsonl(tmp_path / "problems" / "train.jsonl")) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["problems"]
 
@@ -186,7 +186,7 @@ def tokenizers(tmp_path_factory):
         "no pad": byte_tokenizer(pad=None),
     }
     cache = tmp_path_factory.mktemp("unpacked")
-    for name in models.PACKAGED:
+    for name in packaged_models.PACKAGED:
         try:
             made[name] = packaged_tokenizer(name, cache)
         except ValueError:
@@ -198,11 +198,11 @@ def packaged_tokenizer(name, cache):
     """The tokenizer of a packaged model without unpacking its weights."""
     from transformers import AutoTokenizer
 
-    model = models.PACKAGED[name]
+    model = packaged_models.PACKAGED[name]
     joined = cache / f"{name}.gguf"
     with joined.open("wb") as file:
         for piece in model.pieces:
-            file.write(models._piece_path(model, *piece).read_bytes())
+            file.write(packaged_models._piece_path(model, *piece).read_bytes())
     return AutoTokenizer.from_pretrained(cache, gguf_file=joined.name)
 
 
@@ -217,7 +217,7 @@ def tokenizer(request, tokenizers):
 
 
 def test_one_bos_where_wanted_prompt_unlabelled_and_eos_trained(tokenizer):
-    for example in data.generate(20, split="train"):
+    for example in word_problems.generate(20, split="train"):
         (sample,) = data.tokenize(tokenizer, [example], max_length=10_000)
         wants_bos = begins_with_bos(tokenizer)
         assert sample.input_ids.count(tokenizer.bos_token_id) == int(wants_bos)

@@ -247,6 +247,17 @@ def test_targets_have_logical_shapes_and_are_linear():
         assert torch.equal(target.rows(0, 3), frozen_weight(*target.sites[0]).dense(torch.float32)[:3])
 
 
+def test_a_target_gives_a_quantised_weight_without_its_trained_entries():
+    for kind in KINDS:
+        module, _ = layer(kind, (30, 50))
+        before = frozen_weight(module).dense(torch.float32).clone()
+        mask = Mask(torch.arange(0, 1500, 7), (30, 50))
+        frozen_weight(module).attach(mask, torch.full((len(mask),), 9.0))
+        base = find_targets(module, ["weight"])["weight"].dequantized_base(torch.float32)
+        # A dense weight holds its trained entries itself.
+        assert base is None if kind == "dense" else torch.equal(base, before)
+
+
 def test_kinds_are_told_apart():
     assert isinstance(frozen_weight(layer("int8", (4, 4))[0]), Int8Weight)
     assert isinstance(frozen_weight(layer("nf4", (4, 64))[0]), FourBitWeight)

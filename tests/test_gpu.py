@@ -214,7 +214,7 @@ def test_all_ways_to_read_a_quantised_weight_agree(tmp_path, kind):
     pytest.importorskip("bitsandbytes")
     import bitsandbytes as bnb
 
-    from recipes.benchmark import quantized_linear
+    from recipes.random_models import quantized_linear
 
     module = quantized_linear(nn.Linear(256, 300, bias=False), kind, torch.device(CUDA))
     weight = frozen_weight(module)
@@ -232,7 +232,7 @@ def test_gradients_under_liger_are_those_of_transformers(monkeypatch):
     pytest.importorskip("liger_kernel")
     from transformers.models.llama import modeling_llama
 
-    from recipes.benchmark import use_liger
+    from recipes.random_models import use_liger
 
     # It puts its own into the module too, for good: the models of other tests would be made of that.
     for name, value in list(vars(modeling_llama).items()):

@@ -51,6 +51,17 @@ def test_dependencies_run_one_way(path):
             assert name.startswith("speft_optim.kernels"), f"{path} imports {name}: kernels see tensors only"
 
 
+SCRIPTS = [path for path in CODE if path.relative_to(ROOT).parts[0] != "speft_optim"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_recipes_and_scoring_use_the_public_names_alone(path):
+    """What they need and a user has not would show here."""
+    public = {f"speft_optim.{name}" for name in speft_optim.__all__}
+    for name in imports_of(path):
+        assert not name.startswith("speft_optim") or name in public, f"{path} imports {name}, which is not public"
+
+
 # From the bottom up: a room may import those of the lines above its own, and its own modules.
 ORDER = [
     {"checks", "version"},

@@ -422,3 +422,13 @@ def test_plot_draws_a_picture_with_something_on_it(masks, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "masks.png"]
     with pytest.raises(ValueError, match="no mask to draw"):
         Masks().plot(tmp_path / "none.png")
+
+
+def test_numbers_of_weights_and_their_concentration_are_drawn_into_axes_of_ones_own(masks):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    heat, bars = figure.subplots(1, 2)
+    masks.draw_means(heat, {name: 0.25 for name in masks}, scale=100)
+    shown = heat.images[0].get_array()
+    assert float(shown.min()) == float(shown.max()) == 25.0
+    masks.draw_concentration(bars)
+    assert len(bars.patches) == 2 * len(bars.get_xticks()) > 0

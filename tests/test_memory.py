@@ -12,10 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recipes import benchmark, memory
+from recipes import benchmark, benchmark_report, memory, peers, random_models, shapes, timed_steps
 from recipes.loss import frozen_head, linear_cross_entropy
-from recipes.memory import GIB, Shape, estimate, peak_bytes
+from recipes.memory import GIB, estimate, peak_bytes
+from recipes.shapes import Shape
 from speft_optim import Mask, SparseAdamW, select_masks, sparsify
+from speft_optim.kernels.product import PANEL_BYTES
 from speft_optim.weights.bnb import quantized_linears
 
 SMALL = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -29,7 +31,7 @@ FAMILIES = {
 @pytest.fixture
 def family(request, monkeypatch):
     """The name of a small shape of the family."""
-    monkeypatch.setitem(memory.SHAPES, "small", (request.param, SMALL | FAMILIES[request.param]))
+    monkeypatch.setitem(shapes.SHAPES, "small", (request.param, SMALL | FAMILIES[request.param]))
     return "small"
 
 
@@ -131,16 +133,16 @@ def stored_bytes(model):
 @pytest.mark.parametrize("state_bits", [8, 32])
 @pytest.mark.parametrize("targets", [None, ["q_proj", "mlp.down_proj"]])
 def test_estimate_counts_weights_and_entries_to_the_byte(family, precision, state_bits, targets):
-    model = benchmark.build(family, precision, torch.device("cpu"))
-    shape, before = Shape.of(benchmark.shaped(family)), stored_bytes(model)
+    model = random_models.build(family, precision, torch.device("cpu"))
+    shape, before = Shape.of(random_models.shaped(family)), stored_bytes(model)
     density = 1 / 64
     entries = round(density * sum(rows * columns for rows, columns in shape.targets(targets)))
     sizes = dict(batch=1, length=8, targets=targets, state_bits=state_bits)
     moments = estimate(shape, bits=benchmark.BITS[precision], entries=entries, **sizes)
-    masks = select_masks(model, salience="random", density=density, targets=targets or benchmark.PROJECTIONS)
+    masks = select_masks(model, salience="random", density=density, targets=targets or random_models.PROJECTIONS)
     optimizer = SparseAdamW(sparsify(model, masks), state_bits=state_bits)
     assert masks.count == entries
-    benchmark.loss_of(model, torch.randint(0, 128, (1, 8))).backward()
+    timed_steps.loss_of(model, torch.randint(0, 128, (1, 8))).backward()
     optimizer.step()
     held = optimizer.memory_summary()
     assert moments["first block"]["weights"] == before
@@ -172,7 +174,7 @@ class LiveBytes(TorchDispatchMode):
 @every_family
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_estimate_of_activations_is_near_what_lives(family, checkpointing):
-    model = benchmark.build(family, "bf16", torch.device("cpu")).train()
+    model = random_models.build(family, "bf16", torch.device("cpu")).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -180,7 +182,7 @@ def test_estimate_of_activations_is_near_what_lives(family, checkpointing):
     existing = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), ids)}
     with LiveBytes() as live:
         live.sizes = dict.fromkeys(existing, 0)
-        benchmark.loss_of(model, ids).backward()
+        timed_steps.loss_of(model, ids).backward()
     sizes = dict(bits=16, entries=0, batch=4, length=256, checkpointing=checkpointing)
     moments = estimate(Shape.of(model.config), **sizes)
     held = moments["loss"]["weights"] + moments["loss"]["workspace"]
@@ -208,20 +210,24 @@ def test_calibration_keeps_to_checkpointed_blocks(salience):
         assert peaks[1] < 0.6 * peaks[0]
 
 
+def test_the_estimate_knows_the_librarys_panels():
+    assert memory.PANEL_BYTES == PANEL_BYTES
+
+
 @pytest.mark.parametrize(
     ("bits", "density", "measured_gib"),
     [(16, 0, 16.91), (16, 0.01, 17.50), (8, 0, 10.42), (8, 0.01, 11.01), (4, 0, 7.27), (4, 0.01, 7.86)],
 )
 def test_estimate_is_what_an_h100_measured(bits, density, measured_gib):
     """Llama-3-8B shape, 2 x 2048 tokens, without Liger."""
-    shape = Shape.of(memory.configuration("llama3-8b"))
+    shape = Shape.of(shapes.configuration("llama3-8b"))
     entries = round(density * sum(rows * columns for rows, columns in shape.targets()))
     moments = estimate(shape, bits=bits, entries=entries, batch=2, length=2048, state_bits=8)
     assert peak_bytes(moments) / GIB == pytest.approx(measured_gib, abs=0.02)
 
 
 def test_estimate_grows_with_everything():
-    shape = Shape.of(memory.configuration("gemma2-2b"))
+    shape = Shape.of(shapes.configuration("gemma2-2b"))
     base = dict(bits=4, entries=10**8, batch=2, length=1024)
     small = peak_bytes(estimate(shape, **base))
     larger = [dict(entries=2 * 10**8), dict(batch=4), dict(length=2048), dict(checkpointing=False), dict(bits=8)]
@@ -233,7 +239,7 @@ def test_estimate_grows_with_everything():
 def test_estimate_of_head_norms_and_of_unknown_architectures():
     config = transformers.Qwen3Config(**SMALL, head_dim=32, vocab_size=512)
     shape = Shape.of(config)
-    assert shape.head_norms and shape.norms == 2 and not Shape.of(memory.configuration("tiny")).head_norms
+    assert shape.head_norms and shape.norms == 2 and not Shape.of(shapes.configuration("tiny")).head_norms
     with pytest.raises(ValueError, match="'gpt2' model cannot be estimated, only of .*llama"):
         Shape.of(transformers.GPT2Config())
     with pytest.raises(ValueError, match="--targets lm_head is no linear weight of the blocks"):
@@ -241,7 +247,7 @@ def test_estimate_of_head_norms_and_of_unknown_architectures():
 
 
 def test_description_names_every_part_the_peak_and_a_card():
-    moments = estimate(Shape.of(memory.configuration("llama3-8b")), bits=8, entries=10**7, batch=1, length=2048)
+    moments = estimate(Shape.of(shapes.configuration("llama3-8b")), bits=8, entries=10**7, batch=1, length=2048)
     text = memory.describe(moments)
     assert all(part in text for parts in moments.values() for part in parts)
     assert f"expected peak {peak_bytes(moments) / GIB:.2f} GiB" in text and "fits a card of 12 GB" in text
@@ -277,7 +283,7 @@ def test_benchmark_reports_every_mode_also_one_that_fails(tmp_path, capsys):
     assert (tmp_path / "memory.png").stat().st_size > 1000
     assert json.loads((tmp_path / "memory.json").read_text())["rows"] == [row]
     failed = benchmark.run_apart("frozen-bf16", ["memory", "--shape", "unknown"])
-    assert "invalid choice" in failed["error"] and failed["error"] in benchmark.table([failed, row])
+    assert "invalid choice" in failed["error"] and failed["error"] in benchmark_report.table([failed, row])
     with pytest.raises(SystemExit):
         benchmark.main(["memory", "--modes", "none"])
 
@@ -286,13 +292,13 @@ def test_a_card_that_is_too_small_is_a_result(monkeypatch):
     def fill(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
-    monkeypatch.setattr(benchmark, "run_steps", fill)
+    monkeypatch.setattr(timed_steps, "run_steps", fill)
     arguments = type("Arguments", (), dict(shape="tiny", layers=None, batch=1, seq=16, density=0.02, state_bits=8))
     arguments.masks = "uniform"
     arguments.card = None
     row = benchmark.measure("ours-int8", arguments)
     assert row["error"] == "out of memory" and row["estimate_gib"] > 0
-    assert f"| ours-int8 | - | - | - | - | out of memory | {row['estimate_gib']:.2f} |" in benchmark.table([row])
+    assert f"| ours-int8 | - | - | - | - | out of memory | {row['estimate_gib']:.2f} |" in benchmark_report.table([row])
     if not torch.cuda.is_available():
         for option in (["--card", "12"], ["--liger"]):
             with pytest.raises(SystemExit):
@@ -312,22 +318,22 @@ def test_a_simulated_card_sets_the_limit(tmp_path):
 def test_modes_train_what_they_should(method):
     pytest.importorskip("peft")
     arguments = type("Arguments", (), dict(density=0.02, state_bits=32, rank=4, masks="uniform"))
-    model = benchmark.build("tiny", "nf4", torch.device("cpu"))
-    optimizer, held = benchmark.ATTACH[method](model, arguments)
+    model = random_models.build("tiny", "nf4", torch.device("cpu"))
+    optimizer, held = peers.ATTACH[method](model, arguments)
     model.enable_input_require_grads()
     ids = torch.randint(0, 512, (2, 16))
-    first = benchmark.loss_of(model, ids).item()
+    first = timed_steps.loss_of(model, ids).item()
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     for _ in range(5):
-        benchmark.take_step(model, optimizer, ids, torch.device("cpu"))
-    last = benchmark.loss_of(model, ids).item()
+        timed_steps.take_step(model, optimizer, ids, torch.device("cpu"))
+    last = timed_steps.loss_of(model, ids).item()
     assert (last < first - 0.1 and held > 0) if method != "frozen" else (last == first and held == 0)
 
 
 def test_masks_like_those_of_gradients_are_concentrated():
     """At 1 % on SmolLM2-135M nine tenths of the entries of down_proj lay in 8 % of its columns."""
     torch.manual_seed(0)
-    mask = Mask(benchmark.concentrated("down_proj", 400, 600, 0.01, torch.device("cpu")), (400, 600))
+    mask = Mask(peers.concentrated("down_proj", 400, 600, 0.01, torch.device("cpu")), (400, 600))
     counts = mask.column_counts().sort(descending=True).values
     assert len(mask) == 2400 and int(counts[:60].sum()) > 0.6 * 2400

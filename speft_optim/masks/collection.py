@@ -13,7 +13,7 @@ from torch import Tensor
 from speft_optim.checks import checked_path
 from speft_optim.files import write_safetensors
 from speft_optim.masks.mask import PROBES, Mask
-from speft_optim.masks.statistics import density_grid
+from speft_optim.masks.statistics import density_grid, mean_grid
 
 _FORMAT = "speft_optim.masks/3"
 
@@ -114,6 +114,30 @@ class Masks(dict[str, Mask]):
         from speft_optim.masks.plots import plot_masks
 
         plot_masks(self, path)
+
+    def draw_means(self, axes, numbers: Mapping[str, float], *, scale: float = 1) -> None:
+        """Draw a number of each weight as a heat map, into a figure of one's own.
+
+        Args:
+            axes: of matplotlib, with a figure; a row is a layer, a column a projection.
+            numbers: one for each masked weight, by its full name. A cell of several weights shows their mean, weighed
+                by their sizes.
+            scale: what the numbers are multiplied by, as 100 for percent.
+        """
+        from speft_optim.masks.plots import draw_grid
+
+        sizes = {name: self[name].shape.numel() for name in numbers}
+        draw_grid(axes, *mean_grid(numbers, sizes), scale=scale)
+
+    def draw_concentration(self, axes) -> None:
+        """Draw how many rows and columns hold 90 % of the entries, into a figure of one's own.
+
+        Args:
+            axes: of matplotlib; two bars for each projection.
+        """
+        from speft_optim.masks.plots import draw_concentration
+
+        draw_concentration(axes, self)
 
 
 # What may come of a file that is not what it should be.

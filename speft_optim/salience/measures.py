@@ -155,6 +155,7 @@ def random(_: Tensor, draws: Tensor) -> Tensor:
     return draws
 
 
+# The measures that `select_masks` and `MaskSchedule` know by name.
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.foreign import check_layers, check_parameters
-from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.storage import DenseWeight, frozen_weight
 from speft_optim.weights.wrappers import plain_modules, steps_to
 
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
@@ -25,11 +25,11 @@ class AddedModule(nn.Module):
 
 @dataclass(frozen=True)
 class Target:
-    """One weight of a model.
+    """One weight of a model, as `find_targets` finds it; nothing is copied before a method is called.
 
     Attributes:
-        name: the parameter's full name.
-        sites: (module, attribute) pairs that hold it.
+        name: the parameter's full name, under which a mask of it goes.
+        sites: (module, attribute) pairs that hold it, several where it is shared.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Target:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the weight that the mask's positions refer to, whatever shape its codes are stored in."""
+        """Shape that a mask of the weight has, whatever shape a quantised weight is stored in."""
         return frozen_weight(*self.sites[0]).shape
 
     @property
@@ -66,6 +66,14 @@ class Target:
         """Rows `first` to `last` (exclusive) of the weight as a matrix, in its own dtype or dequantised to fp32."""
         return frozen_weight(*self.sites[0]).rows(first, last)
 
+    def dequantized_base(self, dtype: torch.dtype) -> Tensor | None:
+        """A quantised weight in `dtype` without the trained entries beside it, newly made; None of a dense weight.
+
+        A dense weight holds its trained entries itself, so that what it was before training is in its checkpoint only.
+        """
+        weight = frozen_weight(*self.sites[0])
+        return None if isinstance(weight, DenseWeight) else weight.dense_base(dtype)
+
 
 def all_targets(model: nn.Module) -> dict[str, Target]:
     """Every weight of the model by its first name, shared ones once, in the model's order; without compact values."""
@@ -82,13 +90,19 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
 
 
 def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
-    """The weights that `targets` names.
+    """The weights that `targets` names: those for which `select_masks` and `MaskSchedule` choose entries.
+
+    For masks of one's own (`masks = Masks({name: Mask(positions, target.shape)})`), and to see what an argument
+    `targets` takes in before anything is selected.
 
     Args:
         model: any module.
         targets: None for the linear weights of the blocks (stacked expert weights included; no embeddings, head, norms,
             biases); or suffixes of module names, whose `weight` is meant (`"q_proj"`), or of parameter names
             (`"q_proj.bias"`); or a predicate of a parameter's full name and the parameter.
+
+    Returns:
+        From a parameter's full name to its weight, in the model's order; a shared weight once, under its first name.
 
     Raises:
         TypeError: `targets` is of another kind, or weights are a quantiser's other than bitsandbytes'.

@@ -1,0 +1,109 @@
+"""The loss of a batch, summed over its label tokens, without logits that nobody needs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from recipes.compiled import eagerly
+from recipes.data import Sample, make_batches
+from recipes.loss import IGNORED, frozen_head, is_known, linear_cross_entropy
+
+
+def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, Tensor | int]:
+    """Find out what the loss needs to know of a batch, best where it still is on the CPU: a GPU would be waited for.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels`, each (batch, length).
+        multiple: pad `places` and `targets` to a length that this divides, so that shapes repeat.
+
+    Returns:
+        The batch with `places`, the positions in (batch * length) that predict a label token, `targets`, these tokens,
+        and their number `count`. It has no mask where padding is on the right: nothing looks at what comes behind it,
+        and attention without a mask is faster and need not look whether the mask is all ones.
+    """
+    length, counted = batch["labels"].shape[1], batch["labels"][:, 1:] != IGNORED
+    rows, columns = counted.nonzero(as_tuple=True)
+    found = {"places": rows * length + columns, "targets": batch["labels"][:, 1:][counted], "count": len(rows)}
+    missing = -len(rows) % multiple
+    found["places"] = functional.pad(found["places"], (0, missing))
+    found["targets"] = functional.pad(found["targets"], (0, missing), value=IGNORED)
+    hidden = ("attention_mask",) if batch["attention_mask"][:, 0].all() else ()
+    return {key: value for key, value in batch.items() if key not in hidden} | found
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tensor, int]:
+    """Cross-entropy summed over the label tokens of a batch, and their number.
+
+    Logits are a good part of the work and most of the memory with a large vocabulary. They are made for label tokens
+    only, and a chunk of these at a time where the head is frozen; of an architecture that is not known from the first
+    labelled position on.
+
+    Args:
+        model: a causal language model of transformers.
+        batch: from `collate`, or from `locate_labels`.
+    """
+    batch = batch if "places" in batch else locate_labels(batch)
+    targets, count = batch["targets"], batch["count"]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+    if not is_known(model):
+        return _loss_of_logits(model, batch, inputs), count
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    # Its backward adds at these places; that of an index would sort them first.
+    hidden = hidden.index_select(0, batch["places"])
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    if (head := frozen_head(model)) is not None:
+        return linear_cross_entropy(hidden, head, targets, softcap=softcap), count
+    logits = model.get_output_embeddings()(hidden).float()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED), count
+
+
+def _loss_of_logits(model: nn.Module, batch: dict[str, Tensor | int], inputs: dict[str, Tensor]) -> Tensor:
+    """The summed loss by the model's own logits, from the first labelled position on."""
+    targets = batch["labels"][:, 1:]
+    counted = targets != IGNORED
+    first = int(counted.any(0).int().argmax())
+    # Position i predicts token i + 1. A tensor of positions, not a count from the end: a count leaves a view with gaps
+    # of the hidden states, for which torch copies the whole vocabulary matrix once per row of the batch.
+    positions = torch.arange(first, targets.shape[1], device=targets.device)
+    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits[counted[:, first:]]
+    return functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
+
+
+def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy over the label tokens of a batch, as the model's own loss is, at less cost."""
+    loss, count = summed_loss(model, batch)
+    return loss / count
+
+
+def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
+    """Mean loss over the label tokens of all samples, in evaluation mode, without gradients and uncompiled."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    try:
+        with torch.no_grad(), eagerly(model):
+            batches = make_batches(samples, batch_size, pad_id=pad_id)
+            for batch in tqdm(batches, desc="held-out loss", disable=None, leave=False):
+                batch = locate_labels(batch)
+                if batch["count"]:
+                    total += summed_loss(model, to_device(batch, device))[0]
+                    count += batch["count"]
+    finally:
+        model.train(was_training)
+    if not count:
+        raise ValueError("none of the held-out samples has a label; give samples whose answers are not empty")
+    return float(total) / count
+
+
+def to_device(batch: dict[str, Tensor | int], device: torch.device) -> dict[str, Tensor | int]:
+    """The batch on the device; a GPU copies from pinned memory when it comes to it, and is not waited for."""
+    if device.type != "cuda":
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,166 @@
+"""The command line of `recipes.gsm8k`: presets under what is typed, and refusals of what cannot work.
+
+All that would fail minutes later is refused here, before anything is loaded.
+"""
+
+import argparse
+import importlib.util
+import math
+
+from recipes import baselines, moving
+from recipes.options import GROUPS
+from recipes.presets import PAPER, PRESETS, preset_table
+
+DESCRIPTION = "Sparse fine-tuning on grade-school word problems, from a pretrained model to a scored checkpoint."
+# Three ways to say how many values are trained.
+BUDGETS = ("density", "budget", "budget_rank")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line: a preset gives defaults, `--paper` overrides some, and what is typed wins over both."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.gsm8k", description=DESCRIPTION)
+    add_run(parser)
+    for add_group in GROUPS:
+        add_group(parser)
+    chosen, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**defaults_of(chosen))
+    args = parser.parse_args(argv)
+    check_typed(parser, args, chosen)
+    if args.method in baselines.ADAPTERS:
+        # A preset's rate is that of its mask.
+        args.lr = chosen.lr
+    fill_in(args)
+    check(parser, args)
+    fill_in_mask(args)
+    return args
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run as a whole."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--preset", choices=PRESETS, help="defaults for a known job")
+    run.add_argument("--list-presets", action=ListPresets, help="print which card each preset fits, and stop")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the expected peak on a card, from the configuration alone, and stop",
+    )
+    run.add_argument(
+        "--paper", action="store_true", help="defaults of the SPEFT paper: lr 2e-5, 1 epoch, batch 4 x 4, length 1024"
+    )
+    run.add_argument("--out", default="out/gsm8k", help="folder for everything the run writes (default %(default)s)")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--seed", type=int, default=0, help="mask, data order and generator (default %(default)s)")
+
+
+class ListPresets(argparse.Action):
+    """Prints which card each preset fits, and ends the program, as `--help` does."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Print and exit."""
+        print(preset_table(parse))
+        parser.exit()
+
+
+def defaults_of(chosen: argparse.Namespace) -> dict:
+    """The defaults of a preset and of `--paper`, without those that what was typed takes the place of."""
+    defaults = dict(PRESETS.get(chosen.preset, {}))
+    if chosen.paper:
+        defaults.update(PAPER)
+    # What is typed takes the place of its alternative in a preset too.
+    if any(getattr(chosen, name) is not None for name in BUDGETS) or chosen.method == "full":
+        for name in BUDGETS:
+            defaults.pop(name, None)
+    if chosen.steps is not None:
+        defaults.pop("epochs", None)
+    if chosen.epochs is not None or chosen.paper:
+        defaults.pop("steps", None)
+    # A length that was asked for is not cut to the minutes of a preset.
+    if chosen.paper or chosen.steps is not None or chosen.epochs is not None:
+        defaults.pop("train_minutes", None)
+    return defaults
+
+
+def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace, chosen: argparse.Namespace) -> None:
+    """Refuse options that were typed, and not set by a preset, beside a method that they do not belong to."""
+    for flag in (*BUDGETS, "targets", "state_bits"):
+        if args.method == "full" and getattr(chosen, flag) is not None:
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} belongs to a mask, and --method full trains all weights; leave out one of the two")
+    if args.method in baselines.ADAPTERS and chosen.state_bits is not None:
+        parser.error(f"--state-bits belongs to a mask, and --method {args.method} has none; leave out one of the two")
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Set what depends on other options."""
+    if args.state_bits is None:
+        args.state_bits = 32
+    if args.pad_multiple is None:
+        args.pad_multiple = 32 if args.compile else 1
+    if all(getattr(args, name) is None for name in BUDGETS):
+        args.density = 0.01
+    if args.steps is None and args.epochs is None:
+        args.epochs = 3.0
+
+
+def fill_in_mask(args: argparse.Namespace) -> None:
+    """Set the options of the mask, which differ for one that moves."""
+    if args.moving:
+        args.interval, args.window = args.interval or moving.INTERVAL, args.window or moving.WINDOW
+    args.salience = args.salience or ("snip" if args.moving else "gradient")
+    args.scope = args.scope or ("global" if args.moving else "local")
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse at once what would otherwise fail minutes later."""
+    if args.model is None or args.data is None:
+        parser.error("give --model and --data, or a --preset")
+    if sum(getattr(args, name) is not None for name in BUDGETS) > 1:
+        parser.error("give one of --density, --budget and --budget-rank, not both or all three")
+    if args.density is not None and not 0 < args.density <= 1:
+        parser.error(f"--density is {args.density}; it is a share of the target weights, above 0 and at most 1")
+    at_least_one = "budget budget_rank steps train_limit held_out max_length calibration_samples batch_size"
+    at_least_one += (
+        " interval window accumulation checkpoint_every score_limit score_batch_size length_pool pad_multiple"
+    )
+    for name in at_least_one.split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name in ("lr", "epochs", "clip", "train_minutes"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is {getattr(args, name)}; it must be above 0 and finite")
+    if args.method == "full" and args.base_bits != 16:
+        parser.error(
+            f"--base-bits {args.base_bits} freezes the weights, and --method full trains them; leave out one of the two"
+        )
+    if args.method in baselines.ADAPTERS:
+        check_adapter(parser, args)
+    if args.moving and (args.method != "sparse" or args.scope == "local"):
+        parser.error("--moving is for --method sparse in --scope global")
+    if not args.moving and (args.interval or args.window):
+        parser.error("--interval and --window are for masks that move; add --moving")
+    if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
+    if args.dry_run and (args.method != "sparse" or args.dtype == "float32"):
+        parser.error("--dry-run counts sparse training in bfloat16; leave out --method and --dtype float32")
+    if not 0 <= args.warmup <= 1:
+        parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
+
+
+def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what does not go with an adapter, or needs a package that is missing."""
+    if args.base_bits != 16:
+        parser.error(f"--base-bits {args.base_bits} is for --method sparse; leave it out for an adapter")
+    if args.lr is None:
+        parser.error(
+            f"--method {args.method} has no default rate; give --lr (the best of LoRA on SmolLM2 were 3e-3 at rank 4 "
+            "and 1e-3 at rank 32)"
+        )
+    try:
+        baselines.check_available(args.method)
+    except ValueError as error:
+        parser.error(str(error))

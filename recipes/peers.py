@@ -1,0 +1,80 @@
+"""What a mode of the benchmark trains: nothing, masked entries by this library, or LoRA by peft."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from recipes.random_models import PROJECTIONS
+from speft_optim import Mask, Masks, SparseAdamW, find_targets, patch_model, sparsify
+
+MASK_PROFILE = Path(__file__).with_name("mask_profile.json")
+
+
+def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+    """A frozen model; its quantised layers are computed as ours are."""
+    patch_model(model)
+    # An optimizer of nothing, so that all modes share one step; the scalar belongs to no module.
+    return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0
+
+
+def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+    """SparseAdamW over random masks of the seven projections."""
+    masks = random_masks(model, args.density, args.masks)
+    values = sparsify(model, masks)
+    held = sum(value.nbytes for value in values) + sum(mask.nbytes for mask in masks.values())
+    return SparseAdamW(values, lr=1e-5, state_bits=args.state_bits), held
+
+
+def random_masks(model: nn.Module, density: float, kind: str):
+    """Masks of the seven projections: the same share of every row, or concentrated as gradients choose them."""
+    masks = Masks()
+    for name, target in find_targets(model, PROJECTIONS).items():
+        rows, columns = target.matrix_shape
+        device = target.device
+        if kind == "uniform":
+            count = max(1, round(density * columns))
+            columns_of = torch.rand(rows, columns, device=device).topk(count, dim=1).indices.sort(dim=1).values
+            starts = torch.arange(rows, device=device)[:, None] * columns
+            positions = (starts + columns_of).flatten()
+        else:
+            positions = concentrated(name.split(".")[-2], rows, columns, density, device)
+        masks[name] = Mask(positions.to(torch.int32), (rows, columns))
+    return masks
+
+
+def concentrated(projection: str, rows: int, columns: int, density: float, device: torch.device) -> Tensor:
+    """Positions drawn with the measured shares of the rows and columns of a projection, each set in random order.
+
+    `mask_profile.json` has these shares, over their mean, of gradient masks of SmolLM2-135M at two densities.
+    """
+    profile = json.loads(MASK_PROFILE.read_text(encoding="utf-8"))["quantiles"]
+    shares = profile[min(profile, key=lambda known: abs(math.log(float(known) / density)))][projection]
+    chances = torch.zeros(rows, columns, device=device)
+    for size, quantiles, shape in ((rows, shares["rows"], (-1, 1)), (columns, shares["cols"], (1, -1))):
+        quantiles = torch.tensor(quantiles, device=device)
+        place = torch.rand(size, device=device) * (len(quantiles) - 1)
+        share = torch.lerp(quantiles[place.long()], quantiles[place.ceil().long()], place.frac())
+        chances += share.clamp(min=1e-6).log().view(shape)
+    # The k largest of log p + Gumbel noise are k draws without replacement with chances p.
+    noise = torch.rand(rows, columns, device=device).clamp_(1e-20, 1 - 1e-7).log_().neg_().log_().neg_()
+    return chances.add_(noise).flatten().topk(round(density * rows * columns)).indices
+
+
+def attach_lora(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+    """PEFT's LoRA, injected in place, adapters in bf16 as QLoRA trains them."""
+    import peft
+
+    options = dict(r=args.rank, lora_alpha=2 * args.rank, target_modules=PROJECTIONS)
+    peft.inject_adapter_in_model(peft.LoraConfig(**options), model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    fused = trained[0].is_cuda
+    return torch.optim.AdamW(trained, lr=1e-5, fused=fused), sum(parameter.nbytes for parameter in trained)
+
+
+ATTACH = {"frozen": attach_nothing, "ours": attach_ours, "lora": attach_lora, "qlora": attach_lora}

@@ -1,0 +1,91 @@
+"""Defaults of known jobs, and the GPU that each of them fits."""
+
+import argparse
+from collections.abc import Callable
+
+from recipes import memory, models, moving, shapes
+
+METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
+PRESETS = {
+    "gemma2-2b": {"model": "google/gemma-2-2b", "budget": 25_559_040, **METAMATH},
+    "qwen2-7b": {"model": "Qwen/Qwen2-7B", "budget": 40_370_176, **METAMATH},
+    "llama3-8b": {"model": "meta-llama/Meta-Llama-3-8B", "budget": 54_525_952, **METAMATH},
+    "demo": {
+        "model": "smollm2",
+        "data": "generator",
+        "density": 0.01,
+        # A few minutes hold too few steps for the rate that suits whole epochs: 1.5e-3 was the best of a sweep, in 110
+        # steps of 8 problems.
+        "lr": 1.5e-3,
+        "train_limit": 4000,
+        # At most; a CPU without bf16 instructions gets through a quarter of them in these minutes.
+        "steps": 220,
+        "train_minutes": 3.0,
+        "batch_size": 4,
+        "accumulation": 1,
+        "max_length": 256,
+        "calibration_samples": 32,
+        "held_out": 32,
+        "score": ["demo"],
+        "score_limit": 64,
+        "out": "out/demo",
+    },
+}
+# The published recipe: https://arxiv.org/abs/2412.13488
+PAPER = {
+    "lr": 2e-5,
+    "train_limit": 100_000,
+    "epochs": 1.0,
+    "max_length": 1024,
+    "batch_size": 4,
+    "accumulation": 4,
+    "warmup": 0.03,
+    "schedule": "linear",
+    "calibration_samples": 1024,
+}
+
+
+def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
+    """Expected peaks of the presets of known shape for three sizes of batch, and the smallest common card for each.
+
+    Args:
+        parse: reads a command line.
+    """
+    lines = ["| preset | entries | batch | 16 bits | 8 bits | 4 bits |", "|---|---|---|---|---|---|"]
+    for name in [name for name in PRESETS if name in shapes.SHAPES]:
+        for batch in ([], ["--batch-size=1", "--max-length=2048"], ["--batch-size=2", "--max-length=2048"]):
+            cells = []
+            for bits in (16, 8, 4):
+                args = parse(["--preset", name, "--base-bits", str(bits), *batch])
+                needed = memory.peak_bytes(expected_memory(args))
+                cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_card(needed)} GB")
+            size = f"{args.batch_size} x {args.max_length}"
+            lines.append(f"| {name} | {args.budget:,} | {size} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Bytes by part at the moments that can set the peak of training (see `recipes.memory`), for the longest batch."""
+    if args.preset in shapes.SHAPES and args.model == PRESETS[args.preset]["model"]:
+        config = shapes.configuration(args.preset)  # needs no network and no accepted licence
+    else:
+        config = models.configuration(args.model, cache=args.cache)
+    shape = shapes.Shape.of(config)
+    sizes = shape.targets(args.targets)
+    total = sum(rows * columns for rows, columns in sizes)
+    entries = args.budget or sum((args.budget_rank or 0) * (rows + columns) for rows, columns in sizes)
+    if entries > total:
+        raise ValueError(f"--budget {entries:,} is above {total:,}, the number of targeted entries; lower it.")
+    entries = entries or round(args.density * total)
+    return memory.estimate(
+        shape,
+        bits=args.base_bits,
+        entries=entries,
+        batch=args.batch_size,
+        length=args.max_length,
+        targets=args.targets,
+        state_bits=args.state_bits,
+        accumulation=args.accumulation,
+        checkpointing=args.checkpointing,
+        sums=moving.sum_bytes(total) if args.moving else 0,
+    )

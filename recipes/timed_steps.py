@@ -1,0 +1,142 @@
+"""Training steps of the benchmark with their time and memory."""
+
+import argparse
+import gc
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+from eval.records import package_version
+from recipes.loss import linear_cross_entropy
+from recipes.memory import GIB
+from recipes.peers import ATTACH
+from recipes.random_models import build, use_liger
+from speft_optim import desparsify
+
+
+def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
+    """Build the model of a mode, take a few steps, and count."""
+    torch.manual_seed(0)
+    model = build(args.shape, precision, device, args.layers)
+    if args.liger:
+        use_liger(model)
+    weights = allocated(device, model)
+    optimizer, held = ATTACH[method](model, args)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step_ms, optimizer_ms = [], []
+    for number in range(args.steps + 2):
+        whole, last = take_step(model, optimizer, ids, device)
+        if number >= 2:
+            step_ms.append(whole)
+            optimizer_ms.append(last)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    state = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
+    row = {
+        "layers": model.config.num_hidden_layers,
+        "trained": trained,
+        "step_ms": round(statistics.median(step_ms), 1),
+        "optimizer_ms": round(statistics.median(optimizer_ms), 2),
+        **memory_of(device, weights, "values and positions" if method == "ours" else "adapters", held, state),
+    }
+    del optimizer
+    check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return row | check | {"card": card} | {name: package_version(name) for name in ("torch", "transformers")}
+
+
+def memory_of(device: torch.device, weights: int, kind: str, held: int, state: int) -> dict:
+    """The peak so far, and its parts.
+
+    Args:
+        device: a GPU; elsewhere the peak is not known.
+        weights: bytes of the model.
+        kind: what is trained in it.
+        held: bytes of this.
+        state: bytes of the optimizer's moments.
+    """
+    on_card = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_card else 0
+    parts = {"weights": weights, kind: held, "moments": state}
+    parts["activations and gradients"] = max(0, peak - sum(parts.values()))
+    return {
+        "peak_gib": round(peak / GIB, 3) if on_card else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_card else None,
+        "parts_gib": {name: round(size / GIB, 3) for name, size in parts.items()},
+    }
+
+
+def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, device: torch.device) -> dict:
+    """Time and peak of the first step after `sparsify`, which compares each layer's gradient with autograd's.
+
+    Masks are attached anew for it, when nothing is compiled or tuned any more; the peak of the whole run covers its own
+    first step too.
+    """
+    desparsify(model)
+    optimizer, _ = ATTACH["ours"](model, args)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    whole, _ = take_step(model, optimizer, ids, device)
+    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    return {"verified_step_ms": round(whole, 1), "verified_step_peak_gib": None if peak is None else round(peak, 3)}
+
+
+def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> tuple[float, float]:
+    """One training step; milliseconds of all of it, and between the end of backward and that of the optimizer's step.
+
+    As in a training loop nothing waits for the card between the two.
+    """
+    settle(device)
+    begin = time.perf_counter()
+    loss_of(model, ids).backward()
+    middle = mark(device)
+    optimizer.step()
+    end = mark(device)
+    optimizer.zero_grad(set_to_none=True)
+    settle(device)
+    return 1e3 * (time.perf_counter() - begin), end - middle if device.type == "cpu" else middle.elapsed_time(end)
+
+
+def mark(device: torch.device) -> float | torch.cuda.Event:
+    """A point in time: on a card an event in its queue, elsewhere milliseconds."""
+    if device.type == "cpu":
+        return 1e3 * time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean next-token loss, with the head's logits in chunks."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    return linear_cross_entropy(flat, model.lm_head.weight, targets, softcap=softcap) / targets.numel()
+
+
+def limit_memory(most_bytes: float) -> None:
+    """Let this process use so many bytes of the card only; does nothing without a card."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most_bytes / total))
+
+
+def settle(device: torch.device) -> None:
+    """Wait for the card."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated(device: torch.device, model: nn.Module) -> int:
+    """Bytes the model takes: measured on a card, counted elsewhere."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
