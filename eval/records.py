@@ -1,51 +1,14 @@
-"""What runs and scores leave on disk: files and folders that appear whole or not at all, checksums, versions."""
+"""What runs and scores leave on disk: records, pictures, checksums and versions."""
 
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside the target and renames what it wrote, so that no half file is seen.
-
-    Args:
-        path: the target; its folder is made where it is missing.
-        write: writes the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` when the block ends; where it fails, `path` stays as it was.
-
-    Args:
-        path: the folder; its parent is made where it is missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent) as temporary:
-        new, before = Path(temporary) / "new", Path(temporary) / "before"
-        new.mkdir()
-        yield new
-        if path.exists():
-            # A folder cannot be renamed over one that holds files.
-            os.replace(path, before)
-        os.replace(new, path)
+from speft_optim.files import write_atomically
 
 
 def write_json(record: dict, path: Path) -> None:
@@ -53,6 +16,7 @@ def write_json(record: dict, path: Path) -> None:
     text = json.dumps(_plain(record), indent=2, allow_nan=False)
     # Strings hold no raw newline, so none is touched.
     text = re.sub(r"\[\n[\d\s.,e+-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -86,6 +50,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 def save_figure(figure, path: Path, *, dpi: int = 150) -> None:
     """Saves a figure of matplotlib as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from eval.records import hash_files, whole_folder
+from eval.records import hash_files
 from recipes import report
 from recipes.baselines import plain_layers
 from recipes.training_state import History, load_checkpoint, save_checkpoint, training_state_bytes
 from speft_optim import Masks, save_adapter
+from speft_optim.files import whole_folder
 
 # Hidden names of temporary files and folders, here, in `eval.records` and of the library, all end so.
 TEMPORARY = ".*.tmp"

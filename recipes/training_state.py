@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.records import write_atomically
 from recipes.random_state import random_state, restore_random_state
+from speft_optim.files import write_safetensors
 
 FORMAT = "speft_optim.training_state/1"
 # What a damaged or foreign file can raise on its way to a state.
@@ -67,8 +66,7 @@ def save_checkpoint(
     }
     plan = json.dumps(_to_plan(state, tensors))
     path = folder / f"step-{step:08d}.safetensors"
-    metadata = {"format": FORMAT, "plan": plan, "sha256": _digest(plan, tensors)}
-    write_atomically(path, lambda temporary: save_file(_apart(tensors), temporary, metadata))
+    write_safetensors(tensors, path, {"format": FORMAT, "plan": plan, "sha256": _digest(plan, tensors)})
     for other in folder.glob("step-*.safetensors"):
         if other != path:
             other.unlink()
@@ -225,13 +223,3 @@ def _digest(plan: str, tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, contiguous and each with memory of its own, as the file format asks for."""
-    found, memory = {}, set()
-    for name, tensor in tensors.items():
-        shared = tensor.untyped_storage().data_ptr() in memory
-        found[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-        memory.add(found[name].untyped_storage().data_ptr())
-    return found

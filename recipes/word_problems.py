@@ -6,8 +6,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.records import whole_folder
 from recipes.data import Example
+from speft_optim.files import whole_folder
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,7 @@ def write(folder: str | Path, *, train: int, test: int, seed: int = 0) -> Path:
         seed: see `generate`.
     """
     folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as temporary:
         for split, count in (("train", train), ("test", test)):
             lines = [json.dumps(vars(example)) + "\n" for example in generate(count, split=split, seed=seed)]
