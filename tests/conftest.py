@@ -4,12 +4,13 @@ import contextlib
 import copy
 import gc
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from speft_optim import Masks
+from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-10, atol=1e-12),
@@ -18,6 +19,7 @@ TOLERANCE = {
 }
 
 VOCABULARY = 61
+OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 # Packages that some tests need and a machine may lack; what the library itself needs is not among them.
 OPTIONAL = "accelerate bitsandbytes datasets gguf hypothesis lightning lm_eval matplotlib peft transformers trl".split()
 
@@ -96,6 +98,75 @@ def token_batch(seed=0, batch=3, length=9, ragged=False, side="right"):
     first = mask.cumsum(1) == 1
     labels = torch.where(mask.bool() & ~first, ids, -100)
     return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels}
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    """Normally distributed numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def every(name, parameter):
+    """Targets: all weights that may have a mask."""
+    return True
+
+
+def random_masks(model, targets=None, density=0.2, seed=0, **options):
+    """Masks of a random share of the entries of each target."""
+    choose = dict(salience="random", density=density, targets=targets, seed=seed, progress=False)
+    return select_masks(model, **choose, **options)
+
+
+def some_entries(model, names, share=0.4):
+    """Masks of a share of the entries of each weight of `names`, of whatever kind it is."""
+    masks = Masks()
+    for name in names:
+        shape = model.get_parameter(name).shape
+        order = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(len(name)))
+        masks[name] = Mask(order[: max(1, round(share * shape.numel()))], shape)
+    return masks
+
+
+class Setup(NamedTuple):
+    """A model with random masks attached, and the optimizer of its values."""
+
+    model: nn.Module
+    masks: Masks
+    values: list[nn.Parameter]
+    optimizer: SparseAdamW
+
+
+def attach(model="llama", dtype=torch.float32, targets=None, density=0.2, **options):
+    """Sparsify a model, or the tiny one of a kind, on random masks; `options` go to the optimizer."""
+    model = tiny_model(model, dtype) if isinstance(model, str) else model
+    masks = random_masks(model, targets, density)
+    values = sparsify(model, masks)
+    return Setup(model, masks, values, SparseAdamW(values, **{**OPTIONS, **options}))
+
+
+def attach_with_reference(kind="llama", dtype=torch.float32, targets=None, density=0.05):
+    """What `attach` gives of a tiny model, and REF on a copy of that model."""
+    setup = attach(kind, dtype, targets, density)
+    return *setup, Reference(tiny_model(kind, dtype), setup.masks, **OPTIONS)
+
+
+def train(model, optimizer, steps=2, first=0, parts=1):
+    """Take steps on the token batches from number `first`, each of `parts` micro-batches; return the losses."""
+    losses = []
+    for step in range(first, first + steps):
+        for part in range(parts):
+            loss = model(**token_batch(parts * step + part)).loss
+            (loss / parts).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def fine_tune(model, steps=2, density=0.2, lr=1e-2, seed=0, first=0):
+    """Train a model on random masks, and return it sparsified."""
+    masks = random_masks(model, density=density, seed=seed)
+    train(model, SparseAdamW(sparsify(model, masks), lr=lr), steps, first)
+    return model
 
 
 def product_flops(call):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import token_batch
+from conftest import random_masks, token_batch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -189,7 +189,7 @@ def test_mask(indices, shape):
 )
 def test_sparse_adamw(options, in_group):
     model = Blocks()
-    values = sparsify(model, select_masks(model, salience="random", density=0.5, progress=False))
+    values = sparsify(model, random_masks(model, density=0.5))
     made = []
 
     def make():
@@ -232,7 +232,7 @@ def test_parameters_of_sparse_adamw(parameters):
 )
 def test_mask_schedule(options, batches):
     model = Blocks()
-    masks = select_masks(model, salience="random", density=0.25, progress=False)
+    masks = random_masks(model, density=0.25)
     optimizer = SparseAdamW(sparsify(model, masks))
     if works_or_says_why(lambda: MaskSchedule(model, optimizer, batches, **options), model):
         works_or_says_why(lambda: optimizer.schedule.reselect(), model)
@@ -244,7 +244,7 @@ def test_mask_schedule(options, batches):
 @given(st.data())
 def test_optimizer_state(data):
     model = Blocks()
-    optimizer = SparseAdamW(sparsify(model, select_masks(model, salience="random", density=0.25, progress=False)))
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.25)))
     if data.draw(st.booleans(), "with a schedule"):
         MaskSchedule(model, optimizer, BATCHES, interval=1, moments="carry", progress=False)
     model(**BATCHES[0])["loss"].backward()
@@ -281,7 +281,7 @@ def test_optimizer_state(data):
 def test_adapters(tmp_path_factory, path, shares):
     folder = tmp_path_factory.getbasetemp()
     trained = Blocks()
-    sparsify(trained, select_masks(trained, salience="random", density=0.25, progress=False))
+    sparsify(trained, random_masks(trained, density=0.25))
     save_adapter(trained, folder / "fuzz.safetensors")
     model = Blocks()
     load_adapter(model, folder / "fuzz.safetensors")
@@ -303,7 +303,7 @@ def test_files_of_something_else(tmp_path, content):
 
 def test_a_batch_that_breaks_off_leaves_the_model_sparsified_and_whole():
     model = Blocks()
-    sparsify(model, select_masks(model, salience="random", density=0.25, progress=False))
+    sparsify(model, random_masks(model, density=0.25))
     optimizer = SparseAdamW([weight.values for weight in sparse_weights(model)])
     schedule = MaskSchedule(model, optimizer, [*BATCHES, {"x": torch.randn(3, 4)}], progress=False)
     assert not works_or_says_why(schedule.reselect, model)

@@ -7,7 +7,18 @@ import sys
 
 import pytest
 import torch
-from conftest import Reference, assert_close, equal_states, masks_of, tiny_model, token_batch, weights_of
+from conftest import (
+    OPTIONS,
+    Reference,
+    assert_close,
+    equal_states,
+    masks_of,
+    random_masks,
+    tiny_model,
+    token_batch,
+    train,
+    weights_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,7 +39,6 @@ from speft_optim.salience.measures import MEASURES
 from speft_optim.weights.sparse_weight import sparse_weights
 
 CALIBRATION = [token_batch(1000 + seed) for seed in range(2)]
-OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 
 
 def attach(dtype=torch.float32, share=0.05, scope="local", state_bits=32, kind="llama", **options):
@@ -39,13 +49,6 @@ def attach(dtype=torch.float32, share=0.05, scope="local", state_bits=32, kind="
         model, optimizer, CALIBRATION, **{"interval": 3, "scope": scope, "progress": False, **options}
     )
     return model, optimizer, schedule
-
-
-def train(model, optimizer, steps, first=0):
-    for step in range(first, first + steps):
-        model(**token_batch(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
@@ -442,7 +445,7 @@ def test_a_model_in_training_is_scored_as_a_plain_one(salience, memory_budget):
     linear = None if salience == "activation" else lambda name, parameter: True
     choose = dict(salience=salience, density=0.1, targets=linear, memory_budget=memory_budget, progress=False)
     masks = select_masks(model, CALIBRATION, **choose)
-    sparsify(model, select_masks(model, density=0.1, salience="random", targets=linear, seed=7, progress=False))
+    sparsify(model, random_masks(model, linear, density=0.1, seed=7))
     before = {weight.name: weight.values.requires_grad for weight in sparse_weights(model)}
     assert select_masks(model, CALIBRATION, **choose) == masks
     assert {weight.name: weight.values.requires_grad for weight in sparse_weights(model)} == before

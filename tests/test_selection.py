@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import tiny_model, token_batch
+from conftest import random_masks, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -254,7 +254,7 @@ def test_random_depends_on_seed_and_name_alone():
 )
 def test_targets_name_weights_in_three_ways(kind, targets, expected):
     model = tiny_model(kind)
-    masks = select_masks(model, salience="random", density=0.1, targets=targets, progress=False)
+    masks = random_masks(model, targets, density=0.1)
     order = [name for name, _ in model.named_parameters()]
     assert len(masks) == expected and list(masks) == sorted(masks, key=order.index)
     if targets is None:

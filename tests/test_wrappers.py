@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Reference, tiny_model, token_batch
+from conftest import Reference, random_masks, tiny_model, token_batch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -167,7 +167,7 @@ def test_selection_and_loss_see_the_model_without_wrappers_so_that_nothing_is_ex
 
 def test_values_that_no_wrapper_would_average_are_refused(monkeypatch):
     model = DistributedDataParallel(tiny_model())
-    masks = select_masks(model, salience="random", density=0.1, progress=False)
+    masks = random_masks(model, density=0.1)
     # Of this one process that says it is one of two.
     monkeypatch.setattr(sys.modules["speft_optim.sparsify"], "together", contextlib.nullcontext)
     monkeypatch.setattr(type(model.process_group), "size", lambda self: 2)
