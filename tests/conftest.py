@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import multiprocessing
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -201,11 +202,28 @@ def equal_states(left, right):
     return type(left) is type(right) and left == right
 
 
-def live_tensors():
+# A process forked from one that has imported the large libraries starts at once, and has no state of the tests in it.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "bitsandbytes", "transformers.trainer", "transformers.models.llama"])
+
+
+def run_apart(function, *arguments, count=1, seconds=240):
+    """Call `function(rank, *arguments)` in `count` new processes; return their exit codes, negative for signals."""
+    running = [PROCESSES.Process(target=function, args=(rank, *arguments)) for rank in range(count)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in running]
+
+
+def live_tensors(among=()):
     """One tensor for each storage alive, by its address; holding them keeps addresses from being used again."""
     gc.collect()
     found = {}
-    for thing in gc.get_objects():
+    for thing in [*among, *gc.get_objects()]:
         if issubclass(type(thing), torch.Tensor):
             # What a compiler has traced, here or in another test, has no data behind it, and all of it one address.
             with contextlib.suppress(RuntimeError):
@@ -222,9 +240,15 @@ class BytesSince:
 
     def __init__(self):
         self.before = live_tensors()
+        # Frozen objects are left out of later walks, which take a second each through all that is imported.
+        gc.freeze()
+
+    def __del__(self):
+        gc.unfreeze()
 
     def __call__(self):
-        new = (tensor for address, tensor in live_tensors().items() if address not in self.before)
+        found = live_tensors(self.before.values())
+        new = (tensor for address, tensor in found.items() if address not in self.before)
         return sum(tensor.untyped_storage().nbytes() for tensor in new if not tensor.is_meta)
 
 

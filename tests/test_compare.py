@@ -7,34 +7,29 @@ import signal
 import time
 
 import pytest
+import tiny_job
 import torch
-from byte_tokenizer import VOCABULARY, byte_tokenizer
-from conftest import tiny_model
+from tiny_job import PAD, save_tiny
 
 from recipes import baselines, cells, compare, data, forgetting, loop, moving
 from recipes.cells import Bench, Cell
 from recipes.claims import claimed
 from speft_optim import SparseAdamW
 
-PAD = 3
 EVERY = ["full", *baselines.ADAPTERS, *cells.STATIC]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
-    tiny_model("llama", **sizes).save_pretrained(root / "model")
-    byte_tokenizer(template="<s> $A").save_pretrained(root / "model")
+    save_tiny(root / "model")
     data.write(root / "problems", train=16, test=6)
     return root
 
 
 def command(folder, out, *more):
-    fixed = ["--model", folder / "model", "--data", folder / "problems", "--out", out, "--steps", 3]
-    small = ["--batch-size", 4, "--calibration-samples", 8, "--dtype", "float32", "--length-pool", 2]
-    return [str(part) for part in [*fixed, *small, *more]]
+    fixed = ["--steps", 3, "--length-pool", 2]
+    return tiny_job.command(folder / "model", folder / "problems", out, *fixed, *more)
 
 
 @pytest.fixture(scope="module")

@@ -394,7 +394,7 @@ def failures(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_all, (port, str(folder)), nprocs=2)
+    torch.multiprocessing.start_processes(run_all, (port, str(folder)), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

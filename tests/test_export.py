@@ -4,12 +4,10 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import fine_tune, random_masks, tiny_model, token_batch
+from conftest import fine_tune, random_masks, run_apart, tiny_model, token_batch
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original
 from safetensors import safe_open
 
@@ -89,33 +87,27 @@ def test_same_top_token(kind, original, tmp_path):
         assert agreement(model, reload(tmp_path / "out", torch.bfloat16)) >= 0.99
 
 
-NEW_PROCESS = """
-import sys, torch
-sys.path[:0] = {paths!r}
-from conftest import token_batch
-from quantized_models import load_quantized
-from speft_optim import load_adapter
-from transformers import AutoModelForCausalLM
-batch = token_batch(7, batch=8, length=32)
-based = load_quantized("original", {kind!r}, torch.bfloat16, **{options})
-load_adapter(based, "adapter.safetensors")
-merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.bfloat16)
-with torch.no_grad():
-    torch.save([model.eval()(**batch).logits for model in (based, merged)], "logits.pt")
-"""
+def logits_of_loaded(rank, folder, kind, compute):
+    """Save what the adapter on its quantised base gives, and the merged checkpoint."""
+    import transformers as tf
+
+    based = load_quantized(folder / "original", kind, torch.bfloat16, **compute)
+    load_adapter(based, folder / "adapter.safetensors")
+    merged = tf.AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.bfloat16)
+    batch = token_batch(7, batch=8, length=32)
+    with torch.no_grad():
+        torch.save([model.eval()(**batch).logits for model in (based, merged)], folder / "logits.pt")
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_saved_quantised_model_comes_back_in_a_new_process(kind, tmp_path):
     """The adapter on the quantised base, and the merged checkpoint by ordinary calls."""
-    options = "{}" if kind == "int8" else "dict(compute=torch.bfloat16)"
     save_original(tmp_path / "original", initializer_range=0.3)
     compute = {} if kind == "int8" else {"compute": torch.bfloat16}
     model = fine_tune(load_quantized(tmp_path / "original", kind, torch.bfloat16, **compute), density=0.005)
     save_adapter(model, tmp_path / "adapter.safetensors")
     export_merged(model, tmp_path / "merged")
-    script = NEW_PROCESS.format(paths=sys.path, kind=kind, options=options)
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert run_apart(logits_of_loaded, tmp_path, kind, compute) == [0]
     based, merged = torch.load(tmp_path / "logits.pt", weights_only=True)
     with torch.no_grad():
         expected = model.eval()(**token_batch(7, batch=8, length=32)).logits

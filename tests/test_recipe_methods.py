@@ -4,23 +4,19 @@ import random
 
 import peft
 import pytest
+import tiny_job
 import torch
-from byte_tokenizer import VOCABULARY, byte_tokenizer
-from conftest import tiny_model
+from byte_tokenizer import byte_tokenizer
+from conftest import random_masks
 from safetensors.torch import load_file
+from tiny_job import PAD, save_tiny, tiny
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from recipes import baselines, compiled, data, gsm8k, loop
-from speft_optim import Masks, SparseAdamW, select_masks, sparsify
+from speft_optim import Masks, SparseAdamW, sparsify
 
-PAD = 3
 ADAPTERS = list(baselines.ADAPTERS)
-
-
-def tiny(kind="llama", **config):
-    torch.manual_seed(0)
-    return tiny_model(kind, vocab_size=VOCABULARY, max_position_embeddings=512, **config)
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +27,19 @@ def samples():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("methods")
-    tiny(bos_token_id=1, eos_token_id=2, pad_token_id=PAD).save_pretrained(root / "model")
-    byte_tokenizer(template="<s> $A").save_pretrained(root / "model")
+    save_tiny(root / "model")
     data.write(root / "problems", train=24, test=8)
     return root
 
 
 def command(folder, out, *more):
-    fixed = ["--model", folder / "model", "--data", folder / "problems", "--out", out, "--held-out", 8]
-    small = ["--batch-size", 4, "--accumulation", 2, "--calibration-samples", 8, "--dtype", "float32"]
-    return [str(part) for part in [*fixed, *small, *more]]
+    fixed = ["--held-out", 8, "--accumulation", 2]
+    return tiny_job.command(folder / "model", folder / "problems", out, *fixed, *more)
 
 
 def attach(model, method, lr=3e-3):
     if method == "sparse":
-        masks = select_masks(model, salience="random", density=0.2, progress=False)
+        masks = random_masks(model)
         return SparseAdamW(sparsify(model, masks), lr=lr, on_nonfinite="ignore")
     if method != "full":
         budget = baselines.trained_values(baselines.linear_layers(model), 2)

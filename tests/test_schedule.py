@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from conftest import (
     equal_states,
     masks_of,
     random_masks,
+    run_apart,
     tiny_model,
     token_batch,
     train,
@@ -21,7 +20,9 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from speft_optim import (
     MaskSchedule,
@@ -607,37 +608,25 @@ def test_change_mask_against_a_dictionary(seed, before, after):
     assert set(weight.former.indices.tolist()) == {*picks[0].tolist()} - {*picks[1].tolist()}
 
 
-PROCESSES = """
-import sys, torch
-sys.path[:0] = {paths!r}
-import torch.distributed as dist
-from test_schedule import *
-dist.init_process_group("gloo", init_method="file://" + {file!r}, rank=int(sys.argv[1]), world_size=2)
-rank = dist.get_rank()
-from torch.nn.parallel import DistributedDataParallel
-model = tiny_model()
-masks = select_masks(model, CALIBRATION, density=0.05, progress=False)
-optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
-parallel = DistributedDataParallel(model)
-own = [token_batch(50 + rank), token_batch(60 + rank)]
-schedule = MaskSchedule(parallel, optimizer, own, interval=2, progress=False)
-for step in range(5):
-    parallel(**token_batch(2 * step + rank)).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-found = [None, None]
-sums = {{name: part.sum().item() for name, part in weights_of(model).items()}}
-dist.all_gather_object(found, (masks_of(model).fingerprint(), sums))
-assert found[0] == found[1] and masks_of(model) != masks and schedule.steps == 5
-try:
-    MaskSchedule(parallel, SparseAdamW([w.values for w in sparse_weights(model)]), own, scope="global")
-    raise SystemExit("global scope was accepted")
-except ValueError as error:
-    assert "fixed size" in str(error)
-"""
+def trains_as_one_of_two(rank, file):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = tiny_model()
+    masks = select_masks(model, CALIBRATION, density=0.05, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+    parallel = DistributedDataParallel(model)
+    own = [token_batch(50 + rank), token_batch(60 + rank)]
+    schedule = MaskSchedule(parallel, optimizer, own, interval=2, progress=False)
+    for step in range(5):
+        parallel(**token_batch(2 * step + rank)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = [None, None]
+    sums = {name: part.sum().item() for name, part in weights_of(model).items()}
+    dist.all_gather_object(found, (masks_of(model).fingerprint(), sums))
+    assert found[0] == found[1] and masks_of(model) != masks and schedule.steps == 5
+    with pytest.raises(ValueError, match="fixed size"):
+        MaskSchedule(parallel, SparseAdamW([w.values for w in sparse_weights(model)]), own, scope="global")
 
 
 def test_two_processes_stay_equal(tmp_path):
-    script = PROCESSES.format(paths=sys.path, file=str(tmp_path / "store"))
-    running = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert run_apart(trains_as_one_of_two, tmp_path / "store", count=2) == [0, 0]

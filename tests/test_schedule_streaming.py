@@ -3,8 +3,6 @@
 import copy
 import functools
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,13 +13,16 @@ from conftest import (
     equal_states,
     masks_of,
     random_masks,
+    run_apart,
     tiny_model,
     token_batch,
     train,
     weights_of,
 )
 from quantized_models import dequantized_twin, load_quantized, save_original, stored
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from speft_optim import (
     Masks,
@@ -705,55 +706,42 @@ def test_a_damaged_state_is_refused():
 
 # --- Several processes ---
 
-PROCESSES = """
-import sys, torch
-sys.path[:0] = {paths!r}
-import torch.distributed as dist
-from test_schedule_streaming import *
-from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo", init_method="file://" + {file!r}, rank=int(sys.argv[1]), world_size=2)
-rank = dist.get_rank()
-sent = []
-reduce = dist.all_reduce
-dist.all_reduce = lambda tensor, *args, **options: (sent.append(tensor.numel()), reduce(tensor, *args, **options))[1]
-for salience in ("snip", "fisher"):
-    model, optimizer, schedule = attach(scope="local", salience=salience, budget=1_600)
-    plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
-    parallel = DistributedDataParallel(model)
-    sent.clear()
-    for step in range(8):
-        parallel(**token_batch(2 * step + rank)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+def scores_as_one_of_two(rank, file):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    sent, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **options: (sent.append(tensor.numel()), reduce(tensor, *args, **options))[
+        1
+    ]
+    for salience in ("snip", "fisher"):
+        model, optimizer, schedule = attach(scope="local", salience=salience, budget=1_600)
+        plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
+        parallel = DistributedDataParallel(model)
+        sent.clear()
+        for step in range(8):
+            parallel(**token_batch(2 * step + rank)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if salience == "snip":
+                plain.step([token_batch(2 * step + part) for part in range(2)])
+        expected = [piece.entries for group in schedule.training.groups[:4] for piece in group]
+        assert sent == expected, (sent, expected)
+        found = [None, None]
+        sums = {name: part.double().sum().item() for name, part in weights_of(model).items()}
+        dist.all_gather_object(found, (masks_of(model).fingerprint(), sums, schedule.history))
+        assert found[0] == found[1] and schedule.training.turns == 4 and schedule.history[-1]["overlap"] < 1
         if salience == "snip":
-            plain.step([token_batch(2 * step + part) for part in range(2)])
-    expected = [piece.entries for group in schedule.training.groups[:4] for piece in group]
-    assert sent == expected, (sent, expected)
-    found = [None, None]
-    sums = {{name: part.double().sum().item() for name, part in weights_of(model).items()}}
-    dist.all_gather_object(found, (masks_of(model).fingerprint(), sums, schedule.history))
-    assert found[0] == found[1] and schedule.training.turns == 4 and schedule.history[-1]["overlap"] < 1
-    if salience == "snip":
-        plain.assert_agrees(model, optimizer, schedule)
-try:
-    attach(scope="global")
-    raise SystemExit("global scope was accepted")
-except ValueError as error:
-    assert "fixed size" in str(error)
-model = tiny_model()
-optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.1)))
-try:
-    MaskSchedule(model, optimizer, window=2 + rank)
-    raise SystemExit("different windows were accepted")
-except ValueError as error:
-    assert "arguments of MaskSchedule differ between processes" in str(error)
-"""
+            plain.assert_agrees(model, optimizer, schedule)
+    with pytest.raises(ValueError, match="fixed size"):
+        attach(scope="global")
+    model = tiny_model()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.1)))
+    with pytest.raises(ValueError, match="arguments of MaskSchedule differ between processes"):
+        MaskSchedule(model, optimizer, window=2 + rank)
 
 
 def test_two_processes_average_a_group_once_a_turn_and_stay_equal(tmp_path):
-    script = PROCESSES.format(paths=sys.path, file=str(tmp_path / "store"))
-    running = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    assert run_apart(scores_as_one_of_two, tmp_path / "store", count=2) == [0, 0]
 
 
 # --- Options ---

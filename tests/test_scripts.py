@@ -3,10 +3,9 @@
 import copy
 import io
 import math
+import os
 import pickle
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -22,8 +21,10 @@ from conftest import (
     equal_states,
     every,
     random_masks,
+    run_apart,
     tiny_model,
     token_batch,
+    train,
 )
 from safetensors import safe_open
 from safetensors.torch import load_model
@@ -186,32 +187,21 @@ def test_zero_grad_of_model_and_optimizer(set_to_none, on_model):
     reference.assert_agrees(model, optimizer, values)
 
 
-PROCESS = """
-import sys, torch
-sys.path[:0] = {paths!r}
-from conftest import tiny_model, token_batch
-from speft_optim import Masks, SparseAdamW, sparsify
-dtype = getattr(torch, {dtype!r})
-model = tiny_model("llama", dtype)
-values = sparsify(model, Masks.load("masks.safetensors"))
-optimizer = SparseAdamW(values, lr=1e-2, weight_decay=0.1)
-saved = torch.load("state.pt", weights_only=True)
-for part in ({order}):
-    part[0].load_state_dict(saved[part[1]])
-for step in range(3, 6):
-    model(**token_batch(step)).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}, "resumed.pt")
-"""
+def resume(rank, folder, dtype, order):
+    """Load masks and states in this order, and train steps 3 to 5."""
+    model = tiny_model("llama", dtype)
+    optimizer = SparseAdamW(sparsify(model, Masks.load(folder / "masks.safetensors")), **OPTIONS)
+    saved = torch.load(folder / "state.pt", weights_only=True)
+    for part in order:
+        {"model": model, "optimizer": optimizer}[part].load_state_dict(saved[part])
+    train(model, optimizer, 3, first=3)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "resumed.pt")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "order", ['(model, "model"), (optimizer, "optimizer")', '(optimizer, "optimizer"), (model, "model")']
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [("model", "optimizer"), ("optimizer", "model")], ids=" first, ".join)
 def test_resume_in_a_new_process_is_bit_equal(tmp_path, dtype, order):
-    model, masks, values, optimizer = attach(dtype=getattr(torch, dtype))
+    model, masks, values, optimizer = attach(dtype=dtype)
     masks.save(tmp_path / "masks.safetensors")
     for step in range(6):
         if step == 3:
@@ -219,8 +209,7 @@ def test_resume_in_a_new_process_is_bit_equal(tmp_path, dtype, order):
         model(**token_batch(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    script = PROCESS.format(paths=sys.path, dtype=dtype, order=order)
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert run_apart(resume, tmp_path, dtype, order) == [0]
     resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
     assert equal_states(resumed["optimizer"], optimizer.state_dict())
     assert equal_states(resumed["model"], dict(model.state_dict()))
@@ -313,27 +302,24 @@ def test_trainer_resumes_bit_equal(tmp_path, dtype):
     assert equal_states(run_trainer(tmp_path, dtype), run_trainer(tmp_path, dtype, tmp_path / "checkpoint-2"))
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths}
-import torch
-from test_scripts import run_trainer
-save = torch.save
-def save_or_die(state, file, *args, **kwargs):
-    if {file!r} in str(file):
-        open(file, "wb").write(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return save(state, file, *args, **kwargs)
-torch.save = save_or_die
-run_trainer("killed")
-"""
+def killed_while_saving(rank, folder, name):
+    """Train until the file of this name is to be written, write half of it and die."""
+    save = torch.save
+
+    def save_or_die(state, file, *args, **kwargs):
+        if name in str(file):
+            Path(file).write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(state, file, *args, **kwargs)
+
+    torch.save = save_or_die
+    run_trainer(folder)
 
 
 @pytest.mark.parametrize("file", ["checkpoint-4/optimizer.pt", "checkpoint-4/scheduler.pt"])
 def test_a_trainer_killed_while_it_saves_resumes_from_the_last_complete_checkpoint(tmp_path, file):
     whole = run_trainer(tmp_path / "whole")
-    script = KILLED.format(paths=[str(Path(__file__).parent), *sys.path], file=file)
-    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path).returncode == -signal.SIGKILL
+    assert run_apart(killed_while_saving, tmp_path / "killed", file) == [-signal.SIGKILL]
     assert (tmp_path / "killed" / file).read_bytes() == b"half of it"
     assert equal_states(whole, run_trainer(tmp_path / "killed", resume=tmp_path / "killed" / "checkpoint-2"))
 
