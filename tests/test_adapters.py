@@ -197,7 +197,7 @@ def test_training_goes_on_from_a_loaded_adapter_as_from_the_model(path):
     loaded = load_adapter(base, path)
     desparsify(model)
     for one, its_masks in ((model, masks), (base, loaded)):
-        train(one, SparseAdamW(sparsify(one, its_masks), lr=1e-2), 3, start=3)
+        train(one, SparseAdamW(sparsify(one, its_masks), lr=1e-2), 3, first=3)
     assert equal_states(model.state_dict(), base.state_dict())
     save_adapter(base, path)
     again = tiny_model()

@@ -34,12 +34,12 @@ def command(folder, out, *more):
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """The folder of a comparison of every method, two rates and two seeds for some."""
+    """The folder of a comparison of every method, with two seeds for some."""
     out = tmp_path_factory.mktemp("out")
     more = ["--methods", ",".join(EVERY), "--budget-ranks", "2", "--rates", "1e-2"]
     assert compare.main(command(folder, out, *more)) == {"done": len(EVERY), "failed": 0, "left": 0}
-    more = ["--methods", "lora,static-snip", "--budget-ranks", "1,2", "--rates", "1e-3,1e-2", "--seeds", "0,1"]
-    assert compare.main(command(folder, out, *more))["done"] == 16
+    more = ["--methods", "lora,static-snip", "--budget-ranks", "2", "--rates", "1e-2", "--seeds", "0,1"]
+    assert compare.main(command(folder, out, *more))["done"] == 4
     return out
 
 
@@ -49,7 +49,7 @@ def records(out):
 
 def test_each_cell_leaves_what_a_comparison_needs(finished):
     found = records(finished)
-    assert len(found) == len(EVERY) + 14
+    assert len(found) == len(EVERY) + 2
     one = {name: record for name, record in found.items() if name.endswith("lr0.01_s0")}
     for name, record in one.items():
         assert record["test_loss"] < record["base"]["test_loss"] and record["test_problems"] == 6, name
