@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import itertools
 import multiprocessing
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -223,7 +224,7 @@ def live_tensors(among=()):
     """One tensor for each storage alive, by its address; holding them keeps addresses from being used again."""
     gc.collect()
     found = {}
-    for thing in [*among, *gc.get_objects()]:
+    for thing in itertools.chain(among, gc.get_objects()):
         if issubclass(type(thing), torch.Tensor):
             # What a compiler has traced, here or in another test, has no data behind it, and all of it one address.
             with contextlib.suppress(RuntimeError):

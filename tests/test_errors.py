@@ -114,7 +114,7 @@ def works_or_says_why(call, model):
     ),
     st.one_of(st.just(BATCHES), anything),
 )
-def test_select_masks(options, batches):
+def test_select_masks_works_or_says_what_to_do_whatever_it_is_given(options, batches):
     model = Blocks()
     before = snapshot(model)
     works_or_says_why(lambda: select_masks(model, batches, progress=False, **options), model)
@@ -141,7 +141,7 @@ def test_select_masks(options, batches):
         max_size=3,
     )
 )
-def test_sparsify(masks):
+def test_sparsify_works_or_says_what_to_do_whatever_it_is_given(masks):
     model = Blocks()
     if works_or_says_why(lambda: sparsify(model, masks), model):
         desparsify(model)
@@ -161,7 +161,7 @@ def test_sparsify_takes_a_mapping_only(masks):
     ),
     st.one_of(st.lists(st.integers(0, 5), max_size=3).map(tuple), anything),
 )
-def test_mask(indices, shape):
+def test_a_mask_is_its_positions_or_says_what_to_do(indices, shape):
     try:
         mask = Mask(indices, shape)
     except (ValueError, TypeError) as error:
@@ -187,7 +187,7 @@ def test_mask(indices, shape):
     ),
     st.booleans(),
 )
-def test_sparse_adamw(options, in_group):
+def test_sparse_adamw_works_or_says_what_to_do_whatever_its_options(options, in_group):
     model = Blocks()
     values = sparsify(model, random_masks(model, density=0.5))
     made = []
@@ -207,7 +207,7 @@ def test_sparse_adamw(options, in_group):
 
 @FUZZ
 @given(anything)
-def test_parameters_of_sparse_adamw(parameters):
+def test_sparse_adamw_works_or_says_what_to_do_whatever_its_parameters(parameters):
     model = Blocks()
     works_or_says_why(lambda: SparseAdamW(parameters), model)
     works_or_says_why(lambda: SparseAdamW([parameters]), model)
@@ -230,7 +230,7 @@ def test_parameters_of_sparse_adamw(parameters):
     ),
     st.one_of(st.just(BATCHES), anything),
 )
-def test_mask_schedule(options, batches):
+def test_mask_schedule_works_or_says_what_to_do_whatever_it_is_given(options, batches):
     model = Blocks()
     masks = random_masks(model, density=0.25)
     optimizer = SparseAdamW(sparsify(model, masks))
@@ -242,7 +242,7 @@ def test_mask_schedule(options, batches):
 
 @FUZZ
 @given(st.data())
-def test_optimizer_state(data):
+def test_an_optimizer_state_loads_or_says_what_to_do(data):
     model = Blocks()
     optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.25)))
     if data.draw(st.booleans(), "with a schedule"):
@@ -278,7 +278,7 @@ def test_optimizer_state(data):
     anything,
     st.dictionaries(st.one_of(st.just("default"), anything.filter(lambda x: x.__hash__)), anything, max_size=2),
 )
-def test_adapters(tmp_path_factory, path, shares):
+def test_adapters_load_and_mix_or_say_what_to_do(tmp_path_factory, path, shares):
     folder = tmp_path_factory.getbasetemp()
     trained = Blocks()
     sparsify(trained, random_masks(trained, density=0.25))
@@ -293,7 +293,7 @@ def test_adapters(tmp_path_factory, path, shares):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b'{"a": 1}', (2**40).to_bytes(8, "little") + b"{}"])
-def test_files_of_something_else(tmp_path, content):
+def test_files_that_are_no_safetensors_are_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     model = Blocks()

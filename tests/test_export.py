@@ -79,7 +79,7 @@ def test_merged_checkpoint_is_ordinary_and_computes_the_same(trained, original, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_top_token(kind, original, tmp_path):
+def test_an_exported_model_has_the_top_tokens_of_the_quantised_one(kind, original, tmp_path):
     """Of a model that computes in bf16, as recipes do; the logits of an untrained one in fp32 are ties in bf16."""
     model = load_quantized(original, kind, torch.bfloat16, **({} if kind == "int8" else {"compute": torch.bfloat16}))
     export_merged(fine_tune(model), tmp_path / "out")
@@ -122,7 +122,7 @@ def test_full_precision_export_is_exact(trained, tmp_path):
         assert torch.equal(reload(tmp_path / "out")(**batch).logits, trained(**batch).logits)
 
 
-def test_onto_the_original_checkpoint(trained, original, tmp_path):
+def test_the_original_checkpoint_is_written_again_with_the_trained_entries_alone(trained, original, tmp_path):
     (original / "tokenizer_config.json").write_text("{}")
     export_merged(trained, tmp_path / "out", base=original)
     files, before = tensors(tmp_path / "out"), tensors(original)
@@ -248,7 +248,7 @@ def test_tied_embeddings_are_written_once(tmp_path):
         assert torch.equal(merged(**batch).logits, model(**batch).logits)
 
 
-def test_dense_models_and_adapters_too(original, tmp_path):
+def test_dense_models_and_loaded_adapters_are_exported_exactly(original, tmp_path):
     model = fine_tune(tiny_model("llama", **SIZES))
     with torch.no_grad():
         sparse_weights(model)[0].values += 1  # not yet written through
@@ -595,7 +595,7 @@ def test_an_architecture_whose_files_have_other_names_is_named_as_the_limit(tmp_
     export_merged(model, tmp_path / "out")
 
 
-def test_clear_errors(trained, original, tmp_path):
+def test_folders_and_shard_sizes_that_cannot_be_are_refused(trained, original, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(ValueError, match="not empty"):

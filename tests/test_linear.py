@@ -163,7 +163,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_other_modules_and_uses(case):
+def test_gradients_are_those_of_dense_whatever_module_uses_the_weight(case):
     factory, names, call, inputs = CASES[case]
     assert_gradients(module_of(factory), names, call, inputs)
 

@@ -335,7 +335,7 @@ def test_wrong_options_are_refused(options):
         SparseAdamW(values, **options)
 
 
-def test_bits_by_group():
+def test_each_group_has_moments_of_its_own_bits():
     model, _, values, _ = attach()
     optimizer = SparseAdamW([{"params": values[:1], "state_bits": 8}, {"params": values[1:]}], lr=1e-2)
     for parameter in values:

@@ -125,7 +125,7 @@ def test_values_count_exactly_at_the_masked_entries(kind, loaded):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
-def test_other_architectures(architecture, tmp_path):
+def test_a_quantised_model_of_any_architecture_is_its_dequantised_twin(architecture, tmp_path):
     sizes = dict(n_embd=128, hidden_size=128) if architecture == "gpt2" else {}
     folder = save_original(tmp_path / architecture, architecture, **sizes)
     for kind in ("int8", "nf4"):
@@ -634,7 +634,7 @@ def test_adapter_after_a_second_selection_holds_the_entries_of_both(loaded, tmp_
     assert torch.equal(fresh(**token_batch()).logits, model(**token_batch()).logits)
 
 
-def test_clear_errors(loaded):
+def test_a_refused_sparsify_replaces_no_forward(loaded):
     model = copy.deepcopy(loaded["int8"])
     name = next(name for name, _ in quantized_linears(model)) + ".weight"
     with pytest.raises(ValueError, match="is for shape"):

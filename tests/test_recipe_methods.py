@@ -235,7 +235,7 @@ def test_compiled_models_train_as_plain_ones(method, how, samples):
     torch._dynamo.reset()
     histories, losses = [], []
     for compiles in (False, True):
-        model = tiny()
+        model = tiny(num_hidden_layers=2 if how == "parts" else 1)
         optimizer = attach(model, method)
         if compiles:
             compiled.compile_model(model, how, backend="aot_eager")
@@ -273,7 +273,7 @@ def test_compiled_parts_are_compiled_once_for_all_blocks_methods_and_models(samp
 
 def test_a_compiled_model_computes_with_values_that_were_changed(samples):
     torch._dynamo.reset()
-    model = tiny()
+    model = tiny(num_hidden_layers=1)
     optimizer = attach(model, "sparse")
     compiled.compile_model(model, "blocks", backend="aot_eager")
     loop.train(model, optimizer, samples, steps=1, batch_size=8, pad_id=PAD)

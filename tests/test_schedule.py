@@ -433,7 +433,7 @@ def test_adapter_holds_entries_that_left(tmp_path):
     assert all(torch.equal(part, base[name]) for name, part in weights_of(fresh).items())
 
 
-def test_copies_and_undoing_after_a_change():
+def test_a_copy_after_a_change_of_masks_is_desparsified_on_its_own():
     model, optimizer, _ = attach()
     train(model, optimizer, 4)
     other = copy.deepcopy(model)
@@ -486,7 +486,7 @@ def test_a_copied_optimizer_keeps_its_schedule(copied, order):
     assert all(torch.equal(part, trained[name]) for name, part in weights_of(other).items())
 
 
-def test_schedulers_and_groups_go_on():
+def test_rates_and_options_of_groups_outlive_a_change_of_masks():
     model = tiny_model()
     values = sparsify(model, select_masks(model, CALIBRATION, density=0.05, progress=False))
     groups = [{"params": values[:3], "lr": 1e-3, "weight_decay": 0.0}, {"params": values[3:]}]
@@ -563,7 +563,7 @@ def test_calibration_leaves_training_as_it_was():
         (dict(salience=3), TypeError, "salience=3 is a int; pass one of"),
     ],
 )
-def test_wrong_arguments(options, error, match):
+def test_wrong_arguments_of_a_schedule_are_refused(options, error, match):
     with pytest.raises(error, match=match):
         attach(**options)
 

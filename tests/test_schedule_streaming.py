@@ -550,7 +550,7 @@ def test_a_turn_waits_until_the_rounds_are_long_enough_and_sums_in_its_last_step
     assert [event["step"] for event in schedule.history] == [7, 14]
 
 
-def test_more_groups_share_a_round():
+def test_the_groups_of_weights_share_the_steps_between_two_selections():
     *_, schedule = attach(budget=6_000, window=2, interval=50)
     groups = len(schedule.training.groups)
     assert groups > 2 and schedule.training.period == -(-50 // groups)
@@ -778,7 +778,7 @@ def test_two_processes_average_a_group_once_a_turn_and_stay_equal(tmp_path):
         (dict(nonsense=1), ValueError, "passes no nonsense on"),
     ],
 )
-def test_what_has_no_meaning_is_refused(options, error, match):
+def test_options_without_meaning_for_streamed_scores_are_refused(options, error, match):
     model = tiny_model()
     masks = random_masks(model, density=0.05)
     optimizer = SparseAdamW(sparsify(model, masks))
@@ -800,7 +800,7 @@ def test_measures_that_need_no_gradient_are_selected_by_at_intervals():
     assert masks_of(model) == expected
 
 
-def test_defaults_and_reselect():
+def test_a_streaming_schedule_has_its_own_defaults_and_no_reselect():
     model, optimizer, schedule = attach(window=None, budget=None)
     assert (schedule.salience, schedule.window, schedule.moments) == ("snip", 8, "carry")
     with pytest.raises(ValueError, match="at the end of each window"):
