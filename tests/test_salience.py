@@ -546,12 +546,15 @@ def peak_bytes(work):
     return meter.peak
 
 
-@pytest.mark.parametrize("scope, density", [("global", 0.01), ("global", 0.09), ("local", 0.09)])
 @pytest.mark.parametrize(
-    "salience, dtype",
+    "salience, dtype, scope, density",
     [
-        *((name, torch.float32) for name in ("gradient", "taylor_fo", "fisher", "grasp", "synflow")),
-        ("grasp", torch.bfloat16),
+        *(
+            (salience, torch.float32, scope, density)
+            for salience in ("gradient", "taylor_fo", "fisher", "grasp", "synflow")
+            for scope, density in (("global", 0.01), ("global", 0.09), ("local", 0.09))
+        ),
+        ("grasp", torch.bfloat16, "global", 0.09),
     ],
 )
 def test_estimation_stays_within_the_memory_budget(salience, dtype, scope, density):
