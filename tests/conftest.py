@@ -151,12 +151,12 @@ def attach_with_reference(kind="llama", dtype=torch.float32, targets=None, densi
     return *setup, Reference(tiny_model(kind, dtype), setup.masks, **OPTIONS)
 
 
-def train(model, optimizer, steps=2, first=0, parts=1):
-    """Take steps on the token batches from number `first`, each of `parts` micro-batches; return the losses."""
+def train(model, optimizer, steps=2, first=0, parts=1, period=2**31):
+    """Take steps of `parts` micro-batches on the token batches from `first` on, repeated after `period`; return losses."""
     losses = []
     for step in range(first, first + steps):
         for part in range(parts):
-            loss = model(**token_batch(parts * step + part)).loss
+            loss = model(**token_batch((parts * step + part) % period)).loss
             (loss / parts).backward()
             losses.append(loss.item())
         optimizer.step()
