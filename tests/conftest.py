@@ -152,7 +152,7 @@ def attach_with_reference(kind="llama", dtype=torch.float32, targets=None, densi
 
 
 def train(model, optimizer, steps=2, first=0, parts=1, period=2**31):
-    """Take steps of `parts` micro-batches on the token batches from `first` on, repeated after `period`; return losses."""
+    """Take steps of `parts` micro-batches on the batches from `first` on, repeated after `period`; return losses."""
     losses = []
     for step in range(first, first + steps):
         for part in range(parts):
