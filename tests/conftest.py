@@ -3,13 +3,16 @@
 import contextlib
 import copy
 import gc
+import itertools
+import multiprocessing
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from speft_optim import Masks
+from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-10, atol=1e-12),
@@ -18,6 +21,7 @@ TOLERANCE = {
 }
 
 VOCABULARY = 61
+OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 # Packages that some tests need and a machine may lack; what the library itself needs is not among them.
 OPTIONAL = "accelerate bitsandbytes datasets gguf hypothesis lightning lm_eval matplotlib peft transformers trl".split()
 
@@ -98,6 +102,75 @@ def token_batch(seed=0, batch=3, length=9, ragged=False, side="right"):
     return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels}
 
 
+def draw(*shape, dtype=torch.float32, seed=0):
+    """Normally distributed numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def every(name, parameter):
+    """Targets: all weights that may have a mask."""
+    return True
+
+
+def random_masks(model, targets=None, density=0.2, seed=0, **options):
+    """Masks of a random share of the entries of each target."""
+    choose = dict(salience="random", density=density, targets=targets, seed=seed, progress=False)
+    return select_masks(model, **choose, **options)
+
+
+def some_entries(model, names, share=0.4):
+    """Masks of a share of the entries of each weight of `names`, of whatever kind it is."""
+    masks = Masks()
+    for name in names:
+        shape = model.get_parameter(name).shape
+        order = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(len(name)))
+        masks[name] = Mask(order[: max(1, round(share * shape.numel()))], shape)
+    return masks
+
+
+class Setup(NamedTuple):
+    """A model with random masks attached, and the optimizer of its values."""
+
+    model: nn.Module
+    masks: Masks
+    values: list[nn.Parameter]
+    optimizer: SparseAdamW
+
+
+def attach(model="llama", dtype=torch.float32, targets=None, density=0.2, **options):
+    """Sparsify a model, or the tiny one of a kind, on random masks; `options` go to the optimizer."""
+    model = tiny_model(model, dtype) if isinstance(model, str) else model
+    masks = random_masks(model, targets, density)
+    values = sparsify(model, masks)
+    return Setup(model, masks, values, SparseAdamW(values, **{**OPTIONS, **options}))
+
+
+def attach_with_reference(kind="llama", dtype=torch.float32, targets=None, density=0.05):
+    """What `attach` gives of a tiny model, and REF on a copy of that model."""
+    setup = attach(kind, dtype, targets, density)
+    return *setup, Reference(tiny_model(kind, dtype), setup.masks, **OPTIONS)
+
+
+def train(model, optimizer, steps=2, first=0, parts=1, period=2**31):
+    """Take steps of `parts` micro-batches on the batches from `first` on, repeated after `period`; return losses."""
+    losses = []
+    for step in range(first, first + steps):
+        for part in range(parts):
+            loss = model(**token_batch((parts * step + part) % period)).loss
+            (loss / parts).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def fine_tune(model, steps=2, density=0.2, lr=1e-2, seed=0, first=0):
+    """Train a model on random masks, and return it sparsified."""
+    masks = random_masks(model, density=density, seed=seed)
+    train(model, SparseAdamW(sparsify(model, masks), lr=lr), steps, first)
+    return model
+
+
 def product_flops(call):
     """Floating-point operations of the matrix products that `call` forms."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -130,11 +203,28 @@ def equal_states(left, right):
     return type(left) is type(right) and left == right
 
 
-def live_tensors():
+# A process forked from one that has imported the large libraries starts at once, and has no state of the tests in it.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "bitsandbytes", "transformers.trainer", "transformers.models.llama"])
+
+
+def run_apart(function, *arguments, count=1, seconds=240):
+    """Call `function(rank, *arguments)` in `count` new processes; return their exit codes, negative for signals."""
+    running = [PROCESSES.Process(target=function, args=(rank, *arguments)) for rank in range(count)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in running]
+
+
+def live_tensors(among=()):
     """One tensor for each storage alive, by its address; holding them keeps addresses from being used again."""
     gc.collect()
     found = {}
-    for thing in gc.get_objects():
+    for thing in itertools.chain(among, gc.get_objects()):
         if issubclass(type(thing), torch.Tensor):
             # What a compiler has traced, here or in another test, has no data behind it, and all of it one address.
             with contextlib.suppress(RuntimeError):
@@ -151,9 +241,15 @@ class BytesSince:
 
     def __init__(self):
         self.before = live_tensors()
+        # Frozen objects are left out of later walks, which take a second each through all that is imported.
+        gc.freeze()
+
+    def __del__(self):
+        gc.unfreeze()
 
     def __call__(self):
-        new = (tensor for address, tensor in live_tensors().items() if address not in self.before)
+        found = live_tensors(self.before.values())
+        new = (tensor for address, tensor in found.items() if address not in self.before)
         return sum(tensor.untyped_storage().nbytes() for tensor in new if not tensor.is_meta)
 
 

@@ -70,3 +70,8 @@ def stored(model):
                 tensors += [state.state2.absmax.clone(), state.state2.code.clone(), state.offset.clone()]
     assert tensors
     return tensors
+
+
+def effective(model):
+    """Every quantised weight as the model computes with it, fp32, by name."""
+    return {f"{name}.weight": frozen_weight(module).dense(torch.float32) for name, module in quantized_linears(model)}

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from eval.checkpoints import begins_with_bos, ensure_one_bos, load_tokenizer, prompt_ids
 from recipes import data, packaged_models, word_problems
 
+ROOT = Path(__file__).parent.parent
 CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 
 
@@ -81,8 +82,7 @@ def test_generation_is_the_same_every_time_and_in_every_process():
     assert word_problems.generate(50, split="train", seed=4) != first
     assert len({example.question for example in first}) == 50
     program = "from recipes import word_problems; print(word_problems.generate(50, split='train', seed=3)[-1].question)"
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == first[-1].question
 
 
@@ -195,10 +195,13 @@ def tokenizers(tmp_path_factory):
 
 
 def packaged_tokenizer(name, cache):
-    """The tokenizer of a packaged model without unpacking its weights."""
+    """The tokenizer of a packaged model without unpacking its weights; of one unpacked before, what was saved then."""
     from transformers import AutoTokenizer
 
     model = packaged_models.PACKAGED[name]
+    unpacked = ROOT / "models" / model.name.split("/")[-1]
+    if (unpacked / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(unpacked)
     joined = cache / f"{name}.gguf"
     with joined.open("wb") as file:
         for piece in model.pieces:

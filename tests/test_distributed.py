@@ -9,25 +9,25 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Reference, assert_close, tiny_model, token_batch
+from conftest import (
+    OPTIONS,
+    Reference,
+    assert_close,
+    attach,
+    attach_with_reference,
+    random_masks,
+    tiny_model,
+    token_batch,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from speft_optim import Mask, SparseAdamW, distributed, select_masks, sparsify
 from speft_optim.optim.state import has_moments
 
-OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 5
 # Where both processes find the same files, once they run.
 FOLDER: list[str] = []
-
-
-def attach():
-    model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
-    reference = Reference(model, masks, **OPTIONS)
-    values = sparsify(model, masks)
-    return model, values, SparseAdamW(values, **OPTIONS), reference
 
 
 def halves(batch, parts=2):
@@ -42,7 +42,7 @@ def assert_replicas_equal(model):
 
 
 def replicas_do_not_drift_apart(rank):
-    model, values, optimizer, reference = attach()
+    model, _, values, optimizer, reference = attach_with_reference()
     parallel = DistributedDataParallel(model)
     sent = []
 
@@ -65,7 +65,7 @@ def replicas_do_not_drift_apart(rank):
 
 
 def replicas_do_not_drift_apart_under_no_sync(rank):
-    model, values, optimizer, reference = attach()
+    model, _, values, optimizer, reference = attach_with_reference()
     parallel = DistributedDataParallel(model)
     for step in range(STEPS):
         batch = token_batch(step, batch=8)
@@ -95,7 +95,7 @@ class _Beside(torch.nn.Module):
 
 def a_use_that_replicas_would_not_average_is_refused_by_all(rank):
     model = _Beside()
-    values = sparsify(model, select_masks(model, salience="random", density=0.5, targets=["first", "second"]))
+    values = sparsify(model, random_masks(model, ["first", "second"], density=0.5))
     parallel, optimizer = DistributedDataParallel(model), SparseAdamW(values)
     parallel(torch.ones(2, 4) + rank).sum().backward()
     with pytest.raises(ValueError, match="second.weight is used outside its module's forward.*leave it out of targets"):
@@ -109,7 +109,7 @@ def a_layer_with_another_forward_is_averaged_too(rank):
     model.first.forward = lambda x: 0.5 * torch.nn.functional.linear(x, model.first.weight)
     model.forward = lambda x: model.second(model.first(x))
     reference = copy.deepcopy(weight)
-    (values,) = sparsify(model, select_masks(model, salience="random", density=0.5, targets=["first"], progress=False))
+    (values,) = sparsify(model, random_masks(model, ["first"], density=0.5))
     mask = model.first.sparse_weight.mask
     parallel = DistributedDataParallel(model)
     for _ in range(2):
@@ -124,7 +124,7 @@ def a_layer_with_another_forward_is_averaged_too(rank):
 def accelerate_on_two_processes(rank):
     from accelerate import Accelerator
 
-    model, values, optimizer, reference = attach()
+    model, _, values, optimizer, reference = attach_with_reference()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     assert isinstance(prepared, DistributedDataParallel)
@@ -149,7 +149,7 @@ def zero_redundancy_optimizer_steps_shares(rank):
 
     def start(dtype):
         model = tiny_model(dtype=dtype)
-        masks = select_masks(model, salience="random", density=0.05, progress=False)
+        masks = random_masks(model, density=0.05)
         reference = Reference(model, masks, **OPTIONS)
         values = sparsify(model, masks)
         return model, values, ZeroRedundancyOptimizer(values, SparseAdamW, **OPTIONS), reference
@@ -187,7 +187,7 @@ def zero_redundancy_optimizer_steps_shares(rank):
 
 def masks_that_differ_between_processes(rank):
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.05, seed=rank, progress=False)
+    masks = random_masks(model, density=0.05, seed=rank)
     before = copy.deepcopy(dict(model.state_dict()))
     with pytest.raises(ValueError, match="differ between processes.*Masks.load"):
         sparsify(model, masks)
@@ -265,7 +265,7 @@ def a_memory_budget_of_its_own_changes_no_mask(rank):
 
 def sparsify_that_fails_in_one_process_ends_all(rank):
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     name = next(iter(masks))
     folder = f"{FOLDER[0]}/original"
     if rank == 0:
@@ -289,7 +289,7 @@ def masks_that_differ_although_sparsified_alone(rank):
     """Sparsified before the processes met, as where a script starts the process group late."""
     model = tiny_model()
     with alone():
-        masks = select_masks(model, salience="random", density=0.05, seed=rank, progress=False)
+        masks = random_masks(model, density=0.05, seed=rank)
         optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
     parallel = DistributedDataParallel(model)
     parallel(**token_batch(rank)).loss.backward()
@@ -304,7 +304,7 @@ def weights_of_fully_shard_are_refused_before(rank):
     from torch.distributed.fsdp import fully_shard
 
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     fully_shard(model)
     with pytest.raises(ValueError, match="sharded by fully_shard"):
         sparsify(model, masks)
@@ -326,7 +326,7 @@ def weights_of_fsdp_are_refused_before(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="FullyShardedDataParallel"):
         sparsify(wrapped, masks)
@@ -394,7 +394,7 @@ def failures(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_all, (port, str(folder)), nprocs=2)
+    torch.multiprocessing.start_processes(run_all, (port, str(folder)), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

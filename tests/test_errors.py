@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import token_batch
+from conftest import random_masks, token_batch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -114,7 +114,7 @@ def works_or_says_why(call, model):
     ),
     st.one_of(st.just(BATCHES), anything),
 )
-def test_select_masks(options, batches):
+def test_select_masks_works_or_says_what_to_do_whatever_it_is_given(options, batches):
     model = Blocks()
     before = snapshot(model)
     works_or_says_why(lambda: select_masks(model, batches, progress=False, **options), model)
@@ -141,7 +141,7 @@ def test_select_masks(options, batches):
         max_size=3,
     )
 )
-def test_sparsify(masks):
+def test_sparsify_works_or_says_what_to_do_whatever_it_is_given(masks):
     model = Blocks()
     if works_or_says_why(lambda: sparsify(model, masks), model):
         desparsify(model)
@@ -161,7 +161,7 @@ def test_sparsify_takes_a_mapping_only(masks):
     ),
     st.one_of(st.lists(st.integers(0, 5), max_size=3).map(tuple), anything),
 )
-def test_mask(indices, shape):
+def test_a_mask_is_its_positions_or_says_what_to_do(indices, shape):
     try:
         mask = Mask(indices, shape)
     except (ValueError, TypeError) as error:
@@ -187,9 +187,9 @@ def test_mask(indices, shape):
     ),
     st.booleans(),
 )
-def test_sparse_adamw(options, in_group):
+def test_sparse_adamw_works_or_says_what_to_do_whatever_its_options(options, in_group):
     model = Blocks()
-    values = sparsify(model, select_masks(model, salience="random", density=0.5, progress=False))
+    values = sparsify(model, random_masks(model, density=0.5))
     made = []
 
     def make():
@@ -207,7 +207,7 @@ def test_sparse_adamw(options, in_group):
 
 @FUZZ
 @given(anything)
-def test_parameters_of_sparse_adamw(parameters):
+def test_sparse_adamw_works_or_says_what_to_do_whatever_its_parameters(parameters):
     model = Blocks()
     works_or_says_why(lambda: SparseAdamW(parameters), model)
     works_or_says_why(lambda: SparseAdamW([parameters]), model)
@@ -230,9 +230,9 @@ def test_parameters_of_sparse_adamw(parameters):
     ),
     st.one_of(st.just(BATCHES), anything),
 )
-def test_mask_schedule(options, batches):
+def test_mask_schedule_works_or_says_what_to_do_whatever_it_is_given(options, batches):
     model = Blocks()
-    masks = select_masks(model, salience="random", density=0.25, progress=False)
+    masks = random_masks(model, density=0.25)
     optimizer = SparseAdamW(sparsify(model, masks))
     if works_or_says_why(lambda: MaskSchedule(model, optimizer, batches, **options), model):
         works_or_says_why(lambda: optimizer.schedule.reselect(), model)
@@ -242,9 +242,9 @@ def test_mask_schedule(options, batches):
 
 @FUZZ
 @given(st.data())
-def test_optimizer_state(data):
+def test_an_optimizer_state_loads_or_says_what_to_do(data):
     model = Blocks()
-    optimizer = SparseAdamW(sparsify(model, select_masks(model, salience="random", density=0.25, progress=False)))
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.25)))
     if data.draw(st.booleans(), "with a schedule"):
         MaskSchedule(model, optimizer, BATCHES, interval=1, moments="carry", progress=False)
     model(**BATCHES[0])["loss"].backward()
@@ -278,10 +278,10 @@ def test_optimizer_state(data):
     anything,
     st.dictionaries(st.one_of(st.just("default"), anything.filter(lambda x: x.__hash__)), anything, max_size=2),
 )
-def test_adapters(tmp_path_factory, path, shares):
+def test_adapters_load_and_mix_or_say_what_to_do(tmp_path_factory, path, shares):
     folder = tmp_path_factory.getbasetemp()
     trained = Blocks()
-    sparsify(trained, select_masks(trained, salience="random", density=0.25, progress=False))
+    sparsify(trained, random_masks(trained, density=0.25))
     save_adapter(trained, folder / "fuzz.safetensors")
     model = Blocks()
     load_adapter(model, folder / "fuzz.safetensors")
@@ -293,7 +293,7 @@ def test_adapters(tmp_path_factory, path, shares):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b'{"a": 1}', (2**40).to_bytes(8, "little") + b"{}"])
-def test_files_of_something_else(tmp_path, content):
+def test_files_that_are_no_safetensors_are_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     model = Blocks()
@@ -303,7 +303,7 @@ def test_files_of_something_else(tmp_path, content):
 
 def test_a_batch_that_breaks_off_leaves_the_model_sparsified_and_whole():
     model = Blocks()
-    sparsify(model, select_masks(model, salience="random", density=0.25, progress=False))
+    sparsify(model, random_masks(model, density=0.25))
     optimizer = SparseAdamW([weight.values for weight in sparse_weights(model)])
     schedule = MaskSchedule(model, optimizer, [*BATCHES, {"x": torch.randn(3, 4)}], progress=False)
     assert not works_or_says_why(schedule.reselect, model)

@@ -4,12 +4,10 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import tiny_model, token_batch
+from conftest import fine_tune, random_masks, run_apart, tiny_model, token_batch
 from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original
 from safetensors import safe_open
 
@@ -20,7 +18,6 @@ from speft_optim import (
     export_merged,
     load_adapter,
     save_adapter,
-    select_masks,
     sparsify,
 )
 from speft_optim.checkpoint import export as module_export
@@ -38,17 +35,7 @@ def original(tmp_path_factory):
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request, original):
     """A quantised model after a few steps; tests leave it as it is."""
-    return train(load_quantized(original, request.param))
-
-
-def train(model, density=0.05):
-    masks = select_masks(model, salience="random", density=density)
-    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
-    for seed in range(4):
-        model(**token_batch(seed)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return fine_tune(load_quantized(original, request.param))
 
 
 def reload(folder, dtype=torch.float32):
@@ -92,41 +79,35 @@ def test_merged_checkpoint_is_ordinary_and_computes_the_same(trained, original, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_top_token(kind, original, tmp_path):
+def test_an_exported_model_has_the_top_tokens_of_the_quantised_one(kind, original, tmp_path):
     """Of a model that computes in bf16, as recipes do; the logits of an untrained one in fp32 are ties in bf16."""
     model = load_quantized(original, kind, torch.bfloat16, **({} if kind == "int8" else {"compute": torch.bfloat16}))
-    export_merged(train(model), tmp_path / "out")
+    export_merged(fine_tune(model), tmp_path / "out")
     with torch.no_grad():
         assert agreement(model, reload(tmp_path / "out", torch.bfloat16)) >= 0.99
 
 
-NEW_PROCESS = """
-import sys, torch
-sys.path[:0] = {paths!r}
-from conftest import token_batch
-from quantized_models import load_quantized
-from speft_optim import load_adapter
-from transformers import AutoModelForCausalLM
-batch = token_batch(7, batch=8, length=32)
-based = load_quantized("original", {kind!r}, torch.bfloat16, **{options})
-load_adapter(based, "adapter.safetensors")
-merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.bfloat16)
-with torch.no_grad():
-    torch.save([model.eval()(**batch).logits for model in (based, merged)], "logits.pt")
-"""
+def logits_of_loaded(rank, folder, kind, compute):
+    """Save what the adapter on its quantised base gives, and the merged checkpoint."""
+    import transformers as tf
+
+    based = load_quantized(folder / "original", kind, torch.bfloat16, **compute)
+    load_adapter(based, folder / "adapter.safetensors")
+    merged = tf.AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.bfloat16)
+    batch = token_batch(7, batch=8, length=32)
+    with torch.no_grad():
+        torch.save([model.eval()(**batch).logits for model in (based, merged)], folder / "logits.pt")
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_saved_quantised_model_comes_back_in_a_new_process(kind, tmp_path):
     """The adapter on the quantised base, and the merged checkpoint by ordinary calls."""
-    options = "{}" if kind == "int8" else "dict(compute=torch.bfloat16)"
     save_original(tmp_path / "original", initializer_range=0.3)
     compute = {} if kind == "int8" else {"compute": torch.bfloat16}
-    model = train(load_quantized(tmp_path / "original", kind, torch.bfloat16, **compute), density=0.005)
+    model = fine_tune(load_quantized(tmp_path / "original", kind, torch.bfloat16, **compute), density=0.005)
     save_adapter(model, tmp_path / "adapter.safetensors")
     export_merged(model, tmp_path / "merged")
-    script = NEW_PROCESS.format(paths=sys.path, kind=kind, options=options)
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert run_apart(logits_of_loaded, tmp_path, kind, compute) == [0]
     based, merged = torch.load(tmp_path / "logits.pt", weights_only=True)
     with torch.no_grad():
         expected = model.eval()(**token_batch(7, batch=8, length=32)).logits
@@ -141,7 +122,7 @@ def test_full_precision_export_is_exact(trained, tmp_path):
         assert torch.equal(reload(tmp_path / "out")(**batch).logits, trained(**batch).logits)
 
 
-def test_onto_the_original_checkpoint(trained, original, tmp_path):
+def test_the_original_checkpoint_is_written_again_with_the_trained_entries_alone(trained, original, tmp_path):
     (original / "tokenizer_config.json").write_text("{}")
     export_merged(trained, tmp_path / "out", base=original)
     files, before = tensors(tmp_path / "out"), tensors(original)
@@ -158,7 +139,7 @@ def test_onto_the_original_checkpoint(trained, original, tmp_path):
 
 def scheduled(model, original, tmp_path):
     """Most of what was trained has left the mask."""
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
     MaskSchedule(model, optimizer, [token_batch(9)], interval=2, salience="random", progress=False)
     for seed in range(6):
@@ -169,16 +150,16 @@ def scheduled(model, original, tmp_path):
 
 
 def adapted(model, original, tmp_path):
-    save_adapter(train(reload(original, model.dtype)), tmp_path / "a.safetensors")
+    save_adapter(fine_tune(reload(original, model.dtype)), tmp_path / "a.safetensors")
     load_adapter(model, tmp_path / "a.safetensors")
 
 
 def desparsified(model, original, tmp_path):
-    desparsify(train(model))
+    desparsify(fine_tune(model))
 
 
 def trained_beside(model, original, tmp_path):
-    train(model)
+    fine_tune(model)
     with torch.no_grad():
         model.model.norm.weight.requires_grad_(True).mul_(1.5)
 
@@ -202,7 +183,7 @@ def test_untrained_entries_are_the_original_ones_whatever_the_dtype_of_the_model
         for parameter in exact.parameters():
             parameter.mul_(1.001)
     exact.save_pretrained(tmp_path / "exact")
-    model = train(reload(tmp_path / "exact", torch.bfloat16))
+    model = fine_tune(reload(tmp_path / "exact", torch.bfloat16))
     export_merged(model, tmp_path / "out", base=tmp_path / "exact", dtype=torch.float32)
     files, before = tensors(tmp_path / "out"), tensors(tmp_path / "exact")
     masks = {weight.name: weight.mask for weight in sparse_weights(model)}
@@ -223,7 +204,7 @@ def test_tied_weights_that_are_stored_twice_stay_equal(tmp_path):
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_file(state, tmp_path / "qwen2" / "model.safetensors", {"format": "pt"})
     model = reload(tmp_path / "qwen2", torch.bfloat16)
-    sparsify(model, select_masks(model, salience="random", density=0.05, targets=["embed_tokens"], progress=False))
+    sparsify(model, random_masks(model, ["embed_tokens"], 0.05))
     with torch.no_grad():
         sparse_weights(model)[0].values += 1
     export_merged(model, tmp_path / "out", base=tmp_path / "qwen2")
@@ -258,7 +239,7 @@ def test_shards_are_small_and_written_one_at_a_time(trained, original, tmp_path,
 
 
 def test_tied_embeddings_are_written_once(tmp_path):
-    model = train(load_quantized(save_original(tmp_path / "qwen2", "qwen2"), "int8"))
+    model = fine_tune(load_quantized(save_original(tmp_path / "qwen2", "qwen2"), "int8"))
     export_merged(model, tmp_path / "out", dtype=torch.float32)
     assert "lm_head.weight" not in tensors(tmp_path / "out")
     merged, batch = reload(tmp_path / "out"), token_batch(3)
@@ -267,15 +248,15 @@ def test_tied_embeddings_are_written_once(tmp_path):
         assert torch.equal(merged(**batch).logits, model(**batch).logits)
 
 
-def test_dense_models_and_adapters_too(original, tmp_path):
-    model = train(tiny_model("llama", **SIZES))
+def test_dense_models_and_loaded_adapters_are_exported_exactly(original, tmp_path):
+    model = fine_tune(tiny_model("llama", **SIZES))
     with torch.no_grad():
         sparse_weights(model)[0].values += 1  # not yet written through
     batch = token_batch(3)
     export_merged(model, tmp_path / "dense", dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(reload(tmp_path / "dense")(**batch).logits, model(**batch).logits)
-    trained, fresh = train(load_quantized(original, "nf4")), load_quantized(original, "nf4")
+    trained, fresh = fine_tune(load_quantized(original, "nf4")), load_quantized(original, "nf4")
     save_adapter(trained, tmp_path / "a.safetensors")
     load_adapter(fresh, tmp_path / "a.safetensors")
     export_merged(fresh, tmp_path / "one")
@@ -286,7 +267,7 @@ def test_dense_models_and_adapters_too(original, tmp_path):
 
 
 def test_a_compiled_model_is_exported_as_the_model_within(tmp_path):
-    model = train(tiny_model("llama", **SIZES))
+    model = fine_tune(tiny_model("llama", **SIZES))
     model.register_buffer("scale", torch.ones(1))
     export_merged(model, tmp_path / "plain")
     # A wrapper only: nothing is compiled before the first forward.
@@ -356,7 +337,7 @@ def original_gpt2(tmp_path_factory):
 @pytest.fixture(scope="module", params=["int8", "nf4"])
 def gpt2(request, original_gpt2):
     """A quantised GPT-2 after a few steps; tests leave it as it is."""
-    return train(load_quantized(original_gpt2, request.param))
+    return fine_tune(load_quantized(original_gpt2, request.param))
 
 
 def in_checkpoint(weight):
@@ -401,7 +382,7 @@ def test_gpt2_onto_the_original_checkpoint(gpt2, original_gpt2, tmp_path):
 def test_gpt2_starts_from_the_original_entries(kind, original_gpt2):
     model, before = load_quantized(original_gpt2, kind), tensors(original_gpt2)
     targets = ["attn.c_proj", "mlp.c_fc", "attn.c_attn.bias"]
-    masks = select_masks(model, salience="random", density=0.05, targets=targets, progress=False)
+    masks = random_masks(model, targets, 0.05)
     sparsify(model, masks, base=original_gpt2)
     for weight in sparse_weights(model):
         stored = before[weight.name].float()
@@ -586,7 +567,7 @@ def test_a_checkpoint_of_another_model_is_refused(kind, original, tmp_path):
     """Of the same shapes, so that only the weights tell."""
     other = save_original(tmp_path / "other", seed=9, initializer_range=0.3)
     model = reload(original) if kind == "dense" else load_quantized(original, kind)
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     refusal = r"weight in \S+other is at a relative distance of [01]\.\d+ .*another model"
     with pytest.raises(ValueError, match=refusal):
         sparsify(model, masks, base=other)
@@ -604,7 +585,7 @@ def test_a_checkpoint_of_another_model_is_refused(kind, original, tmp_path):
 def test_an_architecture_whose_files_have_other_names_is_named_as_the_limit(tmp_path):
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "original")
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     limit = r"has no tensor \S+\. .*other names.*leave base= out"
     with pytest.raises(ValueError, match=limit):
         sparsify(model, masks, base=tmp_path / "original")
@@ -614,7 +595,7 @@ def test_an_architecture_whose_files_have_other_names_is_named_as_the_limit(tmp_
     export_merged(model, tmp_path / "out")
 
 
-def test_clear_errors(trained, original, tmp_path):
+def test_folders_and_shard_sizes_that_cannot_be_are_refused(trained, original, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(ValueError, match="not empty"):
@@ -641,7 +622,7 @@ def test_a_quantised_checkpoint_is_no_base_and_no_original(kind, original, tmp_p
     """Its codes have names of weights, and int8 ones their shapes."""
     model = load_quantized(original, kind)
     model.save_pretrained(tmp_path / "codes")
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     refusal = rf"layers\.0\S+ has dtype [IU]8 in {tmp_path / 'codes'}, .*unquantised checkpoint"
     with pytest.raises(ValueError, match=refusal):
         sparsify(model, masks, base=tmp_path / "codes")
@@ -733,7 +714,7 @@ def test_the_merged_checkpoint_has_the_names_and_layout_of_the_base(name, tmp_pa
     model = cls.from_pretrained(
         tmp_path / "base", quantization_config=configuration("nf4"), dtype=torch.float32, device_map="cpu"
     ).eval()
-    masks = select_masks(model, salience="random", density=0.2, progress=False)
+    masks = random_masks(model, density=0.2)
     batch = dict(input_ids=torch.arange(3, 19).view(2, 8))
     optimizer = SparseAdamW(sparsify(model, masks), lr=0.05)
     model(**batch).logits.float().square().mean().backward()
@@ -758,7 +739,9 @@ def test_a_base_that_was_stored_quantised_is_saved_merged_too(kind, original, tm
     import transformers as tf
 
     load_quantized(original, kind).save_pretrained(tmp_path / "codes")
-    model = train(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "codes", dtype=torch.float32, device_map="cpu"))
+    model = fine_tune(
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path / "codes", dtype=torch.float32, device_map="cpu")
+    )
     model.save_pretrained(tmp_path / "merged")
     expected = model(**token_batch()).logits
     assert (reload(tmp_path / "merged")(**token_batch()).logits - expected).norm() < 0.02 * expected.norm()
@@ -773,7 +756,7 @@ def test_only_what_a_conversion_makes_from_one_tensor_is_held_at_a_time(tmp_path
     cls, config = architectures_with_other_names()["mixtral"]
     cls(config).save_pretrained(tmp_path / "base")
     model = cls.from_pretrained(tmp_path / "base", quantization_config=configuration("nf4"), device_map="cpu")
-    sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    sparsify(model, random_masks(model, density=0.1))
     asked = []
 
     def watched(model, tensors):

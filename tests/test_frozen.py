@@ -269,7 +269,7 @@ def test_kinds_are_told_apart():
     assert all(isinstance(frozen_weight(*t.sites[0]), DenseWeight) for t in all_targets(plain).values())
 
 
-def test_copies_read_the_same():
+def test_a_copied_layer_reads_the_same_weight():
     for kind in ("int8", "nf4", "double"):
         module, _ = layer(kind, (30, 50))
         module(torch.randn(2, 50))

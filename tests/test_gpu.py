@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from conftest import tiny_model, token_batch
+from conftest import random_masks, tiny_model, token_batch
 from kernel_checks import *  # noqa: F403 - each is run here too, on the card
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,7 +128,7 @@ def test_a_state_loads_on_another_device(bits, source, goal, tmp_path):
     runs = []
     for place in (source, goal):
         model = tiny_model().to(place)
-        masks = select_masks(model, salience="random", density=0.1, progress=False)
+        masks = random_masks(model, density=0.1)
         optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2, state_bits=bits)
         if place == source:
             model(**{key: value.to(place) for key, value in token_batch().items()}).loss.backward()
@@ -241,7 +241,7 @@ def test_gradients_under_liger_are_those_of_transformers(monkeypatch):
     gradients = []
     for liger in (False, True):
         model = tiny_model("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).to(CUDA)
-        masks = select_masks(model, salience="random", density=0.2, progress=False)
+        masks = random_masks(model)
         if liger:
             use_liger(model)
         values = sparsify(model, masks)
@@ -254,7 +254,7 @@ def test_a_compiled_model_trains_as_an_eager_one():
     results = []
     for compiled in (False, True):
         model = tiny_model("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).to(CUDA)
-        values = sparsify(model, select_masks(model, salience="random", density=0.2, progress=False))
+        values = sparsify(model, random_masks(model))
         optimizer = SparseAdamW(values, lr=1e-3)
         called = torch.compile(model, backend="aot_eager") if compiled else model
         for step in range(3):
@@ -266,7 +266,7 @@ def test_a_compiled_model_trains_as_an_eager_one():
 
 
 def moving(model, scope="global", window=2, **options):
-    masks = select_masks(model, salience="random", density=0.05, scope=scope, progress=False)
+    masks = random_masks(model, density=0.05, scope=scope)
     optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), lr=1e-3)
     return optimizer, MaskSchedule(model, optimizer, scope=scope, window=window, interval=1, **options)
 

@@ -4,17 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim.kernels.adamw import adamw_
 from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.product import accumulate_product_
 from speft_optim.kernels.sampling import from_panels
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def positions(count, share, dtype=torch.int32, seed=0):

@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from conftest import Reference, assert_close, tiny_model, token_batch
+from conftest import OPTIONS, Reference, assert_close, every, random_masks, tiny_model, token_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, SparseAdamW, load_adapter, save_adapter, select_masks, sparsify
 from speft_optim.weights.compact_values import linked
 from speft_optim.weights.sparse_weight import sparse_weights
-
-OPTIONS = dict(lr=1e-2, weight_decay=0.1)
-
-
-def every(name, parameter):
-    return True
 
 
 class Convolutions(nn.Module):
@@ -101,7 +95,7 @@ def test_training_equals_the_reference(case, density, tmp_path):
     build, data = CASES[case]
     torch.manual_seed(0)
     model = build()
-    masks = select_masks(model, salience="random", density=density, targets=every, progress=False)
+    masks = random_masks(model, every, density=density)
     reference = Reference(model, masks, **OPTIONS)
     strides = {name: parameter.stride() for name, parameter in model.named_parameters()}
     values = sparsify(model, masks)
@@ -125,7 +119,7 @@ def test_training_equals_the_reference(case, density, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "mixtral"])
 def test_every_weight_of_every_architecture_trains_as_the_reference(kind):
     model = tiny_model(kind)
-    masks = select_masks(model, salience="random", density=0.1, targets=every, progress=False)
+    masks = random_masks(model, every, density=0.1)
     reference = Reference(model, masks, **OPTIONS)
     values = sparsify(model, masks)
     optimizer = SparseAdamW(values, **OPTIONS)
@@ -144,7 +138,7 @@ def test_every_weight_of_every_architecture_trains_as_the_reference(kind):
 def test_tied_embeddings_are_not_two_parameters(tmp_path):
     """One buffer, one share of the budget, the gradient of both uses, and one tensor after step, save and load."""
     model = tiny_model("qwen2")
-    masks = select_masks(model, salience="random", density=0.1, targets=every, progress=False)
+    masks = random_masks(model, every, density=0.1)
     assert "lm_head.weight" not in masks and "model.embed_tokens.weight" in masks
     tied = sum(parameter.numel() for parameter in model.parameters())
     assert abs(masks.count - 0.1 * tied) <= len(masks)
@@ -176,7 +170,7 @@ def test_stacked_experts_are_not_left_out(scope):
     else:
         assert masks.count == round(0.01 * sum(sizes.values()))
     assert all(projection in masks.summary() for projection in ("gate_up_proj", "down_proj"))
-    left_out = sizes.keys() - select_masks(model, salience="random", density=0.01, progress=False).keys()
+    left_out = sizes.keys() - random_masks(model, density=0.01).keys()
     assert all("norm" in name or name in ("model.embed_tokens.weight", "lm_head.weight") for name in left_out)
     reference = Reference(model, masks, **OPTIONS)
     values = sparsify(model, masks)
@@ -194,7 +188,7 @@ def test_an_idle_expert_does_not_move_without_decay():
     model = tiny_model("mixtral", num_experts_per_tok=1)
     stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
     assert stacked
-    masks = select_masks(model, salience="random", density=0.2, targets=lambda n, p: n in stacked, progress=False)
+    masks = random_masks(model, targets=lambda n, p: n in stacked)
     assert "gate_up_proj" in masks.summary()
     values = sparsify(model, masks)
     optimizer = SparseAdamW(values, lr=1e-2, weight_decay=0.0)
@@ -211,7 +205,7 @@ def test_an_idle_expert_does_not_move_without_decay():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_weights_follow_exact_values(dtype):
     model = tiny_model(dtype=dtype)
-    masks = select_masks(model, salience="random", density=0.1, targets=every, progress=False)
+    masks = random_masks(model, every, density=0.1)
     start = {name: part.clone() for name, part in model.state_dict().items()}
     values = sparsify(model, masks)
     optimizer = SparseAdamW(values, lr=1e-5, weight_decay=0.0)
@@ -237,7 +231,7 @@ def test_sixteen_bit_weights_follow_exact_values(dtype):
 
 def test_fp16_weights_under_a_loss_scaler():
     model = tiny_model(dtype=torch.float16)
-    values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    values = sparsify(model, random_masks(model, density=0.1))
     optimizer = SparseAdamW(values, lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     losses = []
@@ -263,7 +257,7 @@ def test_positions_widen_only_where_a_tensor_needs_it(count, dtype):
 
 def test_idle_and_empty_parameters_are_no_trouble():
     model = nn.ModuleDict({"used": nn.Linear(4, 4), "empty": nn.Linear(4, 0), "idle": nn.Linear(4, 4)})
-    masks = select_masks(model, salience="random", density=0.5, targets=every, progress=False)
+    masks = random_masks(model, every, density=0.5)
     values = sparsify(model, masks)
     optimizer = SparseAdamW(values, lr=1e-2)
     before = model["idle"].weight.clone()

@@ -5,26 +5,12 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_close, product_flops, tiny_model, token_batch
+from conftest import assert_close, draw, product_flops, random_masks, some_entries, tiny_model, token_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from speft_optim import Mask, Masks, desparsify, select_masks, sparsify
+from speft_optim import Mask, desparsify, select_masks, sparsify
 from speft_optim.weights.sparse_weight import sparse_weights
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_masks(model, names, share=0.4):
-    """A share of each named weight's entries."""
-    masks = Masks()
-    for name in names:
-        parameter = model.get_parameter(name)
-        order = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(len(name)))
-        masks[name] = Mask(order[: max(1, round(share * parameter.numel()))], parameter.shape)
-    return masks
 
 
 def run(model, call, inputs):
@@ -41,7 +27,7 @@ def assert_gradients(model, names, call, inputs, **tolerance):
     for name, parameter in dense.named_parameters():
         parameter.requires_grad_(name in names)
     expected_output, expected_inputs = run(dense, call, inputs)
-    masks = random_masks(model, names)
+    masks = some_entries(model, names)
     values = sparsify(model, masks)
     output, input_gradients = run(model, call, inputs)
     assert torch.equal(output, expected_output)
@@ -176,7 +162,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_other_modules_and_uses(case):
+def test_gradients_are_those_of_dense_whatever_module_uses_the_weight(case):
     factory, names, call, inputs = CASES[case]
     assert_gradients(module_of(factory), names, call, inputs)
 
@@ -187,7 +173,7 @@ def test_hooks_of_the_user_stay_outside_of_the_tap():
         layer.register_forward_pre_hook(lambda module, args: (args[0] * 3,)),
         layer.register_forward_hook(lambda module, args, output: output * 2),
     ]
-    masks, x = random_masks(layer, ["weight"]), draw(3, 5)
+    masks, x = some_entries(layer, ["weight"]), draw(3, 5)
     (values,) = sparsify(layer, masks)
     layer(x).sum().backward()
     expected = (2 * torch.ones(7, 3) @ (3 * x)).flatten()[masks["weight"].indices.long()]
@@ -200,7 +186,7 @@ def test_hooks_of_the_user_stay_outside_of_the_tap():
 
 def test_gradients_of_several_backwards_add_up():
     layer = module_of(nn.Linear, 5, 7)
-    (values,) = sparsify(layer, random_masks(layer, ["weight"]))
+    (values,) = sparsify(layer, some_entries(layer, ["weight"]))
     x = draw(6, 5)
     layer(x).square().sum().backward()
     whole, values.grad = values.grad, None
@@ -216,7 +202,7 @@ def test_gradients_of_several_backwards_add_up():
 
 def test_nothing_is_recorded_without_gradients():
     model = module_of(Tied)
-    sparsify(model, random_masks(model, ["embed.weight", "first.weight"]))
+    sparsify(model, some_entries(model, ["embed.weight", "first.weight"]))
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert not model(IDS).requires_grad
@@ -224,7 +210,7 @@ def test_nothing_is_recorded_without_gradients():
 
 def test_what_cannot_be_right_is_an_error_and_no_wrong_gradient():
     layer = module_of(nn.Linear, 5, 7)
-    (values,) = sparsify(layer, random_masks(layer, ["weight"]))
+    (values,) = sparsify(layer, some_entries(layer, ["weight"]))
     x = draw(3, 5)
     output = layer(x)
     x.add_(1)
@@ -241,7 +227,7 @@ def test_weights_that_attention_reads_behind_our_back_are_refused(name):
     model = module_of(nn.TransformerEncoderLayer, 4, 2, 8)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=f"{name} cannot be trained.*Leave it out"):
-        sparsify(model, random_masks(model, [name, "linear1.weight"]))
+        sparsify(model, some_entries(model, [name, "linear1.weight"]))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     with pytest.raises(ValueError, match="MultiheadAttention reads it without calling its module"):
         select_masks(model, salience="magnitude", density=0.1, targets=[name])
@@ -251,13 +237,13 @@ def test_weights_that_attention_reads_behind_our_back_are_refused(name):
 def test_recurrent_weights_are_refused(kind):
     model = module_of(kind, 3, 4)
     with pytest.raises(ValueError, match="weight_ih_l0 cannot be trained"):
-        sparsify(model, random_masks(model, ["weight_ih_l0"]))
+        sparsify(model, some_entries(model, ["weight_ih_l0"]))
 
 
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_gives_fp32_gradients_of_the_rounded_operands(backward_inside):
     layer = module_of(nn.Linear, 5, 7)
-    masks, x, coefficients = random_masks(layer, ["weight"]), draw(3, 5), draw(3, 7, seed=1)
+    masks, x, coefficients = some_entries(layer, ["weight"]), draw(3, 5), draw(3, 7, seed=1)
     (values,) = sparsify(layer, masks)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
@@ -276,7 +262,7 @@ def test_autocast_agrees_with_fp32_on_a_model(kind):
     gradients = []
     for enabled in (False, True):
         model = tiny_model(kind)
-        values = sparsify(model, select_masks(model, salience="random", density=0.3, progress=False))
+        values = sparsify(model, random_masks(model, density=0.3))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = model(**token_batch()).loss
         loss.backward()
@@ -290,7 +276,7 @@ def test_autocast_agrees_with_fp32_on_a_model(kind):
 def test_an_exception_in_forward_leaves_no_shadow_behind(failing):
     model = module_of(nn.Embedding, 6, 4) if failing == "embedding" else module_of(Experts)
     (name,) = [name for name, _ in model.named_parameters()]
-    keys = set(sparsify(model, random_masks(model, [name])) and model.__dict__)
+    keys = set(sparsify(model, some_entries(model, [name])) and model.__dict__)
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.tensor([7]) if failing == "embedding" else draw(2, 3))
     assert set(model.__dict__) == keys
@@ -299,7 +285,7 @@ def test_an_exception_in_forward_leaves_no_shadow_behind(failing):
 
 def gradients_with_checkpointing(mode, when, kind="qwen2"):
     model = tiny_model(kind).train()
-    masks = select_masks(model, salience="random", density=0.2, progress=False)
+    masks = random_masks(model)
 
     def enable():
         if mode is not None:
@@ -339,7 +325,7 @@ def test_a_step_multiplies_no_more_than_a_frozen_model_and_each_weight_gradient_
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     floor = product_flops(lambda: model(**batch).loss.backward())
-    masks = select_masks(model, salience="random", density=0.2, progress=False)
+    masks = random_masks(model)
     # Verification forms each gradient once more, and the counter's hooks let it begin anew.
     sparsify(model, masks, verify=False)
     ours = product_flops(lambda: model(**batch).loss.backward())
@@ -392,7 +378,7 @@ def test_hooks_hold_no_input_between_forwards(checkpointed):
     model = tiny_model().train()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    sparsify(model, select_masks(model, salience="random", density=0.2, progress=False))
+    sparsify(model, random_masks(model))
     model(**token_batch()).loss.backward()
     gradient_hooks = [hook for weight in sparse_weights(model) for hook in weight._gradient_hooks]
     assert len(gradient_hooks) == 14
@@ -422,7 +408,7 @@ class OwnCheckpointing(nn.Module):
 def test_reentrant_checkpointing_of_other_models_is_seen_to():
     model = module_of(OwnCheckpointing)
     names = ["blocks.0.weight", "blocks.1.weight"]
-    masks = random_masks(model, names)
+    masks = some_entries(model, names)
     values = sparsify(model, masks)
     found = []
     for checkpointing in (True, False):
@@ -441,7 +427,7 @@ def test_every_weight_of_every_architecture_gets_its_dense_gradient(kind):
     model, batch = tiny_model(kind), token_batch(ragged=True)
     dense = copy.deepcopy(model)
     dense(**batch).loss.backward()
-    masks = random_masks(model, [name for name, _ in model.named_parameters()], share=0.2)
+    masks = some_entries(model, [name for name, _ in model.named_parameters()], share=0.2)
     used = {name for name, p in dense.named_parameters() if p.grad is not None}
     values = sparsify(model, masks)
     loss = model(**batch).loss

@@ -106,7 +106,7 @@ def test_refuses_what_is_no_set_of_positions(positions, shape, error, message):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3, 4), (3, 0), (0,), (5, 1)])
-def test_odd_shapes_full_and_empty(shape):
+def test_full_and_empty_masks_of_odd_shapes_pack_and_count(shape):
     count = torch.Size(shape).numel()
     empty, full = mask_of(shape=shape), Mask(torch.arange(count), shape)
     assert len(empty) == 0 and empty.density == 0 and empty.indices.shape == (0,) and empty.nbytes == 0

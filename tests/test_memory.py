@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from conftest import assert_close, tiny_model, token_batch
+from conftest import assert_close, random_masks, tiny_model, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -107,7 +107,7 @@ def test_head_is_left_out_only_where_nobody_needs_it_called():
     model.lm_head.weight.requires_grad_(True)
     assert frozen_head(model) is None
     assert frozen_head(tiny_model("gpt2").requires_grad_(False)) is None
-    masks = select_masks(model, salience="random", density=0.1, targets=["lm_head"])
+    masks = random_masks(model, ["lm_head"], density=0.1)
     sparsify(model, masks)
     assert frozen_head(model) is None
 
@@ -139,7 +139,7 @@ def test_estimate_counts_weights_and_entries_to_the_byte(family, precision, stat
     entries = round(density * sum(rows * columns for rows, columns in shape.targets(targets)))
     sizes = dict(batch=1, length=8, targets=targets, state_bits=state_bits)
     moments = estimate(shape, bits=benchmark.BITS[precision], entries=entries, **sizes)
-    masks = select_masks(model, salience="random", density=density, targets=targets or random_models.PROJECTIONS)
+    masks = random_masks(model, targets or random_models.PROJECTIONS, density=density)
     optimizer = SparseAdamW(sparsify(model, masks), state_bits=state_bits)
     assert masks.count == entries
     timed_steps.loss_of(model, torch.randint(0, 128, (1, 8))).backward()

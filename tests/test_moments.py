@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BytesSince, assert_close, tiny_model, token_batch
+from conftest import BytesSince, assert_close, attach, random_masks, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,13 +19,6 @@ from speft_optim.weights.compact_values import linked
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
-
-
-def attach(dtype=torch.float32, density=0.05, targets=None, **options):
-    model = tiny_model(dtype=dtype)
-    masks = select_masks(model, salience="random", density=density, targets=targets, progress=False)
-    values = sparsify(model, masks)
-    return model, values, SparseAdamW(values, **options)
 
 
 # Block-wise codes
@@ -87,7 +80,7 @@ def test_moments_survive_packing_to_their_precision(count, seed, magnitude):
 def test_eight_bits_reach_the_loss_of_32():
     losses = {}
     for bits in (32, 8):
-        model, values, optimizer = attach(
+        model, _, values, optimizer = attach(
             density=0.1, targets=lambda name, parameter: True, lr=3e-3, weight_decay=0.01, state_bits=bits
         )
         data = [token_batch(seed, batch=2) for seed in range(12)]
@@ -178,7 +171,7 @@ def test_a_small_gradient_beside_a_large_one_does_not_explode():
 def test_eight_bit_state_resumes_bit_equal_through_safe_loading(tmp_path, dtype):
     results = []
     for resume in (False, True):
-        model, values, optimizer = attach(dtype, lr=1e-2, state_bits=8)
+        model, _, values, optimizer = attach(dtype=dtype, lr=1e-2, state_bits=8)
         if resume:
             saved = torch.load(tmp_path / "state.pt", weights_only=True)
             optimizer.load_state_dict(saved)
@@ -198,7 +191,7 @@ def test_eight_bit_state_resumes_bit_equal_through_safe_loading(tmp_path, dtype)
 
 
 def test_damaged_moments_are_refused_and_nothing_changes():
-    model, values, optimizer = attach(lr=1e-2, state_bits=8)
+    model, _, values, optimizer = attach(lr=1e-2, state_bits=8)
     model(**token_batch()).loss.backward()
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
@@ -227,7 +220,7 @@ def test_memory_summary_is_what_is_alive(bits, limit):
     """At the density of the demo, in rows as short as those of a model of 135 M weights, which cost the most."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(576, 576, bias=False) for _ in range(3))}).bfloat16()
-    masks = select_masks(model, salience="random", density=0.01, progress=False)
+    masks = random_masks(model, density=0.01)
     for signed in (True, False):
         dynamic_codes(signed, CPU), code_bounds(signed, CPU)
     live_bytes = BytesSince()
@@ -257,7 +250,7 @@ def test_memory_summary_is_what_is_alive(bits, limit):
 def test_one_bad_gradient_does_not_ruin_the_run(bad, bits, caplog):
     results = []
     for spoiled in (True, False):
-        model, values, optimizer = attach(torch.bfloat16, lr=1e-2, state_bits=bits)
+        model, _, values, optimizer = attach(dtype=torch.bfloat16, lr=1e-2, state_bits=bits)
         for step in range(8):
             if step == 4 and not spoiled:
                 continue
@@ -279,14 +272,14 @@ def test_one_bad_gradient_does_not_ruin_the_run(bad, bits, caplog):
     assert all(torch.equal(skipped[name], clean[name]) for name in clean)
     assert sum("skipped" in record.message for record in caplog.records) == 1
     # The model is kept, as its values are gone with it.
-    _model, _, fresh = attach(torch.bfloat16)
+    _, _, _, fresh = attach(dtype=torch.bfloat16)
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.skipped_steps == copy.deepcopy(fresh).skipped_steps == 1
 
 
 def test_a_bad_gradient_can_raise_or_be_ignored():
     for how in ("raise", "ignore"):
-        model, values, optimizer = attach(lr=1e-2, on_nonfinite=how)
+        model, _, values, optimizer = attach(lr=1e-2, on_nonfinite=how)
         start = [parameter.detach().clone() for parameter in values]
         model(**token_batch()).loss.backward()
         values[0].grad[0] = float("nan")
@@ -301,7 +294,7 @@ def test_a_bad_gradient_can_raise_or_be_ignored():
 
 
 def test_large_finite_gradients_are_no_reason_to_skip():
-    model, values, optimizer = attach(lr=1e-2)
+    model, _, values, optimizer = attach(lr=1e-2)
     for parameter in values:
         parameter.grad = torch.full_like(parameter, 1e19)
     optimizer.step()
@@ -327,7 +320,7 @@ def test_a_bad_gradient_outside_the_mask_is_never_read():
 
 
 def test_first_step_names_weights_without_gradient(caplog):
-    model, values, optimizer = attach(lr=1e-2)
+    model, _, values, optimizer = attach(lr=1e-2)
     model(**token_batch()).loss.backward()
     values[2].grad = None
     with caplog.at_level(logging.WARNING):
@@ -339,13 +332,13 @@ def test_first_step_names_weights_without_gradient(caplog):
 
 @pytest.mark.parametrize("options", [dict(state_bits=4), dict(state_bits="8"), dict(on_nonfinite="never")])
 def test_wrong_options_are_refused(options):
-    model, values, _ = attach()
+    model, _, values, _ = attach()
     with pytest.raises(ValueError, match=next(iter(options))):
         SparseAdamW(values, **options)
 
 
-def test_bits_by_group():
-    model, values, _ = attach()
+def test_each_group_has_moments_of_its_own_bits():
+    model, _, values, _ = attach()
     optimizer = SparseAdamW([{"params": values[:1], "state_bits": 8}, {"params": values[1:]}], lr=1e-2)
     for parameter in values:
         parameter.grad = torch.ones_like(parameter)

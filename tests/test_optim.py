@@ -1,13 +1,14 @@
 """SparseAdamW against REF, torch's AdamW and the numbers of the bug reports that its design answers."""
 
 import copy
+import functools
 import io
 import math
 import warnings
 
 import pytest
 import torch
-from conftest import Reference, assert_close, equal_states, tiny_model, token_batch
+from conftest import Reference, assert_close, attach, equal_states, every, random_masks, tiny_model, token_batch, train
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler
@@ -19,29 +20,7 @@ from speft_optim.weights.compact_values import linked
 
 # With the default eps, entries whose gradient is nothing but rounding error would move by that error's sign.
 OPTIONS = dict(lr=1e-2, weight_decay=0.1, eps=1e-4)
-EVERY = lambda name, parameter: True  # noqa: E731
-
-
-def random_masks(model, targets=None, density=0.2, seed=0):
-    return select_masks(model, salience="random", density=density, targets=targets, seed=seed, progress=False)
-
-
-def attached(kind="llama", dtype=torch.float32, targets=None, density=0.2, **options):
-    model = tiny_model(kind, dtype)
-    masks = random_masks(model, targets, density)
-    values = sparsify(model, masks)
-    return model, masks, values, SparseAdamW(values, **{**OPTIONS, **options})
-
-
-def train(model, optimizer, steps, start=0):
-    losses = []
-    for step in range(start, start + steps):
-        loss = model(**token_batch(step)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+attached = functools.partial(attach, **OPTIONS)
 
 
 def single(weight, masked=None):
@@ -87,7 +66,7 @@ def test_agrees_with_the_reference_on_every_weight_in_use(kind, clip):
 def test_full_density_is_adamw(kind):
     model = tiny_model(kind)
     dense = copy.deepcopy(model)
-    masks = random_masks(model, EVERY, density=1.0)
+    masks = random_masks(model, every, density=1.0)
     values = sparsify(model, masks)
     optimizer, theirs = SparseAdamW(values, **OPTIONS), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     assert_close(torch.tensor(train(model, optimizer, 5)), torch.tensor(train(dense, theirs, 5)))
@@ -134,11 +113,11 @@ def test_rates_by_magnitude_survive_resuming_and_weights_of_zeros(power):
     model, masks, values, optimizer = attached(magnitude_power=power, state_bits=8)
     train(model, optimizer, 2)
     state = copy.deepcopy(optimizer.state_dict())
-    train(model, optimizer, 2, start=2)
+    train(model, optimizer, 2, first=2)
     twin = tiny_model()
     resumed = SparseAdamW(sparsify(twin, masks), **OPTIONS, state_bits=8)
     resumed.load_state_dict(state)
-    train(twin, resumed, 2, start=2)
+    train(twin, resumed, 2, first=2)
     assert all(
         torch.equal(ours, theirs) for ours, theirs in zip(values, resumed.param_groups[0]["params"], strict=True)
     )
@@ -319,7 +298,7 @@ def test_tiny_updates_do_not_vanish_where_the_config_says_bf16(tmp_path):
     for options in ({}, {"dtype": torch.float32}):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
         assert model.dtype == options.get("dtype", torch.bfloat16)
-        optimizer = SparseAdamW(sparsify(model, random_masks(model, EVERY)), lr=2e-2)
+        optimizer = SparseAdamW(sparsify(model, random_masks(model, every)), lr=2e-2)
         for _ in range(100):
             loss = model(**batch).loss
             loss.backward()
@@ -374,7 +353,7 @@ def test_decay_reaches_no_unused_or_frozen_parameter():
 
     torch.manual_seed(0)
     model = Branches()
-    masks = random_masks(model, EVERY, density=0.5)
+    masks = random_masks(model, every, density=0.5)
     reference = Reference(model, masks, **OPTIONS)
     values = sparsify(model, masks)
     optimizer = SparseAdamW(values, **OPTIONS)
@@ -407,7 +386,7 @@ def test_decay_reaches_no_unused_or_frozen_parameter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_resumed_runs_are_bit_equal(kind, dtype):
-    targets = None if kind == "llama" else EVERY
+    targets = None if kind == "llama" else every
     model, masks, values, optimizer = attached(kind, dtype, targets)
     train(model, optimizer, 4)
     files = io.BytesIO(), io.BytesIO()

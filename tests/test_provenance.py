@@ -5,12 +5,11 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_model, token_batch
+from conftest import every, random_masks, tiny_model, token_batch
 from quantized_models import load_quantized, save_original
 
 from speft_optim import Masks, MaskSchedule, SparseAdamW, desparsify, load_adapter, save_adapter, select_masks, sparsify
 
-EVERY = lambda name, parameter: True  # noqa: E731
 WARNING = "selected on other weights"
 
 
@@ -57,7 +56,7 @@ def test_weights_that_are_loaded_after_selection_are_told_of_once(when, optimize
 @pytest.mark.parametrize("salience, density", [("gradient", 0.1), ("magnitude", 0.5), ("snip", 1.0)])
 def test_a_resume_of_the_same_run_is_in_order(salience, density, told, tmp_path):
     model = tiny_model()
-    selected(model, salience=salience, density=density, targets=EVERY).save(tmp_path / "masks.safetensors")
+    selected(model, salience=salience, density=density, targets=every).save(tmp_path / "masks.safetensors")
     masks = Masks.load(tmp_path / "masks.safetensors")
     steps(model, SparseAdamW(sparsify(model, masks), lr=1.0), 5)
     checkpoint = copy.deepcopy(model.state_dict())
@@ -90,7 +89,7 @@ def test_a_resume_of_moving_masks_is_in_order(told):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_after_selection_is_in_order(dtype, told):
     model = tiny_model()
-    masks = selected(model, targets=EVERY)
+    masks = selected(model, targets=every)
     model.to(dtype)
     values = sparsify(model, masks)
     model.to(torch.bfloat16)
@@ -113,7 +112,7 @@ def test_masks_of_the_dense_model_fit_its_quantised_form_and_no_other(kind, told
 
 def test_random_masks_fit_any_weights_and_an_adapter_in_the_mask_changes_nothing(told, tmp_path):
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.1, progress=False)
+    masks = random_masks(model, density=0.1)
     assert all(mask.selected_on is None for mask in masks.values())
     sparsify(tiny_model(seed=1), masks)
     masks = selected(model)
@@ -129,7 +128,7 @@ def test_random_masks_fit_any_weights_and_an_adapter_in_the_mask_changes_nothing
 
 
 def test_what_a_mask_remembers_is_small_and_survives_files_and_dicts(tmp_path):
-    masks = selected(tiny_model(), targets=EVERY)
+    masks = selected(tiny_model(), targets=every)
     assert all(len(mask.selected_on) < 128 for mask in masks.values())
     masks.save(tmp_path / "masks.safetensors")
     for same in (Masks.load(tmp_path / "masks.safetensors"), Masks({**masks}), copy.deepcopy(masks)):

@@ -13,8 +13,8 @@ import warnings
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import assert_close, token_batch
-from quantized_models import KINDS, load_quantized, save_original
+from conftest import assert_close, fine_tune, token_batch
+from quantized_models import KINDS, effective, load_quantized, save_original
 from torch import nn
 
 from speft_optim import (
@@ -23,8 +23,6 @@ from speft_optim import (
     load_adapter,
     merge_adapters,
     save_adapter,
-    select_masks,
-    sparsify,
     unload_adapter,
 )
 from speft_optim.weights.bnb import quantized_linears
@@ -49,7 +47,7 @@ def models(original, tmp_path_factory):
         base = load_quantized(original, kind)
         for state in STATES:
             model = copy.deepcopy(base)
-            train(model)
+            fine_tune(model, lr=0.1)
             if state == "desparsified":
                 desparsify(model)
             elif state == "loaded":
@@ -61,24 +59,9 @@ def models(original, tmp_path_factory):
     return made
 
 
-def train(model, steps=2):
-    optimizer = SparseAdamW(
-        sparsify(model, select_masks(model, salience="random", density=0.2, progress=False)), lr=0.1
-    )
-    for seed in range(steps):
-        model(**token_batch(seed)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 @pytest.fixture(params=[(kind, state) for kind in KINDS for state in STATES], ids="-".join)
 def model(request, models):
     return copy.deepcopy(models[request.param])
-
-
-def effective(model):
-    """Every quantised weight as the model computes with it, fp32, by name."""
-    return {f"{name}.weight": frozen_weight(module).dense(torch.float32) for name, module in quantized_linears(model)}
 
 
 def zero_trained_values(model):

@@ -8,8 +8,8 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import BytesSince, Reference, assert_close, product_flops, tiny_model, token_batch
-from quantized_models import KINDS, SIZES, dequantized_twin, load_quantized, save_original, stored
+from conftest import BytesSince, Reference, assert_close, product_flops, random_masks, tiny_model, token_batch, train
+from quantized_models import KINDS, SIZES, dequantized_twin, effective, load_quantized, save_original, stored
 from torch import nn
 
 from speft_optim import (
@@ -50,28 +50,8 @@ def model(request, loaded):
     return copy.deepcopy(loaded[request.param])
 
 
-def random_masks(model, density=0.05, seed=0):
-    return select_masks(model, salience="random", density=density, seed=seed)
-
-
 def loss_of(model, seed=0, **options):
     return model(**token_batch(seed, **options)).loss
-
-
-def train(model, optimizer, steps, start=0):
-    losses = []
-    for step in range(start, start + steps):
-        loss = loss_of(model, seed=step % 4)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def effective(model):
-    """Every linear weight as the model computes with it, fp32, by name."""
-    return {f"{name}.weight": frozen_weight(module).dense(torch.float32) for name, module in quantized_linears(model)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +95,7 @@ def test_nothing_dense_is_kept_for_backward(model):
 
 def test_gradients_of_input_and_values_against_a_dense_layer(model):
     name, module = next(quantized_linears(model))
-    sparsify(model, Masks({f"{name}.weight": random_masks(model, 0.2)[f"{name}.weight"]}))
+    sparsify(model, Masks({f"{name}.weight": random_masks(model)[f"{name}.weight"]}))
     (sparse,) = sparse_weights(model)
     with torch.no_grad():
         sparse.values.normal_()
@@ -145,7 +125,7 @@ def test_values_count_exactly_at_the_masked_entries(kind, loaded):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
-def test_other_architectures(architecture, tmp_path):
+def test_a_quantised_model_of_any_architecture_is_its_dequantised_twin(architecture, tmp_path):
     sizes = dict(n_embd=128, hidden_size=128) if architecture == "gpt2" else {}
     folder = save_original(tmp_path / architecture, architecture, **sizes)
     for kind in ("int8", "nf4"):
@@ -161,7 +141,7 @@ def test_other_architectures(architecture, tmp_path):
 
 def test_bias_can_be_trained_too(tmp_path):
     model = load_quantized(save_original(tmp_path / "qwen2", "qwen2"), "nf4")
-    masks = select_masks(model, salience="random", density=0.5, targets=["q_proj", "q_proj.bias"])
+    masks = random_masks(model, ["q_proj", "q_proj.bias"], density=0.5)
     reference = Reference(dequantized_twin(model), masks, lr=1e-2)
     optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
     for seed in range(3):
@@ -354,9 +334,9 @@ def test_quantised_layers_do_get_a_weight_gradient(original):
 @pytest.mark.parametrize("density, lr, share", [(0.005, 0.1, 0.95), (0.05, 2e-2, 0.8)])
 def test_quantised_layers_do_train_and_only_their_masked_entries_move(model, density, lr, share):
     state, before = stored(model), effective(model)
-    masks = random_masks(model, density)
+    masks = random_masks(model, density=density)
     optimizer = SparseAdamW(sparsify(model, masks), lr=lr)
-    losses = train(model, optimizer, 20)
+    losses = train(model, optimizer, 20, period=4)
     assert losses[-1] < share * losses[0]
     for name, dense in effective(model).items():
         moved = (dense != before[name]).view(-1).nonzero().squeeze(1)
@@ -369,10 +349,10 @@ def test_resume_is_bit_equal(model, tmp_path):
     optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
     train(model, optimizer, 3)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    train(model, optimizer, 3, start=3)
+    train(model, optimizer, 3, first=3)
     resumed = SparseAdamW(sparsify(fresh, masks), lr=1e-2)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    train(fresh, resumed, 3, start=3)
+    train(fresh, resumed, 3, first=3)
     for one, other in zip(sparse_weights(model), sparse_weights(fresh), strict=True):
         assert torch.equal(one.values, other.values)
     assert torch.equal(model(**token_batch()).logits, fresh(**token_batch()).logits)
@@ -401,7 +381,7 @@ def test_original_entries_take_the_rounding_off(model, original):
 
 def scheduled(model, masks=None, **options):
     """A sparsified model, its optimizer, and masks that are drawn anew after every second step."""
-    optimizer = SparseAdamW(sparsify(model, random_masks(model, 0.2) if masks is None else masks), lr=1e-2)
+    optimizer = SparseAdamW(sparsify(model, random_masks(model) if masks is None else masks), lr=1e-2)
     options = {"salience": "random", "batches": None, **options}
     return optimizer, MaskSchedule(model, optimizer, interval=2, progress=False, **options)
 
@@ -416,7 +396,7 @@ def values_by_place(model):
 
 
 def test_entries_that_leave_keep_their_exact_value_over_codes_that_never_change(model):
-    state, before, masks = stored(model), effective(model), random_masks(model, 0.2)
+    state, before, masks = stored(model), effective(model), random_masks(model)
     optimizer, schedule = scheduled(model, masks)
     kept, last = {}, values_by_place(model)
     for step in range(8):
@@ -466,7 +446,7 @@ def test_memory_summary_counts_entries_that_left(model):
     optimizer, _ = scheduled(model)
     train(model, optimizer, 1)
     before, summary = live_bytes(), optimizer.memory_summary()
-    train(model, optimizer, 4, start=1)
+    train(model, optimizer, 4, first=1)
     now = optimizer.memory_summary()
     entries = sum(len(weight.former) for weight in sparse_weights(model))
     assert entries > 0 and now["values"] - summary["values"] >= 4 * entries
@@ -479,7 +459,7 @@ def test_masks_chosen_again_resume_bit_equal(model, loads, tmp_path):
     optimizer, _ = scheduled(model)
     train(model, optimizer, 5)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-    train(model, optimizer, 4, start=5)
+    train(model, optimizer, 4, first=5)
     resumed, schedule = scheduled(fresh)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     for part in loads:
@@ -487,7 +467,7 @@ def test_masks_chosen_again_resume_bit_equal(model, loads, tmp_path):
             fresh.load_state_dict(saved["model"], strict=False)
         else:
             resumed.load_state_dict(saved["optimizer"])
-    train(fresh, resumed, 4, start=5)
+    train(fresh, resumed, 4, first=5)
     assert schedule.steps == 9 and values_by_place(fresh) == values_by_place(model)
     now = effective(model)
     assert all(torch.equal(dense, now[name]) for name, dense in effective(fresh).items())
@@ -654,7 +634,7 @@ def test_adapter_after_a_second_selection_holds_the_entries_of_both(loaded, tmp_
     assert torch.equal(fresh(**token_batch()).logits, model(**token_batch()).logits)
 
 
-def test_clear_errors(loaded):
+def test_a_refused_sparsify_replaces_no_forward(loaded):
     model = copy.deepcopy(loaded["int8"])
     name = next(name for name, _ in quantized_linears(model)) + ".weight"
     with pytest.raises(ValueError, match="is for shape"):

@@ -9,7 +9,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -18,14 +17,16 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+import tiny_job
 import torch
 import transformers
-from byte_tokenizer import VOCABULARY, byte_tokenizer
-from conftest import BytesSince, equal_states, tiny_model
+from byte_tokenizer import byte_tokenizer
+from conftest import BytesSince, equal_states, random_masks, run_apart, weights_of
 from quantized_models import SIZES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as serialise
+from tiny_job import PAD, save_tiny, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import speft_optim
@@ -57,12 +58,6 @@ from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 
 ROOT = Path(__file__).parent.parent
-PAD = 3
-
-
-def tiny(kind="llama", **config):
-    """A tiny random model over bytes."""
-    return tiny_model(kind, vocab_size=VOCABULARY, max_position_embeddings=512, **config)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +67,7 @@ def samples():
 
 def attach(model, density=0.2, lr=3e-3):
     """A random mask on the model, and its optimizer."""
-    parameters = sparsify(model, select_masks(model, salience="random", density=density, progress=False))
+    parameters = sparsify(model, random_masks(model, density=density))
     return SparseAdamW(parameters, lr=lr, weight_decay=0.01)
 
 
@@ -81,16 +76,6 @@ def optimize_all(model, lr=3e-3):
 
 
 ATTACH = {"sparse": attach, "full": optimize_all}
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 # --- the loss
@@ -173,7 +158,7 @@ def test_accumulation_changes_nothing(method, samples):
         options = dict(steps=3, batch_size=batch_size, accumulation=accumulation, pad_id=PAD, clip=0.5)
         history = loop.train(model, optimizer, samples, **options)
         moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-        results.append((history, torch.cat([m.flatten() for m in moments]), weights(model)))
+        results.append((history, torch.cat([m.flatten() for m in moments]), weights_of(model)))
     for history, moments, tensors in results[1:]:
         assert history.loss == pytest.approx(results[0][0].loss, rel=1e-5)
         assert history.grad_norm == pytest.approx(results[0][0].grad_norm, rel=1e-4)
@@ -196,7 +181,7 @@ def test_loop_equals_a_plain_loop_written_out(samples):
         optimizer.step()
         optimizer.zero_grad()
         assert step < 4
-    for name, tensor in weights(plain).items():
+    for name, tensor in weights_of(plain).items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
@@ -243,11 +228,11 @@ def test_batches_without_labels_are_skipped_and_not_counted(samples):
         )
     loop.train(clean, attach(clean), samples[:4], steps=1, batch_size=1, accumulation=4, pad_id=PAD)
     assert (history.skipped_batches, history.skipped_steps) == (4, 0)
-    for name, tensor in weights(clean).items():
+    for name, tensor in weights_of(clean).items():
         torch.testing.assert_close(mixed.state_dict()[name], tensor)
     # Windows of nothing else: no step at all, and no NaN.
     model = tiny()
-    before, optimizer = weights(model), attach(model)
+    before, optimizer = weights_of(model), attach(model)
     with pytest.warns(UserWarning) as warned:
         history = loop.train(model, optimizer, bare, steps=2, batch_size=2, accumulation=2, pad_id=PAD)
     messages = [str(warning.message) for warning in warned]
@@ -257,7 +242,7 @@ def test_batches_without_labels_are_skipped_and_not_counted(samples):
         and history.skipped_batches == 4
         and not any(map(has_moments, optimizer.state.values()))
     )
-    assert_equal(weights(model), before)
+    assert equal_states(weights_of(model), before)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(samples):
@@ -344,7 +329,7 @@ def test_resumed_run_is_bit_equal(method, dtype, samples, tmp_path, monkeypatch)
     torch.manual_seed(99)
     history = loop.train(resumed, optimizer, samples, checkpoint_folder=tmp_path / "killed", resume=True, **options)
     assert history.loss == expected.loss and history.lr == expected.lr and len(history.step_seconds) == 7
-    assert_equal(weights(resumed), weights(whole))
+    assert equal_states(weights_of(resumed), weights_of(whole))
     assert (torch.rand(1).item(), random.random(), numpy.random.rand()) == draws
 
 
@@ -353,7 +338,7 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(samples, tmp_path):
     for model, resume in zip(models_, (False, True), strict=True):
         options = dict(steps=2, batch_size=4, pad_id=PAD, checkpoint_folder=tmp_path / "none", resume=resume)
         loop.train(model, attach(model), samples, **options)
-    assert_equal(*map(weights, models_))
+    assert equal_states(*map(weights_of, models_))
 
 
 def test_resume_refuses_another_mask_and_fewer_steps(samples, tmp_path):
@@ -361,10 +346,10 @@ def test_resume_refuses_another_mask_and_fewer_steps(samples, tmp_path):
     model = tiny()
     loop.train(model, attach(model), samples, steps=2, **options)
     other = tiny()
-    before = weights(other)
+    before = weights_of(other)
     with pytest.raises(ValueError, match=r"cannot resume this run: .*values has shape"):
         loop.train(other, attach(other, density=0.3), samples, steps=4, resume=True, **options)
-    assert_equal(weights(other), before)
+    assert equal_states(weights_of(other), before)
     model = tiny()
     with pytest.raises(ValueError, match="is at step 2, beyond the 1 asked for"):
         loop.train(model, attach(model), samples, steps=1, resume=True, **options)
@@ -380,7 +365,7 @@ def test_gradient_checkpointing_changes_nothing(method, samples):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             history = loop.train(model, ATTACH[method](model), samples, steps=2, batch_size=4, pad_id=PAD)
-        results.append((history.grad_norm, weights(model)))
+        results.append((history.grad_norm, weights_of(model)))
     for norms, tensors in results[1:]:
         assert norms == pytest.approx(results[0][0], rel=1e-5)
         for name, tensor in tensors.items():
@@ -458,17 +443,15 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("job")
     for kind, template in (("gemma2", "<s> $A"), ("qwen2", "$A"), ("llama", "<s> $A"), ("wide", "$A")):
         sizes = SIZES if kind == "wide" else {}
-        model = tiny("qwen2" if kind == "wide" else kind, bos_token_id=1, eos_token_id=2, pad_token_id=PAD, **sizes)
-        model.save_pretrained(root / kind)
-        byte_tokenizer(template=template, pad=None if kind == "llama" else "<pad>").save_pretrained(root / kind)
+        pad = None if kind == "llama" else "<pad>"
+        save_tiny(root / kind, "qwen2" if kind == "wide" else kind, template, pad, **sizes)
     word_problems.write(root / "problems", train=40, test=12)
     return root
 
 
 def command(folders, kind, out, *more):
-    fixed = ["--model", folders / kind, "--data", folders / "problems", "--out", out, "--held-out", 8]
-    small = ["--batch-size", 4, "--accumulation", 2, "--calibration-samples", 8, "--dtype", "float32"]
-    return [str(part) for part in [*fixed, *small, *more]]
+    fixed = ["--held-out", 8, "--accumulation", 2]
+    return tiny_job.command(folders / kind, folders / "problems", out, *fixed, *more)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -533,7 +516,7 @@ def test_job_on_tiny_models(kind, method, folders, tmp_path, capsys):
         assert record["optimizer_bytes"]["held"] < 0.5 * record["optimizer_bytes"]["adamw"]
         adapted = AutoModelForCausalLM.from_pretrained(folders / kind)
         load_adapter(adapted, out / "adapter.safetensors")
-        assert_equal(weights(adapted), weights(tuned_model))
+        assert equal_states(weights_of(adapted), weights_of(tuned_model))
     else:
         assert record["mask"] is None and differing > 0.5 * record["moved"]["entries"]
         assert record["optimizer_bytes"]["held"] == pytest.approx(record["optimizer_bytes"]["adamw"], rel=0.01)
@@ -546,7 +529,7 @@ def test_same_command_twice_is_bit_equal_and_seeds_matter(folders, tmp_path):
         assert record["mask"]["count"] == 500
         results.append((record["mask"]["fingerprint"], load_file(tmp_path / out / "adapter.safetensors")))
     assert results[0][0] == results[1][0] != results[2][0]
-    assert_equal(results[0][1], results[1][1])
+    assert equal_states(results[0][1], results[1][1])
 
 
 def test_options_reach_the_library(folders, tmp_path, monkeypatch):
@@ -620,7 +603,7 @@ def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, mo
     resumed = gsm8k.main(command(folders, "llama", out, *more, "--resume"))
     assert resumed["history"]["loss"] == whole["history"]["loss"]
     files = [load_file(tmp_path / run / "adapter.safetensors") for run in ("whole", "killed")]
-    assert_equal(*files)
+    assert equal_states(*files)
     assert resumed["adapter_sha256"] == records.hash_files([out / "adapter.safetensors"])
     with pytest.raises(ValueError, match="is complete"):
         gsm8k.main(command(folders, "llama", out, *more, "--resume"))
@@ -654,10 +637,10 @@ def test_steps_that_fit_in_the_minutes_given(folders, tmp_path, monkeypatch):
 def test_trying_a_step_changes_nothing(samples):
     model = tiny("llama", attention_dropout=0.5)
     optimizer = attach(model)
-    before, state = weights(model), torch.get_rng_state()
+    before, state = weights_of(model), torch.get_rng_state()
     seconds = loop.seconds_per_step(model.eval(), samples, batch_size=2, pad_id=PAD, accumulation=2)
     assert 0 < seconds < 60 and not model.training
-    assert_equal(weights(model), before)
+    assert equal_states(weights_of(model), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
 
@@ -694,7 +677,7 @@ def test_job_on_a_quantised_base(bits, folders, tmp_path):
     # An ordinary bf16 checkpoint, which is the model that was trained.
     tuned = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
     assert not hasattr(tuned.config, "quantization_config") and tuned.dtype is torch.bfloat16
-    assert weights(tuned).keys() == weights(dense).keys()
+    assert weights_of(tuned).keys() == weights_of(dense).keys()
     held_out = data.tokenize(
         byte_tokenizer(template="$A"), data.load_examples(folders / "problems")[1][:8], max_length=512
     )
@@ -731,7 +714,7 @@ def test_quantised_job_resumes_bit_equal(folders, tmp_path, monkeypatch):
     resumed = gsm8k.main(command(folders, "wide", tmp_path / "killed", *more, "--resume"))
     assert resumed["history"]["loss"] == whole["history"]["loss"]
     for file in ("adapter.safetensors", "checkpoint/model.safetensors"):
-        assert_equal(*[load_file(tmp_path / run / file) for run in ("whole", "killed")])
+        assert equal_states(*[load_file(tmp_path / run / file) for run in ("whole", "killed")])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -764,7 +747,7 @@ def test_loading_holds_the_quantised_model_and_one_shard(bits, tmp_path, monkeyp
 
 def test_moved_share_sees_a_stray_entry_of_a_quantised_base(folders, tmp_path):
     model, _ = models.load(folders / "wide", dtype=torch.float32, bits=8)
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     sparsify(model, masks)
     name = next(iter(masks))
     outside = next(i for i in range(100) if i not in masks[name].indices)
@@ -946,7 +929,7 @@ def test_weight_size_leaves_out_head_and_embeddings():
 def test_moved_share_notices_strays_and_other_models(folders, tmp_path):
     shutil.copytree(folders / "qwen2", tmp_path / "tuned")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     name = next(iter(masks))
     inside = masks[name].indices[:2].long()
     outside = next(i for i in range(100) if i not in masks[name].indices)
@@ -1092,28 +1075,26 @@ def test_another_command_does_not_throw_away_a_trained_run(folders, tmp_path, mo
     assert loop.newest_checkpoint(tmp_path / "resume").name == "step-00000003.safetensors"
 
 
-KILLED = """
-import os, signal, sys
-from recipes import ending, gsm8k, loop, report
-module, name, when = {"ending": ending, "loop": loop, "report": report}[sys.argv[1]], sys.argv[2], sys.argv[3]
-real, train, trained = getattr(module, name), loop.train, []
+def killed_in_its_ending(rank, module, name, when, arguments):
+    """Run the job and die before or after the first call of this function once the model is trained."""
+    module = {"ending": ending, "loop": loop, "report": report}[module]
+    real, train, trained = getattr(module, name), loop.train, []
 
-def die(*arguments, **options):
-    if trained and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = real(*arguments, **options)
-    if trained:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
+    def die(*arguments, **options):
+        if trained and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **options)
+        if trained:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-def remember(*arguments, **options):
-    trained.append(0)
-    return train(*arguments, **options)
+    def remember(*arguments, **options):
+        trained.append(0)
+        return train(*arguments, **options)
 
-loop.train = remember
-setattr(module, name, die)
-gsm8k.main(sys.argv[4:])
-"""
+    loop.train = remember
+    setattr(module, name, die)
+    gsm8k.main(arguments)
 
 
 @pytest.mark.slow
@@ -1132,9 +1113,7 @@ def test_a_run_killed_in_its_ending_ends_as_if_it_had_not_been(
 ):
     expected, more = uninterrupted["sparse"]
     arguments = command(folders, "qwen2", tmp_path / "run", *more)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-c", KILLED, module, name, when, *arguments]
-    assert subprocess.run(program, cwd=ROOT, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert run_apart(killed_in_its_ending, module, name, when, arguments) == [-signal.SIGKILL]
     monkeypatch.setattr(loop, "_accumulate", no_training)
     gsm8k.main(arguments)
     assert results(tmp_path / "run") == expected
@@ -1218,7 +1197,7 @@ def test_expected_bytes_of_masks_that_move_count_their_sums(samples, tmp_path):
     states = []
     for is_moving in (False, True):
         model = tiny("llama")
-        masks = select_masks(model, salience="random", density=0.05, scope="global", progress=False)
+        masks = random_masks(model, density=0.05, scope="global")
         if is_moving:
             optimizer, schedule = moving.attach(model, masks, salience="snip", power=0.5, lr=1e-3)
         else:
@@ -1258,7 +1237,7 @@ def test_a_run_from_a_source_tree_that_was_never_installed(folders, tmp_path, mo
 
 def refused(path, contents, model, optimizer):
     """Whether a file with each of these contents is refused, with everything as it was."""
-    before, moments = weights(model), copy.deepcopy(optimizer.state_dict())
+    before, moments = weights_of(model), copy.deepcopy(optimizer.state_dict())
     draws, results = torch.get_rng_state(), []
     for content in contents:
         path.write_bytes(content)
@@ -1269,7 +1248,7 @@ def refused(path, contents, model, optimizer):
         else:
             results.append(False)
     if all(results):
-        assert_equal(weights(model), before)
+        assert equal_states(weights_of(model), before)
         assert equal_states(optimizer.state_dict(), moments) and torch.equal(torch.get_rng_state(), draws)
     return results
 

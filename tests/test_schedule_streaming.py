@@ -3,14 +3,26 @@
 import copy
 import functools
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import BytesSince, assert_close, equal_states, masks_of, tiny_model, token_batch, weights_of
+from conftest import (
+    OPTIONS,
+    BytesSince,
+    assert_close,
+    equal_states,
+    masks_of,
+    random_masks,
+    run_apart,
+    tiny_model,
+    token_batch,
+    train,
+    weights_of,
+)
 from quantized_models import dequantized_twin, load_quantized, save_original, stored
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from speft_optim import (
     Masks,
@@ -25,7 +37,6 @@ from speft_optim import (
 from speft_optim.optim.state import has_moments
 from speft_optim.weights.sparse_weight import sparse_weights
 
-OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 # The accumulators of the tiny model take 36,864 bytes in one group; a matrix 1,152 to 3,840.
 # Roundings of gradients that nearly vanish grow in the steps of Adam, which are of the size of the rate.
 DRIFT = dict(atol=1e-4, rtol=1e-4)
@@ -46,24 +57,12 @@ def flatter(w, g):
 
 def attach(model=None, scope="global", budget=2**20, density=0.05, state_bits=32, optimizer_options=None, **options):
     model = tiny_model() if model is None else model
-    masks = select_masks(model, salience="random", density=density, scope=scope, progress=False)
+    masks = random_masks(model, density=density, scope=scope)
     values = sparsify(model, masks, keep_empty=True)
     optimizer = SparseAdamW(values, state_bits=state_bits, **{**OPTIONS, **(optimizer_options or {})})
     steps = {} if "batches" in options else {"window": 2, "interval": 1}
     schedule = MaskSchedule(model, optimizer, **{"scope": scope, **steps, "memory_budget": budget, **options})
     return model, optimizer, schedule
-
-
-def train(model, optimizer, steps, first=0, parts=1):
-    for step in range(first, first + steps):
-        for part in range(parts):
-            (model(**token_batch(parts * step + part)).loss / parts).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 class Plain:
@@ -283,7 +282,7 @@ def test_a_step_that_a_loss_scaler_skipped_lets_the_window_begin_anew(salience, 
         assert schedule.training.turns == 3 and masks_of(model) != before
         assert all(scores.isfinite().all() for scores in schedule.training.scores.values())
         results.append(weights_of(model))
-    assert_same(*results)
+    assert equal_states(*results)
 
 
 @pytest.mark.parametrize("salience", ["snip", "fisher"])
@@ -328,7 +327,7 @@ def test_all_uses_of_a_weight_in_a_micro_batch_make_one_gradient(salience):
     """A tied embedding is a lookup, a product, and here a penalty outside of any module besides."""
     model = tiny_model("qwen2", num_hidden_layers=1)
     names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
-    masks = select_masks(model, salience="random", density=0.05, targets=lambda n, p: n in names, progress=False)
+    masks = random_masks(model, targets=lambda n, p: n in names, density=0.05)
     optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
     schedule = MaskSchedule(model, optimizer, salience=salience, window=2, interval=1)
     plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
@@ -426,7 +425,7 @@ def test_bytes_alive_in_backward_are_those_of_a_static_run_and_the_budget(salien
     budget, peaks = 12_000, []
     for moving in (False, True):
         model = tiny_model()
-        masks = select_masks(model, salience="random", density=0.05, progress=False)
+        masks = random_masks(model, density=0.05)
         optimizer = SparseAdamW(sparsify(model, masks, verify=False), **OPTIONS)
         if moving:
             MaskSchedule(model, optimizer, salience=salience, window=100, memory_budget=budget)
@@ -453,7 +452,7 @@ def test_gradients_of_replicas_on_other_devices_are_refused():
 def test_weights_that_join_share_the_step_count_of_the_others():
     """In global scope a mask may grow from nothing, and newcomers start from zero moments."""
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.05, scope="global", progress=False)
+    masks = random_masks(model, density=0.05, scope="global")
     names = list(masks)
     masks.update({name: type(masks[name])(torch.empty(0, dtype=torch.int64), masks[name].shape) for name in names[3:]})
     optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), **OPTIONS)
@@ -526,7 +525,7 @@ def test_entries_that_leave_keep_their_value_and_an_adapter_holds_all_that_moved
     assert f"{ever.count:,} entries" in caplog.text and f"{count:,}" in caplog.text
     fresh = tiny_model()
     load_adapter(fresh, tmp_path / "adapter")
-    assert_same(now, weights_of(fresh))
+    assert equal_states(now, weights_of(fresh))
 
 
 # --- Rounds of at least an interval ---
@@ -551,7 +550,7 @@ def test_a_turn_waits_until_the_rounds_are_long_enough_and_sums_in_its_last_step
     assert [event["step"] for event in schedule.history] == [7, 14]
 
 
-def test_more_groups_share_a_round():
+def test_the_groups_of_weights_share_the_steps_between_two_selections():
     *_, schedule = attach(budget=6_000, window=2, interval=50)
     groups = len(schedule.training.groups)
     assert groups > 2 and schedule.training.period == -(-50 // groups)
@@ -647,7 +646,7 @@ def test_a_copied_run_goes_on_and_a_copied_model_alone_sums_nothing(copied, orde
         train(*pair, 6, first=4)
     assert others.schedule.history == schedule.history and others.schedule.training.turns == 3
     assert masks_of(other) == masks_of(model)
-    assert_same(weights_of(model), weights_of(other))
+    assert equal_states(weights_of(model), weights_of(other))
 
 
 def test_trainer_resumes_with_nothing_added(tmp_path):
@@ -664,7 +663,7 @@ def test_trainer_resumes_with_nothing_added(tmp_path):
         trainer.train(resume_from_checkpoint=resume)
         assert schedule.steps == 9 and schedule.training.turns == 4
         results.append(weights_of(model))
-    assert_same(*results)
+    assert equal_states(*results)
 
 
 @pytest.mark.parametrize(
@@ -686,7 +685,7 @@ def test_a_state_of_another_schedule_is_refused(options, match):
     before = weights_of(other)
     with pytest.raises(ValueError, match=match):
         other_optimizer.load_state_dict(saved)
-    assert_same(before, weights_of(other))
+    assert equal_states(before, weights_of(other))
 
 
 def test_a_damaged_state_is_refused():
@@ -707,55 +706,42 @@ def test_a_damaged_state_is_refused():
 
 # --- Several processes ---
 
-PROCESSES = """
-import sys, torch
-sys.path[:0] = {paths!r}
-import torch.distributed as dist
-from test_schedule_streaming import *
-from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo", init_method="file://" + {file!r}, rank=int(sys.argv[1]), world_size=2)
-rank = dist.get_rank()
-sent = []
-reduce = dist.all_reduce
-dist.all_reduce = lambda tensor, *args, **options: (sent.append(tensor.numel()), reduce(tensor, *args, **options))[1]
-for salience in ("snip", "fisher"):
-    model, optimizer, schedule = attach(scope="local", salience=salience, budget=1_600)
-    plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
-    parallel = DistributedDataParallel(model)
-    sent.clear()
-    for step in range(8):
-        parallel(**token_batch(2 * step + rank)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+def scores_as_one_of_two(rank, file):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    sent, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **options: (sent.append(tensor.numel()), reduce(tensor, *args, **options))[
+        1
+    ]
+    for salience in ("snip", "fisher"):
+        model, optimizer, schedule = attach(scope="local", salience=salience, budget=1_600)
+        plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
+        parallel = DistributedDataParallel(model)
+        sent.clear()
+        for step in range(8):
+            parallel(**token_batch(2 * step + rank)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if salience == "snip":
+                plain.step([token_batch(2 * step + part) for part in range(2)])
+        expected = [piece.entries for group in schedule.training.groups[:4] for piece in group]
+        assert sent == expected, (sent, expected)
+        found = [None, None]
+        sums = {name: part.double().sum().item() for name, part in weights_of(model).items()}
+        dist.all_gather_object(found, (masks_of(model).fingerprint(), sums, schedule.history))
+        assert found[0] == found[1] and schedule.training.turns == 4 and schedule.history[-1]["overlap"] < 1
         if salience == "snip":
-            plain.step([token_batch(2 * step + part) for part in range(2)])
-    expected = [piece.entries for group in schedule.training.groups[:4] for piece in group]
-    assert sent == expected, (sent, expected)
-    found = [None, None]
-    sums = {{name: part.double().sum().item() for name, part in weights_of(model).items()}}
-    dist.all_gather_object(found, (masks_of(model).fingerprint(), sums, schedule.history))
-    assert found[0] == found[1] and schedule.training.turns == 4 and schedule.history[-1]["overlap"] < 1
-    if salience == "snip":
-        plain.assert_agrees(model, optimizer, schedule)
-try:
-    attach(scope="global")
-    raise SystemExit("global scope was accepted")
-except ValueError as error:
-    assert "fixed size" in str(error)
-model = tiny_model()
-optimizer = SparseAdamW(sparsify(model, select_masks(model, salience="random", density=0.1, progress=False)))
-try:
-    MaskSchedule(model, optimizer, window=2 + rank)
-    raise SystemExit("different windows were accepted")
-except ValueError as error:
-    assert "arguments of MaskSchedule differ between processes" in str(error)
-"""
+            plain.assert_agrees(model, optimizer, schedule)
+    with pytest.raises(ValueError, match="fixed size"):
+        attach(scope="global")
+    model = tiny_model()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.1)))
+    with pytest.raises(ValueError, match="arguments of MaskSchedule differ between processes"):
+        MaskSchedule(model, optimizer, window=2 + rank)
 
 
 def test_two_processes_average_a_group_once_a_turn_and_stay_equal(tmp_path):
-    script = PROCESSES.format(paths=sys.path, file=str(tmp_path / "store"))
-    running = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    assert run_apart(scores_as_one_of_two, tmp_path / "store", count=2) == [0, 0]
 
 
 # --- Options ---
@@ -792,9 +778,9 @@ def test_two_processes_average_a_group_once_a_turn_and_stay_equal(tmp_path):
         (dict(nonsense=1), ValueError, "passes no nonsense on"),
     ],
 )
-def test_what_has_no_meaning_is_refused(options, error, match):
+def test_options_without_meaning_for_streamed_scores_are_refused(options, error, match):
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    masks = random_masks(model, density=0.05)
     optimizer = SparseAdamW(sparsify(model, masks))
     options = {"window": 2, **options}
     if "budget" in options:
@@ -806,7 +792,7 @@ def test_what_has_no_meaning_is_refused(options, error, match):
 
 def test_measures_that_need_no_gradient_are_selected_by_at_intervals():
     model = tiny_model()
-    optimizer = SparseAdamW(sparsify(model, select_masks(model, salience="random", density=0.05, progress=False)))
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.05)))
     schedule = MaskSchedule(model, optimizer, salience="magnitude", interval=2, progress=False)
     train(model, optimizer, 2)
     assert schedule.training is None and [event["step"] for event in schedule.history] == [2]
@@ -814,7 +800,7 @@ def test_measures_that_need_no_gradient_are_selected_by_at_intervals():
     assert masks_of(model) == expected
 
 
-def test_defaults_and_reselect():
+def test_a_streaming_schedule_has_its_own_defaults_and_no_reselect():
     model, optimizer, schedule = attach(window=None, budget=None)
     assert (schedule.salience, schedule.window, schedule.moments) == ("snip", 8, "carry")
     with pytest.raises(ValueError, match="at the end of each window"):

@@ -101,7 +101,7 @@ class Stub(LM):
         ("", 0, 0),
     ],
 )
-def test_filters(task, answer, strict, flexible, data):
+def test_answers_are_found_by_the_strict_and_the_flexible_filter(task, answer, strict, flexible, data):
     result = run(Stub(answer), load_tasks([task], data=data))[task]
     entries = result["scores"]["exact_match"]
     assert entries["strict-match"]["value"] == strict
@@ -125,7 +125,7 @@ def test_gsm8k_local_is_lm_evals_gsm8k_but_for_the_data():
     assert ours == theirs
 
 
-def test_prompts_and_limits(data):
+def test_prompts_shots_and_stops_are_those_of_the_task(data):
     stub = Stub("")
     run(stub, load_tasks(["demo"], data=data))
     prompt, options = stub.requests[0]
@@ -165,7 +165,7 @@ def test_one_problem_has_no_standard_error(data):
     assert entry["n"] == 1 and entry["stderr"] is None
 
 
-def test_two_tasks_in_one_run(data):
+def test_tasks_of_one_run_see_the_same_problems(data):
     results = run(Stub("#### 18"), load_tasks(["demo", "gsm8k_local"], data=data))
     assert list(results) == ["demo", "gsm8k_local"]
     assert results["demo"]["problems_sha256"] == results["gsm8k_local"]["problems_sha256"]
@@ -182,7 +182,7 @@ def test_gemma_gets_one_bos_whatever_its_tokenizer_says(kind, options):
     assert tokenizer("ab")["input_ids"].count(2) == 1 and tokenizer("ab")["input_ids"][0] == 2
 
 
-def test_the_tokenizer_is_believed_elsewhere():
+def test_whether_a_prompt_begins_with_bos_is_the_tokenizers_to_say_but_for_gemma():
     assert not ensure_one_bos(character_tokenizer(), "llama")  # names a BOS, was trained without it
     assert ensure_one_bos(character_tokenizer(adds_bos=True), "llama")
 
@@ -241,7 +241,7 @@ def test_every_kind_of_request_sends_one_bos_where_the_tokenizer_puts_any(count,
     assert [row.tolist().count(2) for rows in seen for row in rows] == [wanted, 1]
 
 
-def test_the_path_does_not_matter(data, tmp_path):
+def test_scores_do_not_depend_on_the_path_of_a_checkpoint(data, tmp_path):
     one = save_checkpoint(tmp_path / "gemma-2-2b", "gemma2", gemma_tokenizer(add_bos_token=True))
     other = save_checkpoint(tmp_path / "out" / "run1", "gemma2", gemma_tokenizer())
     records = [score(folder, ["demo"], data=data, max_gen_tokens=8) for folder in (one, other)]
@@ -307,7 +307,7 @@ def test_stop_criteria_see_generated_text_only():
 # --- whole runs
 
 
-def test_end_to_end(data, tmp_path, capsys):
+def test_a_score_is_recorded_with_all_that_it_depends_on(data, tmp_path, capsys):
     folder = save_checkpoint(tmp_path / "run", dtype=torch.bfloat16)
     capsys.readouterr()
     out = tmp_path / "new" / "scores.json"
@@ -479,7 +479,7 @@ def test_an_incomplete_checkpoint_is_refused(name, data, tmp_path):
         score(folder, ["demo"], data=data)
 
 
-def test_the_command_line(data, tmp_path, monkeypatch, capsys):
+def test_the_command_scores_and_asks_for_the_data(data, tmp_path, monkeypatch, capsys):
     folder = save_checkpoint(tmp_path / "run")
     out = str(tmp_path / "scores.json")
     words = [folder, "--tasks", "demo", "--data", data, "--limit", "1", "--max-gen-tokens", "3", "--out", out]
@@ -519,7 +519,7 @@ def test_other_problems_are_independent():
     assert "problems_sha256 of demo" in compare.table({"a": first, "b": second})
 
 
-def test_compare_command(tmp_path, capsys):
+def test_the_compare_command_prints_scores_differences_and_settings(tmp_path, capsys):
     paths = [tmp_path / f"{name}.json" for name in ("before", "after", "third")]
     for path, each in zip(paths, ([0, 0, 0, 1], [1, 0, 1, 1], [1, 1, 1, 1]), strict=True):
         path.write_text(json.dumps(record_of(each, seed=len(path.stem))))
@@ -543,7 +543,7 @@ def test_compare_command(tmp_path, capsys):
         (["a.json", "b.json"], "no score in common"),
     ],
 )
-def test_compare_refuses(names, message, tmp_path):
+def test_the_compare_command_refuses_records_that_cannot_be_compared(names, message, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(record_of([0, 1])))
     other = record_of([0, 1])
     other["tasks"] = {"elsewhere": other["tasks"]["demo"]}

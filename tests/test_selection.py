@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import tiny_model, token_batch
+from conftest import random_masks, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -254,7 +254,7 @@ def test_random_depends_on_seed_and_name_alone():
 )
 def test_targets_name_weights_in_three_ways(kind, targets, expected):
     model = tiny_model(kind)
-    masks = select_masks(model, salience="random", density=0.1, targets=targets, progress=False)
+    masks = random_masks(model, targets, density=0.1)
     order = [name for name, _ in model.named_parameters()]
     assert len(masks) == expected and list(masks) == sorted(masks, key=order.index)
     if targets is None:
@@ -449,7 +449,7 @@ def test_a_generator_serves_one_pass_and_a_loader_any_number():
     assert select_masks(model, DataLoader(rows, batch_size=4), memory_budget=100, **choose) == expected
 
 
-def test_the_users_own_loss_is_used():
+def test_the_loss_that_a_user_passes_is_the_one_scored():
     model, batches = tiny_model("llama"), [token_batch()]
     choose = dict(density=0.1, progress=False)
     plain = select_masks(model, batches, **choose)
@@ -736,7 +736,7 @@ def test_max_batches_ends_an_endless_stream_and_none_reads_all(llama, batches):
 
 
 @pytest.mark.parametrize("most, error", [(0, ValueError), (-1, ValueError), (True, TypeError), (2.0, TypeError)])
-def test_a_limit_that_is_none_is_refused(most, error, llama, batches):
+def test_max_batches_that_is_no_positive_number_is_refused(most, error, llama, batches):
     with pytest.raises(error, match=f"max_batches={most}.*64|whole number"):
         select_masks(llama, batches, density=0.1, max_batches=most)
     optimizer = SparseAdamW(sparsify(llama, select_masks(llama, salience="magnitude", density=0.1)))

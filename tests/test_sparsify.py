@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import assert_close, tiny_model, token_batch
+from conftest import assert_close, attach, equal_states, every, random_masks, tiny_model, token_batch, train
 from safetensors import safe_open
 from torch import nn
 
@@ -17,23 +17,6 @@ from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, spar
 from speft_optim.weights.sparse_weight import sparse_weights
 
 BATCH = token_batch()
-
-
-def random_masks(model, targets=None, density=0.2, seed=0):
-    return select_masks(model, salience="random", density=density, targets=targets, seed=seed, progress=False)
-
-
-def attached(kind="llama", dtype=torch.float32, targets=None, **config):
-    model = tiny_model(kind, dtype, **config)
-    masks = random_masks(model, targets)
-    return model, masks, sparsify(model, masks)
-
-
-def train(model, optimizer, steps=2):
-    for step in range(steps):
-        model(**token_batch(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def assert_in_step(model):
@@ -48,12 +31,6 @@ def assert_in_step(model):
 def logits(model):
     with torch.no_grad():
         return model(input_ids=BATCH["input_ids"]).logits
-
-
-def equal_tensors(left, right):
-    return left.keys() == right.keys() and all(
-        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
-    )
 
 
 def everything(model):
@@ -75,24 +52,21 @@ def everything(model):
     return modules, parameters, list(model.state_dict())
 
 
-EVERY = lambda name, parameter: True  # noqa: E731
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "bert", "mixtral"])
 def test_state_dict_is_that_of_the_base(kind):
     model = tiny_model(kind)
     before = copy.deepcopy(model.state_dict())
-    masks = random_masks(model, EVERY)
+    masks = random_masks(model, every)
     values = sparsify(model, masks)
     assert len(values) == len(masks) and all(v.shape == (len(m),) for v, m in zip(values, masks.values(), strict=True))
     attached = model.state_dict()
-    assert list(attached) == list(before) and equal_tensors(attached, before)
+    assert list(attached) == list(before) and equal_states(attached, before)
     assert all(attached[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters() if name in attached)
     plain = tiny_model(kind, seed=1)
     assert plain.load_state_dict(attached).missing_keys == []
     train(model, SparseAdamW(values, lr=1e-2))
     trained = model.state_dict()
-    assert list(trained) == list(before) and not equal_tensors(trained, before)
+    assert list(trained) == list(before) and not equal_states(trained, before)
     assert_in_step(model)
 
 
@@ -105,7 +79,7 @@ def test_saved_checkpoint_is_ordinary_and_gives_the_same_logits(kind, tied, dtyp
     # Loaded and not cast, which would round the frequencies of its rotary embedding too.
     load = getattr(transformers, type(tiny_model(kind)).__name__).from_pretrained
     model = load(tmp_path / "base", dtype="auto").eval()
-    values = sparsify(model, random_masks(model, EVERY))
+    values = sparsify(model, random_masks(model, every))
     train(model, SparseAdamW(values, lr=1e-2))
     with torch.no_grad():
         # Changed last of all, and in the file nevertheless.
@@ -133,7 +107,7 @@ def test_desparsify_leaves_nothing_but_the_trained_weights(kind):
     model = tiny_model(kind).train()
     model.get_input_embeddings().weight.requires_grad_(False)
     before = everything(model)
-    values = sparsify(model, random_masks(model, EVERY))
+    values = sparsify(model, random_masks(model, every))
     assert [p for p in model.parameters() if p.requires_grad] == values
     desparsify(model)
     assert everything(model) == before
@@ -143,7 +117,7 @@ def test_desparsify_leaves_nothing_but_the_trained_weights(kind):
         values[0].add_(1)
     expected = copy.deepcopy(model.state_dict())
     desparsify(model)
-    assert equal_tensors(model.state_dict(), expected)
+    assert equal_states(model.state_dict(), expected)
     assert [part[:3] for part in everything(model)[1].values()] == [part[:3] for part in before[1].values()]
     assert everything(model)[0] == before[0]
     with pytest.raises(ValueError, match="is not sparsified; there is nothing to undo"):
@@ -151,7 +125,7 @@ def test_desparsify_leaves_nothing_but_the_trained_weights(kind):
 
 
 def test_desparsify_reaches_through_a_wrapper():
-    model, _, _ = attached()
+    model, *_ = attach()
     wrapper = nn.Sequential(model)
     with pytest.raises(ValueError, match="sparsified already"):
         sparsify(wrapper, {"0." + name: mask for name, mask in random_masks(model).items()})
@@ -209,7 +183,7 @@ def by_vector(values):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", [in_place, through_detach, through_data, by_exchange, by_foreach, by_vector])
 def test_any_change_of_values_reaches_the_weights(change, dtype):
-    model, masks, values = attached(dtype=dtype)
+    model, masks, values, _ = attach(dtype=dtype)
     start = copy.deepcopy(model.state_dict())
     for reader in (lambda: logits(model), model.state_dict, lambda: SparseAdamW(values).state_dict()):
         expected = [value.detach() * 1.5 for value in values]
@@ -224,7 +198,7 @@ def test_any_change_of_values_reaches_the_weights(change, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_change_of_the_weight_from_outside_wins_where_it_changed_something(dtype):
-    model, masks, values = attached(dtype=dtype)
+    model, masks, values, _ = attach(dtype=dtype)
     with torch.no_grad():
         # Values that no bf16 number equals.
         for value in values:
@@ -246,7 +220,7 @@ def test_a_change_of_the_weight_from_outside_wins_where_it_changed_something(dty
 
 
 def test_values_changed_after_forward_do_not_break_its_backward():
-    model, _, values = attached()
+    model, _, values, _ = attach()
     loss = model(**BATCH).loss
     in_place(values)
     loss.backward()
@@ -256,7 +230,7 @@ def test_values_changed_after_forward_do_not_break_its_backward():
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("pending", [False, True])
 def test_a_loaded_checkpoint_wins_over_values(assign, pending):
-    model, _, values = attached("llama")
+    model, _, values, _ = attach("llama")
     other = tiny_model("llama", seed=1)
     if pending:
         in_place(values)
@@ -270,7 +244,7 @@ def test_a_loaded_checkpoint_wins_over_values(assign, pending):
 
 
 def test_loading_something_else_keeps_pending_values():
-    model, _, values = attached()
+    model, _, values, _ = attach()
     expected = [value.detach() * 1.5 for value in values]
     in_place(values)
     model.load_state_dict({"model.norm.weight": torch.ones(24)}, strict=False)
@@ -280,7 +254,7 @@ def test_loading_something_else_keeps_pending_values():
 
 @pytest.mark.parametrize("order", [["model", "optimizer"], ["optimizer", "model"]])
 def test_checkpoint_and_optimizer_load_in_either_order_to_the_exact_bf16_values(order):
-    model, masks, values = attached(dtype=torch.bfloat16)
+    model, masks, values, _ = attach(dtype=torch.bfloat16)
     optimizer = SparseAdamW(values, lr=1e-5)
     train(model, optimizer)
     saved = {"model": copy.deepcopy(model.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict())}
@@ -291,13 +265,13 @@ def test_checkpoint_and_optimizer_load_in_either_order_to_the_exact_bf16_values(
     parts = {"model": other, "optimizer": SparseAdamW(other_values)}
     for part in order:
         parts[part].load_state_dict(saved[part])
-    assert all(map(torch.equal, other_values, values)) and equal_tensors(other.state_dict(), saved["model"])
+    assert all(map(torch.equal, other_values, values)) and equal_states(other.state_dict(), saved["model"])
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("newer", ["values", "weight"])
 def test_copies_are_made_in_step_and_follow_their_own_values(newer, through):
-    model, masks, values = attached(dtype=torch.bfloat16)
+    model, masks, values, _ = attach(dtype=torch.bfloat16)
     in_place(values)
     logits(model)
     if newer == "values":
@@ -307,7 +281,7 @@ def test_copies_are_made_in_step_and_follow_their_own_values(newer, through):
             model.get_parameter(next(iter(masks))).fill_(3.0)
     other = through(model)
     assert_in_step(other), assert_in_step(model)
-    assert equal_tensors(other.state_dict(), model.state_dict()) and torch.equal(logits(other), logits(model))
+    assert equal_states(other.state_dict(), model.state_dict()) and torch.equal(logits(other), logits(model))
     before = copy.deepcopy(model.state_dict())
     other_values = [weight.values for weight in sparse_weights(other)]
     assert all(type(ours) is type(theirs) for ours, theirs in zip(other_values, values, strict=True))
@@ -316,26 +290,26 @@ def test_copies_are_made_in_step_and_follow_their_own_values(newer, through):
         change(other_values)
         logits(other)
         assert_in_step(other)
-    assert equal_tensors(model.state_dict(), before)
+    assert equal_states(model.state_dict(), before)
     desparsify(other)
     assert len(sparse_weights(model)) == len(values)
 
 
 def test_a_whole_model_in_a_file_trains_on():
-    model, _, values = attached()
+    model, _, values, _ = attach()
     file = io.BytesIO()
     torch.save(model, file)
     other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     before = copy.deepcopy(model.state_dict())
     for one in (other, model):
         train(one, SparseAdamW([weight.values for weight in sparse_weights(one)], lr=1e-2))
-        assert one is model or equal_tensors(model.state_dict(), before)
-    assert equal_tensors(other.state_dict(), model.state_dict())
+        assert one is model or equal_states(model.state_dict(), before)
+    assert equal_states(other.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("path", [["bfloat16"], ["bfloat16", "float32"], ["half", "bfloat16", "float32"], ["float64"]])
 def test_casting_the_model_keeps_the_exact_values(path):
-    model, _, values = attached()
+    model, _, values, _ = attach()
     in_place(values)
     exact = [value.detach() * 1.0 for value in values]
     model(**BATCH).loss.backward()
@@ -349,7 +323,7 @@ def test_casting_the_model_keeps_the_exact_values(path):
 
 
 def test_casting_a_model_up_writes_the_exact_values():
-    model, _, values = attached(dtype=torch.bfloat16)
+    model, _, values, _ = attach(dtype=torch.bfloat16)
     train(model, SparseAdamW(values, lr=1e-5))
     exact = [value.detach().clone() for value in values]
     model.float()
@@ -359,7 +333,7 @@ def test_casting_a_model_up_writes_the_exact_values():
 
 
 def test_casting_keeps_a_pending_change_of_the_weight():
-    model, masks, _ = attached()
+    model, masks, *_ = attach()
     weight = model.get_parameter(next(iter(masks)))
     with torch.no_grad():
         weight.fill_(3.0)
@@ -373,7 +347,7 @@ def test_casting_keeps_a_pending_change_of_the_weight():
 @pytest.mark.parametrize("optimizer_type", [SparseAdamW, torch.optim.AdamW])
 def test_an_optimizer_of_a_replaced_layer_refuses_to_step(optimizer_type, grads, collected):
     """Also where the layer is long gone, and where its values have no gradient any more."""
-    model, masks, values = attached(targets=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])
+    model, masks, values, _ = attach(targets=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])
     optimizer = optimizer_type(values, lr=1e-2)
     train(model, optimizer, 1)
     model(**BATCH).loss.backward()
@@ -386,7 +360,7 @@ def test_an_optimizer_of_a_replaced_layer_refuses_to_step(optimizer_type, grads,
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer in the model.*sparsify again"):
         optimizer.step()
     if optimizer_type is SparseAdamW:
-        assert equal_tensors(model.state_dict(), before)
+        assert equal_states(model.state_dict(), before)
     # The way out that the message names.
     desparsify(model)
     values = sparsify(model, masks)
@@ -396,7 +370,7 @@ def test_an_optimizer_of_a_replaced_layer_refuses_to_step(optimizer_type, grads,
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_resized_embeddings_are_named_and_can_be_attached_to_again(tied):
-    model, _, values = attached("qwen2", targets=["embed_tokens"], tie_word_embeddings=tied)
+    model, _, values, _ = attach(tiny_model("qwen2", tie_word_embeddings=tied), targets=["embed_tokens"])
     optimizer = SparseAdamW(values)
     model.resize_token_embeddings(70)
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight .*sparsify again"):
@@ -409,7 +383,7 @@ def test_resized_embeddings_are_named_and_can_be_attached_to_again(tied):
 
 
 def test_values_replaced_by_another_parameter_are_named():
-    model, masks, values = attached()
+    model, masks, values, _ = attach()
     weight = sparse_weights(model)[0]
     weight.values = nn.Parameter(values[0].detach().clone())
     with pytest.raises(ValueError, match=f"{next(iter(masks))} has values that were replaced"):
@@ -417,7 +391,7 @@ def test_values_replaced_by_another_parameter_are_named():
 
 
 def test_weights_untied_after_attaching_are_named():
-    model, _, values = attached("qwen2", targets=["embed_tokens"])
+    model, _, values, _ = attach("qwen2", targets=["embed_tokens"])
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with pytest.raises(ValueError, match="embed_tokens.weight is no longer shared by the modules that shared it"):
         SparseAdamW(values).step()
@@ -427,7 +401,7 @@ def test_weights_untied_after_attaching_are_named():
 @pytest.mark.parametrize("optimizer_type", [SparseAdamW, torch.optim.SGD])
 def test_an_optimizer_left_over_from_desparsify_says_so(optimizer_type, held):
     """Selecting again and forgetting the optimizer would train nothing."""
-    model, _, values = attached()
+    model, _, values, _ = attach()
     optimizer = optimizer_type(values, lr=1e-2)
     train(model, optimizer, 1)
     # Whether or not someone still holds them.
@@ -470,6 +444,7 @@ def test_attaching_and_detaching_again_and_again_leaves_nothing_behind():
     masks = random_masks(model)
     before = everything(model)[0]
     kept, alive, counts = [], [], []
+    gc.freeze()  # so that only what comes from here on is walked
     for _ in range(10):
         values = sparsify(model, masks)
         optimizer = SparseAdamW(values, lr=1e-3)
@@ -480,6 +455,7 @@ def test_attaching_and_detaching_again_and_again_leaves_nothing_behind():
         del values, optimizer
         gc.collect()
         counts.append(sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)))
+    gc.unfreeze()
     assert not any(ref() for ref in kept) and not any(ref() for ref in alive)
     assert counts[-1] <= counts[1]
     assert everything(model)[0] == before
@@ -557,7 +533,7 @@ def test_a_block_may_be_wrapped_after_attaching(how):
 
     results = []
     for wrapped in (False, True):
-        model, masks, values = attached(targets=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])
+        model, masks, values, _ = attach(targets=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])
         if wrapped:
             block = model.model.layers[1]
             model.model.layers[1] = (
@@ -571,7 +547,7 @@ def test_a_block_may_be_wrapped_after_attaching(how):
 
 def test_a_weight_cut_in_place_is_named():
     """`.data` of another part of the same storage keeps version and address."""
-    model, masks, values = attached(targets=["layers.0.mlp.up_proj"])
+    model, masks, values, _ = attach(targets=["layers.0.mlp.up_proj"])
     optimizer = SparseAdamW(values, lr=1e-2)
     train(model, optimizer, 1)
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -590,7 +566,7 @@ def test_encoder_and_decoder_both_get_gradients_through_checkpoints(reentrant):
     sizes |= dict(d_model=24, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=20, max_target_positions=20)
     tokens = dict(vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
     model = tf.WhisperForConditionalGeneration(tf.WhisperConfig(num_mel_bins=8, dropout=0.0, **sizes, **tokens)).train()
-    values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    values = sparsify(model, random_masks(model, density=0.1))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model(input_features=torch.randn(2, 8, 40), labels=torch.randint(3, 60, (2, 7))).loss.backward()
     assert all(value.grad is not None for value in values)
@@ -600,7 +576,7 @@ def test_inference_mode_is_refused_and_the_model_left_as_it_was():
     with torch.inference_mode():
         made_inside = tiny_model()
     model = tiny_model()
-    masks = select_masks(model, salience="random", density=0.1, progress=False)
+    masks = random_masks(model, density=0.1)
     for call in (lambda m: sparsify(m, masks), lambda m: select_masks(m, [token_batch()], density=0.1)):
         with pytest.raises(ValueError, match="was made in torch.inference_mode"):
             call(made_inside)

@@ -9,28 +9,15 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, tiny_model, token_batch
+from conftest import assert_close, draw, random_masks, some_entries, tiny_model, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights import gradient_hooks as linear
 from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.verification import agrees, warn_of_inputs
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def some_entries(model, names, share=0.4):
-    masks = Masks()
-    for name in names:
-        shape = model.get_parameter(name).shape
-        order = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(len(name)))
-        masks[name] = Mask(order[: max(1, round(share * shape.numel()))], shape)
-    return masks
 
 
 def told(caplog):
@@ -320,7 +307,7 @@ def test_a_tied_head_used_by_a_fused_loss_gets_the_whole_gradient(loss, dtype, c
     name, model = "model.embed_tokens.weight", tiny_model("qwen2", dtype=dtype)
     dense = copy.deepcopy(model)
     loss(dense).backward()
-    masks = select_masks(model, salience="random", density=0.1, targets=lambda k, p: k == name, progress=False)
+    masks = random_masks(model, targets=lambda k, p: k == name, density=0.1)
     (values,) = sparsify(model, masks)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -494,7 +481,7 @@ def test_ordinary_models_are_trusted_after_one_step(kind, dtype, caplog):
 
 def test_weights_never_say_that_they_require_gradients():
     model = tiny_model()
-    values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    values = sparsify(model, random_masks(model, density=0.1))
     optimizer, trainable = SparseAdamW(values), lambda: [p for p in model.parameters() if p.requires_grad]
     assert trainable() == values
     with torch.no_grad():
@@ -531,7 +518,7 @@ def test_a_copy_counts_every_use_too(when):
 
 def test_weights_that_a_script_unfreezes_are_frozen_again_and_told_of(caplog):
     model, expected = tiny_model(), tiny_model()
-    masks = select_masks(model, salience="random", density=0.1, progress=False)
+    masks = random_masks(model, density=0.1)
     values, others = sparsify(model, masks), sparsify(expected, masks)
     model.requires_grad_(True)
     model.lm_head.requires_grad_(False)
@@ -770,7 +757,7 @@ def with_lora(model):
 def test_frozen_values_are_named_as_the_cause(caplog):
     """As peft freezes all that it does not know."""
     model = tiny_model()
-    values = sparsify(model, select_masks(model, salience="random", density=0.1, progress=False))
+    values = sparsify(model, random_masks(model, density=0.1))
     lora = with_lora(model)
     trained = [p for p in lora.parameters() if p.requires_grad]
     optimizer, before = SparseAdamW([*values, *trained]), [value.detach().clone() for value in values]
@@ -811,7 +798,7 @@ def test_a_compiled_model_gets_autograd_s_gradients(how):
     torch._dynamo.reset()
     model, name = tiny_model("qwen2", num_hidden_layers=1), "model.embed_tokens.weight"
     dense = copy.deepcopy(model)
-    masks = select_masks(model, salience="random", density=0.1, targets=lambda k, p: p.dim() == 2, progress=False)
+    masks = random_masks(model, targets=lambda k, p: p.dim() == 2, density=0.1)
     values = dict(zip(masks, sparsify(model, masks), strict=True))
     called = model
     if how == "in place":

@@ -1,16 +1,18 @@
 """Names are the plain model's, whatever wraps the model or its blocks, in any order."""
 
 import contextlib
+import functools
 import itertools
 import sys
 
 import pytest
 import torch
-from conftest import Reference, tiny_model, token_batch
+from conftest import Reference, random_masks, tiny_model, token_batch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import LlamaForCausalLM
 
 from speft_optim import (
     MaskSchedule,
@@ -91,10 +93,12 @@ def assert_equal_weights(model, other):
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapped_model_is_selected_on_trained_saved_and_loaded_as_the_plain_one(kind, tmp_path):
-    plain, batch = tiny_model(), [token_batch()]
+    # A compiler takes seconds a layer.
+    make = functools.partial(tiny_model, num_hidden_layers=1 if "compiled" in kind else 2)
+    plain, batch = make(), [token_batch()]
     expected = select_masks(plain, batch, density=0.1, progress=False)
     reference = Reference(plain, expected, lr=1e-2, weight_decay=0.1)
-    model = WRAPPERS[kind](tiny_model())
+    model = WRAPPERS[kind](make())
     masks = select_masks(model, batch, density=0.1, progress=False)
     assert masks == expected and list(masks) == list(expected)
     values = sparsify(model, masks)
@@ -114,35 +118,35 @@ def test_a_wrapped_model_is_selected_on_trained_saved_and_loaded_as_the_plain_on
     assert set(load_adapter(plain, tmp_path / "adapter.safetensors")) <= set(expected)
     assert_equal_weights(plain, model)
     # And the other way round: what the plain model saved, into a wrapped one.
-    other = WRAPPERS[kind](tiny_model())
+    other = WRAPPERS[kind](make())
     load_adapter(other, tmp_path / "adapter.safetensors")
     assert_equal_weights(other, plain)
     unload_adapter(other)
-    assert_equal_weights(other, tiny_model())
+    assert_equal_weights(other, make())
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fabric", "compiled in fabric", "blocks compiled", "blocks checkpointed"])
 def test_a_merged_checkpoint_has_the_plain_names(kind, tmp_path):
-    model = WRAPPERS[kind](tiny_model())
+    model = WRAPPERS[kind](tiny_model(num_hidden_layers=1))
     values = sparsify(model, select_masks(model, [token_batch()], density=0.1, progress=False))
     optimizer = SparseAdamW(values, lr=1e-2)
     model(**token_batch()).loss.backward()
     optimizer.step()
     export_merged(model, tmp_path / "merged", dtype=torch.float32)
-    loaded = type(tiny_model()).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert_equal_weights(loaded, model)
 
 
 @pytest.mark.parametrize("wrap", BLOCKS)
 def test_blocks_may_be_wrapped_after_values_were_attached(wrap, tmp_path):
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
     values = sparsify(model, select_masks(model, [token_batch()], density=0.1, progress=False))
     BLOCKS[wrap](model)
     optimizer = SparseAdamW(values, lr=1e-2)
     model(**token_batch()).loss.backward()
     optimizer.step()
     save_adapter(model, tmp_path / "adapter.safetensors")
-    base = tiny_model()
+    base = tiny_model(num_hidden_layers=1)
     load_adapter(base, tmp_path / "adapter.safetensors")
     assert_equal_weights(base, model)
     desparsify(model)
@@ -167,7 +171,7 @@ def test_selection_and_loss_see_the_model_without_wrappers_so_that_nothing_is_ex
 
 def test_values_that_no_wrapper_would_average_are_refused(monkeypatch):
     model = DistributedDataParallel(tiny_model())
-    masks = select_masks(model, salience="random", density=0.1, progress=False)
+    masks = random_masks(model, density=0.1)
     # Of this one process that says it is one of two.
     monkeypatch.setattr(sys.modules["speft_optim.sparsify"], "together", contextlib.nullcontext)
     monkeypatch.setattr(type(model.process_group), "size", lambda self: 2)
