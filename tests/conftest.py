@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import gc
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from speft_optim import Masks
@@ -39,6 +41,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: of two processes the one that came to them last would keep the other waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def skip_before(package, lowest, reason):
+    """Mark of a test, or of one of its cases, that asks more of a package than the library does."""
+    older = find_spec(package) is not None and Version(version(package)) < Version(lowest)
+    return pytest.mark.skipif(older, reason=f"{package} before {lowest} {reason}")
 
 
 def assert_close(actual, expected, **overrides):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, Reference, assert_close, equal_states, tiny_model, token_batch
+from conftest import VOCABULARY, Reference, assert_close, equal_states, skip_before, tiny_model, token_batch
 from safetensors import safe_open
 from safetensors.torch import load_model
 from torch import nn
@@ -388,10 +388,13 @@ def test_sft_trainer_logs_no_grad_norm_of_zero(tmp_path):
         max_length=16,
     )
     ids = Samples().batch["input_ids"]
+    # No token predicts the first one; older versions of transformers count its label when they average, unless told so.
+    labels = ids.clone()
+    labels[:, 0] = -100
     trainer = SFTTrainer(
         model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        train_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()}),
         processing_class=tokenizer,
         optimizers=(optimizer, halving(optimizer)),
     )
@@ -494,7 +497,8 @@ def test_saving_drops_no_tensor_that_shares_memory(kind, how, tmp_path):
         optimizer.zero_grad()
     assert save(how, model, tmp_path / "after") == before
     loaded = tiny_model(kind, seed=1)
-    assert load_model(loaded, tmp_path / "after" / "model.safetensors") == (set(), [])
+    missing, unexpected = load_model(loaded, tmp_path / "after" / "model.safetensors")
+    assert not missing and not unexpected
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (kind == "qwen2")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind == "qwen2")
     assert torch.equal(loaded(**token_batch()).logits, model.eval()(**token_batch()).logits)
@@ -588,6 +592,7 @@ def test_optimizers_of_torch_train_the_values(other, options):
     reference.assert_agrees(model, None, values)
 
 
+@skip_before("bitsandbytes", "0.50", "has optimizers for GPUs only")
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
 def test_optimizers_of_bitsandbytes_train_the_values(name):
     bitsandbytes = pytest.importorskip("bitsandbytes")
