@@ -49,6 +49,9 @@ def skip_before(package, lowest, reason):
     return pytest.mark.skipif(older, reason=f"{package} before {lowest} {reason}")
 
 
+restacks = skip_before("transformers", "5", "stacks no experts, and has few models whose files name weights otherwise")
+
+
 def assert_close(actual, expected, **overrides):
     """Compare with the tolerance of the actual dtype, in fp64."""
     tolerance = {**TOLERANCE[actual.dtype], **overrides}

@@ -592,7 +592,6 @@ def test_optimizers_of_torch_train_the_values(other, options):
     reference.assert_agrees(model, None, values)
 
 
-@skip_before("bitsandbytes", "0.50", "has optimizers for GPUs only")
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
 def test_optimizers_of_bitsandbytes_train_the_values(name):
     bitsandbytes = pytest.importorskip("bitsandbytes")
