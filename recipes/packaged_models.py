@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
+
+_KEEPS_GGUF = hasattr(transformers, "GgufConfig")
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of one GGUF file as a bf16 checkpoint."""
     quiet_bars()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Versions of transformers without this configuration make the weights of every GGUF file dense.
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _KEEPS_GGUF else {}
     # bf16, as both models were published: it halves the file, and its rounding is far below that of the 4-bit weights.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **dense)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

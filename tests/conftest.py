@@ -5,11 +5,13 @@ import copy
 import gc
 import itertools
 import multiprocessing
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
@@ -43,6 +45,15 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: of two processes the one that came to them last would keep the other waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def skip_before(package, lowest, reason):
+    """Mark of a test, or of one of its cases, that asks more of a package than the library does."""
+    older = find_spec(package) is not None and Version(version(package)) < Version(lowest)
+    return pytest.mark.skipif(older, reason=f"{package} before {lowest} {reason}")
+
+
+restacks = skip_before("transformers", "5", "stacks no experts, and has few models whose files name weights otherwise")
 
 
 def assert_close(actual, expected, **overrides):

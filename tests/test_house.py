@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import speft_optim
 import speft_optim.files
@@ -150,15 +151,31 @@ def requirements():
     return [requirement for requirement in found if requirement.name != project["name"]]
 
 
-def test_constraints_pin_what_pyproject_asks_for():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+def pinned(file):
+    """The version of each package that a file of constraints pins, by the package's canonical name."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line) for line in lines), "one exact version a line"
     pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
     assert len(pins) == len(lines)
+    return pins
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])
+def test_constraints_pin_what_pyproject_asks_for(file):
+    pins = pinned(file)
     for requirement in requirements():
         name = canonicalize_name(requirement.name)
-        assert name in pins, f"constraints.txt does not pin {name}"
+        assert name in pins, f"{file} does not pin {name}"
         assert pins[name] in requirement.specifier, f"{name}=={pins[name]} is outside {requirement.specifier}"
+
+
+def test_lower_bounds_are_the_lowest_versions_that_were_tested():
+    """But for the tools of development, which no version of ours depends on."""
+    pins = pinned("constraints-lowest.txt")
+    for requirement in requirements():
+        bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
+        if requirement.name not in ("ruff", "pre-commit", "pytest", "pytest-xdist", "hypothesis"):
+            assert bounds == [Version(pins[canonicalize_name(requirement.name)])], f"{requirement} was not tried"
 
 
 def test_the_changelog_has_this_version():

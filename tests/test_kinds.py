@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import OPTIONS, Reference, assert_close, every, random_masks, tiny_model, token_batch
+from conftest import OPTIONS, Reference, assert_close, every, random_masks, restacks, tiny_model, token_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -157,6 +157,7 @@ def test_tied_embeddings_are_not_two_parameters(tmp_path):
         assert torch.equal(one.lm_head.weight, model.lm_head.weight)
 
 
+@restacks
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_stacked_experts_are_not_left_out(scope):
     """Their share is counted by entries, and what is left out of the default targets is what they say."""
@@ -184,6 +185,7 @@ def test_stacked_experts_are_not_left_out(scope):
     reference.assert_agrees(model, optimizer, values)
 
 
+@restacks
 def test_an_idle_expert_does_not_move_without_decay():
     model = tiny_model("mixtral", num_experts_per_tok=1)
     stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]

@@ -216,6 +216,8 @@ def test_schedulers_neither_warn_nor_have_no_effect(schedule, tensor_lr):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # SequentialLR of torch 2.8 warns of a call of its own.
+        warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`")
         schedulers = [SCHEDULES[schedule](optimizer) for optimizer in (ours, reference)]
         rates = set()
         for _ in range(6):
@@ -290,14 +292,14 @@ def test_tiny_updates_do_not_vanish_in_bf16(gradient, lr, decay, steps, exact, s
 
 @pytest.mark.slow
 def test_tiny_updates_do_not_vanish_where_the_config_says_bf16(tmp_path):
-    """The hub's library takes the dtype of the checkpoint's config unless told otherwise."""
+    """Transformers takes the dtype of the checkpoint's config where it is told `auto`, since version 5 by itself."""
     from transformers import AutoModelForCausalLM
 
     tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path)
     batch, final = token_batch(batch=4), []
-    for options in ({}, {"dtype": torch.float32}):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
-        assert model.dtype == options.get("dtype", torch.bfloat16)
+    for dtype, loaded in (("auto", torch.bfloat16), (torch.float32, torch.float32)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert model.dtype == loaded
         optimizer = SparseAdamW(sparsify(model, random_masks(model, every)), lr=2e-2)
         for _ in range(100):
             loss = model(**batch).loss
@@ -534,7 +536,9 @@ def test_a_key_that_a_tool_dropped_is_named(key):
             del saved[next(k for k in saved if k.endswith(f"layers.1.self_attn.q_proj.sparse_weight.values.{key}"))]
         else:
             del saved["state"][1][key]
-        with pytest.raises(ValueError, match=rf"layers\.1\.self_attn\.q_proj\.weight has no {key}"):
+        named = rf"layers\.1\.self_attn\.q_proj\.(weight has no |sparse_weight\.values\.){key}"
+        # Of a flattened state torch 2.8 misses the key by itself, before the optimizer sees the state.
+        with pytest.raises((ValueError, KeyError) if flattened else ValueError, match=named):
             flat(other, other_optimizer, saved) if flattened else other_optimizer.load_state_dict(saved)
         assert equal_states(other_optimizer.state_dict(), before)
 

@@ -22,6 +22,7 @@ from conftest import (
     every,
     random_masks,
     run_apart,
+    skip_before,
     tiny_model,
     token_batch,
     train,
@@ -376,10 +377,13 @@ def test_sft_trainer_logs_no_grad_norm_of_zero(tmp_path):
         max_length=16,
     )
     ids = Samples().batch["input_ids"]
+    # No token predicts the first one; older versions of transformers count its label when they average, unless told so.
+    labels = ids.clone()
+    labels[:, 0] = -100
     trainer = SFTTrainer(
         model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        train_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()}),
         processing_class=tokenizer,
         optimizers=(optimizer, halving(optimizer)),
     )
@@ -482,7 +486,8 @@ def test_saving_drops_no_tensor_that_shares_memory(kind, how, tmp_path):
         optimizer.zero_grad()
     assert save(how, model, tmp_path / "after") == before
     loaded = tiny_model(kind, seed=1)
-    assert load_model(loaded, tmp_path / "after" / "model.safetensors") == (set(), [])
+    missing, unexpected = load_model(loaded, tmp_path / "after" / "model.safetensors")
+    assert not missing and not unexpected
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (kind == "qwen2")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind == "qwen2")
     assert torch.equal(loaded(**token_batch()).logits, model.eval()(**token_batch()).logits)
@@ -692,8 +697,8 @@ def test_copies_of_a_model_train_on_their_own(how):
         ("qwen2", "compiled and run first"),
     ],
 )
-def test_a_compiled_model_is_one_graph_with_every_hook_in_whichever_order(kind, order):
-    """Equal to eager; qwen2 has masks on all its weights, the tied embeddings among them."""
+def test_a_compiled_model_equals_eager_with_every_hook_in_whichever_order(kind, order):
+    """Qwen2 has masks on all its weights, the tied embeddings among them."""
     torch._dynamo.reset()
     model = tiny_model(kind)
     compiled = torch.compile(model, backend="aot_eager")
@@ -715,11 +720,18 @@ def test_a_compiled_model_is_one_graph_with_every_hook_in_whichever_order(kind, 
         for parameter in values:
             parameter.mul_(3)
     assert_close(compiled(**token_batch()).logits, model(**token_batch()).logits)
-    torch._dynamo.reset()
-    explained = torch._dynamo.explain(model)(**token_batch())
-    assert explained.graph_break_count == 0, [str(reason.reason) for reason in explained.break_reasons]
     desparsify(part)
     assert not sparse_weights(model)
+
+
+@skip_before("torch", "2.11", "breaks the graph at every hook")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_compiled_model_is_one_graph(kind):
+    torch._dynamo.reset()
+    model = tiny_model(kind)
+    sparsify(model, random_masks(model, every if kind == "qwen2" else None, density=0.05))
+    explained = torch._dynamo.explain(model)(**token_batch())
+    assert explained.graph_break_count == 0, [str(reason.reason) for reason in explained.break_reasons]
 
 
 @pytest.mark.slow

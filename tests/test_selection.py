@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import random_masks, tiny_model, token_batch
+from conftest import random_masks, restacks, tiny_model, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -242,14 +242,14 @@ def test_random_depends_on_seed_and_name_alone():
         ("gpt2", None, 8),
         ("opt", None, 12),
         ("bert", None, 12),
-        ("mixtral", None, 14),
+        pytest.param("mixtral", None, 14, marks=restacks),
         ("llama", ["q_proj", "v_proj"], 4),
         ("llama", ("layers.0.mlp.up_proj",), 1),
         ("qwen2", ["q_proj", "q_proj.bias"], 4),
         ("qwen2", ["embed_tokens"], 1),
         ("llama", ["layers.0.self_attn.q_proj.weight"], 1),
         ("llama", lambda name, parameter: parameter.dim() == 1, 5),
-        ("mixtral", ["experts.down_proj"], 2),
+        pytest.param("mixtral", ["experts.down_proj"], 2, marks=restacks),
     ],
 )
 def test_targets_name_weights_in_three_ways(kind, targets, expected):

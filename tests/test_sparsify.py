@@ -9,7 +9,17 @@ import weakref
 
 import pytest
 import torch
-from conftest import assert_close, attach, equal_states, every, random_masks, tiny_model, token_batch, train
+from conftest import (
+    assert_close,
+    attach,
+    equal_states,
+    every,
+    random_masks,
+    skip_before,
+    tiny_model,
+    token_batch,
+    train,
+)
 from safetensors import safe_open
 from torch import nn
 
@@ -534,6 +544,8 @@ def test_a_block_may_be_wrapped_after_attaching(how):
     results = []
     for wrapped in (False, True):
         model, masks, values, _ = attach(targets=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])
+        # A recomputation would lengthen the cache of keys; transformers 4 turns it off for its own checkpoints only.
+        model.config.use_cache = False
         if wrapped:
             block = model.model.layers[1]
             model.model.layers[1] = (
@@ -557,7 +569,10 @@ def test_a_weight_cut_in_place_is_named():
         optimizer.step()
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+broken = skip_before("transformers", "5", "has a Whisper that reentrant checkpoints break, dense models too")
+
+
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=broken), False])
 def test_encoder_and_decoder_both_get_gradients_through_checkpoints(reentrant):
     """Each has inputs of its own, which no frozen embedding makes require gradients."""
     import transformers as tf

@@ -97,6 +97,16 @@ def _move_in(model: nn.Module, out: Path, limit: int) -> None:
             os.replace(file, out / file.name)
 
 
+def _forget_quantiser(config) -> None:
+    """Take what a quantiser noted out of a configuration of transformers', and out of those in it."""
+    # The second is of transformers 4, and no JSON.
+    for note in ("quantization_config", "_pre_quantization_dtype"):
+        vars(config).pop(note, None)
+    for part in vars(config).values():
+        if hasattr(part, "save_pretrained"):
+            _forget_quantiser(part)
+
+
 def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """All weights as the model computes with them, and its configuration without the quantiser's."""
     _flush(model)
@@ -111,8 +121,7 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int)
     _write_shards(as_in_base(model, tensors, dtype), folder, dtype, limit)
     config = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        _forget_quantiser(config)
         config.dtype, config.architectures = str(dtype).removeprefix("torch."), [type(model).__name__]
         config.save_pretrained(folder)
     if (generation := getattr(model, "generation_config", None)) is not None:

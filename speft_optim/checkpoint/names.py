@@ -55,9 +55,21 @@ class _Conversion:
 
 
 def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers' `save_pretrained` writes for some of the model's tensors, were the model not quantised."""
-    # Loaded with the model's class, and not imported here.
-    revert = sys.modules["transformers.core_model_loading"].revert_weight_conversion
+    """What transformers' `save_pretrained` writes for some of the model's tensors, were the model not quantised.
+
+    Raises:
+        ValueError: only transformers 5 can say how the names of the base's files differ from the model's.
+    """
+    # Loaded with the model's class, and not imported here. transformers 4 has no layouts of its own, and names of its
+    # own for a few architectures.
+    if (conversions := sys.modules.get("transformers.core_model_loading")) is None:
+        if getattr(model, "_checkpoint_conversion_mapping", None):
+            raise ValueError(
+                f"The files of a {type(model).__name__} have other names for its weights than the model; to write them "
+                f"install transformers 5, this is {sys.modules['transformers'].__version__}."
+            )
+        return tensors
+    revert = conversions.revert_weight_conversion
     noted = getattr(model, "_weight_conversions", None)
     if noted is None:
         return revert(model, tensors)

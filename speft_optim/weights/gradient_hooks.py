@@ -171,8 +171,8 @@ class GradientHook:
 
     def _surroundings(self, module: nn.Module) -> tuple:
         """What may change the layer's output before this hook sees it; empty in the usual case."""
-        first = next(iter(module._forward_hooks), None)
-        if first == self._after_id and not _global_forward_hooks and "forward" not in module.__dict__:
+        first = [*module._forward_hooks][:1]
+        if first == [self._after_id] and not _global_forward_hooks and "forward" not in module.__dict__:
             return ()
         ahead = itertools.takewhile(lambda key: key != self._after_id, module._forward_hooks)
         return tuple(ahead), tuple(_global_forward_hooks), id(module.__dict__.get("forward"))
