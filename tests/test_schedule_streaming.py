@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import BytesSince, assert_close, equal_states, masks_of, tiny_model, token_batch, weights_of
+from conftest import BytesSince, assert_close, equal_states, masks_of, skip_before, tiny_model, token_batch, weights_of
 from quantized_models import dequantized_twin, load_quantized, save_original, stored
 from torch import nn
 
@@ -650,6 +650,7 @@ def test_a_copied_run_goes_on_and_a_copied_model_alone_sums_nothing(copied, orde
     assert_same(weights_of(model), weights_of(other))
 
 
+@skip_before("transformers", "5", "resumes within an epoch with other batches, dense models too")
 def test_trainer_resumes_with_nothing_added(tmp_path):
     from test_scripts import Samples, halving, trainer_arguments
     from transformers import Trainer
