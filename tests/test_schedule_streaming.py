@@ -14,6 +14,7 @@ from conftest import (
     masks_of,
     random_masks,
     run_apart,
+    skip_before,
     tiny_model,
     token_batch,
     train,
@@ -649,6 +650,7 @@ def test_a_copied_run_goes_on_and_a_copied_model_alone_sums_nothing(copied, orde
     assert equal_states(weights_of(model), weights_of(other))
 
 
+@skip_before("transformers", "5", "resumes within an epoch with other batches, dense models too")
 def test_trainer_resumes_with_nothing_added(tmp_path):
     from test_scripts import Samples, halving, trainer_arguments
     from transformers import Trainer
