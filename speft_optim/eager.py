@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from speft_optim.weights.averaging import average_gradients
 from speft_optim.weights.sparse_weight import attached
 
 
@@ -12,3 +13,5 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     # Not by a search of the model, which each forward would pay for.
     for weight in attached(model):
         weight.refresh()
+    if any(weight.is_sharded for weight in attached(model)):
+        average_gradients(model)

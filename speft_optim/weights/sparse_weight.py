@@ -5,6 +5,7 @@ and moments all have the length of the mask; the weight itself is written at the
 """
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link, unlink
 from speft_optim.weights.gradient_hooks import GradientHook, Sink, hook_target
+from speft_optim.weights.mesh import check_division, keep_whole, sharded_parameter
 from speft_optim.weights.quantized_linear import forward_of
+from speft_optim.weights.sharded import ShardedWeight
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
 from speft_optim.weights.verification import DenseGradient
@@ -49,18 +52,21 @@ class SparseWeight(AddedModule):
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
         self.name = target.name
-        self.mask = mask.to(target.parameter.device)
+        base = frozen_weight(*target.sites[0])
+        self.mask = mask.to(base.device)
         # In a tuple, since a module kept as an attribute would become a child of its own child.
         self._places = (model, target)
         self._path = steps_to(model, self.name.rpartition(".")[0])
-        base = frozen_weight(*target.sites[0])
+        self._shards = base if isinstance(base, ShardedWeight) else None
         # Codes may be stored under a floating dtype, so that a look at the tensor does not tell.
-        self._dense = isinstance(base, DenseWeight)
+        self._dense = isinstance(base, DenseWeight | ShardedWeight)
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
         self._gradient_hooks: list[GradientHook] = []
-        self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if self._dense and verify else None
+        # FSDP replaces the leaf itself, in each pass by another tensor.
+        watched = verify and isinstance(base, DenseWeight)
+        self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if watched else None
         self._remember()
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
@@ -91,19 +97,18 @@ class SparseWeight(AddedModule):
     @property
     def base(self) -> FrozenWeight:
         """The weight, whatever holds it."""
-        return frozen_weight(*self._places[1].sites[0])
+        return self._shards or frozen_weight(*self._places[1].sites[0])
 
     def _change(self) -> str | None:
         """What became of the weight since it was attached to, if that makes an end of it."""
-        target = self._places[1]
-        module, attribute = target.sites[0]
-        weight = module._parameters.get(attribute)
+        target, weight = self._places[1], self.weight
+        module, _ = target.sites[0]
         if weight is None or not self._is_in_model(module):
             return "is no longer in the model"
         if weight is not self._seen[0] and (other := self._other_owner(weight)):
             return f"was tied to {other}, which is sparsified too"
         for user, name in target.sites[1:]:
-            if user._parameters.get(name) is not weight:
+            if user._parameters.get(name) is not target.parameter:
                 return "is no longer shared by the modules that shared it"
         if weight.is_meta:
             return "was moved to the meta device (offloaded to CPU or disk?)"
@@ -139,6 +144,7 @@ class SparseWeight(AddedModule):
         Raises:
             ValueError: see `check`.
         """
+        self._follow_sharding()
         self.check()
         if _state(self._parameters["values"]) != self._seen[2]:
             self.write()
@@ -155,7 +161,7 @@ class SparseWeight(AddedModule):
     def writable(self) -> Tensor | None:
         """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
         weight = self._places[1].parameter
-        writable = self._dense and weight.device == self.values.device and launches(weight)
+        writable = self._dense and self._shards is None and weight.device == self.values.device and launches(weight)
         return weight.detach() if writable and isinstance(self._placed_mask().positions, CSR) else None
 
     def written(self) -> None:
@@ -212,7 +218,7 @@ class SparseWeight(AddedModule):
     def weight(self) -> Tensor | None:
         """The masked weight as the model holds it, or None if it is gone."""
         module, attribute = self._places[1].sites[0]
-        return module._parameters.get(attribute)
+        return module._parameters.get(attribute) if self._shards is None else self._shards.held()
 
     @property
     def holds_entries(self) -> bool:
@@ -243,8 +249,7 @@ class SparseWeight(AddedModule):
         self._linked = (self.values,)
 
     def _remember(self) -> None:
-        module, attribute = self._places[1].sites[0]
-        weight = module._parameters[attribute]
+        weight = self.weight
         if self._leaf is not None:
             # It may be another tensor, as after a load that assigns.
             self._leaf.open(weight)
@@ -253,6 +258,8 @@ class SparseWeight(AddedModule):
 
     def _weight_state(self, weight: Tensor) -> tuple | None:
         """What changes with a dense weight; codes hold no trained entries, so that no change of theirs matters."""
+        if self._shards is not None:
+            return self._shards.state()
         return _state(weight) if self._dense else None
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
@@ -263,9 +270,29 @@ class SparseWeight(AddedModule):
 
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
+        self._follow_sharding()
         if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
             if not self._was_merged():
                 self.synchronize()
+
+    def _follow_sharding(self) -> None:
+        """Write into the process's own rows from now on, if `fully_shard` was called since.
+
+        Raises:
+            ValueError: the model is divided in a way that masked weights cannot be.
+        """
+        module, attribute = self._places[1].sites[0]
+        if self._shards is not None or not getattr(module, "_is_fsdp_managed_module", False):
+            return
+        if (parameter := sharded_parameter((module, attribute), self.parents())) is None:
+            return
+        check_division(self.name, module, parameter)
+        if self._leaf is not None:
+            self._leaf.close()
+            self._leaf = None
+        self._shards = ShardedWeight(module, attribute, parameter)
+        # It moves what it divides to the GPU itself.
+        self.values.data = self.values.data.to(self._shards.device)
 
     def _was_merged(self) -> bool:
         """Whether what took a quantised weight's place has the trained entries in it, as a dequantised or merged one.
@@ -306,7 +333,18 @@ class SparseWeight(AddedModule):
     @property
     def parameter(self) -> nn.Parameter:
         """The weight in the model now, codes where it is quantised."""
-        return self._places[1].parameter
+        return self._places[1].parameter if self._shards is None else self._shards.held()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold parts of the weight."""
+        return self._shards is not None
+
+    def parents(self) -> Iterator[nn.Module]:
+        """The modules around the weight, the innermost first."""
+        for _, _, child in reversed(self._path):
+            yield child
+        yield self._places[0]
 
     @property
     def target(self) -> Target:
@@ -380,8 +418,7 @@ class SparseWeight(AddedModule):
             self.read()
 
     def _weight_is_as_seen(self) -> bool:
-        module, attribute = self._places[1].sites[0]
-        weight, (seen, weight_seen, _) = module._parameters.get(attribute), self._seen
+        weight, (seen, weight_seen, _) = self.weight, self._seen
         return weight is seen and self._weight_state(weight) == weight_seen
 
     def _apply(self, fn, recurse=True):
@@ -425,6 +462,9 @@ class SparseWeight(AddedModule):
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""
         return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
+
+
+keep_whole(SparseWeight)
 
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
