@@ -1,5 +1,6 @@
 """Models under torch's `fully_shard`, over two processes with gloo: equal to one process with all batches."""
 
+import contextlib
 import datetime
 import socket
 import traceback
@@ -8,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import Reference, assert_close, tiny_model, token_batch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
 
-from speft_optim import SparseAdamW, select_masks, sparsify
+from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim.weights import averaging
 from speft_optim.weights.compact_values import linked
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
@@ -22,7 +25,8 @@ FOLDER: list[str] = []
 
 
 def mesh(*shape):
-    return torch.distributed.device_mesh.init_device_mesh("cpu", shape or (dist.get_world_size(),))
+    names = ("replicate", "shard")[2 - max(1, len(shape)) :]
+    return init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names)
 
 
 def shard(model, **options):
@@ -113,9 +117,272 @@ def sharded_and_then_sparsified(rank):
     assert_equals(reference, model, values)
 
 
+def blocks_computed_again_in_backward(rank):
+    for reentrant in (False, True):
+        model = tiny_model(**UNEVEN)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model, values, optimizer, reference = start(model=model.train())
+        reference.model.gradient_checkpointing_disable()
+        with counted_exchanges() as sent:
+            train(rank, model, optimizer, reference)
+        assert len(sent) == STEPS, f"one exchange a step, reentrant={reentrant}: {sent}"
+        assert_equals(reference, model, values)
+
+
+@contextlib.contextmanager
+def counted_exchanges():
+    """The lengths of what gradients are averaged in."""
+    sent, before = [], averaging.dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        if tensor.dtype == torch.float32:
+            sent.append(len(tensor))
+        return before(tensor, *args, **kwargs)
+
+    averaging.dist.all_reduce = all_reduce
+    try:
+        yield sent
+    finally:
+        averaging.dist.all_reduce = before
+
+
+def gradients_added_up_are_sent_once_and_four_bytes_an_entry(rank):
+    for put_off in (True, False):
+        model, values, optimizer, reference = start()
+        with counted_exchanges() as sent:
+            for step in range(STEPS):
+                batch = token_batch(step, batch=8)
+                for half in range(2):
+                    model.set_requires_gradient_sync(half == 1 or not put_off)
+                    (model(**part(part(batch, half, 2), rank, 2)).loss / 2).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                reference.model(**batch).loss.backward()
+                reference.step()
+        entries = sum(map(len, values)) + len(values)
+        assert sent == [entries] * (STEPS if put_off else 2 * STEPS)
+        assert_equals(reference, model, values)
+
+
+def embeddings_tied_to_the_head(rank):
+    for first in ("sparsify", "shard"):
+        model, values, optimizer, reference = start("qwen2", first)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        train(rank, model, optimizer, reference)
+        assert_equals(reference, model, values)
+
+
+class Narrow(torch.nn.Module):
+    """Weights with fewer rows than there are processes, and one that only some processes use in a step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList([torch.nn.Linear(6, 5), torch.nn.Linear(5, 1), torch.nn.Linear(6, 5)])
+
+    def forward(self, x, other):
+        first, second, rare = self.model.layers
+        hidden = first(x) + (rare(x) if other else 0)
+        return second(hidden.tanh()).mean()
+
+
+def processes_without_rows_and_weights_that_some_do_not_use(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = Narrow()
+    masks = select_masks(model, salience="random", density=0.5, progress=False)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
+    fully_shard(model, mesh=mesh())
+    optimizer = SparseAdamW(values, **OPTIONS)
+    for step in range(6):
+        uses = [step % 3 == 1, step % 3 == 2]
+        inputs = [torch.randn(3, 6, generator=torch.Generator().manual_seed(2 * step + i)) for i in range(2)]
+        model(inputs[rank], uses[rank]).backward()
+        (sum(reference.model(x, use) for x, use in zip(inputs, uses, strict=True)) / 2).backward()
+        reference.mask_gradients()
+        for parameter in values:
+            expected = reference.parameters[linked(parameter).name].grad
+            assert (parameter.grad is None) == (expected is None), (step, linked(parameter).name)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+    assert_equals(reference, model, values)
+
+
+def mixed_precision_computes_in_16_bits_and_keeps_rows_in_32(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, values, optimizer, reference = start(mp_policy=policy)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    train(rank, model, optimizer)
+    assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in model.parameters())
+    for step in range(STEPS):
+        batch = token_batch(step, batch=4)
+        with torch.autocast("cpu", torch.bfloat16):
+            reference.model(**batch).loss.backward()
+        reference.step(clip=0.05)
+    # The rates are some 1e-2 a step, the sign of small gradients is their rounding's.
+    state = whole(model)
+    for parameter in values:
+        name = linked(parameter).name
+        moved = parameter.detach() - reference.start[name][reference.dense[name]]
+        expected = (reference.parameters[name].detach() - reference.start[name])[reference.dense[name]]
+        assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.95, name
+        assert torch.equal(state[name][reference.dense[name]], parameter.detach())
+
+
+def rows_in_16_bits_hold_the_rounded_values(rank):
+    model, values, optimizer, reference = start(model=tiny_model(dtype=torch.bfloat16, **UNEVEN), first="shard")
+    train(rank, model, optimizer)
+    state = whole(model)
+    for parameter in values:
+        name = linked(parameter).name
+        inside = reference.dense[name]
+        assert parameter.dtype == torch.float32
+        assert torch.equal(state[name][inside], parameter.detach().bfloat16())
+        assert torch.equal(state[name][~inside], reference.start[name][~inside])
+        assert_equal_on_all(parameter.detach())
+
+
+def rows_offloaded_to_the_cpu(rank):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    model, values, optimizer, reference = start(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values)
+
+
+def another_optimizer_trains_a_norm_densely_too(rank):
+    """The gradient of a dense parameter is averaged by FSDP itself."""
+
+    def attach():
+        model = tiny_model()
+        values = sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+        model.model.norm.weight.requires_grad_(True)
+        return model, values
+
+    (model, values), (alone, alone_values) = attach(), attach()
+    shard(model)
+    optimizers = [
+        torch.optim.AdamW([*v, m.model.norm.weight], **OPTIONS)
+        for m, v in zip((model, alone), (values, alone_values), strict=True)
+    ]
+    for step in range(STEPS):
+        batch = token_batch(step, batch=4)
+        model(**part(batch, rank, 2)).loss.backward()
+        alone(**batch).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, expected in alone.state_dict().items():
+        assert_close(whole(model)[name], expected, atol=1e-6, rtol=0)
+    assert not torch.equal(alone.model.norm.weight, torch.ones(24))
+
+
+def a_forward_between_steps_leaves_no_stale_weights(rank):
+    """FSDP keeps what it gathered for the outermost module until the next backward."""
+    model, values, optimizer, reference = start()
+    model(**token_batch(0)).loss.backward()
+    with torch.no_grad():
+        model(**token_batch(1))
+    # Written into the gathered head as well as into its rows.
+    optimizer.step()
+    plain = tiny_model(**UNEVEN)
+    with torch.no_grad():
+        actual = model(**token_batch(1)).logits
+    plain.load_state_dict(whole(model))
+    assert_close(actual, plain(**token_batch(1)).logits.detach())
+
+
+def a_state_loaded_later_wins_over_values(rank):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model, values, optimizer, _ = start()
+    train(rank, model, optimizer, steps=1)
+    other = tiny_model(seed=1, **UNEVEN)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, other.state_dict() if rank == 0 else {}, options=options)
+    for parameter in values:
+        weight = linked(parameter)
+        expected = other.get_parameter(weight.name).detach().flatten()[weight.mask.indices.long()]
+        assert torch.equal(parameter.detach(), expected)
+    assert_close(model(**token_batch(0)).logits.detach(), other(**token_batch(0)).logits.detach())
+
+
+def values_changed_by_hand_are_written_before_the_next_forward(rank):
+    model, values, optimizer, _ = start(first="shard")
+    train(rank, model, optimizer, steps=1)
+    with torch.no_grad():
+        for parameter in values:
+            parameter.mul_(1.5)
+    plain = tiny_model(**UNEVEN)
+    logits = model(**token_batch(0)).logits.detach()
+    plain.load_state_dict(whole(model))
+    assert_close(logits, plain(**token_batch(0)).logits.detach())
+    for parameter in values:
+        weight = linked(parameter)
+        assert torch.equal(plain.get_parameter(weight.name).detach().flatten()[weight.mask.indices.long()], parameter)
+
+
+def taken_off_a_sharded_model_leaves_the_trained_rows(rank):
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, reference)
+    desparsify(model)
+    state = whole(model)
+    for name, parameter in reference.model.named_parameters():
+        assert_close(state[name], parameter.detach(), atol=1e-6, rtol=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def divisions_that_are_refused(rank):
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    columns = lambda parameter: Shard(1) if parameter.dim() == 2 else None  # noqa: E731
+    for options, message in (
+        (dict(mesh=mesh(1, 2)), "on a mesh of 2 dimensions, as of hybrid sharding"),
+        (dict(shard_placement_fn=columns), r"divided as S(hard)?\(.*1\)"),
+    ):
+        model = tiny_model()
+        masks = select_masks(model, salience="random", density=0.05, progress=False)
+        shard(model, **options)
+        before = {name: part.to_local().clone() for name, part in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            sparsify(model, masks)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert all(torch.equal(before[name], part.to_local()) for name, part in model.state_dict().items())
+        with pytest.raises(ValueError, match=message):
+            start(model=tiny_model(), **options)[0](**token_batch())
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    parallelize_module(model.model.layers[0], mesh(), {"mlp.up_proj": ColwiseParallel()})
+    with pytest.raises(ValueError, match="sharded by a device mesh"):
+        sparsify(model, masks)
+    shard(model.eval(), ignored_params=set(model.model.layers[0].mlp.up_proj.parameters()))
+    with pytest.raises(ValueError, match="a DTensor that no fully_shard made, as of tensor parallelism"):
+        sparsify(model, masks)
+
+
 SCENARIOS = [
     sparsified_and_then_sharded,
     sharded_and_then_sparsified,
+    blocks_computed_again_in_backward,
+    gradients_added_up_are_sent_once_and_four_bytes_an_entry,
+    embeddings_tied_to_the_head,
+    processes_without_rows_and_weights_that_some_do_not_use,
+    mixed_precision_computes_in_16_bits_and_keeps_rows_in_32,
+    rows_in_16_bits_hold_the_rounded_values,
+    rows_offloaded_to_the_cpu,
+    another_optimizer_trains_a_norm_densely_too,
+    a_forward_between_steps_leaves_no_stale_weights,
+    a_state_loaded_later_wins_over_values,
+    values_changed_by_hand_are_written_before_the_next_forward,
+    taken_off_a_sharded_model_leaves_the_trained_rows,
+    divisions_that_are_refused,
 ]
 
 
