@@ -126,6 +126,11 @@ class MaskSchedule:
         measure = self._check_mode()
         self._check()
         weights = self._weights()
+        if sharded := next((weight.name for weight in weights if weight.is_sharded), None):
+            raise ValueError(
+                f"{sharded} is sharded by fully_shard, under which masks cannot move yet; train with static masks, or "
+                "use DistributedDataParallel."
+            )
         self.entries = sum(len(weight.mask) for weight in weights)
         if measure is not None:
             budget = int(_BUDGET if memory_budget is None else memory_budget)

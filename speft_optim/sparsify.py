@@ -33,7 +33,7 @@ from speft_optim.weights.averaging import average_gradients
 from speft_optim.weights.bnb import is_quantized_linear, settle_storage
 from speft_optim.weights.compact_values import linked, warn_if_built_before
 from speft_optim.weights.foreign import check_layers, check_parameters
-from speft_optim.weights.mesh import check_divisions
+from speft_optim.weights.mesh import check_divisions, is_fully_sharded, reshard
 from speft_optim.weights.provenance import compare_at_first_step, compare_weights
 from speft_optim.weights.sparse_weight import (
     BEFORE_SPARSIFY,
@@ -95,8 +95,13 @@ def sparsify(
         check_not_parallel(wrapper)
         check_differentiable(model)
         settle_storage(model)
+        reshard(model)
         targets = all_targets(model)
         _check_masks(model, masks, targets)
+        if base is not None and is_fully_sharded(model):
+            raise ValueError(
+                "base= is for a quantised model, and this one is sharded in its own precision; leave it out."
+            )
         found = {name: mask for name, mask in masks.items() if len(mask)}
         entries = {} if base is None else original_entries(base, found, targets)
     check_equal_masks(masks)
@@ -114,7 +119,7 @@ def sparsify(
             module, attribute = target.sites[0]
             module.add_module(child_name(attribute), weight)
             weights.append(weight)
-    is_sharded = sharding_wrapper(model) is not None
+    is_sharded = is_fully_sharded(model)
     # In front of the hook that gathers the weights, which takes them as they are then.
     hooks = [model.register_forward_pre_hook(refresh_all, prepend=is_sharded), *let_checkpoints_see_gradients(model)]
     model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks)

@@ -8,11 +8,21 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Reference, assert_close, tiny_model, token_batch
+from conftest import Reference, assert_close, equal_states, tiny_model, token_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
 
-from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim import (
+    MaskSchedule,
+    SparseAdamW,
+    desparsify,
+    export_merged,
+    load_adapter,
+    save_adapter,
+    select_masks,
+    sparsify,
+    unload_adapter,
+)
 from speft_optim.weights import averaging
 from speft_optim.weights.compact_values import linked
 
@@ -278,8 +288,9 @@ def another_optimizer_trains_a_norm_densely_too(rank):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    state = whole(model)
     for name, expected in alone.state_dict().items():
-        assert_close(whole(model)[name], expected, atol=1e-6, rtol=0)
+        assert_close(state[name], expected, atol=1e-6, rtol=0)
     assert not torch.equal(alone.model.norm.weight, torch.ones(24))
 
 
@@ -367,6 +378,76 @@ def divisions_that_are_refused(rank):
         sparsify(model, masks)
 
 
+def saved_by_the_first_process_and_loaded_by_one(rank):
+    """Adapter, merged checkpoint and full state dict are those of the model of one process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, reference)
+    # What FSDP keeps gathered after a forward is not taken for the rows.
+    model(**token_batch(0))
+    adapter, folder = f"{FOLDER[0]}/adapter", f"{FOLDER[0]}/merged"
+    save_adapter(model, adapter)
+    export_merged(model, folder, dtype=torch.float32, max_shard_size="10KB")
+    with pytest.raises((ValueError, RuntimeError), match="not empty"):
+        export_merged(model, folder)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = get_model_state_dict(model, options=options)
+    assert len(full) == (len(reference.model.state_dict()) if rank == 0 else 0)
+    expected = whole(model)
+    loaded = tiny_model(**UNEVEN)
+    load_adapter(loaded, adapter)
+    for other in (loaded.state_dict(), type(loaded).from_pretrained(folder).state_dict(), full):
+        assert all(torch.equal(expected[name], part) for name, part in other.items())
+    dist.barrier()
+
+
+def adapters_loaded_on_a_sharded_model(rank):
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, steps=1)
+    adapter = f"{FOLDER[0]}/of_one_step"
+    save_adapter(model, adapter)
+    other = shard(tiny_model(**UNEVEN))
+    before = whole(other)
+    masks = load_adapter(other, adapter)
+    assert equal_states(whole(other), whole(model))
+    sparsify(other, masks)
+    desparsify(other)
+    unload_adapter(other)
+    assert equal_states(whole(other), before)
+    with pytest.raises(ValueError, match="weights outside the masks differ"):
+        load_adapter(shard(tiny_model(seed=1, **UNEVEN)), adapter)
+
+
+def masks_that_move_are_refused(rank):
+    model, values, optimizer, _ = start(first="shard")
+    with pytest.raises(ValueError, match="sharded by fully_shard, under which masks cannot move yet"):
+        MaskSchedule(model, optimizer)
+
+
+def checkpoints_resumed_by_two_processes_and_by_one(rank):
+    """`torch.distributed.checkpoint` saves rows and values; the resumed runs go on as the one that was saved."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, reference, steps=2)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint")
+    train(rank, model, optimizer, reference, first=2, steps=2)
+    other, other_values, other_optimizer, _ = start(first="shard")
+    weights, state = get_state_dict(other, other_optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint")
+    set_state_dict(other, other_optimizer, model_state_dict=weights, optim_state_dict=state)
+    train(rank, other, other_optimizer, first=2, steps=2)
+    assert all(map(torch.equal, values, other_values))
+    expected = whole(model)
+    assert equal_states(expected, whole(other))
+    if rank == 0:
+        torch.save(expected, f"{FOLDER[0]}/resumed.pt")
+    dist.barrier()
+
+
 SCENARIOS = [
     sparsified_and_then_sharded,
     sharded_and_then_sparsified,
@@ -383,6 +464,10 @@ SCENARIOS = [
     values_changed_by_hand_are_written_before_the_next_forward,
     taken_off_a_sharded_model_leaves_the_trained_rows,
     divisions_that_are_refused,
+    saved_by_the_first_process_and_loaded_by_one,
+    adapters_loaded_on_a_sharded_model,
+    masks_that_move_are_refused,
+    checkpoints_resumed_by_two_processes_and_by_one,
 ]
 
 
@@ -415,6 +500,7 @@ def failures(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(run_all, (port, str(folder)), nprocs=2)
+    FOLDER.append(str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -422,3 +508,23 @@ def failures(tmp_path_factory):
 def test_two_processes(failures, scenario):
     for rank, failed in enumerate(failures):
         assert scenario not in failed, f"rank {rank}: {failed[scenario]}"
+
+
+def test_one_process_resumes_what_two_saved(failures):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = tiny_model(**UNEVEN)
+    masks = select_masks(model, salience="random", density=0.05, targets=everything, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for step in range(2, 4):
+        model(**token_batch(step, batch=4)).loss.backward()
+        clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.load(f"{FOLDER[0]}/resumed.pt")
+    for name, part in model.state_dict().items():
+        assert_close(part, expected[name], atol=1e-6, rtol=0)

@@ -1,10 +1,11 @@
 """What torch's FSDP made of a model: whether masked weights can be divided so, and where their rows are kept."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch.distributed as dist
 from torch import nn
 
+from speft_optim.distributed import together
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.sharded import is_sharded
 from speft_optim.weights.wrappers import plain_modules
@@ -54,6 +55,19 @@ def _other_division(module: nn.Module, parameter: nn.Parameter) -> str | None:
     return None if placement.is_shard(0) else f"divided as {placement}"
 
 
+def once(model: nn.Module, act: Callable[[], None]) -> None:
+    """Let one process act, where all of them came this far with the same sharded model; an error is one in all.
+
+    Of a model that is not sharded each process acts for itself.
+    """
+    if not is_fully_sharded(model):
+        act()
+        return
+    with together():
+        if dist.get_rank() == 0:
+            act()
+
+
 def keep_whole(kind: type[nn.Module]) -> None:
     """Let `fully_shard` pass by the modules of a class, and leave their parameters whole in every process.
 
@@ -76,6 +90,22 @@ def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[list]:
             # torch 2.11 has one group a module.
             groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
             yield [group for group in groups if group is not None]
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the model or on parts of it, told by class names."""
+    return "FSDPModule" in {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP drop the weights that it keeps gathered after a forward, so that the modules hold DTensors."""
+    if not is_fully_sharded(model):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def sharded_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module]) -> nn.Parameter | None:

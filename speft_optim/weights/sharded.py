@@ -66,24 +66,39 @@ class ShardedWeight:
         return id(self.parameter), self.parameter._version
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight in `dtype`; all processes have to ask for it."""
+        """The whole weight in `dtype`; all processes ask for it."""
         return self.parameter.detach().to(self.device).full_tensor().to(dtype)
 
     @property
     def tensor(self) -> Tensor:
-        """The whole weight; all processes have to ask for it."""
+        """The whole weight; all processes ask for it."""
         return self.dense(self.dtype)
 
     @torch.no_grad()
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), the first dimension by all others; all processes ask for the same."""
+        rows, columns = local_rows(self.parameter), self.shape[1:].numel()
+        start, stop = (place // max(1, columns) for place in self._range(rows))
+        found = torch.zeros(last - first, columns, dtype=torch.float32, device=self.device)
+        begin, end = max(first, start), min(last, stop)
+        if begin < end:
+            found[begin - first : end - first] = rows.reshape(-1, columns)[begin - start : end - start]
+        return self._from_owners(found)
+
+    @torch.no_grad()
     def gather(self, indices: Tensor) -> Tensor:
-        """Entries at flat positions (k,), in the weight's dtype; all processes have to ask for the same."""
+        """Entries at flat positions (k,), in the weight's dtype; all processes ask for the same."""
         rows = local_rows(self.parameter)
         first, last = self._range(rows)
         inside = (indices >= first) & (indices < last)
         entries = torch.zeros(len(indices), dtype=torch.float32, device=self.device)
         own = gather_entries(rows, (indices[inside] - first).to(rows.device))
         entries[inside.to(self.device)] = own.to(self.device, torch.float32)
-        # The sum of their bits, of which all but one process have none: exact, for -0.0 and NaN too.
+        return self._from_owners(entries)
+
+    def _from_owners(self, entries: Tensor) -> Tensor:
+        """Entries that are zero in all processes but one, from that, in the weight's dtype."""
+        # The sum of their bits is exact, for -0.0 and NaN too.
         dist.all_reduce(entries.view(torch.int32), group=self.parameter.device_mesh.get_group())
         return entries.to(self.dtype)
 
