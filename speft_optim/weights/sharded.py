@@ -49,6 +49,7 @@ class ShardedWeight:
         kind = self.parameter.device_mesh.device_type
         self.device = torch.device(kind, None if kind == "cpu" else torch.get_device_module(kind).current_device())
         self._own: tuple[Mask, slice, Mask] | None = None
+        self._rows_seen: tuple[int, int] = (0, 0)
 
     def held(self) -> Tensor | None:
         """The DTensor that the module holds between passes; what it holds now where that is no gathered weight."""
@@ -59,11 +60,33 @@ class ShardedWeight:
         return self.parameter if self._gathered() is not None else now
 
     def state(self) -> tuple:
-        """Changes with every operation on the DTensor, in all processes alike.
-
-        Operations on the rows themselves are not looked at: one process alone cannot begin an exchange.
-        """
+        """Changes with every operation on the DTensor, in all processes alike, so that all begin an exchange."""
         return id(self.parameter), self.parameter._version
+
+    def remember_rows(self) -> None:
+        """What the rows hold is what the values are."""
+        rows = local_rows(self.parameter)
+        self._rows_seen = rows._version, rows.data_ptr()
+
+    @torch.no_grad()
+    def check_rows(self, name: str, mask: Mask, values: Tensor) -> None:
+        """Refuse rows that were changed past the DTensor, of which other processes would not know.
+
+        Raises:
+            ValueError: they no longer hold the values.
+        """
+        rows = local_rows(self.parameter)
+        if (rows._version, rows.data_ptr()) == self._rows_seen:
+            return
+        places, own = self._own_entries(mask, rows)
+        if not torch.equal(gather_entries(rows, own.indices), values[places].to(rows)):
+            raise ValueError(
+                f"The rows of {name} that this process holds were changed without the DTensor they belong to, as "
+                "torch.distributed.checkpoint.load does; let it know with set_model_state_dict or load_state_dict, in "
+                "all processes."
+            )
+        # FSDP moves them as it pads what processes do not divide.
+        self.remember_rows()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in `dtype`; all processes ask for it."""

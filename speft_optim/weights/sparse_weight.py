@@ -6,6 +6,7 @@ and moments all have the length of the mask; the weight itself is written at the
 
 import logging
 from collections.abc import Iterator
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ class SparseWeight(AddedModule):
         module, _ = target.sites[0]
         if weight is None or not self._is_in_model(module):
             return "is no longer in the model"
-        if weight is not self._seen[0] and (other := self._other_owner(weight)):
+        if weight is not self._seen[0]() and (other := self._other_owner(weight)):
             return f"was tied to {other}, which is sparsified too"
         for user, name in target.sites[1:]:
             if user._parameters.get(name) is not target.parameter:
@@ -113,7 +114,7 @@ class SparseWeight(AddedModule):
         if weight.is_meta:
             return "was moved to the meta device (offloaded to CPU or disk?)"
         # Codes know the shape of what they stand for only by way of their quantiser's state.
-        known = not self._dense and weight is self._seen[0]
+        known = not self._dense and weight is self._seen[0]()
         if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
         if not self._dense and not self._is_attached():
@@ -253,8 +254,10 @@ class SparseWeight(AddedModule):
         if self._leaf is not None:
             # It may be another tensor, as after a load that assigns.
             self._leaf.open(weight)
-        # In a tuple, as else the weight would become a parameter of this module too.
-        self._seen = weight, self._weight_state(weight), _state(self._parameters["values"])
+        if self._shards is not None:
+            self._shards.remember_rows()
+        # It keeps no weight alive that was replaced since, as by the rows of it that fully_shard leaves here.
+        self._seen = ref(weight), self._weight_state(weight), _state(self._parameters["values"])
 
     def _weight_state(self, weight: Tensor) -> tuple | None:
         """What changes with a dense weight; codes hold no trained entries, so that no change of theirs matters."""
@@ -274,6 +277,8 @@ class SparseWeight(AddedModule):
         if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
             if not self._was_merged():
                 self.synchronize()
+        elif self._shards is not None:
+            self._shards.check_rows(self.name, self._placed_mask(), self.values)
 
     def _follow_sharding(self) -> None:
         """Write into the process's own rows from now on, if `fully_shard` was called since.
@@ -407,10 +412,14 @@ class SparseWeight(AddedModule):
         self._places, self._path, self._seen, self._linked = (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        # The weight's entry shares memory with the weight, so a write now still reaches it.
-        self.synchronize()
+        self._follow_sharding()
+        # Of which rows are still to be loaded, as accelerate does where only the first process has read the weights.
+        if self._shards is None or not self._shards.parameter.is_meta:
+            # The weight's entry shares memory with the weight, so a write now still reaches it.
+            self.synchronize()
 
     def _load_from_state_dict(self, *args) -> None:
+        self._follow_sharding()
         # If the weight beside was just loaded, what it holds now wins over values of before, also over newer ones.
         if self._weight_is_as_seen():
             self.synchronize()
@@ -419,13 +428,16 @@ class SparseWeight(AddedModule):
 
     def _weight_is_as_seen(self) -> bool:
         weight, (seen, weight_seen, _) = self.weight, self._seen
-        return weight is seen and self._weight_state(weight) == weight_seen
+        return weight is seen() and self._weight_state(weight) == weight_seen
 
     def _apply(self, fn, recurse=True):
         """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
         if self._change() is None:
             self.synchronize()
         exact = self.values.detach()
+        if fn(exact[:0]).is_meta:
+            # They could not come back from there, as a sharded weight can, whose rows are loaded afterwards.
+            return self
         super()._apply(fn, recurse)
         if self.values.dtype != torch.float32:
             self.values.data = exact.to(self.values.device)
@@ -439,6 +451,7 @@ class SparseWeight(AddedModule):
         """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
         self.refresh()
         state = self.__dict__.copy()
+        state["_seen"] = self._seen and (self._seen[0](), *self._seen[1:])
         # It belongs to a schedule, whose own copy gives it to the weights of a copied model.
         state.pop("accumulator", None)
         return state
@@ -457,7 +470,7 @@ class SparseWeight(AddedModule):
             keep_attached(weight, self.mask, self.values)
         if self._leaf is not None:
             self._leaf.open(weight)
-        self._seen = weight, self._weight_state(weight), _state(self.values)
+        self._seen = ref(weight), self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""
