@@ -17,6 +17,7 @@ from speft_optim import (
     MaskSchedule,
     SparseAdamW,
     desparsify,
+    distributed,
     export_merged,
     load_adapter,
     save_adapter,
@@ -24,6 +25,7 @@ from speft_optim import (
     sparsify,
     unload_adapter,
 )
+from speft_optim.distributed import check_equal
 from speft_optim.weights import averaging
 from speft_optim.weights.compact_values import linked
 
@@ -373,6 +375,43 @@ def whole_weights_are_freed_as_they_are_sharded(rank):
         assert not any(parameter() is not None and not hasattr(parameter(), "device_mesh") for parameter in before)
 
 
+def salience_of_each_processes_own_batches(rank):
+    """The masks are those of one process with all batches, in both scopes and passes of any budget."""
+    batches = [token_batch(seed, ragged=True) for seed in range(4)]
+    for salience in ("gradient", "snip", "magnitude", "activation", "random"):
+        for scope, budget in (("local", None), ("global", 30_000)):
+            options = dict(salience=salience, density=0.1, scope=scope, memory_budget=budget, progress=False)
+            options["targets"] = None if salience == "activation" else everything
+            model = shard(tiny_model(**UNEVEN))
+            model.model.norm.weight.requires_grad_(False)
+            before = whole(model)
+            masks = select_masks(model, batches[rank::2], **options)
+            assert equal_states(whole(model), before)
+            assert [p.requires_grad for p in model.parameters()].count(False) == 1
+            with alone():
+                expected = select_masks(tiny_model(**UNEVEN), batches, **options)
+            assert masks.overlap(expected) > 0.99, (salience, scope)
+            check_equal(masks.fingerprint(), "masks", "")
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    reference = Reference(tiny_model(**UNEVEN), masks, **OPTIONS)
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values, tolerance=1e-5)
+
+
+def salience_that_is_refused_on_a_sharded_model(rank):
+    model = shard(tiny_model())
+    for salience in ("fisher", "grasp", "synflow"):
+        with pytest.raises(ValueError, match=f"{salience}' is not possible on a model under fully_shard yet"):
+            select_masks(model, [token_batch()], salience=salience, density=0.1, progress=False)
+    with pytest.raises(ValueError, match="Of 2 processes 1 have a calibration batch"):
+        select_masks(model, [token_batch()] * (1 + rank), density=0.1, progress=False)
+    bad = [token_batch(), {"input_ids": torch.ones(2, 4, dtype=torch.long)}]
+    with pytest.raises((ValueError, RuntimeError), match="Process 1 failed.*no labels" if rank == 0 else "no labels"):
+        select_masks(model, bad if rank else [token_batch()] * 2, density=0.1, progress=False)
+    select_masks(model, [token_batch()], density=0.1, progress=False)
+
+
 def accelerate_of_version_2(rank):
     """Accumulation, clipping, `save_state` and `load_state`, with weights that the first process alone has read too."""
     for read_by_first in (False, True):
@@ -410,6 +449,16 @@ def accelerate_of_version_2(rank):
             accelerator.load_state(f"{FOLDER[0]}/accelerate{read_by_first}")
             accumulate(STEPS)
             assert equal_states(whole(model), expected)
+
+
+@contextlib.contextmanager
+def alone():
+    """As before there was a process group: the library asks this one function whether there are others."""
+    before, distributed.is_distributed = distributed.is_distributed, lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_distributed = before
 
 
 @contextlib.contextmanager
@@ -551,6 +600,8 @@ SCENARIOS = [
     taken_off_a_sharded_model_leaves_the_trained_rows,
     rows_changed_past_the_dtensor_are_refused,
     whole_weights_are_freed_as_they_are_sharded,
+    salience_of_each_processes_own_batches,
+    salience_that_is_refused_on_a_sharded_model,
     accelerate_of_version_2,
     divisions_that_are_refused,
     saved_by_the_first_process_and_loaded_by_one,

@@ -108,6 +108,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def prepare_calibration(model: nn.Module) -> None:
+    """Let FSDP note what the model trains before that is frozen for a time: it does so in its first forward only."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+    reshard(model)
+
+
 def sharded_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module]) -> nn.Parameter | None:
     """The DTensor that `fully_shard` made of a module's parameter, also while the gathered weight is in its place.
 
