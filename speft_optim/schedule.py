@@ -29,6 +29,7 @@ from speft_optim.salience.batches import Batches, check_batches, check_max_batch
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.selection import check_choice, is_whole, select_masks
 from speft_optim.salience.streaming import TrainingSalience
+from speft_optim.weights.mesh import reshard
 from speft_optim.weights.sparse_weight import SparseWeight, sparse_weights
 
 _OPTIONS = {"loss", "max_batches", "seed", "progress"}
@@ -126,11 +127,6 @@ class MaskSchedule:
         measure = self._check_mode()
         self._check()
         weights = self._weights()
-        if sharded := next((weight.name for weight in weights if weight.is_sharded), None):
-            raise ValueError(
-                f"{sharded} is sharded by fully_shard, under which masks cannot move yet; train with static masks, or "
-                "use DistributedDataParallel."
-            )
         self.entries = sum(len(weight.mask) for weight in weights)
         if measure is not None:
             budget = int(_BUDGET if memory_budget is None else memory_budget)
@@ -252,6 +248,8 @@ class MaskSchedule:
         if skipped:
             self.training.start_anew()
         elif self.training.end_step():
+            # A forward since the step's backward may have left weights gathered, in another dtype than their rows.
+            reshard(self.model)
             masks = self.training.select(self._wanted() if self.scope == "global" else self._wanted_by_weight())
             if masks is not None:
                 total = self._count()

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Reference, assert_close, equal_states, tiny_model, token_batch
+from conftest import Reference, assert_close, equal_states, masks_of, tiny_model, token_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
 
@@ -554,10 +554,33 @@ def adapters_loaded_on_a_sharded_model(rank):
         load_adapter(shard(tiny_model(seed=1, **UNEVEN)), adapter)
 
 
-def masks_that_move_are_refused(rank):
-    model, values, optimizer, _ = start(first="shard")
-    with pytest.raises(ValueError, match="sharded by fully_shard, under which masks cannot move yet"):
-        MaskSchedule(model, optimizer)
+def masks_that_move_with_the_training(rank):
+    """From the training's own gradients and from batches, as in one process with all of them."""
+    batches = [token_batch(seed) for seed in range(4)]
+    for options in (dict(interval=4, window=2, memory_budget=20_000), dict(interval=3, salience="gradient")):
+
+        def steps(sharded, options=options):
+            model = tiny_model(**UNEVEN)
+            masks = select_masks(model, salience="magnitude", density=0.05, targets=everything, progress=False)
+            model = shard(model) if sharded else model
+            optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+            mine = batches[rank::2] if sharded else batches
+            more = {} if "window" in options else dict(batches=mine, progress=False)
+            MaskSchedule(model, optimizer, **options, **more)
+            for step in range(9):
+                batch = token_batch(step, batch=4)
+                model(**(part(batch, rank, 2) if sharded else batch)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return model, masks
+
+        model, masks = steps(True)
+        with alone():
+            expected, _ = steps(False)
+        assert masks_of(model) == masks_of(expected) != masks
+        state = whole(model)
+        for name, part_ in expected.state_dict().items():
+            assert_close(state[name], part_, atol=1e-4, rtol=0)
 
 
 def checkpoints_resumed_by_two_processes_and_by_one(rank):
@@ -606,7 +629,7 @@ SCENARIOS = [
     divisions_that_are_refused,
     saved_by_the_first_process_and_loaded_by_one,
     adapters_loaded_on_a_sharded_model,
-    masks_that_move_are_refused,
+    masks_that_move_with_the_training,
     checkpoints_resumed_by_two_processes_and_by_one,
 ]
 
