@@ -451,6 +451,44 @@ def accelerate_of_version_2(rank):
             assert equal_states(whole(model), expected)
 
 
+def trainer_of_transformers(rank):
+    """Trainer builds SparseAdamW itself under FSDP; its run, saved model and resumed run are those under DDP."""
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    class UnderFSDP(Trainer):
+        def create_accelerator_and_postprocess(self):
+            from accelerate import FullyShardedDataParallelPlugin
+
+            super().create_accelerator_and_postprocess()
+            use_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT"))
+            self.is_fsdp_enabled = True
+
+    data = [{key: part[0] for key, part in token_batch(i, batch=1).items()} for i in range(16)]
+
+    def run(kind, resume=None):
+        model = tiny_model(**UNEVEN)
+        sparsify(model, select_masks(model, salience="random", density=0.05, targets=everything, progress=False))
+        folder = f"{FOLDER[0]}/{kind.__name__}"
+        options = dict(use_cpu=True, report_to=[], disable_tqdm=True, save_steps=2, logging_strategy="no", max_steps=3)
+        options.update(per_device_train_batch_size=2, learning_rate=1e-2, max_grad_norm=0.05)
+        built = (SparseAdamW, dict(lr=1e-2, weight_decay=0.1))
+        arguments = TrainingArguments(folder, **options)
+        trainer = kind(model=model, args=arguments, train_dataset=data, optimizer_cls_and_kwargs=built)
+        with reset_accelerate():
+            trainer.train(resume_from_checkpoint=resume)
+            if resume is None:
+                trainer.save_model(f"{folder}/final")
+        dist.barrier()
+        return whole(model), folder
+
+    expected, _ = run(Trainer)
+    actual, folder = run(UnderFSDP)
+    for name, weight in expected.items():
+        assert_close(actual[name], weight, atol=1e-6, rtol=0)
+    assert equal_states(dict(LlamaForCausalLM.from_pretrained(f"{folder}/final").state_dict()), actual)
+    assert equal_states(run(UnderFSDP, f"{folder}/checkpoint-2")[0], actual)
+
+
 @contextlib.contextmanager
 def alone():
     """As before there was a process group: the library asks this one function whether there are others."""
@@ -465,13 +503,20 @@ def alone():
 def fsdp_accelerator(**options):
     """An accelerator under FSDP of version 2 on the CPU, where accelerate itself would choose DDP."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState
 
-    try:
+    with reset_accelerate():
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         use_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2, **options))
         assert accelerator.is_fsdp2
         yield accelerator
+
+
+@contextlib.contextmanager
+def reset_accelerate():
+    from accelerate.state import AcceleratorState
+
+    try:
+        yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -626,6 +671,7 @@ SCENARIOS = [
     salience_of_each_processes_own_batches,
     salience_that_is_refused_on_a_sharded_model,
     accelerate_of_version_2,
+    trainer_of_transformers,
     divisions_that_are_refused,
     saved_by_the_first_process_and_loaded_by_one,
     adapters_loaded_on_a_sharded_model,
