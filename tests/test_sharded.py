@@ -352,6 +352,48 @@ def taken_off_a_sharded_model_leaves_the_trained_rows(rank):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+class Beside(torch.nn.Module):
+    """A head whose weight is used in a call of its module, and once more without one; and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6)])
+        self.head, self.uncalled = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        hidden = self.model.layers[0](x)
+        other = torch.nn.functional.linear(hidden, self.uncalled.weight)
+        return (self.head(hidden) * torch.nn.functional.linear(other, self.head.weight)).mean()
+
+
+def uses_without_a_call_of_the_module_count(rank):
+    for first in ("sparsify", "shard"):
+        model, values, optimizer, reference = start(first=first, model=Beside())
+        for step in range(STEPS):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            model(x[rank::2]).backward()
+            (sum(reference.model(x[i::2]) for i in range(2)) / 2).backward()
+            reference.mask_gradients()
+            for parameter in values:
+                name = linked(parameter).name
+                expected = reference.parameters[name].grad[reference.dense[name]]
+                assert_close(parameter.grad, expected, atol=1e-6)
+            optimizer.step()
+            optimizer.zero_grad()
+            reference.step()
+        assert_equals(reference, model, values, tolerance=1e-5)
+
+
+def masked_weights_stay_frozen_when_all_is_thawed(rank):
+    model, values, optimizer, reference = start(first="shard")
+    model.requires_grad_(True)
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values)
+    assert not any(linked(parameter).parameter.requires_grad for parameter in values)
+
+
 def rows_changed_past_the_dtensor_are_refused(rank):
     model, values, optimizer, _ = start()
     train(rank, model, optimizer, steps=1)
@@ -666,6 +708,8 @@ SCENARIOS = [
     a_state_loaded_later_wins_over_values,
     values_changed_by_hand_are_written_before_the_next_forward,
     taken_off_a_sharded_model_leaves_the_trained_rows,
+    uses_without_a_call_of_the_module_count,
+    masked_weights_stay_frozen_when_all_is_thawed,
     rows_changed_past_the_dtensor_are_refused,
     whole_weights_are_freed_as_they_are_sharded,
     salience_of_each_processes_own_batches,

@@ -29,13 +29,21 @@ class GradientAverage:
         self._is_queued = False
         # The end of the outermost backward is wanted, which passes the model's output first; reentrant checkpointing
         # runs backwards within it. A model whose output is not a tensor's, or is not used, has its values.
-        self._hooks = [model.register_forward_hook(self._watch)]
+        self._hooks = [model.register_forward_hook(self._watch), model.register_forward_pre_hook(self._watch_gathered)]
         self._hooks += [weight.values.register_post_accumulate_grad_hook(self._queue) for weight in weights]
+
+        # A hook that is added while a forward begins is not called in it.
+        self._watch_gathered(model, ())
 
     def remove(self) -> None:
         """Average no longer."""
         for hook in self._hooks:
             hook.remove()
+
+    def _watch_gathered(self, model: nn.Module, args: tuple) -> None:
+        # After FSDP's own hook: what it keeps gathered for the whole forward may be used without a call of its module.
+        for weight in self._weights:
+            weight.watch_gathered()
 
     def _watch(self, model: nn.Module, args: tuple, output: object) -> None:
         # A backward that ended in an error never came to its end.

@@ -140,9 +140,20 @@ def sharded_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module])
             "a fully_shard of the model around the one that was sparsified; call fully_shard on the very model that "
             "sparsify gets, or on parts of it, or use DistributedDataParallel."
         )
+    own = _own_record(site, found)
+    return None if own is None else own.sharded_param
+
+
+def gathered_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module]) -> nn.Parameter | None:
+    """The parameter that FSDP fills with the gathered weight in each pass; None before the first."""
+    return getattr(_own_record(site, parameter_groups(parents)), "_unsharded_param", None)
+
+
+def _own_record(site: tuple[nn.Module, str], found: Iterable[list]) -> object | None:
+    """What FSDP keeps of one parameter, among its groups."""
     for parameter in (parameter for groups in found for group in groups for parameter in group.fsdp_params):
         info = parameter._module_info
         others = zip(info.shared_modules, info.shared_param_names, strict=True)
         if site in [(info.module, info.param_name), *others]:
-            return parameter.sharded_param
+            return parameter
     return None

@@ -18,7 +18,7 @@ from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link, unlink
 from speft_optim.weights.gradient_hooks import GradientHook, Sink, hook_target
-from speft_optim.weights.mesh import check_division, keep_whole, sharded_parameter
+from speft_optim.weights.mesh import check_division, gathered_parameter, keep_whole, sharded_parameter
 from speft_optim.weights.quantized_linear import forward_of
 from speft_optim.weights.sharded import ShardedWeight
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
@@ -65,9 +65,7 @@ class SparseWeight(AddedModule):
         base.attach(self.mask, self.values)
         self._link()
         self._gradient_hooks: list[GradientHook] = []
-        # FSDP replaces the leaf itself, in each pass by another tensor.
-        watched = verify and isinstance(base, DenseWeight)
-        self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if watched else None
+        self._leaf = DenseGradient(self.add_gradient, self._warn_of_thaw) if self._dense and verify else None
         self._remember()
         if self._dense:
             self._hooks = [m.register_forward_pre_hook(self._before_forward) for m in {m for m, _ in target.sites}]
@@ -251,11 +249,11 @@ class SparseWeight(AddedModule):
 
     def _remember(self) -> None:
         weight = self.weight
-        if self._leaf is not None:
-            # It may be another tensor, as after a load that assigns.
-            self._leaf.open(weight)
         if self._shards is not None:
             self._shards.remember_rows()
+        elif self._leaf is not None:
+            # It may be another tensor, as after a load that assigns.
+            self._leaf.open(weight)
         # It keeps no weight alive that was replaced since, as by the rows of it that fully_shard leaves here.
         self._seen = ref(weight), self._weight_state(weight), _state(self._parameters["values"])
 
@@ -270,6 +268,14 @@ class SparseWeight(AddedModule):
         # A compiled graph cannot look at version counters; `refresh_all` does it in front of the graph.
         if not torch.compiler.is_compiling():
             self.refresh()
+            self.watch_gathered()
+
+    def watch_gathered(self) -> None:
+        """See uses of a sharded weight outside its module: they are of the gathered one, which FSDP keeps for good."""
+        if self._shards is not None and self._leaf is not None and self._leaf.weight is None:
+            gathered = gathered_parameter(self._places[1].sites[0], self.parents())
+            if gathered is not None:
+                self._leaf.open(gathered)
 
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
@@ -279,6 +285,9 @@ class SparseWeight(AddedModule):
                 self.synchronize()
         elif self._shards is not None:
             self._shards.check_rows(self.name, self._placed_mask(), self.values)
+        if self._shards is not None and self._shards.parameter.requires_grad:
+            self._shards.parameter.requires_grad_(False)
+            self._warn_of_thaw()
 
     def _follow_sharding(self) -> None:
         """Write into the process's own rows from now on, if `fully_shard` was called since.
@@ -294,7 +303,6 @@ class SparseWeight(AddedModule):
         check_division(self.name, module, parameter)
         if self._leaf is not None:
             self._leaf.close()
-            self._leaf = None
         self._shards = ShardedWeight(module, attribute, parameter)
         # It moves what it divides to the GPU itself.
         self.values.data = self.values.data.to(self._shards.device)
@@ -384,7 +392,8 @@ class SparseWeight(AddedModule):
         """Add the dense gradient of uses that no hook saw to that of the values."""
         if not self.values.requires_grad:
             return
-        self._is_unreduced = is_distributed()
+        # Of a sharded one it is averaged at the end of the backward, with all others.
+        self._is_unreduced = is_distributed() and self._shards is None
         if not self._told_of_use and not any(hook.told for hook in self._gradient_hooks):
             self._told_of_use = True
             logger.warning(
