@@ -1,9 +1,10 @@
 """What runs eagerly in front of a compiled model's graph."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from speft_optim.weights.averaging import average_gradients
+from speft_optim.weights.averaging import average_gradients, is_under_fsdp
 from speft_optim.weights.sparse_weight import attached
 
 
@@ -13,5 +14,5 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     # Not by a search of the model, which each forward would pay for.
     for weight in attached(model):
         weight.refresh()
-    if any(weight.is_sharded for weight in attached(model)):
+    if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, attached(model))):
         average_gradients(model)

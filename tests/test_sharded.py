@@ -394,6 +394,51 @@ def masked_weights_stay_frozen_when_all_is_thawed(rank):
     assert not any(linked(parameter).parameter.requires_grad for parameter in values)
 
 
+def quantised_weights_that_are_left_whole(rank):
+    """As accelerate leaves codes that are not stored as floating numbers; their values are averaged all the same."""
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import load_quantized, save_original
+
+    from speft_optim.weights.bnb import quantized_linears
+
+    folder = save_original(f"{FOLDER[0]}/original")
+    # The first process alone writes it.
+    dist.barrier()
+    for kind, first in (("nf4", "sparsify"), ("int8", "shard")):
+        model, one = load_quantized(folder, kind), load_quantized(folder, kind)
+        masks = select_masks(one, salience="random", density=0.05, progress=False)
+        codes = {module.weight for _, module in quantized_linears(model)}
+        values = sparsify(model, masks) if first == "sparsify" else None
+        shard(model, ignored_params=codes)
+        values = values or sparsify(model, masks)
+        one_values = sparsify(one, masks)
+        optimizers = [SparseAdamW(values, **OPTIONS), SparseAdamW(one_values, **OPTIONS)]
+        for step in range(STEPS):
+            batch = token_batch(step, batch=4)
+            model(**part(batch, rank, 2)).loss.backward()
+            one(**batch).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        for value, expected in zip(values, one_values, strict=True):
+            # The entries of least gradient move by the sign of its rounding.
+            assert_close(value.detach(), expected.detach(), atol=1e-4, rtol=0)
+            assert_equal_on_all(value.detach())
+
+
+def quantised_weights_that_would_be_sharded(rank):
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import load_quantized, save_original
+
+    folder = save_original(f"{FOLDER[0]}/stored")
+    dist.barrier()
+    model = load_quantized(folder, "nf4", bnb_4bit_quant_storage=torch.float32)
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    shard(model)
+    with pytest.raises(ValueError, match="is a quantised weight under fully_shard, which cannot be trained yet"):
+        sparsify(model, masks)
+
+
 def rows_changed_past_the_dtensor_are_refused(rank):
     model, values, optimizer, _ = start()
     train(rank, model, optimizer, steps=1)
@@ -710,6 +755,8 @@ SCENARIOS = [
     taken_off_a_sharded_model_leaves_the_trained_rows,
     uses_without_a_call_of_the_module_count,
     masked_weights_stay_frozen_when_all_is_thawed,
+    quantised_weights_that_are_left_whole,
+    quantised_weights_that_would_be_sharded,
     rows_changed_past_the_dtensor_are_refused,
     whole_weights_are_freed_as_they_are_sharded,
     salience_of_each_processes_own_batches,

@@ -31,7 +31,6 @@ class GradientAverage:
         # runs backwards within it. A model whose output is not a tensor's, or is not used, has its values.
         self._hooks = [model.register_forward_hook(self._watch), model.register_forward_pre_hook(self._watch_gathered)]
         self._hooks += [weight.values.register_post_accumulate_grad_hook(self._queue) for weight in weights]
-
         # A hook that is added while a forward begins is not called in it.
         self._watch_gathered(model, ())
 
@@ -86,6 +85,11 @@ def average_gradients(model: nn.Module) -> None:
     weights, _, hooks = model.__dict__[BEFORE_SPARSIFY]
     if not any(isinstance(hook, GradientAverage) for hook in hooks):
         hooks.append(GradientAverage(model, weights))
+
+
+def is_under_fsdp(weight: SparseWeight) -> bool:
+    """Whether `fully_shard` was called on a module around a weight, which itself may be left whole, as codes are."""
+    return any(hasattr(type(parent), "set_requires_gradient_sync") for parent in weight.parents())
 
 
 def is_synchronized(weight: SparseWeight) -> bool:
