@@ -40,11 +40,16 @@ class GradientAverage:
             hook.remove()
 
     def _watch_gathered(self, model: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
         # After FSDP's own hook: what it keeps gathered for the whole forward may be used without a call of its module.
         for weight in self._weights:
             weight.watch_gathered()
 
     def _watch(self, model: nn.Module, args: tuple, output: object) -> None:
+        # Of a compiled forward the values' own hooks queue the average.
+        if torch.compiler.is_compiling():
+            return
         # A backward that ended in an error never came to its end.
         self._is_queued = False
         for leaf in tree_leaves(output):
