@@ -22,6 +22,7 @@ from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.foreign import check_layers, check_parameters
+from speft_optim.weights.mesh import check_divisions, reshard
 from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets
@@ -81,6 +82,8 @@ class Loaded:
 def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Masks:
     """Write an adapter's entries into the weights of the base it was trained on, in place of any other adapter's.
 
+    Of a model under `fully_shard` all processes call it, and so they do with the other functions for adapters.
+
     Args:
         model: the base model. On a sparsified one, wrapped or not, the values follow, and the adapter cannot be
             unloaded. On a quantised one the entries are laid over its codes from here on.
@@ -103,6 +106,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     model = named_root(model)
     adapter = read_adapter(path)
     settle_storage(model)
+    reshard(model)
     _check_fits(model, adapter, path)
     if weights := sparse_weights(model):
         for weight in weights:
@@ -197,6 +201,7 @@ def _loaded(model: nn.Module) -> Loaded:
     if sparse_weights(model):
         raise ValueError("The model is being trained; call save_adapter and desparsify before its adapters change.")
     settle_storage(model)
+    reshard(model)
     loaded = model.__dict__[LOADED]
     if fingerprint(model, Masks({name: mask for name, (mask, _) in loaded.base.items()})) != loaded.fingerprint:
         raise ValueError(
@@ -260,7 +265,8 @@ def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:
 
 
 def _check_fits(model: nn.Module, adapter: AdapterFile, path: str | Path) -> None:
-    check_parameters(model)
+    check_parameters(model, may_be_sharded=True)
+    check_divisions(model)
     targets = all_targets(model)
     for name, mask in adapter.masks.items():
         if name not in targets:
@@ -276,7 +282,7 @@ def _check_fits(model: nn.Module, adapter: AdapterFile, path: str | Path) -> Non
 
 def _check_range(target: Target, values: Tensor, path: str | Path) -> None:
     """Refuse values that the weight's dtype would turn into infinities."""
-    dtype = target.rows(0, 0).dtype
+    dtype = target.dtype
     if not bool(values.to(dtype).isfinite().all()):
         raise ValueError(
             f"{path} holds values of {target.name} up to {float(values.abs().max()):.3g}, and the weight is in {dtype} "

@@ -19,6 +19,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """An error inside, in one process, is an error in all. There must be no exchange inside.

@@ -1,8 +1,10 @@
 """What runs eagerly in front of a compiled model's graph."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from speft_optim.weights.averaging import average_gradients, is_under_fsdp
 from speft_optim.weights.sparse_weight import attached
 
 
@@ -12,6 +14,8 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     # Not by a search of the model, which each forward would pay for.
     for weight in attached(model):
         weight.refresh()
+    if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, attached(model))):
+        average_gradients(model)
 
 
 class RefreshDecoder:
@@ -30,10 +34,15 @@ class RefreshDecoder:
             refresh_all(self.model, args)
 
 
-def refresh_before_forward(model: nn.Module) -> list:
-    """Hook the model, and its decoder where it tells which that is; the handles of the hooks."""
-    hooks = [model.register_forward_pre_hook(refresh_all)]
+def refresh_before_forward(model: nn.Module, prepend: bool = False) -> list:
+    """Hook the model, and its decoder where it tells which that is; the handles of the hooks.
+
+    Args:
+        model: a sparsified model.
+        prepend: in front of hooks that are there already.
+    """
+    hooks = [model.register_forward_pre_hook(refresh_all, prepend=prepend)]
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if isinstance(decoder, nn.Module) and decoder is not model:
-        hooks.append(decoder.register_forward_pre_hook(RefreshDecoder(model)))
+        hooks.append(decoder.register_forward_pre_hook(RefreshDecoder(model), prepend=prepend))
     return hooks

@@ -29,6 +29,7 @@ from speft_optim.salience.batches import Batches, check_batches, check_max_batch
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.selection import check_together, select_masks
 from speft_optim.salience.streaming import TrainingSalience
+from speft_optim.weights.mesh import reshard
 from speft_optim.weights.sparse_weight import SparseWeight, sparse_weights
 
 _OPTIONS = {"loss", "max_batches", "seed", "progress"}
@@ -247,6 +248,8 @@ class MaskSchedule:
         if skipped:
             self.training.start_anew()
         elif self.training.end_step():
+            # A forward since the step's backward may have left weights gathered, in another dtype than their rows.
+            reshard(self.model)
             masks = self.training.select(self._wanted() if self.scope == "global" else self._wanted_by_weight())
             if masks is not None:
                 total = self._count()

@@ -29,9 +29,11 @@ from speft_optim.integrations import (
 )
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
+from speft_optim.weights.averaging import average_gradients
 from speft_optim.weights.bnb import is_quantized_linear, settle_storage
 from speft_optim.weights.compact_values import linked, warn_if_built_before
 from speft_optim.weights.foreign import check_layers, check_parameters
+from speft_optim.weights.mesh import check_divisions, is_fully_sharded, reshard
 from speft_optim.weights.provenance import compare_at_first_step, compare_weights
 from speft_optim.weights.sparse_weight import (
     BEFORE_SPARSIFY,
@@ -93,8 +95,13 @@ def sparsify(
         check_not_parallel(wrapper)
         check_differentiable(model)
         settle_storage(model)
+        reshard(model)
         targets = all_targets(model)
         _check_masks(model, masks, targets)
+        if base is not None and is_fully_sharded(model):
+            raise ValueError(
+                "base= is for a quantised model, and this one is sharded in its own precision; leave it out."
+            )
         found = {name: mask for name, mask in masks.items() if len(mask)}
         entries = {} if base is None else original_entries(base, found, targets)
     check_equal_masks(masks)
@@ -112,8 +119,12 @@ def sparsify(
             module, attribute = target.sites[0]
             module.add_module(child_name(attribute), weight)
             weights.append(weight)
-    hooks = [*refresh_before_forward(model), *let_checkpoints_see_gradients(model)]
+    is_sharded = is_fully_sharded(model)
+    # In front of the hook that gathers the weights, which takes them as they are then.
+    hooks = [*refresh_before_forward(model, prepend=is_sharded), *let_checkpoints_see_gradients(model)]
     model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks)
+    if is_sharded:
+        average_gradients(model)
     compare_weights(weights)
     return [weight.values for weight in weights]
 
@@ -148,13 +159,16 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
     if sparse_weights(model) or sparsified_roots(model):
         raise ValueError("The model is sparsified already; call desparsify(model) first.")
     if wrapper := sharding_wrapper(model):
-        raise ValueError(
-            f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
-            "Use DistributedDataParallel; gradients and optimizer state are no longer than the masks."
-        )
+        if wrapper != "fully_shard":
+            raise ValueError(
+                f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
+                "Shard it with torch.distributed.fsdp.fully_shard (FSDP version 2), or use DistributedDataParallel; "
+                "gradients and optimizer state are no longer than the masks."
+            )
+        check_divisions(model)
     if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
         raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
-    check_parameters(model)
+    check_parameters(model, may_be_sharded=True)
     for name, mask in masks.items():
         if name not in targets:
             check_layers(model, str(name).removesuffix(".weight"))

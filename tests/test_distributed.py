@@ -300,28 +300,6 @@ def masks_that_differ_although_sparsified_alone(rank):
     assert all(torch.equal(before[key], part) for key, part in model.state_dict().items())
 
 
-def weights_of_fully_shard_are_refused_before(rank):
-    from torch.distributed.fsdp import fully_shard
-
-    model = tiny_model()
-    masks = random_masks(model, density=0.05)
-    fully_shard(model)
-    with pytest.raises(ValueError, match="sharded by fully_shard"):
-        sparsify(model, masks)
-
-
-def weights_of_fully_shard_are_refused_after(rank):
-    from torch.distributed.fsdp import fully_shard
-
-    model, *_ = attach()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    SparseAdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    with pytest.raises(ValueError, match="fully_shard"):
-        model(**token_batch())
-
-
 def weights_of_fsdp_are_refused_before(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -359,8 +337,6 @@ SCENARIOS = [
     a_memory_budget_of_its_own_changes_no_mask,
     sparsify_that_fails_in_one_process_ends_all,
     masks_that_differ_although_sparsified_alone,
-    weights_of_fully_shard_are_refused_before,
-    weights_of_fully_shard_are_refused_after,
     weights_of_fsdp_are_refused_before,
     weights_of_fsdp_are_refused_after,
 ]

@@ -23,6 +23,7 @@ from speft_optim.files import write_atomically, write_safetensors
 from speft_optim.masks.collection import UNREADABLE, Masks, parts_of
 from speft_optim.masks.mask import Mask, places_outside
 from speft_optim.version import __version__
+from speft_optim.weights.mesh import once, reshard
 from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets
@@ -78,6 +79,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
     Where masks moved, it holds all entries that were ever trained, and a line of the log at level INFO says how many.
     Parameters that require gradients beside the compact values, as a new classification head, are written whole.
 
+    Under `fully_shard` all processes call it, and the first one writes.
+
     Args:
         model: the sparsified model, or a wrapper around it: the file is for the module that `sparsify` was called on.
         path: a file, if it ends in `.safetensors`; else a folder, made where missing, that gets `adapter.safetensors`
@@ -91,6 +94,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         TypeError: `details` is no mapping, or holds something else than strings and numbers.
     """
     model, path = named_root(model), checked_path(path)
+    reshard(model)
     weights = sparse_weights(model)
     if not weights:
         raise ValueError(f"{type(model).__name__} is not sparsified; call sparsify(model, masks) before save_adapter.")
@@ -104,7 +108,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
     tensors.update(masks.parts())
     whole = _trained_beside(model, masks)
     for name, target in whole.items():
-        tensors[f"{name}:values"] = target.parameter.detach().flatten().cpu()
+        tensors[f"{name}:values"] = frozen_weight(*target.sites[0]).tensor.flatten().cpu()
     everything = Masks({**masks, **{name: _whole_mask(target.shape) for name, target in whole.items()}})
     config = getattr(model, "config", None)
     base = {
@@ -120,13 +124,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         "base": json.dumps(base),
         "about": json.dumps(about),
     }
-    if path.suffix == ".safetensors":
-        write_safetensors(tensors, path, metadata)
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        write_safetensors(tensors, path / _FILE, metadata)
-        card = _card(base, about)
-        write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    card = _card(base, about)
+    once(model, lambda: _write(path, tensors, metadata, card))
     trained = sum(len(weight.mask) for weight in weights)
     if masks.count > trained:
         logger.info(
@@ -137,6 +136,16 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
         )
     if LOADED in model.__dict__:
         model.__dict__[LOADED].note_saved(model, everything)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], card: str) -> None:
+    """Write one file, or a folder with a card."""
+    if path.suffix == ".safetensors":
+        write_safetensors(tensors, path, metadata)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        write_safetensors(tensors, path / _FILE, metadata)
+        write_atomically(path / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
 
 
 def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:

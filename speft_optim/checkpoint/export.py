@@ -10,21 +10,26 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.base import check_is_weight, check_same_model, has_no_tensor, read_tensor
 from speft_optim.checkpoint.names import Tensors, as_in_base
+from speft_optim.distributed import together
 from speft_optim.files import tensor_files, whole_folder
 from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.compact_values import linked
+from speft_optim.weights.mesh import is_fully_sharded, once, reshard
 from speft_optim.weights.storage import DenseWeight, as_stored, frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 from speft_optim.weights.wrappers import plain_modules, unwrapped
@@ -48,6 +53,8 @@ def export_merged(
 ) -> None:
     """Write the model as an ordinary checkpoint that plain `from_pretrained` loads: no codes, no scales.
 
+    Under `fully_shard` all processes call it, and the first one writes.
+
     Args:
         model: a model whose trained entries are attached (by `sparsify` or `load_adapter`), quantised or not.
         out: the new folder; it must not exist or be empty.
@@ -65,9 +72,12 @@ def export_merged(
     """
     model, out, limit = unwrapped(model), Path(out), _bytes(max_shard_size)
     _check_dtype(dtype)
-    with whole_folder(out) as folder:
-        if out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"{out} exists already and is not empty; export into a new folder.")
+    if base is not None and is_fully_sharded(model):
+        raise ValueError(
+            "base= is not possible on a sharded model; leave it out, or save_adapter, and load it on the base in one "
+            "process."
+        )
+    with _new_folder(model, out) as folder:
         if base is None:
             _write_model(model, folder, dtype, limit)
         else:
@@ -86,6 +96,23 @@ def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str 
         return
     with whole_folder(out, keep=lambda name: not fnmatch(name, _WEIGHTS)) as folder:
         _write_model(model, folder, torch.bfloat16, limit)
+
+
+@contextmanager
+def _new_folder(model: nn.Module, out: Path) -> Iterator[Path | None]:
+    """The folder to write into; None in all processes but the first of a sharded model, which only give their rows."""
+    is_sharded = is_fully_sharded(model)
+    with ExitStack() as stack:
+        folder = None
+        with together() if is_sharded else nullcontext():
+            if not is_sharded or dist.get_rank() == 0:
+                folder = stack.enter_context(whole_folder(out))
+                if out.is_dir() and any(out.iterdir()):
+                    raise ValueError(f"{out} exists already and is not empty; export into a new folder.")
+        # Nothing is exchanged after the last file but what ends this.
+        with together() if is_sharded else nullcontext():
+            yield folder
+            stack.close()
 
 
 def _move_in(model: nn.Module, out: Path, limit: int) -> None:
@@ -107,7 +134,7 @@ def _forget_quantiser(config) -> None:
             _forget_quantiser(part)
 
 
-def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int) -> None:
+def _write_model(model: nn.Module, folder: Path | None, dtype: torch.dtype, limit: int) -> None:
     """All weights as the model computes with them, and its configuration without the quantiser's."""
     _flush(model)
     tensors: Tensors = {}
@@ -118,7 +145,9 @@ def _write_model(model: nn.Module, folder: Path, dtype: torch.dtype, limit: int)
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
                 tensors[f"{path}.{attribute}" if path else attribute] = (buffer.shape, lambda buffer=buffer: buffer)
-    _write_shards(as_in_base(model, tensors, dtype), folder, dtype, limit)
+    _write_shards(model, as_in_base(model, tensors, dtype), folder, dtype, limit)
+    if folder is None:
+        return
     config = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
         _forget_quantiser(config)
@@ -141,7 +170,7 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
         with safe_open(file, "pt") as opened:
             shape = torch.Size(opened.get_slice(name).get_shape())
         tensors[name] = (shape, lambda name=name, file=file: _merge(name, file, dtype, targets.get(name)))
-    _write_shards(tensors, folder, dtype, limit)
+    _write_shards(model, tensors, folder, dtype, limit)
     for file in base.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith("index.json")
         if file.is_file() and not weights and not file.name.startswith("."):
@@ -187,12 +216,13 @@ def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> 
 
 def _flush(model: nn.Module) -> None:
     settle_storage(model)
+    reshard(model)
     for parameter in model.parameters():
         if (weight := linked(parameter)) is not None:
             weight.synchronize()
 
 
-def _write_shards(tensors: Tensors, folder: Path, dtype: torch.dtype, limit: int) -> None:
+def _write_shards(model: nn.Module, tensors: Tensors, folder: Path | None, dtype: torch.dtype, limit: int) -> None:
     """Write named tensors, made one at a time, into files of at most `limit` bytes, and an index of more than one."""
     shards, sizes = [[]], [0]
     for name, (shape, _) in tensors.items():
@@ -206,10 +236,21 @@ def _write_shards(tensors: Tensors, folder: Path, dtype: torch.dtype, limit: int
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         place.update(dict.fromkeys(names, file))
-        save_file({name: _on_host(tensors[name][1](), dtype) for name in names}, folder / file, {"format": "pt"})
-    if len(shards) > 1:
+        if folder is None:
+            # For the rows that the first process lacks.
+            for name in names:
+                tensors[name][1]()
+            part = {}
+        else:
+            part = {name: _on_host(tensors[name][1](), dtype) for name in names}
+        once(model, partial(_save, part, folder, file))
+    if folder is not None and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": place}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], folder: Path, file: str) -> None:
+    save_file(tensors, folder / file, {"format": "pt"})
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from speft_optim.checks import check_whole
+from speft_optim.distributed import together, total, world_size
 from speft_optim.salience.model_state import RandomState
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ class BatchReader:
             then left out.
         keyed: whether the model takes the batches, by the names in them; else a loss function of the user's does.
         most: read no more than so many of the batches; None for all.
+        in_step: whether all processes have to read the next batch together, as one that passes through a model whose
+            weights they gather together.
 
     Attributes:
         used: batches handed out in the last iteration.
@@ -167,7 +170,9 @@ class BatchReader:
         labelled: bool = True,
         keyed: bool = True,
         most: int | None = None,
+        in_step: bool = False,
     ):
+        self.in_step = in_step
         self.batches, self.device, self.bar = batches, device, bar
         self.labelled, self.keyed, self.most = labelled, keyed, most
         self.used = 0
@@ -192,9 +197,29 @@ class BatchReader:
         """Yield the batches that count.
 
         Raises:
-            ValueError: there is no batch, one has no labels, or no label of any counts.
+            ValueError: there is no batch, one has no labels, or no label of any counts; or processes that read in step
+                have different numbers of batches that count.
             TypeError: the model takes the batches and one is no mapping, or labels are no tensor.
         """
+        batches = self._counting()
+        if not self.in_step:
+            yield from batches
+            return
+        while True:
+            with together():
+                batch = next(batches, None)
+            readers = total(batch is not None)
+            if not readers:
+                return
+            if readers < world_size():
+                raise ValueError(
+                    f"Of {world_size()} processes {readers} have a calibration batch number {self.used or 'more'} "
+                    "with labels that count, and the others have none; give each the same number, since they gather "
+                    "the sharded weights together."
+                )
+            yield batch
+
+    def _counting(self) -> Iterator[Batch]:
         self._rewind()
         seen = self.used = 0
         for batch in itertools.islice(self.batches, self.most):

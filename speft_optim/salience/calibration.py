@@ -30,6 +30,7 @@ from speft_optim.salience.grasp import GradientStore, hessian_gradient, warn_of_
 from speft_optim.salience.measures import MEASURES, Measure
 from speft_optim.salience.model_state import calibrating
 from speft_optim.salience.synflow import flow
+from speft_optim.weights.mesh import is_fully_sharded, reshard
 from speft_optim.weights.targets import Target
 
 # What fills the accumulators of a group; the other statistics need none.
@@ -119,7 +120,8 @@ def stream_scores(
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
             device = next(iter(targets.values())).device
             keyed = loss is None
-            reader = BatchReader(batches, device, bar, keyed and measure.labels, keyed, max_batches)
+            labelled = keyed and measure.labels
+            reader = BatchReader(batches, device, bar, labelled, keyed, max_batches, is_fully_sharded(model))
         if second_order:
             warn_of_plain_attention(model)
             for group in gradient_groups:
@@ -133,6 +135,7 @@ def stream_scores(
         for group in groups:
             if fill is not None:
                 fill(model, reader, group, loss)
+            reshard(model)
             while group:
                 yield from _score(group.pop(0), measure, chunk, seed)
         if measure.labels and not second_order:

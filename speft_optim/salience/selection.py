@@ -25,6 +25,7 @@ from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.topk import BestEntries
 from speft_optim.weights.bnb import settle_storage
+from speft_optim.weights.mesh import check_divisions, is_fully_sharded, prepare_calibration
 from speft_optim.weights.provenance import note_weights
 from speft_optim.weights.targets import Target, Targets, check_differentiable, find_targets
 from speft_optim.weights.wrappers import unwrapped
@@ -50,6 +51,9 @@ def select_masks(
     progress: bool = True,
 ) -> Masks:
     """Choose which entries to train (SPEFT, Sections 3.1 to 3.3).
+
+    Of several processes each passes its own batches, and all get the masks of one process with all of them. Under
+    `fully_shard` they go through their batches in step and need equally many.
 
     Load the weights first: masks chosen on others fit them no better than random ones. A pass takes the memory of a
     forward and backward as the model is set up now. Trainers turn activation checkpointing on only when they begin to
@@ -108,7 +112,11 @@ def select_masks(
                 # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
                 stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
             settle_storage(model)
-            found = find_targets(model, targets)
+            if is_fully_sharded(model):
+                _check_sharded(measure, offload)
+                prepare_calibration(model)
+            found = find_targets(model, targets, may_be_sharded=True)
+            check_divisions(model)
             sizes = {name: target.shape.numel() for name, target in found.items()}
             if isinstance(budget, Mapping):
                 _check_shares(budget, sizes, scope, density)
@@ -170,6 +178,22 @@ def check_together(
     if offload is not None and measure.differentiates_twice:
         raise ValueError(f"salience={salience!r} differentiates twice, which offload does not support; choose another.")
     return measure
+
+
+def _check_sharded(measure: Measure, offload: str | torch.device | None) -> None:
+    """Refuse what a model under `fully_shard` cannot be scored by.
+
+    Raises:
+        ValueError: the measure changes the weights, differentiates twice or goes back from single examples, or the
+            weights are to visit another device.
+    """
+    if offload is not None:
+        raise ValueError("offload= is for a model on one device, and this one is sharded over several; leave it out.")
+    if measure.statistic in ("flow", "hessian_gradient", "squared_gradient"):
+        raise ValueError(
+            f"salience='{measure.name}' is not possible on a model under fully_shard yet; choose gradient, snip, "
+            "force, taylor_fo, activation, magnitude or random, or select before the model is sharded."
+        )
 
 
 def _select_local(

@@ -58,8 +58,12 @@ def foreign_layer(module: nn.Module) -> str | None:
     return None
 
 
-def check_parameters(model: nn.Module) -> None:
+def check_parameters(model: nn.Module, *, may_be_sharded: bool = False) -> None:
     """Refuse a model with parameters that masks cannot refer to, or that nothing can be read from afterwards.
+
+    Args:
+        model: the model.
+        may_be_sharded: whether parameters may be DTensors.
 
     Raises:
         TypeError: one is a quantiser's, other than bitsandbytes'.
@@ -72,7 +76,7 @@ def check_parameters(model: nn.Module) -> None:
                 continue
             if how := foreign_parameter(module, attribute):
                 raise TypeError(f"{name} has dtype {parameter.dtype} and is {how}, which cannot be trained. {_REMEDY}")
-            if hasattr(parameter, "device_mesh"):
+            if hasattr(parameter, "device_mesh") and not may_be_sharded:
                 raise ValueError(
                     f"{name} is sharded over a device mesh (a {type(parameter).__name__}): a rank holds a piece of it, "
                     "to which masks do not apply. Use DistributedDataParallel; gradients and optimizer state are no "

@@ -5,6 +5,8 @@ and moments all have the length of the mask; the weight itself is written at the
 """
 
 import logging
+from collections.abc import Iterator
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link, unlink
 from speft_optim.weights.gradient_nodes import Accumulator
+from speft_optim.weights.mesh import check_division, gathered_parameter, keep_whole, sharded_parameter
 from speft_optim.weights.observation import observe_gradient
+from speft_optim.weights.sharded import ShardedWeight
 from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
 from speft_optim.weights.verification import DenseGradient
@@ -49,13 +53,14 @@ class SparseWeight(AddedModule):
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
         self.name = target.name
-        self.mask = mask.to(target.parameter.device)
+        base = frozen_weight(*target.sites[0])
+        self.mask = mask.to(base.device)
         # In a tuple, since a module kept as an attribute would become a child of its own child.
         self._places = (model, target)
         self._path = steps_to(model, self.name.rpartition(".")[0])
-        base = frozen_weight(*target.sites[0])
+        self._shards = base if isinstance(base, ShardedWeight) else None
         # Codes may be stored under a floating dtype, so that a look at the tensor does not tell.
-        self._dense = isinstance(base, DenseWeight)
+        self._dense = isinstance(base, DenseWeight | ShardedWeight)
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
@@ -86,24 +91,23 @@ class SparseWeight(AddedModule):
     @property
     def base(self) -> FrozenWeight:
         """The weight, whatever holds it."""
-        return frozen_weight(*self._places[1].sites[0])
+        return self._shards or frozen_weight(*self._places[1].sites[0])
 
     def _change(self) -> str | None:
         """What became of the weight since it was attached to, if that makes an end of it."""
-        target = self._places[1]
-        module, attribute = target.sites[0]
-        weight = module._parameters.get(attribute)
+        target, weight = self._places[1], self.weight
+        module, _ = target.sites[0]
         if weight is None or not self._is_in_model(module):
             return "is no longer in the model"
-        if weight is not self._seen[0] and (other := self._other_owner(weight)):
+        if weight is not self._seen[0]() and (other := self._other_owner(weight)):
             return f"was tied to {other}, which is sparsified too"
         for user, name in target.sites[1:]:
-            if user._parameters.get(name) is not weight:
+            if user._parameters.get(name) is not target.parameter:
                 return "is no longer shared by the modules that shared it"
         if weight.is_meta:
             return "was moved to the meta device (offloaded to CPU or disk?)"
         # Codes know the shape of what they stand for only by way of their quantiser's state.
-        known = not self._dense and weight is self._seen[0]
+        known = not self._dense and weight is self._seen[0]()
         if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
         if not self._dense and not self._is_attached():
@@ -134,6 +138,7 @@ class SparseWeight(AddedModule):
         Raises:
             ValueError: see `check`.
         """
+        self._follow_sharding()
         self.check()
         if _state(self._parameters["values"]) != self._seen[2]:
             self.write()
@@ -150,7 +155,7 @@ class SparseWeight(AddedModule):
     def writable(self) -> Tensor | None:
         """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
         weight = self._places[1].parameter
-        writable = self._dense and weight.device == self.values.device and launches(weight)
+        writable = self._dense and self._shards is None and weight.device == self.values.device and launches(weight)
         return weight.detach() if writable and isinstance(self._placed_mask().positions, CSR) else None
 
     def written(self) -> None:
@@ -207,7 +212,7 @@ class SparseWeight(AddedModule):
     def weight(self) -> Tensor | None:
         """The masked weight as the model holds it, or None if it is gone."""
         module, attribute = self._places[1].sites[0]
-        return module._parameters.get(attribute)
+        return module._parameters.get(attribute) if self._shards is None else self._shards.held()
 
     @property
     def holds_entries(self) -> bool:
@@ -238,16 +243,19 @@ class SparseWeight(AddedModule):
         self._linked = (self.values,)
 
     def _remember(self) -> None:
-        module, attribute = self._places[1].sites[0]
-        weight = module._parameters[attribute]
-        if self._leaf is not None:
+        weight = self.weight
+        if self._shards is not None:
+            self._shards.remember_rows()
+        elif self._leaf is not None:
             # It may be another tensor, as after a load that assigns.
             self._leaf.open(weight)
-        # In a tuple, as else the weight would become a parameter of this module too.
-        self._seen = weight, self._weight_state(weight), _state(self._parameters["values"])
+        # It keeps no weight alive that was replaced since, as by the rows of it that fully_shard leaves here.
+        self._seen = ref(weight), self._weight_state(weight), _state(self._parameters["values"])
 
     def _weight_state(self, weight: Tensor) -> tuple | None:
         """What changes with a dense weight; codes hold no trained entries, so that no change of theirs matters."""
+        if self._shards is not None:
+            return self._shards.state()
         return _state(weight) if self._dense else None
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
@@ -255,12 +263,44 @@ class SparseWeight(AddedModule):
         # A compiled graph cannot look at version counters; `refresh_all` does it in front of the graph.
         if not torch.compiler.is_compiling():
             self.refresh()
+            self.watch_gathered()
+
+    def watch_gathered(self) -> None:
+        """See uses of a sharded weight outside its module: they are of the gathered one, which FSDP keeps for good."""
+        if self._shards is not None and self._leaf is not None and self._leaf.weight is None:
+            gathered = gathered_parameter(self._places[1].sites[0], self.parents())
+            if gathered is not None:
+                self._leaf.open(gathered)
 
     def refresh(self) -> None:
         """Synchronize if something changed; costs next to nothing if not."""
+        self._follow_sharding()
         if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
             if not self._was_merged():
                 self.synchronize()
+        elif self._shards is not None:
+            self._shards.check_rows(self.name, self._placed_mask(), self.values)
+        if self._shards is not None and self._shards.parameter.requires_grad:
+            self._shards.parameter.requires_grad_(False)
+            self._warn_of_thaw()
+
+    def _follow_sharding(self) -> None:
+        """Write into the process's own rows from now on, if `fully_shard` was called since.
+
+        Raises:
+            ValueError: the model is divided in a way that masked weights cannot be.
+        """
+        module, attribute = self._places[1].sites[0]
+        if self._shards is not None or not getattr(module, "_is_fsdp_managed_module", False):
+            return
+        if (parameter := sharded_parameter((module, attribute), self.parents())) is None:
+            return
+        check_division(self.name, module, parameter)
+        if self._leaf is not None:
+            self._leaf.close()
+        self._shards = ShardedWeight(module, attribute, parameter)
+        # It moves what it divides to the GPU itself.
+        self.values.data = self.values.data.to(self._shards.device)
 
     def _was_merged(self) -> bool:
         """Whether what took a quantised weight's place has the trained entries in it, as a dequantised or merged one.
@@ -301,7 +341,18 @@ class SparseWeight(AddedModule):
     @property
     def parameter(self) -> nn.Parameter:
         """The weight in the model now, codes where it is quantised."""
-        return self._places[1].parameter
+        return self._places[1].parameter if self._shards is None else self._shards.held()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold parts of the weight."""
+        return self._shards is not None
+
+    def parents(self) -> Iterator[nn.Module]:
+        """The modules around the weight, the innermost first."""
+        for _, _, child in reversed(self._path):
+            yield child
+        yield self._places[0]
 
     @property
     def target(self) -> Target:
@@ -336,7 +387,8 @@ class SparseWeight(AddedModule):
         """Add the dense gradient of uses that no hook saw to that of the values."""
         if not self.values.requires_grad:
             return
-        self._is_unreduced = is_distributed()
+        # Of a sharded one it is averaged at the end of the backward, with all others.
+        self._is_unreduced = is_distributed() and self._shards is None
         if not self._told_of_use and not any(hook.told for hook in self._gradient_hooks):
             self._told_of_use = True
             logger.warning(
@@ -364,10 +416,14 @@ class SparseWeight(AddedModule):
         self._places, self._path, self._seen, self._linked = (), (), (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        # The weight's entry shares memory with the weight, so a write now still reaches it.
-        self.synchronize()
+        self._follow_sharding()
+        # Of which rows are still to be loaded, as accelerate does where only the first process has read the weights.
+        if self._shards is None or not self._shards.parameter.is_meta:
+            # The weight's entry shares memory with the weight, so a write now still reaches it.
+            self.synchronize()
 
     def _load_from_state_dict(self, *args) -> None:
+        self._follow_sharding()
         # If the weight beside was just loaded, what it holds now wins over values of before, also over newer ones.
         if self._weight_is_as_seen():
             self.synchronize()
@@ -375,15 +431,17 @@ class SparseWeight(AddedModule):
             self.read()
 
     def _weight_is_as_seen(self) -> bool:
-        module, attribute = self._places[1].sites[0]
-        weight, (seen, weight_seen, _) = module._parameters.get(attribute), self._seen
-        return weight is seen and self._weight_state(weight) == weight_seen
+        weight, (seen, weight_seen, _) = self.weight, self._seen
+        return weight is seen() and self._weight_state(weight) == weight_seen
 
     def _apply(self, fn, recurse=True):
         """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
         if self._change() is None:
             self.synchronize()
         exact = self.values.detach()
+        if fn(exact[:0]).is_meta:
+            # They could not come back from there, as a sharded weight can, whose rows are loaded afterwards.
+            return self
         super()._apply(fn, recurse)
         if self.values.dtype != torch.float32:
             self.values.data = exact.to(self.values.device)
@@ -397,6 +455,7 @@ class SparseWeight(AddedModule):
         """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
         self.refresh()
         state = self.__dict__.copy()
+        state["_seen"] = self._seen and (self._seen[0](), *self._seen[1:])
         # It belongs to a schedule, whose own copy gives it to the weights of a copied model.
         state.pop("accumulator", None)
         return state
@@ -415,11 +474,14 @@ class SparseWeight(AddedModule):
             keep_attached(weight, self.mask, self.values)
         if self._leaf is not None:
             self._leaf.open(weight)
-        self._seen = weight, self._weight_state(weight), _state(self.values)
+        self._seen = ref(weight), self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
         """Entries and density, for printed models."""
         return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
+
+
+keep_whole(SparseWeight)
 
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:

@@ -8,6 +8,7 @@ from speft_optim.kernels.overlay import overlay_
 from speft_optim.masks.mask import Mask
 from speft_optim.weights.bnb import FourBitWeight, Int8Weight, QuantizedWeight, is_quantized_linear, layer_kind
 from speft_optim.weights.scales import trained_entries
+from speft_optim.weights.sharded import ShardedWeight, is_sharded
 
 # Under this name a module holds its weights that lie elsewhere while a model is streamed (see `salience/offload.py`).
 STREAMED = "_streamed_weights"
@@ -64,7 +65,7 @@ class DenseWeight:
         return mask, self.gather(mask.indices.to(self.device))
 
 
-FrozenWeight = DenseWeight | QuantizedWeight
+FrozenWeight = DenseWeight | ShardedWeight | QuantizedWeight
 
 
 def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
@@ -75,6 +76,8 @@ def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
     """
     if STREAMED in module.__dict__:
         return module.__dict__[STREAMED][attribute]
+    if is_sharded(module._parameters[attribute]):
+        return ShardedWeight(module, attribute)
     if attribute != "weight" or not is_quantized_linear(module):
         return DenseWeight(module, attribute)
     return Int8Weight(module) if layer_kind(type(module)) == "Linear8bitLt" else FourBitWeight(module)

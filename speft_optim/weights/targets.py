@@ -89,7 +89,7 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
     return {name: Target(name, tuple(sites[key])) for key, name in names.items()}
 
 
-def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
+def find_targets(model: nn.Module, targets: Targets = None, *, may_be_sharded: bool = False) -> dict[str, Target]:
     """The weights that `targets` names: those for which `select_masks` and `MaskSchedule` choose entries.
 
     For masks of one's own (`masks = Masks({name: Mask(positions, target.shape)})`), and to see what an argument
@@ -100,6 +100,7 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
         targets: None for the linear weights of the blocks (stacked expert weights included; no embeddings, head, norms,
             biases); or suffixes of module names, whose `weight` is meant (`"q_proj"`), or of parameter names
             (`"q_proj.bias"`); or a predicate of a parameter's full name and the parameter.
+        may_be_sharded: whether parameters may be DTensors.
 
     Returns:
         From a parameter's full name to its weight, in the model's order; a shared weight once, under its first name.
@@ -110,7 +111,7 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
             or used out of sight of hooks.
     """
     # Before anything else looks at them: a quantiser's tensors may lack the very operations of a look.
-    check_parameters(model)
+    check_parameters(model, may_be_sharded=may_be_sharded)
     known = all_targets(model)
     if targets is None:
         check_layers(model)

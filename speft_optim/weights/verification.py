@@ -21,6 +21,7 @@ DistributedDataParallel has seen the gradient.
 import functools
 import logging
 from collections.abc import Callable
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -173,12 +174,17 @@ class DenseGradient:
 
     def __init__(self, take: Callable[[Tensor], None], when_thawed: Callable[[], None] | None = None):
         self.take, self.when_thawed = take, when_thawed
-        self.weight: Tensor | None = None
+        self._weight: ref | None = None
         self._hook = None
         self._kind: type = nn.Parameter
         self._was_recorded = self.is_paused = False
         self._before: DenseGradient | None = None
         self._kept: Tensor | None = None
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The weight while it is open, which this does not keep alive: `fully_shard` leaves the rest of it behind."""
+        return None if self._weight is None else self._weight()
 
     def open(self, weight: nn.Parameter) -> None:
         """Let autograd record the weight's uses; does nothing twice."""
@@ -187,7 +193,7 @@ class DenseGradient:
         self.close()
         # A gradient from before would be added to the next one; it is put back afterwards.
         self._kept, weight.grad = weight.grad, None
-        self.weight, self._before, self._was_recorded = weight, _takers.get(weight), is_recorded(weight)
+        self._weight, self._before, self._was_recorded = ref(weight), _takers.get(weight), is_recorded(weight)
         self._kind = type(weight)
         # A hook needs this first.
         record(weight, True)
@@ -198,18 +204,18 @@ class DenseGradient:
 
     def close(self) -> None:
         """Let the weight be frozen again, without a hook."""
-        if self.weight is not None:
+        if (weight := self.weight) is not None:
             self._hook.remove()
-            self.weight.grad = self._kept
+            weight.grad = self._kept
             if self.when_thawed is not None:
-                self.weight.__class__ = self._kind
-                del self.weight.watcher
-            record(self.weight, self._was_recorded)
+                weight.__class__ = self._kind
+                del weight.watcher
+            record(weight, self._was_recorded)
             if self._before is None:
-                _takers.pop(self.weight, None)
+                _takers.pop(weight, None)
             else:
-                _takers[self.weight] = self._before
-        self.weight = self._hook = self._before = self._kept = None
+                _takers[weight] = self._before
+        self._weight = self._hook = self._before = self._kept = None
 
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
@@ -221,7 +227,7 @@ class DenseGradient:
 
     def __getstate__(self) -> dict:
         # A copied tensor has no hooks.
-        return {**self.__dict__, "weight": None, "_hook": None, "_before": None, "_kept": None}
+        return {**self.__dict__, "_weight": None, "_hook": None, "_before": None, "_kept": None}
 
 
 _takers: WeakIdKeyDictionary = WeakIdKeyDictionary()

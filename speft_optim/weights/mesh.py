@@ -1,0 +1,159 @@
+"""What torch's FSDP made of a model: whether masked weights can be divided so, and where their rows are kept."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch.distributed as dist
+from torch import nn
+
+from speft_optim.distributed import together
+from speft_optim.weights.bnb import is_quantized_linear
+from speft_optim.weights.sharded import is_sharded
+from speft_optim.weights.wrappers import plain_modules
+
+
+def check_divisions(model: nn.Module) -> None:
+    """Refuse a model of which a weight is divided otherwise than by rows over all processes.
+
+    Raises:
+        ValueError: see `check_division`; or a layer is quantised.
+    """
+    for path, module in plain_modules(model):
+        for attribute, parameter in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if is_sharded(parameter):
+                check_division(name, module, parameter)
+
+
+def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
+    """Refuse a weight that is divided otherwise than by rows over all processes.
+
+    Raises:
+        ValueError: it lies on a mesh of several dimensions or of some processes only, is divided by columns or by no
+            FSDP, or is quantised.
+    """
+    if is_quantized_linear(module):
+        raise ValueError(
+            f"{name} is a quantised weight under fully_shard, which cannot be trained yet; load the base in bf16, or "
+            "use DistributedDataParallel."
+        )
+    if how := _other_division(module, parameter):
+        raise ValueError(
+            f"{name} is {how}. Masked weights can be divided by rows over all processes: call fully_shard with a mesh "
+            "of one dimension over all of them, and without shard_placement_fn."
+        )
+
+
+def _other_division(module: nn.Module, parameter: nn.Parameter) -> str | None:
+    """How a DTensor is divided, if that is not by rows over all processes."""
+    mesh, (placement, *others) = parameter.device_mesh, parameter.placements
+    if others:
+        return f"on a mesh of {mesh.ndim} dimensions, as of hybrid sharding or tensor parallelism"
+    if mesh.size() != dist.get_world_size():
+        return f"on {mesh.size()} of {dist.get_world_size()} processes, as of pipeline parallelism"
+    if not getattr(module, "_is_fsdp_managed_module", False):
+        return "a DTensor that no fully_shard made, as of tensor parallelism"
+    return None if placement.is_shard(0) else f"divided as {placement}"
+
+
+def once(model: nn.Module, act: Callable[[], None]) -> None:
+    """Let one process act, where all of them came this far with the same sharded model; an error is one in all.
+
+    Of a model that is not sharded each process acts for itself.
+    """
+    if not is_fully_sharded(model):
+        act()
+        return
+    with together():
+        if dist.get_rank() == 0:
+            act()
+
+
+def keep_whole(kind: type[nn.Module]) -> None:
+    """Let `fully_shard` pass by the modules of a class, and leave their parameters whole in every process.
+
+    It does so with modules that another of torch's ways to train in parallel was applied to, known by their registry.
+    Of the class and not of each module, since the registry's key is another one in each process.
+    """
+    if dist.is_available():
+        from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
+
+        setattr(kind, REGISTRY_KEY, {"replicate": RegistryItem()})
+
+
+def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[list]:
+    """The parameters that FSDP gathers together, in its own groups, for each of the modules it was applied to."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            # torch 2.11 has one group a module.
+            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            yield [group for group in groups if group is not None]
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the model or on parts of it, told by class names."""
+    return "FSDPModule" in {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP drop the weights that it keeps gathered after a forward, so that the modules hold DTensors."""
+    if not is_fully_sharded(model):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def prepare_calibration(model: nn.Module) -> None:
+    """Let FSDP note what the model trains before that is frozen for a time: it does so in its first forward only."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+    reshard(model)
+
+
+def sharded_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module]) -> nn.Parameter | None:
+    """The DTensor that `fully_shard` made of a module's parameter, also while the gathered weight is in its place.
+
+    Args:
+        site: the module and the parameter's name in it.
+        parents: the module and those around it, the innermost first.
+
+    Returns:
+        None where it did not.
+
+    Raises:
+        ValueError: another FSDP divided the model, or this one a model around it.
+    """
+    module, attribute = site
+    now = module._parameters.get(attribute)
+    if is_sharded(now) or not getattr(module, "_is_fsdp_managed_module", False):
+        return now if is_sharded(now) else None
+    if not (found := list(parameter_groups(parents))):
+        raise ValueError(
+            f"A {type(module).__name__} was sharded after sparsify by FullyShardedDataParallel (FSDP version 1), or by "
+            "a fully_shard of the model around the one that was sparsified; call fully_shard on the very model that "
+            "sparsify gets, or on parts of it, or use DistributedDataParallel."
+        )
+    own = _own_record(site, found)
+    return None if own is None else own.sharded_param
+
+
+def gathered_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module]) -> nn.Parameter | None:
+    """The parameter that FSDP fills with the gathered weight in each pass; None before the first."""
+    return getattr(_own_record(site, parameter_groups(parents)), "_unsharded_param", None)
+
+
+def _own_record(site: tuple[nn.Module, str], found: Iterable[list]) -> object | None:
+    """What FSDP keeps of one parameter, among its groups."""
+    for parameter in (parameter for groups in found for group in groups for parameter in group.fsdp_params):
+        info = parameter._module_info
+        others = zip(info.shared_modules, info.shared_param_names, strict=True)
+        if site in [(info.module, info.param_name), *others]:
+            return parameter
+    return None

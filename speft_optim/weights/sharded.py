@@ -1,0 +1,187 @@
+"""A dense weight that `fully_shard` divided over processes: each holds some rows, all of them hold the compact values.
+
+Between passes the module holds a DTensor; during its forward and backward FSDP puts the gathered weight in its place,
+and that is what gradient hooks see. A process writes the values into its own rows, for which it needs no other.
+Entries are read from all processes at once, in an exchange: at `sparsify`, after a load, and to save.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from speft_optim.kernels.entries import gather_entries
+from speft_optim.kernels.overlay import overlay_
+from speft_optim.masks.mask import Mask
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether a parameter is a DTensor; told without importing what defines it."""
+    return hasattr(tensor, "device_mesh")
+
+
+@torch.no_grad()
+def local_rows(parameter: Tensor) -> Tensor:
+    """The rows of a DTensor that this process holds, in the memory where they lie."""
+    # With gradients enabled it would be a view of them.
+    return parameter.to_local()
+
+
+class ShardedWeight:
+    """A floating parameter of a module, of which this process holds some rows.
+
+    Args:
+        module: the module.
+        attribute: the parameter's name in it.
+        parameter: the DTensor, if the module holds the gathered weight now.
+
+    Attributes:
+        parameter: the DTensor, also while the module holds the gathered weight.
+        device: where the weight is computed with; under an offload policy its rows lie on the CPU.
+    """
+
+    # It holds its trained entries itself.
+    overlays: tuple[()] = ()
+
+    def __init__(self, module: nn.Module, attribute: str, parameter: nn.Parameter | None = None):
+        self._site = module, attribute
+        self.parameter = module._parameters[attribute] if parameter is None else parameter
+        self.shape, self.dtype = self.parameter.shape, self.parameter.dtype
+        kind = self.parameter.device_mesh.device_type
+        self.device = torch.device(kind, None if kind == "cpu" else torch.get_device_module(kind).current_device())
+        self._own: tuple[Mask, slice, Mask] | None = None
+        self._rows_seen: tuple[int, int] = (0, 0)
+
+    def held(self) -> Tensor | None:
+        """The DTensor that the module holds between passes; what it holds now where that is no gathered weight."""
+        module, attribute = self._site
+        now = module._parameters.get(attribute)
+        if is_sharded(now):
+            self.parameter = now
+        return self.parameter if self._gathered() is not None else now
+
+    def state(self) -> tuple:
+        """Changes with every operation on the DTensor, in all processes alike, so that all begin an exchange."""
+        return id(self.parameter), self.parameter._version
+
+    def remember_rows(self) -> None:
+        """What the rows hold is what the values are."""
+        rows = local_rows(self.parameter)
+        self._rows_seen = rows._version, rows.data_ptr()
+
+    @torch.no_grad()
+    def check_rows(self, name: str, mask: Mask, values: Tensor) -> None:
+        """Refuse rows that were changed past the DTensor, of which other processes would not know.
+
+        Raises:
+            ValueError: they no longer hold the values.
+        """
+        rows = local_rows(self.parameter)
+        if (rows._version, rows.data_ptr()) == self._rows_seen:
+            return
+        places, own = self._own_entries(mask, rows)
+        if not torch.equal(gather_entries(rows, own.indices), values[places].to(rows)):
+            raise ValueError(
+                f"The rows of {name} that this process holds were changed without the DTensor they belong to, as "
+                "torch.distributed.checkpoint.load does; let it know with set_model_state_dict or load_state_dict, in "
+                "all processes."
+            )
+        # FSDP moves them as it pads what processes do not divide.
+        self.remember_rows()
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight in `dtype`; all processes ask for it."""
+        return self.parameter.detach().to(self.device).full_tensor().to(dtype)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The whole weight; all processes ask for it."""
+        return self.dense(self.dtype)
+
+    @torch.no_grad()
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), the first dimension by all others; all processes ask for the same."""
+        rows, columns = local_rows(self.parameter), self.shape[1:].numel()
+        start, stop = (place // max(1, columns) for place in self._range(rows))
+        found = torch.zeros(last - first, columns, dtype=torch.float32, device=self.device)
+        begin, end = max(first, start), min(last, stop)
+        if begin < end:
+            found[begin - first : end - first] = rows.reshape(-1, columns)[begin - start : end - start]
+        return self._from_owners(found)
+
+    @torch.no_grad()
+    def gather(self, indices: Tensor) -> Tensor:
+        """Entries at flat positions (k,), in the weight's dtype; all processes ask for the same."""
+        rows = local_rows(self.parameter)
+        first, last = self._range(rows)
+        inside = (indices >= first) & (indices < last)
+        entries = torch.zeros(len(indices), dtype=torch.float32, device=self.device)
+        own = gather_entries(rows, (indices[inside] - first).to(rows.device))
+        entries[inside.to(self.device)] = own.to(self.device, torch.float32)
+        return self._from_owners(entries)
+
+    def _from_owners(self, entries: Tensor) -> Tensor:
+        """Entries that are zero in all processes but one, from that, in the weight's dtype."""
+        # The sum of their bits is exact, for -0.0 and NaN too.
+        dist.all_reduce(entries.view(torch.int32), group=self.parameter.device_mesh.get_group())
+        return entries.to(self.dtype)
+
+    def gather_base(self, indices: Tensor) -> Tensor:
+        """Entries at flat positions (k,) as the base has them, trained ones aside."""
+        return self.gather(indices)
+
+    def attach(self, mask: Mask, values: Tensor) -> None:
+        """From now on `values`, which may change in place, are the weight's entries at `mask`."""
+
+    def release(self, values: Tensor) -> None:
+        """`values` will change no more and may be forgotten, the weight keeps what they are now."""
+
+    @torch.no_grad()
+    def write(self, mask: Mask, values: Tensor) -> None:
+        """Bring the process's own rows at `mask` up to the attached `values`.
+
+        So is the gathered weight, while the module holds it.
+        """
+        rows = local_rows(self.parameter)
+        places, own = self._own_entries(mask, rows)
+        if len(own):
+            overlay_(rows, own.positions, values.detach()[places].to(rows.device))
+        if (gathered := self._gathered()) is not None:
+            overlay_(gathered.detach(), mask.positions, values.detach())
+
+    def read(self, indices: Tensor, values: Tensor) -> Tensor:
+        """What attached `values` have to be, given what the weight holds: where it is their rounding, they stand."""
+        entries = self.gather(indices)
+        return torch.where(entries == values.to(entries.dtype), values, entries.to(values.dtype))
+
+    def put(self, mask: Mask, values: Tensor) -> None:
+        """Set entries for good, from outside."""
+        self.write(mask.to(self.device), values.to(self.device))
+
+    def entries(self, mask: Mask) -> tuple[Mask, Tensor]:
+        """What an adapter must hold for this weight when `mask` is trained."""
+        return mask, self.gather(mask.indices.to(self.device))
+
+    def _gathered(self) -> Tensor | None:
+        """The weight of all rows that FSDP put into the module for a pass, or None between passes."""
+        module, attribute = self._site
+        now = module._parameters.get(attribute)
+        fits = now is not None and not is_sharded(now) and now.shape == self.shape
+        return now if fits and getattr(module, "_is_fsdp_managed_module", False) else None
+
+    def _range(self, rows: Tensor) -> tuple[int, int]:
+        """The flat positions of the process's own rows, first and last (exclusive)."""
+        mesh = self.parameter.device_mesh
+        # As torch.chunk divides: all parts but the last ones have the same number of rows.
+        first = min(mesh.get_local_rank() * -(-self.shape[0] // mesh.size()), self.shape[0]) * self.shape[1:].numel()
+        return first, first + rows.numel()
+
+    def _own_entries(self, mask: Mask, rows: Tensor) -> tuple[slice, Mask]:
+        """The places of the process's own entries among those of the mask, and their mask within the own rows."""
+        if self._own is None or self._own[0] is not mask:
+            first, last = self._range(rows)
+            indices = mask.indices.long()
+            edges = torch.tensor([first, last], device=indices.device)
+            begin, end = torch.searchsorted(indices, edges).tolist()
+            own = Mask((indices[begin:end] - first).to(rows.device), rows.shape)
+            self._own = mask, slice(begin, end), own
+        return self._own[1:]

@@ -1,0 +1,831 @@
+"""Models under torch's `fully_shard`, over two processes with gloo: equal to one process with all batches."""
+
+import contextlib
+import datetime
+import socket
+import traceback
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import Reference, assert_close, equal_states, masks_of, tiny_model, token_batch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import clip_grad_norm_
+
+from speft_optim import (
+    MaskSchedule,
+    SparseAdamW,
+    desparsify,
+    distributed,
+    export_merged,
+    load_adapter,
+    save_adapter,
+    select_masks,
+    sparsify,
+    unload_adapter,
+)
+from speft_optim.distributed import check_equal
+from speft_optim.weights import averaging
+from speft_optim.weights.compact_values import linked
+
+OPTIONS = dict(lr=1e-2, weight_decay=0.1)
+STEPS = 3
+# A number of rows that two processes do not divide, in a block and, with the vocabulary of 61, in embeddings and head.
+UNEVEN = dict(intermediate_size=41)
+# Where both processes find the same files, once they run.
+FOLDER: list[str] = []
+
+
+def mesh(*shape):
+    names = ("replicate", "shard")[2 - max(1, len(shape)) :]
+    return init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def shard(model, **options):
+    """The model's blocks one by one, then the rest, as torch's documentation has it."""
+    from torch.distributed.fsdp import fully_shard
+
+    options = {"mesh": mesh(), **options}
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def everything(name, parameter):
+    """Every weight with two dimensions, embeddings and head too."""
+    return parameter.dim() == 2
+
+
+def start(kind="llama", first="sparsify", targets=everything, optimizer=SparseAdamW, model=None, **options):
+    """A sparsified and sharded model in training, and the reference of one process."""
+    model = tiny_model(kind, **(UNEVEN if kind == "llama" else {})) if model is None else model
+    masks = select_masks(model, salience="random", density=0.05, targets=targets, progress=False)
+    reference = Reference(model, masks, **OPTIONS)
+    if first == "sparsify":
+        values = sparsify(model, masks)
+        shard(model, **options)
+    else:
+        shard(model, **options)
+        values = sparsify(model, masks)
+    return model, values, optimizer(values, **OPTIONS), reference
+
+
+def part(batch, number, of):
+    return {key: value[number::of] for key, value in batch.items()}
+
+
+def train(rank, model, optimizer, reference=None, first=0, steps=STEPS):
+    """Steps on this process's part of each batch, with clipping, and those of the reference on all of it."""
+    for step in range(first, first + steps):
+        batch = token_batch(step, batch=4)
+        model(**part(batch, rank, 2)).loss.backward()
+        norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        if reference is not None:
+            reference.model(**batch).loss.backward()
+            assert_close(norm, reference.step(clip=0.05), rtol=1e-5)
+
+
+def whole(model):
+    """The model's state with the rows of all processes."""
+    return {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in state(model).items()}
+
+
+def state(model):
+    return {name: part.detach() for name, part in model.state_dict().items()}
+
+
+def assert_equals(reference, model, values, tolerance=1e-6):
+    """Weights of the whole model and values are the reference's, and nothing moved outside the masks."""
+    state = whole(model)
+    for name, parameter in reference.model.named_parameters(remove_duplicate=False):
+        assert_close(state[name], parameter.detach(), atol=tolerance, rtol=0)
+    for parameter in values:
+        name = linked(parameter).name
+        inside = reference.dense[name]
+        assert_close(parameter.detach(), reference.parameters[name].detach()[inside], atol=tolerance, rtol=0)
+        assert torch.equal(state[name][inside], parameter.detach())
+        assert torch.equal(state[name][~inside], reference.start[name][~inside])
+        assert_equal_on_all(parameter.detach())
+
+
+def assert_equal_on_all(tensor):
+    others = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, tensor.contiguous())
+    assert all(torch.equal(tensor, other) for other in others)
+
+
+def sparsified_and_then_sharded(rank):
+    model, values, optimizer, reference = start()
+    assert not any(hasattr(parameter, "device_mesh") for parameter in values)
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values)
+
+
+def sharded_and_then_sparsified(rank):
+    model, values, optimizer, reference = start(first="shard")
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values)
+
+
+def blocks_computed_again_in_backward(rank):
+    for reentrant in (False, True):
+        model = tiny_model(**UNEVEN)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model, values, optimizer, reference = start(model=model.train())
+        reference.model.gradient_checkpointing_disable()
+        with counted_exchanges() as sent:
+            train(rank, model, optimizer, reference)
+        assert len(sent) == STEPS, f"one exchange a step, reentrant={reentrant}: {sent}"
+        assert_equals(reference, model, values)
+
+
+@contextlib.contextmanager
+def counted_exchanges():
+    """The lengths of what gradients are averaged in."""
+    sent, before = [], averaging.dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        if tensor.dtype == torch.float32:
+            sent.append(len(tensor))
+        return before(tensor, *args, **kwargs)
+
+    averaging.dist.all_reduce = all_reduce
+    try:
+        yield sent
+    finally:
+        averaging.dist.all_reduce = before
+
+
+def gradients_added_up_are_sent_once_and_four_bytes_an_entry(rank):
+    for put_off in (True, False):
+        model, values, optimizer, reference = start()
+        with counted_exchanges() as sent:
+            for step in range(STEPS):
+                batch = token_batch(step, batch=8)
+                for half in range(2):
+                    model.set_requires_gradient_sync(half == 1 or not put_off)
+                    (model(**part(part(batch, half, 2), rank, 2)).loss / 2).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                reference.model(**batch).loss.backward()
+                reference.step()
+        entries = sum(map(len, values)) + len(values)
+        assert sent == [entries] * (STEPS if put_off else 2 * STEPS)
+        assert_equals(reference, model, values)
+
+
+def embeddings_tied_to_the_head(rank):
+    for first in ("sparsify", "shard"):
+        model, values, optimizer, reference = start("qwen2", first)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        train(rank, model, optimizer, reference)
+        assert_equals(reference, model, values)
+
+
+class Narrow(torch.nn.Module):
+    """Weights with fewer rows than there are processes, and one that only some processes use in a step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList([torch.nn.Linear(6, 5), torch.nn.Linear(5, 1), torch.nn.Linear(6, 5)])
+
+    def forward(self, x, other):
+        first, second, rare = self.model.layers
+        hidden = first(x) + (rare(x) if other else 0)
+        return second(hidden.tanh()).mean()
+
+
+def processes_without_rows_and_weights_that_some_do_not_use(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = Narrow()
+    masks = select_masks(model, salience="random", density=0.5, progress=False)
+    reference = Reference(model, masks, **OPTIONS)
+    values = sparsify(model, masks)
+    fully_shard(model, mesh=mesh())
+    optimizer = SparseAdamW(values, **OPTIONS)
+    for step in range(6):
+        uses = [step % 3 == 1, step % 3 == 2]
+        inputs = [torch.randn(3, 6, generator=torch.Generator().manual_seed(2 * step + i)) for i in range(2)]
+        model(inputs[rank], uses[rank]).backward()
+        (sum(reference.model(x, use) for x, use in zip(inputs, uses, strict=True)) / 2).backward()
+        reference.mask_gradients()
+        for parameter in values:
+            expected = reference.parameters[linked(parameter).name].grad
+            assert (parameter.grad is None) == (expected is None), (step, linked(parameter).name)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+    assert_equals(reference, model, values)
+
+
+def mixed_precision_computes_in_16_bits_and_keeps_rows_in_32(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, values, optimizer, reference = start(mp_policy=policy)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    train(rank, model, optimizer)
+    assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in model.parameters())
+    for step in range(STEPS):
+        batch = token_batch(step, batch=4)
+        with torch.autocast("cpu", torch.bfloat16):
+            reference.model(**batch).loss.backward()
+        reference.step(clip=0.05)
+    # The rates are some 1e-2 a step, the sign of small gradients is their rounding's.
+    state = whole(model)
+    for parameter in values:
+        name = linked(parameter).name
+        moved = parameter.detach() - reference.start[name][reference.dense[name]]
+        expected = (reference.parameters[name].detach() - reference.start[name])[reference.dense[name]]
+        assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.95, name
+        assert torch.equal(state[name][reference.dense[name]], parameter.detach())
+
+
+def rows_in_16_bits_hold_the_rounded_values(rank):
+    model, values, optimizer, reference = start(model=tiny_model(dtype=torch.bfloat16, **UNEVEN), first="shard")
+    train(rank, model, optimizer)
+    state = whole(model)
+    for parameter in values:
+        name = linked(parameter).name
+        inside = reference.dense[name]
+        assert parameter.dtype == torch.float32
+        assert torch.equal(state[name][inside], parameter.detach().bfloat16())
+        assert torch.equal(state[name][~inside], reference.start[name][~inside])
+        assert_equal_on_all(parameter.detach())
+
+
+def rows_offloaded_to_the_cpu(rank):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    model, values, optimizer, reference = start(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values)
+
+
+def another_optimizer_trains_a_norm_densely_too(rank):
+    """The gradient of a dense parameter is averaged by FSDP itself."""
+
+    def attach():
+        model = tiny_model()
+        values = sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+        model.model.norm.weight.requires_grad_(True)
+        return model, values
+
+    (model, values), (alone, alone_values) = attach(), attach()
+    shard(model)
+    optimizers = [
+        torch.optim.AdamW([*v, m.model.norm.weight], **OPTIONS)
+        for m, v in zip((model, alone), (values, alone_values), strict=True)
+    ]
+    for step in range(STEPS):
+        batch = token_batch(step, batch=4)
+        model(**part(batch, rank, 2)).loss.backward()
+        alone(**batch).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    state = whole(model)
+    for name, expected in alone.state_dict().items():
+        assert_close(state[name], expected, atol=1e-6, rtol=0)
+    assert not torch.equal(alone.model.norm.weight, torch.ones(24))
+
+
+def a_forward_between_steps_leaves_no_stale_weights(rank):
+    """FSDP keeps what it gathered for the outermost module until the next backward."""
+    model, values, optimizer, reference = start()
+    model(**token_batch(0)).loss.backward()
+    with torch.no_grad():
+        model(**token_batch(1))
+    # Written into the gathered head as well as into its rows.
+    optimizer.step()
+    plain = tiny_model(**UNEVEN)
+    with torch.no_grad():
+        actual = model(**token_batch(1)).logits
+    plain.load_state_dict(whole(model))
+    assert_close(actual, plain(**token_batch(1)).logits.detach())
+
+
+def a_state_loaded_later_wins_over_values(rank):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model, values, optimizer, _ = start()
+    train(rank, model, optimizer, steps=1)
+    other = tiny_model(seed=1, **UNEVEN)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, other.state_dict() if rank == 0 else {}, options=options)
+    for parameter in values:
+        weight = linked(parameter)
+        expected = other.get_parameter(weight.name).detach().flatten()[weight.mask.indices.long()]
+        assert torch.equal(parameter.detach(), expected)
+    assert_close(model(**token_batch(0)).logits.detach(), other(**token_batch(0)).logits.detach())
+
+
+def values_changed_by_hand_are_written_before_the_next_forward(rank):
+    model, values, optimizer, _ = start(first="shard")
+    train(rank, model, optimizer, steps=1)
+    with torch.no_grad():
+        for parameter in values:
+            parameter.mul_(1.5)
+    plain = tiny_model(**UNEVEN)
+    logits = model(**token_batch(0)).logits.detach()
+    plain.load_state_dict(whole(model))
+    assert_close(logits, plain(**token_batch(0)).logits.detach())
+    for parameter in values:
+        weight = linked(parameter)
+        assert torch.equal(plain.get_parameter(weight.name).detach().flatten()[weight.mask.indices.long()], parameter)
+
+
+def taken_off_a_sharded_model_leaves_the_trained_rows(rank):
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, reference)
+    desparsify(model)
+    state = whole(model)
+    for name, parameter in reference.model.named_parameters():
+        assert_close(state[name], parameter.detach(), atol=1e-6, rtol=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Beside(torch.nn.Module):
+    """A head whose weight is used in a call of its module, and once more without one; and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6)])
+        self.head, self.uncalled = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        hidden = self.model.layers[0](x)
+        other = torch.nn.functional.linear(hidden, self.uncalled.weight)
+        return (self.head(hidden) * torch.nn.functional.linear(other, self.head.weight)).mean()
+
+
+def uses_without_a_call_of_the_module_count(rank):
+    for first in ("sparsify", "shard"):
+        model, values, optimizer, reference = start(first=first, model=Beside())
+        for step in range(STEPS):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            model(x[rank::2]).backward()
+            (sum(reference.model(x[i::2]) for i in range(2)) / 2).backward()
+            reference.mask_gradients()
+            for parameter in values:
+                name = linked(parameter).name
+                expected = reference.parameters[name].grad[reference.dense[name]]
+                assert_close(parameter.grad, expected, atol=1e-6)
+            optimizer.step()
+            optimizer.zero_grad()
+            reference.step()
+        assert_equals(reference, model, values, tolerance=1e-5)
+
+
+def masked_weights_stay_frozen_when_all_is_thawed(rank):
+    model, values, optimizer, reference = start(first="shard")
+    model.requires_grad_(True)
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values)
+    assert not any(linked(parameter).parameter.requires_grad for parameter in values)
+
+
+def quantised_weights_that_are_left_whole(rank):
+    """As accelerate leaves codes that are not stored as floating numbers; their values are averaged all the same."""
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import load_quantized, save_original
+
+    from speft_optim.weights.bnb import quantized_linears
+
+    folder = save_original(f"{FOLDER[0]}/original")
+    # The first process alone writes it.
+    dist.barrier()
+    for kind, first in (("nf4", "sparsify"), ("int8", "shard")):
+        model, one = load_quantized(folder, kind), load_quantized(folder, kind)
+        masks = select_masks(one, salience="random", density=0.05, progress=False)
+        codes = {module.weight for _, module in quantized_linears(model)}
+        values = sparsify(model, masks) if first == "sparsify" else None
+        shard(model, ignored_params=codes)
+        values = values or sparsify(model, masks)
+        one_values = sparsify(one, masks)
+        optimizers = [SparseAdamW(values, **OPTIONS), SparseAdamW(one_values, **OPTIONS)]
+        for step in range(STEPS):
+            batch = token_batch(step, batch=4)
+            model(**part(batch, rank, 2)).loss.backward()
+            one(**batch).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        for value, expected in zip(values, one_values, strict=True):
+            # The entries of least gradient move by the sign of its rounding.
+            assert_close(value.detach(), expected.detach(), atol=1e-4, rtol=0)
+            assert_equal_on_all(value.detach())
+
+
+def quantised_weights_that_would_be_sharded(rank):
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import load_quantized, save_original
+
+    folder = save_original(f"{FOLDER[0]}/stored")
+    dist.barrier()
+    model = load_quantized(folder, "nf4", bnb_4bit_quant_storage=torch.float32)
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    shard(model)
+    with pytest.raises(ValueError, match="is a quantised weight under fully_shard, which cannot be trained yet"):
+        sparsify(model, masks)
+
+
+def rows_changed_past_the_dtensor_are_refused(rank):
+    model, values, optimizer, _ = start()
+    train(rank, model, optimizer, steps=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if hasattr(parameter, "to_local"):
+                parameter.to_local().mul_(2.0)
+    with pytest.raises(ValueError, match=r"rows of .*weight that this process holds were changed.*load_state_dict"):
+        model(**token_batch(0))
+
+
+def whole_weights_are_freed_as_they_are_sharded(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_model()
+    sparsify(model, select_masks(model, salience="random", density=0.05, targets=everything, progress=False))
+    for layer in [*model.model.layers, model]:
+        before = [weakref.ref(parameter) for name, parameter in layer.named_parameters() if parameter.dim() == 2]
+        assert before
+        fully_shard(layer, mesh=mesh())
+        assert not any(parameter() is not None and not hasattr(parameter(), "device_mesh") for parameter in before)
+
+
+def salience_of_each_processes_own_batches(rank):
+    """The masks are those of one process with all batches, in both scopes and passes of any budget."""
+    batches = [token_batch(seed, ragged=True) for seed in range(4)]
+    for salience in ("gradient", "snip", "magnitude", "activation", "random"):
+        for scope, budget in (("local", None), ("global", 30_000)):
+            options = dict(salience=salience, density=0.1, scope=scope, memory_budget=budget, progress=False)
+            options["targets"] = None if salience == "activation" else everything
+            model = shard(tiny_model(**UNEVEN))
+            model.model.norm.weight.requires_grad_(False)
+            before = whole(model)
+            masks = select_masks(model, batches[rank::2], **options)
+            assert equal_states(whole(model), before)
+            assert [p.requires_grad for p in model.parameters()].count(False) == 1
+            with alone():
+                expected = select_masks(tiny_model(**UNEVEN), batches, **options)
+            assert masks.overlap(expected) > 0.99, (salience, scope)
+            check_equal(masks.fingerprint(), "masks", "")
+    values = sparsify(model, masks)
+    optimizer = SparseAdamW(values, **OPTIONS)
+    reference = Reference(tiny_model(**UNEVEN), masks, **OPTIONS)
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values, tolerance=1e-5)
+
+
+def salience_that_is_refused_on_a_sharded_model(rank):
+    model = shard(tiny_model())
+    for salience in ("fisher", "grasp", "synflow"):
+        with pytest.raises(ValueError, match=f"{salience}' is not possible on a model under fully_shard yet"):
+            select_masks(model, [token_batch()], salience=salience, density=0.1, progress=False)
+    with pytest.raises(ValueError, match="Of 2 processes 1 have a calibration batch"):
+        select_masks(model, [token_batch()] * (1 + rank), density=0.1, progress=False)
+    bad = [token_batch(), {"input_ids": torch.ones(2, 4, dtype=torch.long)}]
+    with pytest.raises((ValueError, RuntimeError), match="Process 1 failed.*no labels" if rank == 0 else "no labels"):
+        select_masks(model, bad if rank else [token_batch()] * 2, density=0.1, progress=False)
+    select_masks(model, [token_batch()], density=0.1, progress=False)
+
+
+def accelerate_of_version_2(rank):
+    """Accumulation, clipping, `save_state` and `load_state`, with weights that the first process alone has read too."""
+    for read_by_first in (False, True):
+        model = tiny_model(**UNEVEN)
+        masks = select_masks(model, salience="random", density=0.05, targets=everything, progress=False)
+        reference = Reference(model, masks, **OPTIONS)
+        if read_by_first and rank:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+        values = sparsify(model, masks)
+        with fsdp_accelerator(cpu_ram_efficient_loading=read_by_first) as accelerator:
+            model, optimizer = accelerator.prepare(model, SparseAdamW(values, **OPTIONS))
+            assert all(hasattr(p, "device_mesh") == (linked(p) is None) for p in model.parameters())
+
+            def accumulate(step, model=model, optimizer=optimizer, accelerator=accelerator):
+                batch = token_batch(step, batch=8)
+                for half in range(2):
+                    with accelerator.accumulate(model):
+                        accelerator.backward(model(**part(part(batch, half, 2), rank, 2)).loss)
+                        if accelerator.sync_gradients:
+                            norm = accelerator.clip_grad_norm_(model.parameters(), 0.05)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                return norm
+
+            for step in range(STEPS):
+                norm = accumulate(step)
+                reference.model(**token_batch(step, batch=8)).loss.backward()
+                assert_close(norm, reference.step(clip=0.05), rtol=1e-5)
+            assert_equals(reference, model, values)
+            accelerator.save_state(f"{FOLDER[0]}/accelerate{read_by_first}")
+            accumulate(STEPS)
+            expected = whole(model)
+            accelerator.load_state(f"{FOLDER[0]}/accelerate{read_by_first}")
+            accumulate(STEPS)
+            assert equal_states(whole(model), expected)
+
+
+def trainer_of_transformers(rank):
+    """Trainer builds SparseAdamW itself under FSDP; its run, saved model and resumed run are those under DDP."""
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    class UnderFSDP(Trainer):
+        def create_accelerator_and_postprocess(self):
+            from accelerate import FullyShardedDataParallelPlugin
+
+            super().create_accelerator_and_postprocess()
+            use_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT"))
+            self.is_fsdp_enabled = True
+
+    data = [{key: part[0] for key, part in token_batch(i, batch=1).items()} for i in range(16)]
+
+    def run(kind, resume=None):
+        model = tiny_model(**UNEVEN)
+        sparsify(model, select_masks(model, salience="random", density=0.05, targets=everything, progress=False))
+        folder = f"{FOLDER[0]}/{kind.__name__}"
+        options = dict(use_cpu=True, report_to=[], disable_tqdm=True, save_steps=2, logging_strategy="no", max_steps=3)
+        options.update(per_device_train_batch_size=2, learning_rate=1e-2, max_grad_norm=0.05)
+        built = (SparseAdamW, dict(lr=1e-2, weight_decay=0.1))
+        arguments = TrainingArguments(folder, **options)
+        trainer = kind(model=model, args=arguments, train_dataset=data, optimizer_cls_and_kwargs=built)
+        with reset_accelerate():
+            trainer.train(resume_from_checkpoint=resume)
+            if resume is None:
+                trainer.save_model(f"{folder}/final")
+        dist.barrier()
+        return whole(model), folder
+
+    expected, _ = run(Trainer)
+    actual, folder = run(UnderFSDP)
+    for name, weight in expected.items():
+        assert_close(actual[name], weight, atol=1e-6, rtol=0)
+    assert equal_states(dict(LlamaForCausalLM.from_pretrained(f"{folder}/final").state_dict()), actual)
+    assert equal_states(run(UnderFSDP, f"{folder}/checkpoint-2")[0], actual)
+
+
+@contextlib.contextmanager
+def alone():
+    """As before there was a process group: the library asks this one function whether there are others."""
+    before, distributed.is_distributed = distributed.is_distributed, lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_distributed = before
+
+
+@contextlib.contextmanager
+def fsdp_accelerator(**options):
+    """An accelerator under FSDP of version 2 on the CPU, where accelerate itself would choose DDP."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    with reset_accelerate():
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        use_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2, **options))
+        assert accelerator.is_fsdp2
+        yield accelerator
+
+
+@contextlib.contextmanager
+def reset_accelerate():
+    from accelerate.state import AcceleratorState
+
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def use_fsdp(plugin):
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    PartialState._shared_state.update(distributed_type=DistributedType.FSDP)
+
+
+def divisions_that_are_refused(rank):
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    columns = lambda parameter: Shard(1) if parameter.dim() == 2 else None  # noqa: E731
+    for options, message in (
+        (dict(mesh=mesh(1, 2)), "on a mesh of 2 dimensions, as of hybrid sharding"),
+        (dict(shard_placement_fn=columns), r"divided as S(hard)?\(.*1\)"),
+    ):
+        model = tiny_model()
+        masks = select_masks(model, salience="random", density=0.05, progress=False)
+        shard(model, **options)
+        before = {name: part.to_local().clone() for name, part in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            sparsify(model, masks)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert all(torch.equal(before[name], part.to_local()) for name, part in model.state_dict().items())
+        with pytest.raises(ValueError, match=message):
+            start(model=tiny_model(), **options)[0](**token_batch())
+    model = tiny_model()
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    parallelize_module(model.model.layers[0], mesh(), {"mlp.up_proj": ColwiseParallel()})
+    with pytest.raises(ValueError, match="sharded by a device mesh"):
+        sparsify(model, masks)
+    shard(model.eval(), ignored_params=set(model.model.layers[0].mlp.up_proj.parameters()))
+    with pytest.raises(ValueError, match="a DTensor that no fully_shard made, as of tensor parallelism"):
+        sparsify(model, masks)
+
+
+def saved_by_the_first_process_and_loaded_by_one(rank):
+    """Adapter, merged checkpoint and full state dict are those of the model of one process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, reference)
+    # What FSDP keeps gathered after a forward is not taken for the rows.
+    model(**token_batch(0))
+    adapter, folder = f"{FOLDER[0]}/adapter", f"{FOLDER[0]}/merged"
+    save_adapter(model, adapter)
+    export_merged(model, folder, dtype=torch.float32, max_shard_size="10KB")
+    with pytest.raises((ValueError, RuntimeError), match="not empty"):
+        export_merged(model, folder)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = get_model_state_dict(model, options=options)
+    assert len(full) == (len(reference.model.state_dict()) if rank == 0 else 0)
+    expected = whole(model)
+    loaded = tiny_model(**UNEVEN)
+    load_adapter(loaded, adapter)
+    for other in (loaded.state_dict(), type(loaded).from_pretrained(folder).state_dict(), full):
+        assert all(torch.equal(expected[name], part) for name, part in other.items())
+    dist.barrier()
+
+
+def adapters_loaded_on_a_sharded_model(rank):
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, steps=1)
+    adapter = f"{FOLDER[0]}/of_one_step"
+    save_adapter(model, adapter)
+    other = shard(tiny_model(**UNEVEN))
+    before = whole(other)
+    masks = load_adapter(other, adapter)
+    assert equal_states(whole(other), whole(model))
+    sparsify(other, masks)
+    desparsify(other)
+    unload_adapter(other)
+    assert equal_states(whole(other), before)
+    with pytest.raises(ValueError, match="weights outside the masks differ"):
+        load_adapter(shard(tiny_model(seed=1, **UNEVEN)), adapter)
+
+
+def masks_that_move_with_the_training(rank):
+    """From the training's own gradients and from batches, as in one process with all of them."""
+    batches = [token_batch(seed) for seed in range(4)]
+    for options in (dict(interval=4, window=2, memory_budget=20_000), dict(interval=3, salience="gradient")):
+
+        def steps(sharded, options=options):
+            model = tiny_model(**UNEVEN)
+            masks = select_masks(model, salience="magnitude", density=0.05, targets=everything, progress=False)
+            model = shard(model) if sharded else model
+            optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+            mine = batches[rank::2] if sharded else batches
+            more = {} if "window" in options else dict(batches=mine, progress=False)
+            MaskSchedule(model, optimizer, **options, **more)
+            for step in range(9):
+                batch = token_batch(step, batch=4)
+                model(**(part(batch, rank, 2) if sharded else batch)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return model, masks
+
+        model, masks = steps(True)
+        with alone():
+            expected, _ = steps(False)
+        assert masks_of(model) == masks_of(expected) != masks
+        state = whole(model)
+        for name, part_ in expected.state_dict().items():
+            assert_close(state[name], part_, atol=1e-4, rtol=0)
+
+
+def checkpoints_resumed_by_two_processes_and_by_one(rank):
+    """`torch.distributed.checkpoint` saves rows and values; the resumed runs go on as the one that was saved."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, values, optimizer, reference = start()
+    train(rank, model, optimizer, reference, steps=2)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint")
+    train(rank, model, optimizer, reference, first=2, steps=2)
+    other, other_values, other_optimizer, _ = start(first="shard")
+    weights, state = get_state_dict(other, other_optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint")
+    set_state_dict(other, other_optimizer, model_state_dict=weights, optim_state_dict=state)
+    train(rank, other, other_optimizer, first=2, steps=2)
+    assert all(map(torch.equal, values, other_values))
+    expected = whole(model)
+    assert equal_states(expected, whole(other))
+    if rank == 0:
+        torch.save(expected, f"{FOLDER[0]}/resumed.pt")
+    dist.barrier()
+
+
+SCENARIOS = [
+    sparsified_and_then_sharded,
+    sharded_and_then_sparsified,
+    blocks_computed_again_in_backward,
+    gradients_added_up_are_sent_once_and_four_bytes_an_entry,
+    embeddings_tied_to_the_head,
+    processes_without_rows_and_weights_that_some_do_not_use,
+    mixed_precision_computes_in_16_bits_and_keeps_rows_in_32,
+    rows_in_16_bits_hold_the_rounded_values,
+    rows_offloaded_to_the_cpu,
+    another_optimizer_trains_a_norm_densely_too,
+    a_forward_between_steps_leaves_no_stale_weights,
+    a_state_loaded_later_wins_over_values,
+    values_changed_by_hand_are_written_before_the_next_forward,
+    taken_off_a_sharded_model_leaves_the_trained_rows,
+    uses_without_a_call_of_the_module_count,
+    masked_weights_stay_frozen_when_all_is_thawed,
+    quantised_weights_that_are_left_whole,
+    quantised_weights_that_would_be_sharded,
+    rows_changed_past_the_dtensor_are_refused,
+    whole_weights_are_freed_as_they_are_sharded,
+    salience_of_each_processes_own_batches,
+    salience_that_is_refused_on_a_sharded_model,
+    accelerate_of_version_2,
+    trainer_of_transformers,
+    divisions_that_are_refused,
+    saved_by_the_first_process_and_loaded_by_one,
+    adapters_loaded_on_a_sharded_model,
+    masks_that_move_with_the_training,
+    checkpoints_resumed_by_two_processes_and_by_one,
+]
+
+
+def run_all(rank, port, folder):
+    """Run every scenario in one of two processes and leave what went wrong in a file."""
+    import os
+
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
+    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    # A process that waits for another in vain is a failure and not a test that never ends.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    FOLDER.append(folder)
+    failures = {}
+    for scenario in SCENARIOS:
+        try:
+            scenario(rank)
+        except BaseException:
+            failures[scenario.__name__] = traceback.format_exc()
+    torch.save(failures, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_all, (port, str(folder)), nprocs=2)
+    FOLDER.append(str(folder))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_processes(failures, scenario):
+    for rank, failed in enumerate(failures):
+        assert scenario not in failed, f"rank {rank}: {failed[scenario]}"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_process_resumes_what_two_saved(failures):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = tiny_model(**UNEVEN)
+    masks = select_masks(model, salience="random", density=0.05, targets=everything, progress=False)
+    optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint", no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for step in range(2, 4):
+        model(**token_batch(step, batch=4)).loss.backward()
+        clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.load(f"{FOLDER[0]}/resumed.pt")
+    for name, part in model.state_dict().items():
+        assert_close(part, expected[name], atol=1e-6, rtol=0)
