@@ -142,6 +142,15 @@ def blocks_computed_again_in_backward(rank):
         assert_equals(reference, model, values)
 
 
+def compiled_blocks(rank):
+    model = tiny_model(**UNEVEN)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    model, values, optimizer, reference = start(model=model)
+    train(rank, model, optimizer, reference, steps=2)
+    assert_equals(reference, model, values)
+
+
 @contextlib.contextmanager
 def counted_exchanges():
     """The lengths of what gradients are averaged in."""
@@ -742,6 +751,7 @@ SCENARIOS = [
     sparsified_and_then_sharded,
     sharded_and_then_sparsified,
     blocks_computed_again_in_backward,
+    compiled_blocks,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,
     embeddings_tied_to_the_head,
     processes_without_rows_and_weights_that_some_do_not_use,
