@@ -63,6 +63,9 @@ def sparsify(
     and Trainer and SFTTrainer take the model like any other. `save_pretrained` writes the merged weights, as
     `export_merged` does.
 
+    Under torch's `fully_shard`, called before this or after, the values stay whole on every process and their gradients
+    are averaged at the end of each backward. All processes call this with the same masks.
+
     Args:
         model: a model in memory; its weights are left in place and in their dtype (fp32, bf16, fp16 or quantised).
         masks: from a parameter's full name to its mask.

@@ -12,7 +12,7 @@ from speft_optim.weights.wrappers import plain_modules
 
 
 def check_divisions(model: nn.Module) -> None:
-    """Refuse a model of which a weight is divided otherwise than by rows over all processes.
+    """Refuse a model of which a weight is divided otherwise than by rows.
 
     Raises:
         ValueError: see `check_division`; or a layer is quantised.
@@ -25,11 +25,11 @@ def check_divisions(model: nn.Module) -> None:
 
 
 def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
-    """Refuse a weight that is divided otherwise than by rows over all processes.
+    """Refuse a weight that is divided otherwise than by rows.
 
     Raises:
-        ValueError: it lies on a mesh of several dimensions or of some processes only, is divided by columns or by no
-            FSDP, or is quantised.
+        ValueError: it is divided in two dimensions, over some processes only, by columns or by no FSDP, or it is
+            quantised.
     """
     if is_quantized_linear(module):
         raise ValueError(
@@ -38,18 +38,19 @@ def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> Non
         )
     if how := _other_division(module, parameter):
         raise ValueError(
-            f"{name} is {how}. Masked weights can be divided by rows over all processes: call fully_shard with a mesh "
-            "of one dimension over all of them, and without shard_placement_fn."
+            f"{name} is {how}. Masked weights can be divided by rows, with copies of all rows or without: call "
+            "fully_shard with a mesh of all processes, of one dimension or two for hybrid sharding, and without "
+            "shard_placement_fn."
         )
 
 
 def _other_division(module: nn.Module, parameter: nn.Parameter) -> str | None:
     """How a DTensor is divided, if that is not by rows over all processes."""
-    mesh, (placement, *others) = parameter.device_mesh, parameter.placements
-    if others:
-        return f"on a mesh of {mesh.ndim} dimensions, as of hybrid sharding or tensor parallelism"
+    mesh, (*others, placement) = parameter.device_mesh, parameter.placements
+    if len(others) > 1 or not all(other.is_replicate() for other in others):
+        return f"divided as {parameter.placements} on a mesh of {mesh.ndim} dimensions, as of tensor parallelism"
     if mesh.size() != dist.get_world_size():
-        return f"on {mesh.size()} of {dist.get_world_size()} processes, as of pipeline parallelism"
+        return f"on {mesh.size()} of {dist.get_world_size()} processes, as of pipeline or tensor parallelism"
     if not getattr(module, "_is_fsdp_managed_module", False):
         return "a DTensor that no fully_shard made, as of tensor parallelism"
     return None if placement.is_shard(0) else f"divided as {placement}"

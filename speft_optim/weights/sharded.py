@@ -46,6 +46,8 @@ class ShardedWeight:
         self._site = module, attribute
         self.parameter = module._parameters[attribute] if parameter is None else parameter
         self.shape, self.dtype = self.parameter.shape, self.parameter.dtype
+        # The last one of the mesh: in hybrid sharding the dimension before it holds copies.
+        self._dimension = self.parameter.device_mesh.ndim - 1
         kind = self.parameter.device_mesh.device_type
         self.device = torch.device(kind, None if kind == "cpu" else torch.get_device_module(kind).current_device())
         self._own: tuple[Mask, slice, Mask] | None = None
@@ -122,7 +124,7 @@ class ShardedWeight:
     def _from_owners(self, entries: Tensor) -> Tensor:
         """Entries that are zero in all processes but one, from that, in the weight's dtype."""
         # The sum of their bits is exact, for -0.0 and NaN too.
-        dist.all_reduce(entries.view(torch.int32), group=self.parameter.device_mesh.get_group())
+        dist.all_reduce(entries.view(torch.int32), group=self.parameter.device_mesh.get_group(self._dimension))
         return entries.to(self.dtype)
 
     def gather_base(self, indices: Tensor) -> Tensor:
@@ -172,7 +174,8 @@ class ShardedWeight:
         """The flat positions of the process's own rows, first and last (exclusive)."""
         mesh = self.parameter.device_mesh
         # As torch.chunk divides: all parts but the last ones have the same number of rows.
-        first = min(mesh.get_local_rank() * -(-self.shape[0] // mesh.size()), self.shape[0]) * self.shape[1:].numel()
+        part = -(-self.shape[0] // mesh.size(self._dimension))
+        first = min(mesh.get_local_rank(self._dimension) * part, self.shape[0]) * self.shape[1:].numel()
         return first, first + rows.numel()
 
     def _own_entries(self, mask: Mask, rows: Tensor) -> tuple[slice, Mask]:

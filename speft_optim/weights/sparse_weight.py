@@ -80,7 +80,7 @@ class SparseWeight(AddedModule):
         if change := self._change():
             raise ValueError(
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
-                f"module, one sharded by fully_shard or FSDP, or offloaded?); {_REMEDY}"
+                f"module, one sharded by FSDP version 1, or offloaded?); {_REMEDY}"
             )
         if self._is_unreduced:
             raise ValueError(
