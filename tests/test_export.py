@@ -147,7 +147,9 @@ def scheduled(model, original, tmp_path):
         model(**token_batch(seed)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert any(weight.former is not None and len(weight.former) for weight in sparse_weights(model))
+    assert any(
+        weight.previously_trained is not None and len(weight.previously_trained) for weight in sparse_weights(model)
+    )
 
 
 def adapted(model, original, tmp_path):

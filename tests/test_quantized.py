@@ -448,7 +448,7 @@ def test_memory_summary_counts_entries_that_left(model):
     before, summary = live_bytes(), optimizer.memory_summary()
     train(model, optimizer, 4, first=1)
     now = optimizer.memory_summary()
-    entries = sum(len(weight.former) for weight in sparse_weights(model))
+    entries = sum(len(weight.previously_trained) for weight in sparse_weights(model))
     assert entries > 0 and now["values"] - summary["values"] >= 4 * entries
     assert live_bytes() - before == now["total"] - summary["total"]
 

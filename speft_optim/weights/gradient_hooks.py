@@ -83,32 +83,33 @@ class GradientHook:
     Args:
         module: the module that uses the weight in its forward.
         attribute: the weight's name in the module.
-        anchor: a tensor that requires gradients, else the hook rests; it makes the output require them, and gets what
-            the accumulator returns.
-        accumulator: where the gradient's parts go.
+        grad_anchor: a tensor that requires gradients; the hook does nothing while it does not. It makes the output
+            require gradients, and its own gradient is what the accumulator returns.
+        accumulator: receives the gradient, dense or as two factors.
         name: the weight's full name, for warnings.
         verify: whether the product of a linear layer is compared with autograd's own gradient first.
-        pending: of accumulators that keep what they get, where (accumulator, factors) wait for `settle` after a
-            comparison.
+        pending: a list for accumulators that keep the gradient: after a comparison, (accumulator, factors) wait in it
+            for `settle`. None for an accumulator that returns a gradient for `grad_anchor`.
 
     Attributes:
-        told: whether the weight was named as one that is used otherwise.
-        verdict: whether the product is right, under hooks that stood before this hook's own; None until that is known.
+        warned: whether the user was told that the weight is used otherwise than as `x @ W.T`.
+        verdict: (surroundings, whether the product is the whole gradient in them); None until that is known. The
+            surroundings are the hooks that run before this one, see `_surroundings`.
     """
 
     def __init__(
         self,
         module: nn.Module,
         attribute: str,
-        anchor: Tensor,
+        grad_anchor: Tensor,
         accumulator: Accumulator,
         name: str = "",
         verify: bool = False,
         pending: list | None = None,
     ):
-        self.attribute, self.anchor, self.accumulator, self.name, self.verify = (
+        self.attribute, self.grad_anchor, self.accumulator, self.name, self.verify = (
             attribute,
-            anchor,
+            grad_anchor,
             accumulator,
             name,
             verify,
@@ -118,7 +119,7 @@ class GradientHook:
         self.pending = pending
         self.verdict: tuple[tuple, bool] | None = None
         self._found: tuple[tuple, bool] | None = None
-        self.told = False
+        self.warned = False
         # Under this name a module holds its calls that have begun; a replica of it, on another thread, its own.
         self._key = f"_uses_of_{attribute}_{next(_numbers)}"
         before = module.register_forward_pre_hook(self.before_forward, with_kwargs=True)
@@ -140,7 +141,7 @@ class GradientHook:
     def is_needed(self) -> bool:
         """Whether a forward now leads to a gradient for the accumulator."""
         # Where not, as in the calibration of a model in training, a second derivative must not meet the hook either.
-        return torch.is_grad_enabled() and self.anchor.requires_grad
+        return torch.is_grad_enabled() and self.grad_anchor.requires_grad
 
     def verify_again(self) -> None:
         """Compare the gradient of the next backward with autograd's own, as in the first."""
@@ -192,9 +193,9 @@ class GradientHook:
         if use.way is Way.VERIFY:
             take = functools.partial(self._judge, use, self._surroundings(module))
             other = torch.zeros((), requires_grad=True)
-            use.alias = hook_weight(weight.detach(), self.anchor, take, other)
+            use.alias = hook_weight(weight.detach(), self.grad_anchor, take, other)
         elif use.way is Way.DENSE:
-            use.alias = hook_weight(weight.detach(), self.anchor, self.accumulator.from_dense)
+            use.alias = hook_weight(weight.detach(), self.grad_anchor, self.accumulator.from_dense)
         elif is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
             use.alias = weight.detach()
         if use.alias is not None:
@@ -228,7 +229,7 @@ class GradientHook:
             x = kept[2]
         use.kept = None
         take = use.take if use.way is Way.VERIFY else self.accumulator.from_product
-        return hook_output(output, x, self.anchor, take, self.transposed)
+        return hook_output(output, x, self.grad_anchor, take, self.transposed)
 
     def _judge(self, use: _Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
         """Feed the accumulator with the product if it is autograd's own gradient of the alias, and with that if not."""
@@ -247,8 +248,8 @@ class GradientHook:
 
     def _tell(self, why: str) -> None:
         """Name the weight, once."""
-        if not self.told:
-            self.told = True
+        if not self.warned:
+            self.warned = True
             logger.warning(
                 "%s is used otherwise than as x @ W.T: %s. Its gradient is formed densely, one weight at a time, which "
                 "is right and takes longer.",

@@ -11,12 +11,13 @@ from speft_optim.weights.verification import warn_of_inputs
 
 
 class Accumulator(Protocol):
-    """What the gradient of a frozen weight goes to.
+    """Receives the gradient of a frozen weight.
 
-    Both methods return the gradient of the tensor that stands for the accumulator in the graph (the `anchor`), or None
-    where the accumulator keeps what it got. One that is verified and does not wait in a list (see
-    `gradient_hooks.GradientHook`) also has the two parts of `from_product`: `sample`, which returns the anchor's
-    gradient, and `accumulate`, which follows once the product is known to be right.
+    The accumulator is represented in the graph by a tensor that requires gradients, the `grad_anchor`. Both methods
+    return the gradient of that tensor, or None where the accumulator keeps what it received. Under a hook that
+    verifies products and has no `pending` list (see `gradient_hooks.GradientHook`), an accumulator also needs the two
+    parts of `from_product`: `sample(left, right)`, which returns the anchor's gradient, and `accumulate(left, right)`,
+    which is called once the product is known to be right.
     """
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
@@ -64,33 +65,33 @@ def take_saved_input(x: Tensor) -> torch.autograd.graph.Node | None:
 
 
 def hook_output(
-    output: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], Tensor | None], transposed: bool
+    output: Tensor, x: Tensor, grad_anchor: Tensor, take: Callable[[Tensor, Tensor], Tensor | None], transposed: bool
 ) -> Tensor:
     """A linear layer's output, whose backward hands over the two factors of the weight's gradient.
 
     Args:
         output: (..., out).
         x: (..., in), the layer's input.
-        anchor: a tensor that requires gradients.
-        take: gets the factors as `Accumulator.from_product` does; returns the gradient of `anchor`.
+        grad_anchor: a tensor that requires gradients.
+        take: gets the factors as `Accumulator.from_product` does; returns the gradient of `grad_anchor`.
         transposed: whether the weight is (in, out).
     """
-    return _HookOutput.apply(output, x, anchor, take, transposed)
+    return _HookOutput.apply(output, x, grad_anchor, take, transposed)
 
 
 def hook_weight(
-    weight: Tensor, anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None = None
+    weight: Tensor, grad_anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None = None
 ) -> Tensor:
     """An alias of a frozen weight, whose backward hands over the dense gradient of its uses.
 
     Args:
         weight: without a graph.
-        anchor: a tensor that requires gradients.
-        take: gets the gradient, of the weight's shape and dtype; returns that of `anchor`.
+        grad_anchor: a tensor that requires gradients.
+        take: gets the gradient, of the weight's shape and dtype; returns that of `grad_anchor`.
         other: a leaf that nobody asks the gradient of. A backward that was told its inputs does not reach it, which is
             how such a backward is found out and warned of.
     """
-    return _HookWeight.apply(weight, anchor, take, other)
+    return _HookWeight.apply(weight, grad_anchor, take, other)
 
 
 class _HookOutput(torch.autograd.Function):
@@ -99,7 +100,7 @@ class _HookOutput(torch.autograd.Function):
         ctx,
         output: Tensor,
         x: Tensor,
-        anchor: Tensor,
+        grad_anchor: Tensor,
         take: Callable[[Tensor, Tensor], Tensor | None],
         transposed: bool,
     ) -> Tensor:
@@ -124,7 +125,7 @@ class _HookOutput(torch.autograd.Function):
 class _HookWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weight: Tensor, anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None
+        ctx, weight: Tensor, grad_anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None
     ) -> Tensor:
         ctx.take, ctx.has_other = take, other is not None
         return weight.view_as(weight)

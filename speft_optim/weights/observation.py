@@ -15,7 +15,7 @@ from speft_optim.weights.verification import DenseGradient
 
 
 def observe_gradient(
-    target: Target, anchor: Tensor, accumulator: Accumulator, verify: bool = False, pending: list | None = None
+    target: Target, grad_anchor: Tensor, accumulator: Accumulator, verify: bool = False, pending: list | None = None
 ) -> list[GradientHook | ProductHook]:
     """Let the gradient of every use of a weight in a module that holds it go to an accumulator.
 
@@ -23,7 +23,7 @@ def observe_gradient(
 
     Args:
         target: the weight.
-        anchor: stands for the accumulator in the graph, and gets the sum of what it returns.
+        grad_anchor: stands for the accumulator in the graph, and gets the sum of what it returns.
         accumulator: takes the gradients.
         verify: as for `GradientHook`.
         pending: as for `GradientHook`.
@@ -35,9 +35,9 @@ def observe_gradient(
     for module, attribute in target.sites:
         forward = forward_of(module) if attribute == "weight" else None
         if forward is not None:
-            hooks.append(ProductHook(forward, target.name, anchor, accumulator))
+            hooks.append(ProductHook(forward, target.name, grad_anchor, accumulator))
         else:
-            hooks.append(GradientHook(module, attribute, anchor, accumulator, target.name, verify, pending))
+            hooks.append(GradientHook(module, attribute, grad_anchor, accumulator, target.name, verify, pending))
     return hooks
 
 

@@ -27,8 +27,9 @@ from speft_optim.weights.storage import frozen_weight
 class _Product(torch.autograd.Function):
     """`x @ W.T`, or `x @ W`, with W made anew for each product; differentiable any number of times.
 
-    `leaf` is None, or a tensor of W's shape that stands for it in the graph and gets its gradient. To each of `anchors`
-    belongs an accumulator, which takes W's gradient as its two factors; that can be done once only.
+    `leaf` is None, or a tensor of W's shape that represents W in the graph and gets its gradient. Each of
+    `grad_anchors` belongs to the accumulator at the same place, which receives W's gradient as its two factors; that
+    way the product can be differentiated only once.
     """
 
     @staticmethod
@@ -39,7 +40,7 @@ class _Product(torch.autograd.Function):
         weight: QuantizedWeight,
         transposed: bool,
         accumulators: tuple[Accumulator, ...],
-        *anchors: Tensor,
+        *grad_anchors: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.transposed, ctx.accumulators = weight, transposed, accumulators
         ctx.saved_input = take_saved_input(x) if accumulators and leaf is None else None
@@ -105,12 +106,12 @@ class FrozenForward:
         """The layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
         dtype = self.compute_dtype(x)
         hooks = self.gradient_hooks if torch.is_grad_enabled() else ()
-        accumulators, anchors = tuple(hook.accumulator for hook in hooks), (hook.anchor for hook in hooks)
+        accumulators, grad_anchors = tuple(hook.accumulator for hook in hooks), (hook.grad_anchor for hook in hooks)
         operand = keep_input(x.to(dtype)) if hooks else x.to(dtype)
         weight = frozen_weight(self.module)
         # The model may have moved since it came in.
         weight.place_scales()
-        output = _Product.apply(operand, self.leaf, weight, False, accumulators, *anchors)
+        output = _Product.apply(operand, self.leaf, weight, False, accumulators, *grad_anchors)
         if self.module.bias is not None:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)
@@ -150,10 +151,10 @@ class ProductHook:
     """
 
     # Never found to be used otherwise.
-    told = False
+    warned = False
 
-    def __init__(self, forward: FrozenForward, name: str, anchor: Tensor, accumulator: Accumulator):
-        self.forward, self.name, self.anchor, self.accumulator = forward, name, anchor, accumulator
+    def __init__(self, forward: FrozenForward, name: str, grad_anchor: Tensor, accumulator: Accumulator):
+        self.forward, self.name, self.grad_anchor, self.accumulator = forward, name, grad_anchor, accumulator
         forward.gradient_hooks.append(self)
 
     def remove(self) -> None:

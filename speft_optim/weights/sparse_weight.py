@@ -34,17 +34,18 @@ class SparseWeight(AddedModule):
     Attributes:
         name: the weight's full parameter name.
         mask: which entries are trained.
-        former: which others were trained before the mask changed, and keep what they learned; None if it never did.
+        previously_trained: the entries that were trained before the mask changed and are not now; they keep what they
+            learned. None while the mask has never changed.
         values: (k,) fp32 parameter, the weight's masked entries.
-        accumulator: what else gets the weight's whole gradient in training, as a `MaskSchedule` asks for; None usually.
+        accumulator: receives the weight's whole gradient in training too, as a `MaskSchedule` needs; None without one.
     """
 
-    former: Mask | None = None
+    previously_trained: Mask | None = None
     accumulator: Accumulator | None = None
     # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
-    _told_of_use = _is_unreduced = False
+    _warned_of_use = _is_unreduced = False
     # Whether it was told that something thawed the weights.
-    _told_of_thaw = False
+    _warned_of_thaw = False
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
@@ -182,25 +183,29 @@ class SparseWeight(AddedModule):
         entries = base.gather(indices).to(torch.float32)
         entries[stays] = self.values[places[stays]]
         ever = self.ever_trained().to(self.values.device).indices
-        former = ever[~torch.isin(ever, indices, assume_unique=True)]
+        previous = ever[~torch.isin(ever, indices, assume_unique=True)]
         base.release(self.values)
         exchange(self.values, entries)
-        self.mask, self.former = mask, Mask(former, mask.shape)
+        self.mask, self.previously_trained = mask, Mask(previous, mask.shape)
         base.attach(mask, self.values)
         self._remember()
         return places, stays
 
     def ever_trained(self) -> Mask:
         """The entries that are or were trained."""
-        if self.former is None or not len(self.former):
+        if self.previously_trained is None or not len(self.previously_trained):
             return self.mask
-        both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
+        both = [mask.to(self.values.device).indices for mask in (self.mask, self.previously_trained)]
         return Mask(torch.cat(both), self.mask.shape)
 
     def bytes_held(self) -> tuple[int, int]:
         """Bytes of values and of positions, with those that are laid over codes for entries that left."""
         beside = [(mask, values) for mask, values in self.base.overlays if values is not self.values]
-        masks = [self.mask, *(mask for mask, _ in beside), *([] if self.former is None else [self.former])]
+        masks = [
+            self.mask,
+            *(mask for mask, _ in beside),
+            *([] if self.previously_trained is None else [self.previously_trained]),
+        ]
         return sum(v.nbytes for v in [self.values, *(v for _, v in beside)]), sum(mask.nbytes for mask in masks)
 
     @property
@@ -214,15 +219,15 @@ class SparseWeight(AddedModule):
         """Whether the weight itself holds its entries, as a dense one does and a quantised one cannot."""
         return self._dense
 
-    def former_entries(self) -> Tensor:
-        """What the entries of `former` hold, (k,), on a quantised weight; (0,) on a dense one, which holds them."""
-        return self.values.new_empty(0) if self.holds_entries else self.base.gather(self.former.indices)
+    def previous_entries(self) -> Tensor:
+        """Return the entries of `previously_trained`, (k,) fp32, of a quantised weight; (0,) of a dense one."""
+        return self.values.new_empty(0) if self.holds_entries else self.base.gather(self.previously_trained.indices)
 
-    def restore_former(self, former: Mask | None, entries: Tensor | None) -> None:
-        """Let the entries of `former` hold what `former_entries` gave."""
-        self.former = None if former is None else former.to(self.values.device)
-        if former is not None and not self.holds_entries:
-            self.base.put(self.former, entries)
+    def restore_previous(self, previous: Mask | None, entries: Tensor | None) -> None:
+        """Set `previously_trained`, and in a quantised weight its entries to those of `previous_entries`."""
+        self.previously_trained = None if previous is None else previous.to(self.values.device)
+        if previous is not None and not self.holds_entries:
+            self.base.put(self.previously_trained, entries)
 
     def _placed_mask(self) -> Mask:
         """The mask, beside the values."""
@@ -320,10 +325,10 @@ class SparseWeight(AddedModule):
 
     def _warn_of_thaw(self) -> None:
         """Say once for a model that its masked weights stay frozen."""
-        if self._told_of_thaw:
+        if self._warned_of_thaw:
             return
         for weight in sparse_weights(self._places[0]):
-            weight._told_of_thaw = True
+            weight._warned_of_thaw = True
         logger.warning(
             "%s was set to require gradients after sparsify, as model.requires_grad_(True) does with all parameters. "
             "Masked weights stay frozen, since their masked entries train as values; freeze the other parameters "
@@ -337,8 +342,8 @@ class SparseWeight(AddedModule):
         if not self.values.requires_grad:
             return
         self._is_unreduced = is_distributed()
-        if not self._told_of_use and not any(hook.told for hook in self._gradient_hooks):
-            self._told_of_use = True
+        if not self._warned_of_use and not any(hook.warned for hook in self._gradient_hooks):
+            self._warned_of_use = True
             logger.warning(
                 "%s is used outside its module's forward, where no hook sees it: the gradient of these uses is formed "
                 "densely, one weight at a time, which is right and takes longer.",
