@@ -759,7 +759,9 @@ def test_where_transformers_has_no_way_back_names_stay_or_the_export_is_refused(
     export_merged(model, tmp_path / "kept")
     assert shapes_in(tmp_path / "kept").keys() == shapes_in(original).keys()
     monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", {"^model": "text_model"}, raising=False)
-    with pytest.raises(ValueError, match="The files of a LlamaForCausalLM have other names .* install transformers 5"):
+    with pytest.raises(
+        ValueError, match="The base checkpoint of a LlamaForCausalLM has other names .* install transformers 5"
+    ):
         export_merged(model, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
