@@ -236,7 +236,7 @@ def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
     assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "selection changed the base"
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     select_masks(model, batches, salience=salience, density=0.03, scope="global")
-    # And of the model in training, with values laid over that are the codes' own.
+    # The same holds in training, with overlaid values that equal the quantised weight's own.
     sparsify(model, random_masks(model))
     assert select_masks(model, batches, salience=salience, density=0.03).overlap(whole) > 0.9999
 
@@ -768,7 +768,7 @@ def test_replicas_of_data_parallel_are_refused(model, monkeypatch):
         trained(**token_batch())
     desparsify(model)
     assert not model._forward_pre_hooks
-    # As long as entries are laid over, the layers are computed by us.
+    # As long as there are overlays, the layers have our forward.
     train(twin, SparseAdamW(sparsify(twin, masks), lr=1e-2), 1)
     desparsify(twin)
     with pytest.raises(ValueError, match="torchrun"):

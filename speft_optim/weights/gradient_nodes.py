@@ -1,4 +1,4 @@
-"""Autograd nodes that see the gradient of a frozen weight, and what takes it from them."""
+"""Autograd nodes that observe the gradient of a frozen weight, and the accumulators that receive it."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -21,17 +21,19 @@ class Accumulator(Protocol):
     """
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
-        """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype.
+        """Receive the gradient as two factors: it is `left.T @ right`, summed over all but the last dimension.
 
-        Both have at least two dimensions.
+        Args:
+            left: (..., rows), at least two dimensions, a floating dtype.
+            right: (..., columns), the same leading dimensions and dtype.
         """
 
     def from_dense(self, gradient: Tensor) -> Tensor | None:
-        """The weight's gradient is `gradient`, of the weight's shape and dtype."""
+        """Receive the dense gradient, of the weight's shape and dtype."""
 
 
 class _KeepInput(torch.autograd.Function):
-    """An alias of a linear layer's input, which its node saves for the node of the layer's output."""
+    """Makes an alias of a linear layer's input, whose node saves the input for the node of the layer's output."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -46,17 +48,17 @@ class _KeepInput(torch.autograd.Function):
 
 
 def keep_input(x: Tensor) -> Tensor:
-    """An alias of `x` whose node keeps it for `take_saved_input`; `x` itself where autograd has no node for it."""
-    # A compiler decides by itself what it keeps, and knows no nodes.
+    """Return an alias of `x` whose node saves it for `take_saved_input`; `x` itself where autograd records nothing."""
+    # A compiler decides by itself what to save, and cannot trace nodes.
     if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
         return x
     return x if getattr(x.grad_fn, "is_free", False) else _KeepInput.apply(x)
 
 
 def take_saved_input(x: Tensor) -> torch.autograd.graph.Node | None:
-    """The node whose `saved_tensors` are `x` alone; None where nothing keeps it, or keeps it for another already.
+    """Return the node of `keep_input` that saves `x`, to be used once; None where there is none, or it is in use.
 
-    A node each, since a checkpointed tensor can be brought back once only.
+    A node serves one reader, since a checkpoint gives a saved tensor back only once.
     """
     if torch.compiler.is_compiling() or not getattr(x.grad_fn, "is_free", False):
         return None
@@ -67,13 +69,13 @@ def take_saved_input(x: Tensor) -> torch.autograd.graph.Node | None:
 def hook_output(
     output: Tensor, x: Tensor, grad_anchor: Tensor, take: Callable[[Tensor, Tensor], Tensor | None], transposed: bool
 ) -> Tensor:
-    """A linear layer's output, whose backward hands over the two factors of the weight's gradient.
+    """Return an alias of a linear layer's output whose backward passes on the two factors of the weight's gradient.
 
     Args:
         output: (..., out).
         x: (..., in), the layer's input.
         grad_anchor: a tensor that requires gradients.
-        take: gets the factors as `Accumulator.from_product` does; returns the gradient of `grad_anchor`.
+        take: called with the factors as `Accumulator.from_product` is; returns the gradient of `grad_anchor`.
         transposed: whether the weight is (in, out).
     """
     return _HookOutput.apply(output, x, grad_anchor, take, transposed)
@@ -82,14 +84,14 @@ def hook_output(
 def hook_weight(
     weight: Tensor, grad_anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None = None
 ) -> Tensor:
-    """An alias of a frozen weight, whose backward hands over the dense gradient of its uses.
+    """Return an alias of a frozen weight whose backward passes on the dense gradient of the alias.
 
     Args:
-        weight: without a graph.
+        weight: the weight, detached.
         grad_anchor: a tensor that requires gradients.
-        take: gets the gradient, of the weight's shape and dtype; returns that of `grad_anchor`.
-        other: a leaf that nobody asks the gradient of. A backward that was told its inputs does not reach it, which is
-            how such a backward is found out and warned of.
+        take: called with the gradient, of the weight's shape and dtype; returns that of `grad_anchor`.
+        other: a leaf whose gradient nobody names. A backward with `inputs=` does not reach it, by which such a backward
+            is detected and warned of.
     """
     return _HookWeight.apply(weight, grad_anchor, take, other)
 
@@ -106,7 +108,7 @@ class _HookOutput(torch.autograd.Function):
     ) -> Tensor:
         ctx.take, ctx.transposed, ctx.saved_input = take, transposed, take_saved_input(x)
         ctx.save_for_backward(*(() if ctx.saved_input else (x,)))
-        # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
+        # Detached, the alias is no view for autograd: an in-place ReLU could not change a view of a custom function.
         return output.detach()
 
     @staticmethod
@@ -115,7 +117,7 @@ class _HookOutput(torch.autograd.Function):
         (x,) = (ctx.saved_input or ctx).saved_tensors
         anchor_gradient = None
         if ctx.needs_input_grad[2]:
-            # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
+            # The product is formed in the dtype of the layer's matmul, which under autocast is not that of its input.
             x = x.to(output_gradient.dtype)
             left, right = (x, output_gradient) if ctx.transposed else (output_gradient, x)
             anchor_gradient = ctx.take(torch.atleast_2d(left), torch.atleast_2d(right))
@@ -137,5 +139,5 @@ class _HookWeight(torch.autograd.Function):
             warn_of_inputs()
         if not ctx.needs_input_grad[1]:
             return None, None, None, None
-        # Embeddings made with sparse=True give a sparse one.
+        # An embedding with sparse=True has a sparse gradient.
         return None, ctx.take(gradient.to_dense() if gradient.is_sparse else gradient), None, None
