@@ -319,7 +319,7 @@ def test_a_model_trains_by_kernels_as_without_them(bits, monkeypatch):
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 def test_codes_stay_whatever_dtype_they_are_stored_in(storage):
-    """Codes under a floating dtype look like a dense weight, whose entries a step writes."""
+    """A quantised weight stored under a floating dtype looks like a dense weight, whose entries a step writes."""
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32, quant_storage=storage)
     weight = draw(32, 64).cpu()

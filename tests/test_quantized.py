@@ -241,8 +241,8 @@ def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
     assert select_masks(model, batches, salience=salience, density=0.03).overlap(whole) > 0.9999
 
 
-def test_salience_keeps_gradients_of_codes_in_fp32(model):
-    """Whatever the codes are stored as: what they are used in is the input's dtype."""
+def test_salience_keeps_gradients_of_quantised_weights_in_fp32(model):
+    """The dtype of the quantised weight's storage does not matter; products are formed in the input's dtype."""
     targets = find_targets(model)
     with GradientStore(targets, 2**30) as store:
         assert store.memory_bytes == 4 * sum(target.shape.numel() for target in targets.values())
@@ -276,7 +276,9 @@ def test_training_agrees_with_the_reference_on_dequantised_weights(model, accumu
     for name, dense in effective(model).items():
         outside = ~reference.dense[name]
         assert torch.equal(dense[outside], reference.start[name][outside])
-    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "codes or scales changed"
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), (
+        "the base changed"
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -419,7 +421,9 @@ def test_entries_that_leave_keep_their_exact_value_over_codes_that_never_change(
                 kept[weight.name, place] = value
         last = now
     assert schedule.steps == 8 and len(schedule.history) == 4 and len(kept) > masks.count
-    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "codes or scales changed"
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), (
+        "the base changed"
+    )
     logits = model(**token_batch()).logits
     desparsify(model)
     assert torch.equal(model(**token_batch()).logits, logits)
@@ -548,7 +552,7 @@ def test_state_dict_carries_the_trained_entries(model):
 
 
 def test_a_loaded_state_is_all_that_was_trained(model):
-    """Of a run with another mask, or of the base: what this one trained is the codes' again."""
+    """A state of a run with another mask, or of the base, resets what this model trained to the quantised weight."""
     base, other = copy.deepcopy(model), copy.deepcopy(model)
     start = {key: value.clone() for key, value in base.state_dict().items()}
     for run, seed in ((model, 0), (other, 1)):

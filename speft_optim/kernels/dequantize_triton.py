@@ -65,7 +65,7 @@ def _four_bits(
         place = (start + run)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         tl.store(out + place, both.to(out.dtype.element_ty), inside[:, None])
     if values is not None:
-        # As in `_int8`.
+        # Wait for the program's other threads, as `_int8` does.
         tl.debug_barrier()
         overlay_row(out + start * SIZE, row, values, row_pointers, columns, B)
 

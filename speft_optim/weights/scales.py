@@ -179,7 +179,7 @@ _DEQUANTISERS = {
 }
 
 
-# Copies and moves of the scales.
+# These functions copy or move the scales.
 _KEEPING = {
     *("to", "_to_copy", "cpu", "cuda", "xpu", "detach", "clone", "contiguous", "float", "pin_memory", "data.__get__"),
 }
