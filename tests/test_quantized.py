@@ -276,9 +276,7 @@ def test_training_agrees_with_the_reference_on_dequantised_weights(model, accumu
     for name, dense in effective(model).items():
         outside = ~reference.dense[name]
         assert torch.equal(dense[outside], reference.start[name][outside])
-    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), (
-        "the base changed"
-    )
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "the base changed"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -421,9 +419,7 @@ def test_entries_that_leave_keep_their_exact_value_over_codes_that_never_change(
                 kept[weight.name, place] = value
         last = now
     assert schedule.steps == 8 and len(schedule.history) == 4 and len(kept) > masks.count
-    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), (
-        "the base changed"
-    )
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "the base changed"
     logits = model(**token_batch()).logits
     desparsify(model)
     assert torch.equal(model(**token_batch()).logits, logits)

@@ -116,10 +116,10 @@ def _multiply(
     row = block * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     # Rows and columns beyond the block's last are computed from row and column 0 of the operands, and not stored.
-    ours = tl.load(order + row, row < filled, other=0).to(tl.int64)
-    theirs = tl.load(columns + start + column, column < width, other=0).to(tl.int64)
-    left_place = left + ours[:, None] * tokens + token[None, :]
-    right_place = right + theirs[None, :] * tokens + token[:, None]
+    left_feature = tl.load(order + row, row < filled, other=0).to(tl.int64)
+    right_feature = tl.load(columns + start + column, column < width, other=0).to(tl.int64)
+    left_place = left + left_feature[:, None] * tokens + token[None, :]
+    right_place = right + right_feature[None, :] * tokens + token[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for _ in range(0, tokens, TOKENS):
         total = tl.dot(tl.load(left_place), tl.load(right_place), total)
