@@ -592,7 +592,6 @@ def test_a_state_of_an_older_version_is_refused(older):
     _, _, _, optimizer = attached()
     saved = optimizer.state_dict()
     saved["state"][0].update(older)
-
     with pytest.raises(ValueError, match="older version of speft_optim; go on with that version"):
         optimizer.load_state_dict(saved)
 
