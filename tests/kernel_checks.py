@@ -75,25 +75,25 @@ def test_an_uneven_mask_with_empty_rows():
     assert torch.equal(weight, expected)
 
 
-@pytest.mark.parametrize("laid_over", [True, False])
+@pytest.mark.parametrize("overlaid", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape, share", MATRICES)
-def test_int8_codes_with_values_laid_over(shape, share, dtype, laid_over):
+def test_int8_weights_with_overlaid_values(shape, share, dtype, overlaid):
     codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int8)
     scales, mask = draw(shape[0], seed=1).abs(), mask_of(shape, share)
     values = draw(len(mask), seed=2)
     expected = (codes.float() * (scales * (1 / 127))[:, None]).to(dtype)
-    if laid_over:
+    if overlaid:
         scatter_entries_(expected, mask.indices, values)
-    overlay = (mask.positions, values) if laid_over else (None, None)
+    overlay = (mask.positions, values) if overlaid else (None, None)
     assert_written(dequantize_int8(codes, scales, dtype, *overlay), expected)
 
 
-@pytest.mark.parametrize("laid_over", [True, False])
+@pytest.mark.parametrize("overlaid", [True, False])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape, share, size", [((9, 64), 0.2, 64), ((5, 4480), 0.02, 64), ((70, 256), 0.1, 128)])
-def test_4bit_codes_with_values_laid_over(shape, share, size, dtype, double, laid_over):
+def test_4bit_weights_with_overlaid_values(shape, share, size, dtype, double, overlaid):
     """The longest rows take more than one turn of the kernel's loop, the last not a whole one."""
     runs, source = torch.Size(shape).numel() // size, torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (runs * size // 2, 1), generator=source).to(DEVICE, torch.uint8)
@@ -107,9 +107,9 @@ def test_4bit_codes_with_values_laid_over(shape, share, size, dtype, double, lai
         exact = second[0][scales.int()] * second[1][torch.arange(runs, device=DEVICE) // 8] + second[3]
     pairs = torch.stack([codes >> 4, codes & 15], dim=1).flatten()
     expected = (table[pairs.int()].view(runs, size) * exact[:, None]).to(dtype).view(shape)
-    if laid_over:
+    if overlaid:
         scatter_entries_(expected, mask.indices, values)
-    overlay = (mask.positions, values) if laid_over else (None, None)
+    overlay = (mask.positions, values) if overlaid else (None, None)
     actual = dequantize_4bit(codes, table, scales, size, second, torch.Size(shape), dtype, *overlay)
     assert_written(actual, expected)
 
@@ -208,7 +208,7 @@ def test_the_product_is_formed_in_blocks_where_that_pays(monkeypatch):
     assert not formed_in_blocks(Mask((corner // 4096 * 256 + corner % 4096).to(DEVICE), (400, 256)))
 
 
-def test_strided_values_are_laid_over_as_scatter_does():
+def test_strided_values_are_overlaid_as_scatter_does():
     mask, weight = mask_of((7, 40), 0.3), draw(7, 40)
     values, expected = draw(2 * len(mask), seed=1)[::2], weight.clone()
     scatter_entries_(expected, mask.indices, values)
@@ -319,7 +319,7 @@ def test_a_model_trains_by_kernels_as_without_them(bits, monkeypatch):
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 def test_codes_stay_whatever_dtype_they_are_stored_in(storage):
-    """Codes under a floating dtype look like a dense weight, whose entries a step writes."""
+    """A quantised weight stored under a floating dtype looks like a dense weight, whose entries a step writes."""
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32, quant_storage=storage)
     weight = draw(32, 64).cpu()

@@ -56,7 +56,7 @@ def dequantized_twin(model):
 
 
 def stored(model):
-    """Copies of all codes and scales of a model."""
+    """Copies of all quantised weights and scales of a model."""
     tensors = []
     for _, module in quantized_linears(model):
         tensors.append(module.weight.detach().clone())

@@ -147,7 +147,9 @@ def scheduled(model, original, tmp_path):
         model(**token_batch(seed)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert any(weight.former is not None and len(weight.former) for weight in sparse_weights(model))
+    assert any(
+        weight.previously_trained is not None and len(weight.previously_trained) for weight in sparse_weights(model)
+    )
 
 
 def adapted(model, original, tmp_path):
@@ -309,13 +311,13 @@ def test_merged_weights_load_into_the_quantised_model(trained, original, tmp_pat
     """As a trainer does that resumes from a checkpoint folder."""
     export_merged(trained, tmp_path / "out")
     model = copy.deepcopy(trained)
-    codes = [module.weight.detach().clone() for _, module in quantized_linears(model)]
+    quantised = [module.weight.detach().clone() for _, module in quantized_linears(model)]
     for weight in sparse_weights(model):
         weight.values.data.zero_()
     model.load_state_dict(tensors(tmp_path / "out"), strict=False)
     for one, other in zip(sparse_weights(model), sparse_weights(trained), strict=True):
         assert torch.equal(one.values, other.values.to(torch.bfloat16).float())
-    for (_, module), before in zip(quantized_linears(model), codes, strict=True):
+    for (_, module), before in zip(quantized_linears(model), quantised, strict=True):
         assert torch.equal(module.weight, before)
     # Where the value was only rounded on its way, it keeps its exact form.
     exact = copy.deepcopy(trained)
@@ -621,7 +623,7 @@ def test_folders_and_shard_sizes_that_cannot_be_are_refused(trained, original, t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_checkpoint_is_no_base_and_no_original(kind, original, tmp_path):
-    """Its codes have names of weights, and int8 ones their shapes."""
+    """Its quantised weights have the names of weights, and int8 ones their shapes."""
     model = load_quantized(original, kind)
     model.save_pretrained(tmp_path / "codes")
     masks = random_masks(model, density=0.05)
@@ -738,7 +740,7 @@ def test_the_merged_checkpoint_has_the_names_and_layout_of_the_base(name, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_that_was_stored_quantised_is_saved_merged_too(kind, original, tmp_path):
-    """What loaded its codes has no way back, which transformers' own saving of it stumbles over."""
+    """The conversion that loaded its quantised weights cannot be undone, on which transformers' own saving fails."""
     import transformers as tf
 
     load_quantized(original, kind).save_pretrained(tmp_path / "codes")
@@ -757,7 +759,9 @@ def test_where_transformers_has_no_way_back_names_stay_or_the_export_is_refused(
     export_merged(model, tmp_path / "kept")
     assert shapes_in(tmp_path / "kept").keys() == shapes_in(original).keys()
     monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", {"^model": "text_model"}, raising=False)
-    with pytest.raises(ValueError, match="The files of a LlamaForCausalLM have other names .* install transformers 5"):
+    with pytest.raises(
+        ValueError, match="The base checkpoint of a LlamaForCausalLM has other names .* install transformers 5"
+    ):
         export_merged(model, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 

@@ -68,7 +68,7 @@ def test_all_ways_to_read_agree_with_the_definition(kind, shape):
     for first in range(0, shape[0], 3):
         last = min(shape[0], first + 5)
         assert torch.equal(weight.rows(first, last), expected[first:last])
-    # A wrong layout would be off by far more than the codes' own error.
+    # A wrong layout would be off by far more than the quantisation error.
     step = {"dense": 0, "int8": 0.01}.get(kind, 0.2)
     assert (expected - original).abs().max() <= step * original.abs().max()
 

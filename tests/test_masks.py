@@ -409,7 +409,7 @@ def test_a_picture_is_what_its_ending_says(masks, tmp_path):
     for name, start in begins.items():
         masks.plot(tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
-    with pytest.raises(ValueError, match=r"\.txt is no picture; append one of these, such as .png: .*svg"):
+    with pytest.raises(ValueError, match=r"\.txt is no picture format; append one such as \.png, of .*svg"):
         masks.plot(tmp_path / "m.txt")
     assert {path.name for path in tmp_path.iterdir()} == set(begins)
 

@@ -116,7 +116,7 @@ def test_head_is_left_out_only_where_nobody_needs_it_called():
 
 
 def stored_bytes(model):
-    """Bytes of all parameters and of what bitsandbytes keeps beside its codes."""
+    """Bytes of all parameters and of what bitsandbytes keeps beside its quantised weights."""
     total = sum(parameter.nbytes for parameter in model.parameters())
     for _, module in quantized_linears(model):
         if hasattr(module.weight, "SCB"):

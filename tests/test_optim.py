@@ -580,10 +580,18 @@ def test_the_state_of_a_dense_run_is_refused_with_what_to_do():
         optimizer.load_state_dict(theirs.state_dict())
 
 
-def test_a_state_of_an_older_version_is_refused():
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"name": "model.layers.0.self_attn.q_proj.weight", "shape": [24, 24]},
+        {"former": torch.zeros(72, dtype=torch.uint8), "former_values": torch.zeros(0)},
+    ],
+    ids=["name as text", "former entries"],
+)
+def test_a_state_of_an_older_version_is_refused(older):
     _, _, _, optimizer = attached()
     saved = optimizer.state_dict()
-    saved["state"][0].update(name="model.layers.0.self_attn.q_proj.weight", shape=[24, 24])
+    saved["state"][0].update(older)
     with pytest.raises(ValueError, match="older version of speft_optim; go on with that version"):
         optimizer.load_state_dict(saved)
 

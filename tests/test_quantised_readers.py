@@ -654,7 +654,7 @@ def test_a_merged_lora_change_arrives_at_every_entry_and_the_trained_ones_stay(m
         if name not in change:
             assert torch.equal(after[name], weight)
         else:
-            # Quantised anew, the trained entries with the rest: as far off as codes are.
+            # The trained entries were quantised anew with the rest, so they are off by the quantisation error.
             step = 0.01 if kind == "int8" else 0.2
             target = weight + change[name] if not options.get("use_dora") else after[name]
             assert (after[name] - target).abs().max() < step * target.abs().max()

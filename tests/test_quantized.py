@@ -236,13 +236,13 @@ def test_masks_are_those_of_the_dequantised_model(model, salience, batches):
     assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "selection changed the base"
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     select_masks(model, batches, salience=salience, density=0.03, scope="global")
-    # And of the model in training, with values laid over that are the codes' own.
+    # The same holds in training, with overlaid values that equal the quantised weight's own.
     sparsify(model, random_masks(model))
     assert select_masks(model, batches, salience=salience, density=0.03).overlap(whole) > 0.9999
 
 
-def test_salience_keeps_gradients_of_codes_in_fp32(model):
-    """Whatever the codes are stored as: what they are used in is the input's dtype."""
+def test_salience_keeps_gradients_of_quantised_weights_in_fp32(model):
+    """The dtype of the quantised weight's storage does not matter; products are formed in the input's dtype."""
     targets = find_targets(model)
     with GradientStore(targets, 2**30) as store:
         assert store.memory_bytes == 4 * sum(target.shape.numel() for target in targets.values())
@@ -276,7 +276,7 @@ def test_training_agrees_with_the_reference_on_dequantised_weights(model, accumu
     for name, dense in effective(model).items():
         outside = ~reference.dense[name]
         assert torch.equal(dense[outside], reference.start[name][outside])
-    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "codes or scales changed"
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "the base changed"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -419,7 +419,7 @@ def test_entries_that_leave_keep_their_exact_value_over_codes_that_never_change(
                 kept[weight.name, place] = value
         last = now
     assert schedule.steps == 8 and len(schedule.history) == 4 and len(kept) > masks.count
-    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "codes or scales changed"
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "the base changed"
     logits = model(**token_batch()).logits
     desparsify(model)
     assert torch.equal(model(**token_batch()).logits, logits)
@@ -448,7 +448,7 @@ def test_memory_summary_counts_entries_that_left(model):
     before, summary = live_bytes(), optimizer.memory_summary()
     train(model, optimizer, 4, first=1)
     now = optimizer.memory_summary()
-    entries = sum(len(weight.former) for weight in sparse_weights(model))
+    entries = sum(len(weight.previously_trained) for weight in sparse_weights(model))
     assert entries > 0 and now["values"] - summary["values"] >= 4 * entries
     assert live_bytes() - before == now["total"] - summary["total"]
 
@@ -548,7 +548,7 @@ def test_state_dict_carries_the_trained_entries(model):
 
 
 def test_a_loaded_state_is_all_that_was_trained(model):
-    """Of a run with another mask, or of the base: what this one trained is the codes' again."""
+    """A state of a run with another mask, or of the base, resets what this model trained to the quantised weight."""
     base, other = copy.deepcopy(model), copy.deepcopy(model)
     start = {key: value.clone() for key, value in base.state_dict().items()}
     for run, seed in ((model, 0), (other, 1)):
@@ -768,7 +768,7 @@ def test_replicas_of_data_parallel_are_refused(model, monkeypatch):
         trained(**token_batch())
     desparsify(model)
     assert not model._forward_pre_hooks
-    # As long as entries are laid over, the layers are computed by us.
+    # As long as there are overlays, the layers have our forward.
     train(twin, SparseAdamW(sparsify(twin, masks), lr=1e-2), 1)
     desparsify(twin)
     with pytest.raises(ValueError, match="torchrun"):

@@ -217,7 +217,7 @@ def test_resume_is_bit_equal_across_selections(tmp_path, dtype, moments, state_b
     left, right = weights_of(model), weights_of(other)
     assert all(torch.equal(left[name], right[name]) for name in left)
     for a, b in zip(sparse_weights(model), sparse_weights(other), strict=True):
-        assert torch.equal(a.values, b.values) and a.former == b.former
+        assert torch.equal(a.values, b.values) and a.previously_trained == b.previously_trained
         for key, part in optimizer.state[a.values].items():
             assert torch.equal(part, other_optimizer.state[b.values][key])
 
@@ -264,7 +264,7 @@ def test_a_loss_of_before_gives_no_gradient_to_other_entries(density):
     early = model(**token_batch(1)).loss
     train(model, optimizer, 1)
     # The first is ours; of another length torch itself refuses.
-    with pytest.raises(RuntimeError, match="were chosen anew|invalid gradient|modified inplace"):
+    with pytest.raises(RuntimeError, match="changed the trained entries|invalid gradient|modified inplace"):
         early.backward()
     assert all(weight.values.grad is None for weight in sparse_weights(model))
     train(model, optimizer, 1, first=1)
@@ -324,8 +324,8 @@ def test_resume_through_distributed_checkpoints_is_bit_equal(tmp_path, option, s
         else:
             checkpoint.save(parts, checkpoint_id=tmp_path / "sharded")
         train(model, optimizer, 3, first=2)
-        former = [weight.former for weight in sparse_weights(model)]
-        results.append((weights_of(model), optimizer.state_dict(), schedule.history, optimizer.skipped_steps, former))
+        previous = [weight.previously_trained for weight in sparse_weights(model)]
+        results.append((weights_of(model), optimizer.state_dict(), schedule.history, optimizer.skipped_steps, previous))
     assert equal_states(*(result[:4] for result in results))
     assert results[0][4] == results[1][4] and results[1][3] == 3 and len(results[1][2]) == 2
 
@@ -347,7 +347,7 @@ def test_masks_of_another_length_resume_from_a_state_saved_whole():
     assert equal_states(*results)
 
 
-@pytest.mark.parametrize("key", ["schedule_steps", "schedule_history", "former", "former_values"])
+@pytest.mark.parametrize("key", ["schedule_steps", "schedule_history", "previously_trained", "previous_values"])
 def test_a_key_of_the_schedule_that_a_tool_dropped_is_named(key):
     model, optimizer, _ = attach()
     train(model, optimizer, 4)
@@ -389,7 +389,7 @@ def test_without_a_schedule_changed_masks_are_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key", ["values", "indices", "former", "former_values", "exp_avg"])
+@pytest.mark.parametrize("key", ["values", "indices", "previously_trained", "previous_values", "exp_avg"])
 def test_damaged_state_is_refused_whole(key):
     model, optimizer, _ = attach()
     train(model, optimizer, 4)
@@ -397,7 +397,7 @@ def test_damaged_state_is_refused_whole(key):
     before, masks = weights_of(other), masks_of(other)
     state = copy.deepcopy(optimizer.state_dict())
     last = state["state"][max(state["state"])]
-    last[key] = last[key][:-1] if key != "former_values" else torch.zeros(1)
+    last[key] = last[key][:-1] if key != "previous_values" else torch.zeros(1)
     with pytest.raises(ValueError):
         other_optimizer.load_state_dict(state)
     assert masks_of(other) == masks and all(torch.equal(before[n], part) for n, part in weights_of(other).items())
@@ -610,7 +610,7 @@ def test_change_mask_against_a_dictionary(seed, before, after):
         assert weight.values[i].item() == exact.get(index, dense.flatten()[index].item())
         assert bool(stays[i]) == (index in exact)
     assert set(weight.ever_trained().indices.tolist()) == {*picks[0].tolist(), *picks[1].tolist()}
-    assert set(weight.former.indices.tolist()) == {*picks[0].tolist()} - {*picks[1].tolist()}
+    assert set(weight.previously_trained.indices.tolist()) == {*picks[0].tolist()} - {*picks[1].tolist()}
 
 
 def trains_as_one_of_two(rank, file):

@@ -607,8 +607,8 @@ def test_resume_in_the_middle_of_a_window_is_bit_equal(tmp_path, salience, state
             train(model, optimizer, 11)
             torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
         train(model, optimizer, 20, first=11)
-        former = [weight.former for weight in sparse_weights(model)]
-        results.append((weights_of(model), optimizer.state_dict(), schedule.history, former))
+        previous = [weight.previously_trained for weight in sparse_weights(model)]
+        results.append((weights_of(model), optimizer.state_dict(), schedule.history, previous))
     assert equal_states(results[0][:3], results[1][:3]) and results[0][3] == results[1][3]
 
 

@@ -412,9 +412,9 @@ def test_an_adapter_scores_like_its_checkpoint(data, tmp_path):
 
     options = dict(data=data, max_gen_tokens=12)
     whole = score(str(tmp_path / "trained"), ["demo"], **options)
-    laid_over = score(base, ["demo"], adapter=str(tmp_path / "adapter.safetensors"), **options)
-    assert laid_over["adapter_sha256"] == hash_files([tmp_path / "adapter.safetensors"])
-    assert laid_over["tasks"] == whole["tasks"]
+    overlaid = score(base, ["demo"], adapter=str(tmp_path / "adapter.safetensors"), **options)
+    assert overlaid["adapter_sha256"] == hash_files([tmp_path / "adapter.safetensors"])
+    assert overlaid["tasks"] == whole["tasks"]
     answers = _answers(base, data, adapter=tmp_path / "adapter.safetensors")
     assert answers == _answers(str(tmp_path / "trained"), data) != _answers(base, data)
 

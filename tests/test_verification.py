@@ -656,7 +656,7 @@ def test_a_backward_that_names_its_inputs_is_warned_of(named, caplog):
             torch.autograd.grad(loss, values)
         else:
             loss.backward(inputs=[values])
-    (message,) = [text for text in told(caplog) if "told its inputs" in text]
+    (message,) = [text for text in told(caplog) if "names its inputs" in text]
     assert "call backward() without inputs" in message
 
 

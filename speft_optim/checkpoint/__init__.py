@@ -1,1 +1,1 @@
-"""Files of trained entries and of merged models."""
+"""Adapter files with the trained entries, and checkpoints of merged models."""

@@ -1,8 +1,8 @@
-"""The trained entries as one file: positions, values and a fingerprint of the base they belong to.
+"""The adapter file: the trained entries of a model, with a fingerprint of the base that they belong to.
 
-Values are stored in the weight's dtype, which is what the model computes with, and positions as `Mask` packs them: at
-most six bytes an entry for 16-bit weights. On a quantised base they are stored in fp32, since its layers compute in the
-dtype of whatever input comes.
+Values are stored in the weight's dtype, in which the model computes, and positions as `Mask.packed` gives them: at most
+six bytes per entry for 16-bit weights. Values of a quantised base are stored in fp32, since its layers compute in the
+dtype of their input.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ _PROBES = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# Under this name a model keeps what it knows of its loaded adapters (see `adapters.py`).
+# The attribute under which a model keeps its loaded adapters (see `adapters.py`).
 LOADED = "_loaded_adapters"
 
 
@@ -53,13 +53,13 @@ _BASE = ("name", "revision", "fingerprint")
 
 @dataclass
 class AdapterFile:
-    """What an adapter's file holds, checked.
+    """The checked content of an adapter file.
 
     Attributes:
-        masks: which entries it sets; all of the parameters in `whole`.
-        values: (k,) for each weight, in the dtype of the base it was trained on.
+        masks: the entries that the adapter sets, by parameter name; all entries of the parameters in `whole`.
+        values: (k,) for each mask, in the dtype that they were stored in.
         base: name, revision and fingerprint of the base; the first two are empty where unknown.
-        whole: names of the parameters that were trained densely beside, as a new head.
+        whole: names of the parameters that were trained densely, such as a new classification head.
     """
 
     masks: Masks
@@ -74,24 +74,25 @@ class AdapterFile:
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, Any] | None = None) -> None:
-    """Write the trained entries of a sparsified model; the file appears whole or not at all.
+    """Write the trained entries of a sparsified model to a file that appears whole or not at all.
 
-    Where masks moved, it holds all entries that were ever trained, and a line of the log at level INFO says how many.
-    Parameters that require gradients beside the compact values, as a new classification head, are written whole.
+    If a schedule changed the masks, the file holds all entries that were ever trained, and the log says at level INFO
+    how many these are. Parameters without a mask that require gradients, such as a new classification head, are written
+    whole.
 
     Under `fully_shard` all processes call it, and the first one writes.
 
     Args:
         model: the sparsified model, or a wrapper around it: the file is for the module that `sparsify` was called on.
-        path: a file, if it ends in `.safetensors`; else a folder, made where missing, that gets `adapter.safetensors`
-            and a `README.md` card and can be pushed to a hub as it is.
-        details: what else file and card should tell, such as `{"measure": "gradient", "data": "gsm8k"}`; strings and
-            numbers, under other names than what they tell by themselves.
+        path: a file, if it ends in `.safetensors`; else a folder, created if missing, which gets `adapter.safetensors`
+            and a model card, `README.md`, and can be pushed to a hub as it is.
+        details: strings and numbers to note in file and card, such as `{"measure": "gradient", "data": "gsm8k"}`. Names
+            of what is always noted there are refused.
 
     Raises:
         ValueError: the model is not sparsified or holds two sparsified models, `details` has a reserved name, or the
             folder of a file's `path` does not exist.
-        TypeError: `details` is no mapping, or holds something else than strings and numbers.
+        TypeError: `details` is no mapping, or holds something other than strings and numbers.
     """
     model, path = named_root(model), checked_path(path)
     reshard(model)
@@ -149,9 +150,9 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], car
 
 
 def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
-    """The parameters without a mask that require gradients, by name; says which of them no file can hold."""
+    """Return the parameters without a mask that require gradients, by name; warn of dtypes that no file can hold."""
     loaded = model.__dict__[LOADED].adapters.values() if LOADED in model.__dict__ else ()
-    # Also what an adapter brought that the training began with: it is not the base's.
+    # A parameter that a loaded adapter replaced is written too: it is not the base's.
     brought = {name for adapter in loaded for name in adapter.whole}
     found = {
         name: target for name, target in all_targets(model).items() if target.parameter.requires_grad or name in brought
@@ -160,8 +161,8 @@ def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
     left_out = [name for name, target in found.items() if target.parameter.dtype not in _DTYPES]
     if left_out:
         logger.warning(
-            "%s is trained beside the masked entries and left out of the adapter, which holds fp32, bf16 and fp16, and "
-            "not %s; save the model too.",
+            "%s requires gradients and is left out of the adapter, which can hold fp32, bf16 and fp16, but not %s; "
+            "save the model too.",
             ", ".join(left_out),
             found[left_out[0]].parameter.dtype,
         )
@@ -169,13 +170,15 @@ def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
 
 
 def _whole_mask(shape: torch.Size) -> Mask:
-    # A new tensor of eight bytes an entry would be the largest of all.
+    # int64 positions would take eight bytes an entry, more than any other tensor here.
     count = shape.numel()
     return Mask(torch.arange(count, dtype=torch.int32 if count < 2**31 else torch.int64), shape)
 
 
 def named_root(model: nn.Module) -> nn.Module:
-    """The module whose names masks and adapters use: what `sparsify` was called on, else the model uncompiled.
+    """Return the module whose names masks and adapters use.
+
+    It is the module that `sparsify` was called on; for a model that is not sparsified, the model inside its wrappers.
 
     Raises:
         ValueError: the model holds several sparsified models.
@@ -184,14 +187,14 @@ def named_root(model: nn.Module) -> nn.Module:
     if len(roots) > 1:
         names = [name for name, module in model.named_modules() if module in roots]
         raise ValueError(
-            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, and an adapter or schedule "
+            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, but an adapter or a schedule "
             "belongs to one; pass one of them."
         )
     return roots.pop() if roots else unwrapped(model)
 
 
 def _about(masks: Masks, whole: Mapping[str, Target] | None = None) -> dict[str, Any]:
-    """What a file tells of itself."""
+    """Return the notes that a file holds about itself, for people and tools."""
     sizes = {name: target.shape.numel() for name, target in (whole or {}).items()}
     beside = {"trained whole": ", ".join(f"{name} ({size:,})" for name, size in sizes.items())} if whole else {}
     return {
@@ -216,14 +219,18 @@ def _check_details(details: Mapping[str, Any] | None) -> None:
             raise TypeError(f"details holds {key!r}: {value!r}; it takes strings and numbers by name.")
     reserved = [*_about(Masks()), "trained whole", *(f"base {key}" for key in _BASE)]
     if taken := [key for key in details if key in reserved]:
-        raise ValueError(f"details names {taken}, but {reserved} are written by themselves; choose other names.")
+        raise ValueError(f"details names {taken}, but {reserved} are always written; choose other names.")
 
 
 def fingerprint(model: nn.Module, masks: Masks) -> str:
-    """Sixteen hexadecimal digits of the base under `masks`: names, shapes and a sample of the entries no mask trains.
+    """Return a hash of the base, sixteen hexadecimal digits: names, shapes, and a sample of the untrained entries.
 
     All weights of the model count, those without a mask too: they are part of what the adapter was trained on. Since
-    entries outside the mask never change, it is the same before and after training.
+    entries outside the masks never change, the hash is the same before and after training.
+
+    Args:
+        model: the model, sparsified or not.
+        masks: the entries that training changes, which are left out of the sample.
     """
     digest = hashlib.sha256()
     for name, target in all_targets(model).items():
@@ -233,19 +240,19 @@ def fingerprint(model: nn.Module, masks: Masks) -> str:
 
 
 def _probe(target: Target, mask: Mask | None) -> Tensor:
-    """Evenly spaced entries of a weight with the masked ones left out."""
+    """Return evenly spaced entries of a weight, the masked ones left out."""
     places = places_outside(mask, target.shape.numel(), _PROBES)
     weight = frozen_weight(*target.sites[0])
-    # With what is laid over codes, as a dense weight would show it: outside the mask it is not the base's.
+    # Overlays count, as they do in a dense weight: an overlaid entry outside the mask is not the base's.
     return weight.gather(places.to(weight.device))
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """Read a file of `save_adapter`, or the one in its folder; nothing in it is trusted.
+    """Read a file or folder that `save_adapter` wrote, and check all that is in it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or no such file.
+        ValueError: it is damaged, or `save_adapter` did not write it.
     """
     path = checked_path(path)
     path = path / _FILE if path.is_dir() else path
@@ -259,7 +266,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
             shapes, base = json.loads(metadata["shapes"]), json.loads(metadata["base"])
             whole = json.loads(metadata.get("whole", "[]"))
             if not isinstance(whole, list) or not set(whole) <= set(shapes):
-                raise ValueError(f"its whole parameters are {whole!r}, of which it has no shapes")
+                raise ValueError(f"it names the whole parameters {whole!r}, but has no shapes for all of them")
             parts = {key: file.get_tensor(key) for key in file.keys()}
         masks, values = Masks(), {}
         for name, shape in shapes.items():
@@ -272,7 +279,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
         base = {key: str(base.get(key, "")) for key in _BASE}
     except UNREADABLE as error:
         raise ValueError(
-            f"{path} is no readable file of save_adapter ({type(error).__name__}: {error}); pass another."
+            f"{path} is no readable file of save_adapter ({type(error).__name__}: {error}); pass another file."
         ) from error
     return AdapterFile(masks, values, base, tuple(name for name in masks if name in whole))
 
@@ -293,9 +300,9 @@ def _check_values(name: str, values: Tensor, entries: int) -> None:
 
 
 def _card(base: dict[str, str], about: dict[str, Any]) -> str:
-    """The README of an adapter's folder: front matter as model hubs read it, what it is, how to load it."""
+    """Return the model card of an adapter's folder: front matter for model hubs, a table, and how to load it."""
     front = ["library_name: speft_optim", "tags: [sparse-fine-tuning, adapter]"]
-    # A hub name, not a folder of whoever trained it.
+    # Only a name on a hub is noted: a local folder means nothing to others.
     if base["name"].count("/") == 1 and not base["name"].startswith((".", "/", "~")):
         front.insert(0, f"base_model: {json.dumps(base['name'])}")
     rows = {f"base {key}": value for key, value in base.items() if value}

@@ -1,6 +1,6 @@
-"""A model with frozen codes and trained entries as an ordinary checkpoint, shard by shard.
+"""Writes a model with trained entries, quantised or not, as an ordinary checkpoint of dense weights.
 
-One tensor at a time is dequantised, its trained entries laid over, and moved to the host; one shard at a time is held.
+One tensor at a time is dequantised, overlaid with its trained entries, and moved to the host; memory holds one shard.
 The folder is written under a temporary name beside the target, so that a checkpoint is whole or absent.
 """
 
@@ -51,23 +51,24 @@ def export_merged(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write the model as an ordinary checkpoint that plain `from_pretrained` loads: no codes, no scales.
+    """Write the merged model as an ordinary checkpoint of dense weights, which plain `from_pretrained` loads.
 
     Under `fully_shard` all processes call it, and the first one writes.
 
     Args:
         model: a model whose trained entries are attached (by `sparsify` or `load_adapter`), quantised or not.
-        out: the new folder; it must not exist or be empty.
-        base: None writes the dequantised weights, the very function that was trained. The folder of the original
-            checkpoint instead lays the trained entries onto its weights: closer to the original model elsewhere, but
-            not the function that was trained. Those of a dense weight are the entries that differ from the original,
-            whatever changed them. Its other files (config, tokenizer) are copied.
+        out: the new folder; it must be empty or not exist.
+        base: None to write the weights that the model computes with, dequantised where they are quantised: the function
+            that was trained. Or the folder of the original checkpoint, to write its weights overlaid with the trained
+            entries: untrained entries are then the unquantised ones, but the function is not the one that was trained.
+            The trained entries of a dense weight are taken to be those that differ from the original, whatever changed
+            them. Other files of that folder (config, tokenizer) are copied.
         dtype: of the floating tensors: float64, float32, float16 or bfloat16.
-        max_shard_size: largest file, in bytes or as "5GB"; about what the export holds in memory.
+        max_shard_size: size of the largest file, in bytes or such as "5GB"; the export holds about as much in memory.
 
     Raises:
-        ValueError: `out` holds files or cannot be made, `base` is no checkpoint of this model, or a quantised one, or
-            an option is out of its range.
+        ValueError: `out` holds files or cannot be made, `base` is a quantised checkpoint or not this model's, or an
+            option is out of its range.
         TypeError: an option has the wrong type.
     """
     model, out, limit = unwrapped(model), Path(out), _bytes(max_shard_size)
@@ -85,9 +86,19 @@ def export_merged(
 
 
 def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-    """Write the merged checkpoint of a quantised model into a folder that may hold other files, as trainers do.
+    """Write the merged checkpoint of a quantised model in bfloat16 into a folder that may hold other files.
 
-    What it holds beside weights and configuration stays; see `whole_folder` for what a killed process leaves.
+    Trainers save into such folders. Other files than weights and configuration stay; see `whole_folder` for the state
+    that a killed process leaves.
+
+    Args:
+        model: the model.
+        out: the folder, created if missing.
+        max_shard_size: size of the largest file, in bytes or such as "5GB".
+
+    Raises:
+        ValueError: `max_shard_size` is not a size.
+        TypeError: it is neither a number nor a string.
     """
     out, limit = Path(out), _bytes(max_shard_size)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -116,17 +127,17 @@ def _new_folder(model: nn.Module, out: Path) -> Iterator[Path | None]:
 
 
 def _move_in(model: nn.Module, out: Path, limit: int) -> None:
-    """Write into a folder that holds no weights, to which other processes of a trainer may be adding their files."""
+    """Write into a folder without weights, file by file: other processes of a trainer may be adding their own."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".tmp", dir=out.absolute().parent) as temporary:
         _write_model(model, Path(temporary), torch.bfloat16, limit)
-        # The index last: without it a reader finds no checkpoint rather than half of one.
+        # The index comes last: without it a reader finds no checkpoint rather than half of one.
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("index.json")):
             os.replace(file, out / file.name)
 
 
 def _forget_quantiser(config) -> None:
-    """Take what a quantiser noted out of a configuration of transformers', and out of those in it."""
-    # The second is of transformers 4, and no JSON.
+    """Remove a quantiser's notes from a configuration of transformers and from the configurations inside it."""
+    # The second note is made by transformers 4, and cannot be written as JSON.
     for note in ("quantization_config", "_pre_quantization_dtype"):
         vars(config).pop(note, None)
     for part in vars(config).values():
@@ -135,7 +146,7 @@ def _forget_quantiser(config) -> None:
 
 
 def _write_model(model: nn.Module, folder: Path | None, dtype: torch.dtype, limit: int) -> None:
-    """All weights as the model computes with them, and its configuration without the quantiser's."""
+    """Write all weights as the model computes with them, and its configuration without the quantiser's."""
     _flush(model)
     tensors: Tensors = {}
     for name, target in all_targets(model).items():
@@ -158,7 +169,7 @@ def _write_model(model: nn.Module, folder: Path | None, dtype: torch.dtype, limi
 
 
 def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, limit: int) -> None:
-    """The tensors of the original checkpoint with the trained entries written into them, and its other files."""
+    """Write the tensors of the original checkpoint overlaid with the trained entries, and its other files."""
     _flush(model)
     files = tensor_files(base)
     if not (base / "config.json").is_file():
@@ -181,14 +192,14 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
 
 
 def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> dict[str, Target]:
-    """The model's weights by their names in a checkpoint; one that is shared may be stored under several."""
+    """Return the model's weights by their names in a checkpoint; a shared one may be stored under several names."""
     names: dict[int, list[str]] = {}
     for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
             names.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
     targets = {}
     for first, target in all_targets(model).items():
-        # Offloaded weights, which are on the meta device, cannot have been trained.
+        # A weight on the meta device is offloaded and cannot have been trained.
         if not target.parameter.is_meta:
             stored = [name for name in names[id(target.parameter)] if name in files]
             if not stored:
@@ -198,7 +209,7 @@ def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> 
 
 
 def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> Tensor:
-    """A tensor of the original checkpoint, in `dtype` where it floats, with the model's trained entries."""
+    """Return a tensor of the original checkpoint, cast to `dtype` if it is floating, with the trained entries."""
     stored = read_tensor(file, name)
     tensor = stored.to(dtype) if stored.is_floating_point() else stored
     if target is None:
@@ -206,7 +217,7 @@ def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> 
     weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
     check_same_model(name, as_stored(module, stored), weight, file.parent)
     if isinstance(weight, DenseWeight):
-        # Entries that nothing trained are the original's, in the model's dtype.
+        # An untrained entry equals the original's, rounded to the model's dtype.
         own = weight.tensor.cpu()
         return torch.where(stored.to(own.dtype) == own, tensor, own.to(dtype))
     mask, values = weight.entries()
@@ -223,7 +234,7 @@ def _flush(model: nn.Module) -> None:
 
 
 def _write_shards(model: nn.Module, tensors: Tensors, folder: Path | None, dtype: torch.dtype, limit: int) -> None:
-    """Write named tensors, made one at a time, into files of at most `limit` bytes, and an index of more than one."""
+    """Write named tensors, made one at a time, into files of at most `limit` bytes; more than one file get an index."""
     shards, sizes = [[]], [0]
     for name, (shape, _) in tensors.items():
         size = shape.numel() * dtype.itemsize
@@ -263,22 +274,22 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"dtype is {dtype!r}, a {type(dtype).__name__}; pass a torch.dtype such as torch.bfloat16.")
     if dtype not in _DTYPES:
         raise ValueError(
-            f"dtype is {dtype}; a checkpoint without codes and scales is of {', '.join(map(str, _DTYPES))}."
+            f"dtype is {dtype}; a checkpoint of dense weights takes one of {', '.join(map(str, _DTYPES))}."
         )
 
 
 def _bytes(size: int | str) -> int:
     if isinstance(size, bool) or not isinstance(size, int | str):
-        raise TypeError(f"max_shard_size is {size!r}, a {type(size).__name__}; pass whole bytes, or such as '5GB'.")
+        raise TypeError(f"max_shard_size is {size!r}, a {type(size).__name__}; pass whole bytes, or a text like '5GB'.")
     if isinstance(size, str):
         text = size.strip().upper()
         unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), None)
         try:
             number = float(text.removesuffix(unit or "")) * _UNITS[unit]
         except (KeyError, ValueError):
-            raise ValueError(f"max_shard_size={size!r} is no size; pass bytes, or such as '5GB'.") from None
+            raise ValueError(f"max_shard_size={size!r} is no size; pass bytes, or a text like '5GB'.") from None
     else:
         number = size
     if not 1 <= number < math.inf:
-        raise ValueError(f"max_shard_size={size!r} is not at least one byte and finite; pass bytes, or such as '5GB'.")
+        raise ValueError(f"max_shard_size={size!r} is less than one byte or infinite; pass such as '5GB'.")
     return int(number)

@@ -1,4 +1,4 @@
-"""Names and layouts of a merged checkpoint as the base's files have them, by transformers' own conversions."""
+"""Converts the names and layouts of a model's tensors to those of its base checkpoint, by transformers' own code."""
 
 import sys
 from collections.abc import Callable
@@ -7,28 +7,37 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# By name the shape of a tensor to be written and what makes it.
+# The tensors to be written: by name, the shape and a function that makes the tensor.
 Tensors = dict[str, tuple[torch.Size, Callable[[], Tensor]]]
 
 
 def as_in_base(model: nn.Module, tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    """The tensors by the names and in the layout of the base checkpoint, as transformers' `save_pretrained` has them.
+    """Return the tensors by the names and in the layout of the base checkpoint, as `save_pretrained` would write them.
 
-    transformers renames some architectures' tensors when it loads them, and stacks experts; it also knows the way back.
+    transformers renames the tensors of some architectures when it loads them, and stacks experts. Its own conversions
+    also undo this.
+
+    Args:
+        model: the model; one that is not of transformers keeps its names.
+        tensors: the model's tensors, by the names in the model.
+        dtype: that the tensors will be made in.
+
+    Raises:
+        ValueError: only transformers 5 can tell how the names of the base's files differ from the model's.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return tensors
     ignored = model._keys_to_ignore_on_save or ()
     tensors = {name: made for name, made in tensors.items() if name not in ignored}
-    stand_ins = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, _) in tensors.items()}
-    whole = _revert(model, stand_ins)
-    if all(whole.get(name) is tensor for name, tensor in stand_ins.items()):
+    placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, _) in tensors.items()}
+    whole = _revert(model, placeholders)
+    if all(whole.get(name) is tensor for name, tensor in placeholders.items()):
         return tensors
     conversion, found, together = _Conversion(model, tensors), {}, []
-    for name, tensor in stand_ins.items():
+    for name, tensor in placeholders.items():
         alone = _revert(model, {name: tensor})
-        # Not so where several tensors of the model make one of the checkpoint's.
+        # A tensor that is merged with others into one of the checkpoint's cannot be converted alone.
         if all(key in whole and whole[key].shape == part.shape and key not in found for key, part in alone.items()):
             found |= {key: (part.shape, partial(conversion, (name,), key)) for key, part in alone.items()}
         else:
@@ -38,7 +47,7 @@ def as_in_base(model: nn.Module, tensors: Tensors, dtype: torch.dtype) -> Tensor
 
 
 class _Conversion:
-    """Makes tensors of the base checkpoint from some of the model's, which stay until others are asked for."""
+    """Makes tensors of the base checkpoint from tensors of the model, and keeps the last ones made together."""
 
     def __init__(self, model: nn.Module, tensors: Tensors):
         self.model, self.tensors = model, tensors
@@ -46,27 +55,27 @@ class _Conversion:
         self.made: dict[str, Tensor] = {}
 
     def __call__(self, names: tuple[str, ...], key: str) -> Tensor:
-        """The tensor `key` of the checkpoint, of those that the model's tensors `names` make."""
+        """Return the tensor `key` of the checkpoint, which the model's tensors `names` make, perhaps among others."""
         if names != self.names:
             self.made = {}
             self.names, self.made = names, _revert(self.model, {name: self.tensors[name][1]() for name in names})
-        # They may be parts of one tensor, which a file cannot hold.
+        # They may share memory, which safetensors refuses to write.
         return self.made[key].clone() if len(self.made) > 1 else self.made[key]
 
 
 def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers' `save_pretrained` writes for some of the model's tensors, were the model not quantised.
+    """Return what `save_pretrained` would write for some of the model's tensors if the model were not quantised.
 
     Raises:
-        ValueError: only transformers 5 can say how the names of the base's files differ from the model's.
+        ValueError: only transformers 5 can tell how the names of the base's files differ from the model's.
     """
-    # Loaded with the model's class, and not imported here. transformers 4 has no layouts of its own, and names of its
-    # own for a few architectures.
+    # transformers 5 has this module, loaded with the model's class. transformers 4 has other names than the base's
+    # files for a few architectures only.
     if (conversions := sys.modules.get("transformers.core_model_loading")) is None:
         if getattr(model, "_checkpoint_conversion_mapping", None):
             raise ValueError(
-                f"The files of a {type(model).__name__} have other names for its weights than the model; to write them "
-                f"install transformers 5, this is {sys.modules['transformers'].__version__}."
+                f"The base checkpoint of a {type(model).__name__} has other names for the weights than the model; to "
+                f"write such files install transformers 5, this is {sys.modules['transformers'].__version__}."
             )
         return tensors
     revert = conversions.revert_weight_conversion
@@ -81,7 +90,7 @@ def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _has_way_back(conversion) -> bool:
-    """Whether a conversion of loading is one of names and layouts, and not a quantiser's, which has no way back."""
+    """Return whether a conversion of loading can be undone: one of names and layouts can, a quantiser's cannot."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):

@@ -1,8 +1,9 @@
-"""The operations that touch masked entries. They see tensors only: no modules, no optimizer.
+"""The operations on masked entries. They take tensors only: no modules, no optimizer.
 
-Each operation has its definition in plain PyTorch, which runs anywhere and says what is correct, in a file of its name.
-Those that cost time have Triton kernels in a file beside it (`*_triton.py`), imported at the first launch. Positions
-are given flat or by rows (`CSR`). All arithmetic is fp32; casts happen once, at the store.
+Each operation is defined in plain PyTorch, in a file of its name. The definition runs on any device and says what is
+correct. An operation that dominates the time of a step also has Triton kernels, in a file beside the definition
+(`*_triton.py`) that is imported at the first launch. Positions are flat or in row form (`CSR`). All arithmetic is fp32,
+and results are cast once, when they are stored.
 """
 
 from speft_optim.kernels.adamw import Update, adamw_, fused_adamw

@@ -26,14 +26,27 @@ def adamw_(
     magnitude_power: float = 0.0,
     mean: Tensor | None = None,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter, Algorithm 2) on fp32 tensors of one shape, in place; `step` starts at 1.
+    """Take one AdamW step (Loshchilov & Hutter, 2019, Algorithm 2), in place.
 
-    With a `mean` of `magnitudes.mean_power` each entry's rate is multiplied by `magnitudes.relative_rates`, that of
-    the decay excepted.
+    Args:
+        values: (k,) fp32, updated.
+        grad: (k,) fp32.
+        exp_avg: (k,) fp32, first moment, updated.
+        exp_avg_sq: (k,) fp32, second moment, updated.
+        step: number of this step, from 1.
+        lr: learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay; the values are multiplied by `1 - lr * weight_decay`.
+        maximize: whether to ascend instead.
+        magnitude_power: the power of `magnitudes.relative_rates`; read only with `mean`.
+        mean: fp32 scalar of `magnitudes.mean_power`; each entry's learning rate is then multiplied by its relative
+            rate, though not its weight decay. None for one rate.
     """
     if maximize:
         grad = -grad
-    # Before they move.
+    # The rates are those of the values before the step.
     rates = None if mean is None else relative_rates(values, mean, magnitude_power)
     # theta <- theta - lr * weight_decay * theta
     values.mul_(1 - lr * weight_decay)
@@ -49,17 +62,17 @@ def adamw_(
 
 @dataclass
 class Update:
-    """One weight's part of an optimizer step; all tensors contiguous on one device.
+    """One weight's part of an optimizer step; all tensors are contiguous and on one device.
 
     Attributes:
         values: (k,) fp32, updated.
         gradient: (k,) fp32.
-        moments: first and second, (k,), updated: fp32, or uint8 codes.
-        scales: (blocks,) fp32 scales of the two moments' codes, updated; empty for fp32 moments.
+        moments: first and second moment, (k,) each, updated: fp32, or quantised to uint8 by `quantize_blockwise`.
+        scales: (blocks,) fp32 scales of the two quantised moments, updated; empty for fp32 moments.
         step: number of this step, from 1.
         weight: the dense weight to write the new values into, or None.
-        positions: where the values stand in `weight`.
-        mean: fp32 scalar of `magnitudes.mean_power` for rates by magnitude, or None.
+        positions: the entries of `weight` that the values belong to; None without `weight`.
+        mean: fp32 scalar of `magnitudes.mean_power` for learning rates by magnitude, or None.
     """
 
     values: Tensor
@@ -73,12 +86,12 @@ class Update:
 
     @property
     def kind(self) -> tuple[torch.device, bool, torch.dtype | None, bool]:
-        """What one launch has in common: device, 8-bit moments or not, the weight's dtype, one rate or several."""
+        """The properties that one launch shares: device, whether moments are 8-bit, weight dtype, kind of rates."""
         dtype = None if self.weight is None else self.weight.dtype
         return self.values.device, bool(self.scales), dtype, self.mean is not None
 
     def addresses(self) -> list[int]:
-        """A row of the table that a launch reads."""
+        """Return this update's row of the table that a launch reads: sizes, and addresses of the tensors."""
         row = [self.values.numel(), *(part.data_ptr() for part in (self.values, self.gradient, *self.moments))]
         row += [scale.data_ptr() for scale in self.scales] or [0, 0]
         if self.weight is None:
@@ -94,7 +107,7 @@ def fused_adamw(updates: Iterable[Update], **options: float) -> Callable[[], Non
     The arguments are uploaded now, so that calling the function costs only one launch for each kind of update.
 
     Args:
-        updates: the weights to step; all tensors lie where `launches` says that kernels run.
+        updates: the weights to step; `launches` is true of all their tensors.
         **options: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`, `maximize` and `magnitude_power` of `adamw_`.
     """
     from speft_optim.kernels import adamw_triton

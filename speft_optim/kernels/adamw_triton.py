@@ -1,8 +1,8 @@
-"""One Triton launch for the AdamW step of many weights: moments, values, and the new values written into the weights.
+"""The AdamW step of many weights in one Triton launch, which also writes the new values into the weights.
 
-The launch reads from a table where each weight's tensors lie, so that many small weights cost no more than a large one.
-A program takes one block of 256 entries, which is also the block that eight-bit moments share a scale in. The row of an
-entry in its matrix, for the write, is found by binary search in the row pointers.
+The launch reads the addresses of all tensors from a table, so that many small weights cost no more than a large one. A
+program takes one block of 256 entries, which is also the block whose eight-bit moments share a scale. To write an entry
+into its matrix, the program finds the entry's row by binary search in the row pointers.
 """
 
 import functools
@@ -31,10 +31,10 @@ def fused_adamw(
     maximize: bool,
     magnitude_power: float = 0.0,
 ) -> Callable[[], None]:
-    """One AdamW step on each, in place: the arithmetic of `adamw.adamw_`, in fp32, in one launch for each kind.
+    """Return a function that launches the fused AdamW kernel, once for each kind of update.
 
-    Returns:
-        What takes the step. All that it reads on the GPU but the updates' own tensors is there before it is called.
+    The arithmetic and the options are those of `adamw.adamw_`. Arguments are uploaded now, so calling the function
+    costs only the launch; it updates the tensors of `updates` in place.
     """
     kinds: dict[tuple, list[Update]] = {}
     for update in updates:
@@ -68,7 +68,7 @@ def fused_adamw(
             FIELDS=table.shape[1],
             BLOCK=BLOCK,
         )
-        # With the updates, since the table holds no more than the addresses of their tensors.
+        # The updates are kept with the launch, since the table holds only the addresses of their tensors.
         launches.append((launch, same))
 
     def take_step() -> None:
@@ -77,7 +77,7 @@ def fused_adamw(
                 launch()
             written = [update.values for update in same]
             written += [update.weight for update in same if update.weight is not None]
-            # Autograd and the model's own bookkeeping tell by the counter that a tensor was written.
+            # Autograd and `SparseWeight` detect writes by the version counter, which a kernel does not advance.
             torch.autograd.graph.increment_version(written)
 
     return take_step
@@ -85,7 +85,7 @@ def fused_adamw(
 
 @triton.jit
 def _last_not_above(starts, count, wanted):
-    """The last of `count` sorted numbers that is at most `wanted`; the first always is."""
+    """Return the index of the last of `count` sorted numbers that is at most `wanted`; the first always is."""
     low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
@@ -97,7 +97,7 @@ def _last_not_above(starts, count, wanted):
 
 @triton.jit
 def _row_of(entry, row_pointers, rows):
-    """The last row that begins at or before each entry."""
+    """Return the last row that begins at or before each entry."""
     row = tl.zeros_like(entry)
     step = 1
     while step < rows:
@@ -112,7 +112,7 @@ def _row_of(entry, row_pointers, rows):
 
 @triton.jit
 def _encode(numbers, scale, bounds):
-    """The nearest code of each number: how many of the 255 midpoints between codes lie below its share of the scale."""
+    """Return the nearest code of each number: how many of the 255 midpoints between codes lie below number / scale."""
     share = tl.div_rn(numbers, tl.zeros_like(numbers) + tl.maximum(scale, _TINY))
     code = tl.zeros_like(numbers).to(tl.int32)
     for bit in tl.static_range(7, -1, -1):
@@ -181,13 +181,13 @@ def _adamw(
 
     tl.store(values + entry, value, inside)
     if EIGHT_BITS:
-        # Beyond the end a moment need not be zero: it was decoded from whatever code 0 stands for.
+        # Beyond the last entry a moment was decoded from code 0, whose number is not zero.
         first = tl.where(inside, first, 0.0)
         second = tl.where(inside, second, 0.0)
-        # As a maximum in PyTorch does, and one in Triton does not, a scale shows that a moment was no number.
-        spoiled = tl.where(tl.max((second != second).to(tl.int32), 0) > 0, float("nan"), 0.0)
-        first_scale = tl.max(tl.abs(first), 0) + spoiled
-        second_scale = tl.max(second, 0) + spoiled
+        # A NaN moment makes its scale NaN, as `amax` in PyTorch does; a maximum in Triton drops it.
+        nan_if_any = tl.where(tl.max((second != second).to(tl.int32), 0) > 0, float("nan"), 0.0)
+        first_scale = tl.max(tl.abs(first), 0) + nan_if_any
+        second_scale = tl.max(second, 0) + nan_if_any
         tl.store(first_scales + block, first_scale)
         tl.store(second_scales + block, second_scale)
         tl.store(firsts + entry, _encode(first, first_scale, first_bounds).to(tl.uint8), inside)

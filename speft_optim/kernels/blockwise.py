@@ -1,8 +1,8 @@
-"""Numbers in eight bits: a code per number and one fp32 scale per block (Dettmers et al., 2022, arXiv 2110.02861).
+"""Block-wise quantisation to eight bits: a code for each number and an fp32 scale for each block of 256.
 
-The codes are theirs: dense near 1 and spread over seven decades below, so that small numbers beside large ones keep
-some digits. Rounding is to the nearest code. bitsandbytes' own CPU routine was rejected: it looks codes up in a coarse
-table, reads a zero as 1.4e-5, and so would not agree with the GPU.
+The code book is that of Dettmers et al. (2022, arXiv 2110.02861): dense near 1, and spread over seven decades below, so
+that small numbers beside large ones keep some digits. Numbers are rounded to the nearest code. bitsandbytes' own CPU
+routine was rejected: it looks codes up in a coarse table and reads a zero as 1.4e-5, which would differ from the GPU.
 """
 
 import functools
@@ -15,9 +15,10 @@ BLOCK = 256
 
 @functools.cache
 def dynamic_codes(signed: bool, device: torch.device) -> Tensor:
-    """The sorted code book, fp32, in [-1, 1] with 0, or (unsigned) in (0, 1]; 256 numbers.
+    """Return the numbers that the codes 0 to 255 represent, (256,) fp32, sorted.
 
-    The unsigned one has no zero, since what it stores is divided by: the smallest code stands half-way down instead.
+    They lie in [-1, 1], zero included, or (unsigned) in (0, 1]. The unsigned book has no zero, since AdamW divides by
+    the root of what it stores; its smallest number is half the one that would come next to zero.
     """
     numbers = [1.0]
     for decade in range(7):
@@ -30,23 +31,31 @@ def dynamic_codes(signed: bool, device: torch.device) -> Tensor:
 
 @functools.cache
 def code_bounds(signed: bool, device: torch.device) -> Tensor:
-    """Half-way between neighbours of the code book: (255,) fp32, below which a number gets which code."""
+    """Return the midpoints between neighbours of the code book, (255,) fp32, where rounding goes to the next code."""
     codes = dynamic_codes(signed, device)
     return (codes[1:] + codes[:-1]) / 2
 
 
 def quantize_blockwise(numbers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes (k,) uint8 and scales (blocks,) fp32 of `numbers` (k,) fp32; a block's scale is its largest magnitude."""
+    """Quantise `numbers`, block by block of 256.
+
+    Args:
+        numbers: (k,) fp32.
+        signed: whether numbers may be negative or zero; else a zero is read back as a small positive number.
+
+    Returns:
+        Codes (k,) uint8 and scales (blocks,) fp32; a block's scale is its largest magnitude.
+    """
     blocks = -(-numbers.numel() // BLOCK)
     padded = torch.nn.functional.pad(numbers, (0, blocks * BLOCK - numbers.numel())).view(blocks, BLOCK)
     scales = padded.abs().amax(dim=1)
-    # A block of zeros has scale 0, and any code times 0 is 0.
+    # A block of zeros has scale 0 and must not divide by it; any of its codes times 0 is 0.
     share = padded / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
     nearest = torch.bucketize(share, code_bounds(signed, numbers.device), out_int32=True)
     return nearest.view(-1)[: numbers.numel()].to(torch.uint8), scales
 
 
 def dequantize_blockwise(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """The (k,) fp32 numbers that codes (k,) uint8 and scales (blocks,) fp32 stand for."""
+    """Return the numbers, (k,) fp32, of codes (k,) uint8 and scales (blocks,) fp32 from `quantize_blockwise`."""
     numbers = dynamic_codes(signed, codes.device)[codes.int()]
     return numbers.mul_(scales.repeat_interleave(BLOCK)[: codes.numel()])

@@ -1,20 +1,20 @@
-"""Quantised weights made dense, with an overlay of compact values, by Triton kernels.
+"""Dequantisation of a bitsandbytes weight with an overlay of compact values, by Triton kernels.
 
-The definitions in PyTorch stand with the classes that know bitsandbytes' layouts.
+The definitions in PyTorch are in `weights/bnb.py`, with the classes that know bitsandbytes' layouts.
 """
 
 from torch import Tensor
 
 
 def dequantize_int8(*arguments) -> Tensor:
-    """See `dequantize_triton.dequantize_int8`; for quantised weights that `launches`."""
+    """Call `dequantize_triton.dequantize_int8`; `launches` must be true of the quantised weight."""
     from speft_optim.kernels import dequantize_triton
 
     return dequantize_triton.dequantize_int8(*arguments)
 
 
 def dequantize_4bit(*arguments) -> Tensor:
-    """See `dequantize_triton.dequantize_4bit`; for quantised weights that `launches`."""
+    """Call `dequantize_triton.dequantize_4bit`; `launches` must be true of the quantised weight."""
     from speft_optim.kernels import dequantize_triton
 
     return dequantize_triton.dequantize_4bit(*arguments)

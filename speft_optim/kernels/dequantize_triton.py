@@ -1,7 +1,7 @@
-"""Triton kernels that make a dense matrix of bitsandbytes codes with an overlay of compact values, in one launch.
+"""Triton kernels that dequantise a bitsandbytes weight with an overlay of compact values, in one launch.
 
-One program takes one row: it writes the row as the codes give it, and then the row's values over it. The arithmetic is
-that of `weights/storage.py`, product by product, so that a weight read by entries or rows is the same to the bit.
+One program takes one row: it writes the dequantised row, and then the row's values over it. The arithmetic is that of
+`weights/bnb.py`, product by product, so that a weight read by entries or by rows is the same to the bit.
 """
 
 import torch
@@ -25,7 +25,7 @@ def _int8(codes, scales, values, row_pointers, columns, out, width, CHUNK: tl.co
         code = tl.load(codes + start + column, column < width, other=0).to(tl.float32)
         tl.store(out + start + column, (code * scale).to(out.dtype.element_ty), column < width)
     if values is not None:
-        # Other threads of the program wrote what is written over.
+        # Wait for the program's other threads: an entry below was just written by one of them.
         tl.debug_barrier()
         overlay_row(out + start, row, values, row_pointers, columns, B)
 
@@ -65,6 +65,7 @@ def _four_bits(
         place = (start + run)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         tl.store(out + place, both.to(out.dtype.element_ty), inside[:, None])
     if values is not None:
+        # Wait for the program's other threads, as `_int8` does.
         tl.debug_barrier()
         overlay_row(out + start * SIZE, row, values, row_pointers, columns, B)
 
@@ -72,7 +73,18 @@ def _four_bits(
 def dequantize_int8(
     codes: Tensor, scales: Tensor, dtype: torch.dtype, positions: CSR | None, values: Tensor | None
 ) -> Tensor:
-    """`codes` (R, C) int8 times `scales` (R,) / 127, in `dtype`, with `values` (k,) fp32 at `positions`."""
+    """Return `codes * scales / 127`, with `values` at `positions`, newly made.
+
+    Args:
+        codes: (R, C) int8, contiguous.
+        scales: (R,) fp32.
+        dtype: of the result; products are formed in fp32 and rounded once.
+        positions: of the overlay; None for none.
+        values: (k,) fp32; None with `positions`.
+
+    Returns:
+        (R, C) of `dtype`.
+    """
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows, width = codes.shape
     with torch.cuda.device_of(out):
@@ -91,18 +103,22 @@ def dequantize_4bit(
     positions: CSR | None,
     values: Tensor | None,
 ) -> Tensor:
-    """A matrix of 4-bit codes, with `values` (k,) fp32 at `positions`.
+    """Return a dequantised 4-bit weight, with `values` at `positions`, newly made.
 
     Args:
-        codes: two in each uint8, the high half first, in row-major order.
-        table: (16,) fp32, what the codes stand for.
+        codes: uint8 with two codes each, the high half first, in row-major order.
+        table: (16,) fp32, the number that each code represents.
         scales: one for each run of `size` entries: fp32, or uint8 codes where they are quantised themselves.
-        size: a power of two that divides the rows' length.
-        second: of quantised scales the table (256,), their own scales, how many share one, and what is added, fp32.
+        size: a power of two that divides the length of a row.
+        second: for quantised scales (double quantisation): their table (256,), their own scales, the number of scales
+            that share one of these, and the offset that is added, all but the number fp32; else None.
         shape: (R, C).
-        dtype: of the result.
+        dtype: of the result; products are formed in fp32 and rounded once.
         positions: of the overlay; None for none.
-        values: None with it.
+        values: (k,) fp32; None with `positions`.
+
+    Returns:
+        (R, C) of `dtype`.
     """
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     rows, width = shape
@@ -122,7 +138,7 @@ def dequantize_4bit(
             SECOND_SIZE=second_size,
             CHUNK=max(size, _CHUNK),
             B=ENTRIES,
-            # A product and a sum rounded once would differ from those of the other ways to read an entry.
+            # A fused multiply-add rounds once, and would differ from the other ways to read an entry.
             enable_fp_fusion=False,
         )
     return out

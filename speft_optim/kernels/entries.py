@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def gather_entries(weight: Tensor, indices: Tensor) -> Tensor:
-    """Entries of `weight` (any shape and strides) at flat positions `indices` (k,), in its dtype, shape (k,)."""
+    """Return the entries of `weight`, of any shape and strides, at flat positions `indices` (k,): (k,) in its dtype."""
     if weight.is_contiguous():
         return weight.view(-1).index_select(0, indices)
     return weight[torch.unravel_index(indices.long(), weight.shape)]

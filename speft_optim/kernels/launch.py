@@ -1,4 +1,7 @@
-"""Whether Triton kernels run on a tensor. With TRITON_INTERPRET=1 they run on CPU tensors too, slowly, for tests."""
+"""Decides whether Triton kernels run on a tensor.
+
+With TRITON_INTERPRET=1 they run on CPU tensors too, slowly, for tests.
+"""
 
 import importlib.util
 import os
@@ -10,5 +13,5 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def launches(tensor: Tensor) -> bool:
-    """Whether kernels run on the tensor as it lies."""
+    """Return whether kernels run on the tensor: Triton is installed, and the tensor is contiguous and on a GPU."""
     return _FOUND and (tensor.is_cuda or _INTERPRETED) and tensor.is_contiguous()

@@ -5,20 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The powers that a kernel knows; 0 is one rate for all.
+# The powers that the kernel supports; 0 gives all entries one rate.
 POWERS = (0.0, 0.5, 1.0)
 LEAST, MOST = 0.1, 5.0
 TINY = torch.finfo(torch.float32).tiny
-# Entries whose magnitudes are taken at a time, which bounds what is held beside the values.
+# Magnitudes are taken of so many entries at a time, which bounds the memory beside the values.
 _ENTRIES = 2**24
 
 
 def mean_power(values: Sequence[Tensor], power: float) -> Tensor:
-    """Mean of abs(value)^power over all entries of several tensors, an fp32 scalar on the first one's device.
+    """Return the mean of abs(value)^power over all entries of several tensors, fp32, on the first one's device.
 
     Args:
         values: fp32 tensors with at least one entry in all.
-        power: one of `POWERS` but 0.
+        power: one of `POWERS` other than 0.
     """
     values = [part for part in values if part.numel()]
     sums = [total for group in _groups(values) for total in _sums(group, power)]
@@ -27,14 +27,20 @@ def mean_power(values: Sequence[Tensor], power: float) -> Tensor:
 
 
 def relative_rates(values: Tensor, mean: Tensor, power: float) -> Tensor:
-    """abs(value)^power over its mean, cut to 0.1 to 5: what multiplies the rate of each entry, (k,) fp32."""
+    """Return the factor of each entry's learning rate: abs(value)^power / mean, clamped to 0.1 to 5, (k,) fp32.
+
+    Args:
+        values: (k,) fp32.
+        mean: fp32 scalar of `mean_power`, over all weights.
+        power: 0.5 or 1.
+    """
     magnitudes = values.abs() if power == 1.0 else values.abs().sqrt_()
-    # All entries may be zero.
+    # The mean is 0 where all entries are.
     return magnitudes.div_(mean.clamp_min(TINY)).clamp_(LEAST, MOST)
 
 
 def _sums(values: list[Tensor], power: float) -> Sequence[Tensor]:
-    """The sum of abs(value)^power of each tensor."""
+    """Return the sum of abs(value)^power of each tensor."""
     if power == 0.5:
         values = torch._foreach_abs(values)
         torch._foreach_sqrt_(values)
@@ -42,7 +48,7 @@ def _sums(values: list[Tensor], power: float) -> Sequence[Tensor]:
 
 
 def _groups(values: list[Tensor]) -> list[list[Tensor]]:
-    """The tensors in runs of at most `_ENTRIES`, or one alone, each on one device."""
+    """Group neighbouring tensors of one device up to `_ENTRIES` entries; a larger tensor is a group of its own."""
     groups, room = [], 0
     for part in values:
         if part.numel() > room or groups[-1][0].device != part.device:

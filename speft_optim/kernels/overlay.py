@@ -1,4 +1,4 @@
-"""Values written over a weight at masked entries: the definition in PyTorch, and the choice of the kernel."""
+"""The overlay: compact values replace a weight's masked entries. Definition in PyTorch, and choice of the kernel."""
 
 from torch import Tensor
 
@@ -11,7 +11,8 @@ def overlay_(weight: Tensor, positions: CSR | Tensor, values: Tensor) -> None:
     """Write `values` (k,) fp32, rounded to the weight's dtype, at `positions` of `weight`, in place.
 
     Args:
-        weight: of any shape and strides; in row form, its last dimension is the row.
+        weight: of any shape and strides; for positions in row form, a row is a run of its last dimension.
+
         positions: in row form, or flat and row-major, (k,).
         values: (k,) fp32.
     """

@@ -1,7 +1,7 @@
 """A Triton kernel that writes values over a matrix row by row; one program takes one row.
 
-Since a program finds its entries through the row pointers, no flat position is ever formed and the host need not know
-how many entries lie where.
+A program finds its entries through the row pointers. So no flat position is formed, and the host needs no counts from
+the GPU.
 """
 
 import torch
@@ -16,7 +16,7 @@ ENTRIES = 128
 
 @triton.jit
 def overlay_row(line, row, values, row_pointers, columns, BLOCK: tl.constexpr):
-    """Write the values of `row` at their columns of the `line` in memory that holds it."""
+    """Write the values of row number `row` at their columns; `line` points to the row's first entry."""
     end = tl.load(row_pointers + row + 1)
     for first in range(tl.load(row_pointers + row), end, BLOCK):
         entry = first + tl.arange(0, BLOCK)
@@ -37,5 +37,6 @@ def overlay_(weight: Tensor, positions: CSR, values: Tensor) -> None:
     # Triton launches on the current device, which need not be the weight's where a model lies on several.
     with torch.cuda.device_of(weight):
         _overlay[(rows,)](values.contiguous(), *positions, weight, weight.shape[-1], BLOCK=ENTRIES, num_warps=1)
-    # Autograd and the model's own bookkeeping tell by the counter that a tensor was written.
+    # Autograd and `SparseWeight` detect writes by the version counter, which a kernel does not advance.
+
     torch.autograd.graph.increment_version(weight)

@@ -2,7 +2,8 @@
 
 For nn.Linear `left` is the output gradient and `right` the input; for a transposed weight (GPT-2's Conv1D) they change
 places. The dense gradient is never held whole. On a GPU the entries of a uniform mask are picked from dense panels of
-rows; masks chosen by gradients lie in few rows and columns, and there only blocks in which entries lie are formed.
+rows. Masks chosen by gradients are concentrated in few rows and columns: for them, only the blocks of the product that
+contain entries are formed.
 """
 
 from dataclasses import dataclass
@@ -17,23 +18,23 @@ from speft_optim.kernels.product import PANEL_BYTES, panel_rows, product
 ROWS = 64
 COLUMNS = 128
 TOKENS = 64
-# Limits for the transposed operands and for the blocks' products; together half as much again as a dense panel takes.
+# Limits for the transposed operands and the products of blocks. Together they are 1.5 times a dense panel.
 OPERAND_BYTES = 64 * 2**20
 PRODUCT_BYTES = 32 * 2**20
 # Blocks are used only below 75 % of the dense product's cost; the rest covers launch overhead.
 LARGEST_COST = 0.75
-# With fewer tokens in a run, reading and writing the products costs more than forming them.
+# In shorter runs of tokens, reading and writing the products costs more than forming them.
 LEAST_TOKENS = 512
 
 
 def sampled_gradient(left: Tensor, right: Tensor, positions: CSR | Tensor, blocks: "RowBlocks | None" = None) -> Tensor:
-    """Entries of `left.T @ right` at `positions`.
+    """Return the entries of `left.T @ right` at `positions`.
 
     Args:
         left: (T, R), a floating dtype.
         right: (T, C), the same dtype.
         positions: in row form, or flat and row-major, (k,).
-        blocks: `row_blocks` of the positions; None where dense panels are formed.
+        blocks: `row_blocks` of the positions; None to form dense panels.
 
     Returns:
         (k,) fp32.
@@ -48,7 +49,7 @@ def sampled_gradient(left: Tensor, right: Tensor, positions: CSR | Tensor, block
 
 
 def from_panels(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: int = PANEL_BYTES) -> Tensor:
-    """The definition: entries of `left.T @ right` at flat positions, from panels of rows that are formed one at a time.
+    """Return entries of `left.T @ right` at flat positions, from panels of rows formed one at a time: the definition.
 
     Args:
         left: (T, R), a floating dtype.
@@ -77,14 +78,16 @@ def from_panels(left: Tensor, right: Tensor, indices: Tensor, panel_bytes: int =
 
 @dataclass
 class RowBlocks:
-    """Blocks of rows with alike numbers of entries, and the columns that each of them needs.
+    """Blocks of 64 rows with similar numbers of entries, and the columns that each block needs.
 
     Attributes:
-        order: rows by falling number of entries, (rows with entries,) int32; block b has those from 64 b on.
-        columns: the columns of the blocks one after the other, rising in each, (sum of their numbers,) uint16.
-        starts: where each block's columns begin, (blocks + 1,) int32.
-        tiles: block, and first of at most 128 of its columns, of each tile that a program forms, (tiles, 2) int32.
-        halvings: after so many a search in the columns of any block has ended.
+        order: (rows with entries,) int32, the rows sorted by number of entries, most first; block b is the 64 rows from
+            place 64 b on.
+        columns: (sum over blocks,) uint16, the columns in which a block has entries, ascending, block after block.
+        starts: (blocks + 1,) int32, the place in `columns` at which each block's columns begin.
+        tiles: (tiles, 2) int32, for each tile that a program forms: its block, and the first of its up to 128 columns,
+            counted among the block's.
+        halvings: the number of halvings after which a binary search in the columns of any block has ended.
     """
 
     order: Tensor
@@ -95,23 +98,24 @@ class RowBlocks:
 
     @property
     def nbytes(self) -> int:
-        """Bytes this takes at rest."""
+        """Bytes of all tensors."""
         return sum(part.nbytes for part in (self.order, self.columns, self.starts, self.tiles))
 
 
 def row_blocks(positions: CSR, width: int) -> RowBlocks | None:
-    """Cut the rows of a mask into blocks; None where the whole product is formed faster, or the blocks would be large.
+    """Cut the rows of a mask into blocks, or return None where dense panels are faster or the blocks would be large.
 
-    Measured on an H100, at 4096 tokens: a part of the product takes 4 times as long in blocks as in dense panels, to
-    transpose the operands takes as long as `T * (R + C) * 640` multiplications, and what launches cost is covered by a
-    quarter of the whole: of Llama-3-8B at 1 %, gate_proj takes 0.47 ms instead of 0.69, q_proj 0.25 instead of 0.20.
+    The costs were measured on an H100 with 4096 tokens: an entry of the product takes 4 times as long in blocks as in
+    dense panels, and transposing the operands takes as long as `T * (R + C) * 640` multiplications. A quarter of the
+    dense cost is set aside for launches. In Llama-3-8B at 1 %, gate_proj takes 0.47 ms in blocks and 0.69 ms in panels,
+    q_proj 0.25 and 0.20 ms.
 
     Args:
         positions: the masked entries.
-        width: columns of the matrix.
+        width: number of columns of the matrix.
     """
     columns, rows = positions.columns, len(positions.row_pointers) - 1
-    # So dense a mask leaves out little, and its pairs of block and column would take much memory.
+    # A denser mask leaves little out, and its pairs of block and column would take much memory.
     if not 0 < len(columns) < rows * width // 16:
         return None
     counts = positions.row_pointers.diff()
@@ -119,7 +123,7 @@ def row_blocks(positions: CSR, width: int) -> RowBlocks | None:
     order = counts.argsort(descending=True, stable=True)
     blocks_of = torch.empty_like(order)
     blocks_of[order] = torch.arange(rows, device=order.device) // ROWS
-    # One number for a block and a column of it, in the order in which they are kept.
+    # A pair of block and column is one number, so that sorting gives the order in which columns are kept.
     pairs = (blocks_of[rows_of] * width + columns.long()).unique()
     share = ROWS * len(pairs) / (rows * width)
     if 4 * share + 640 * (rows + width) / (rows * width) > LARGEST_COST or 4 * ROWS * len(pairs) > PRODUCT_BYTES:
@@ -142,8 +146,8 @@ def row_blocks(positions: CSR, width: int) -> RowBlocks | None:
 
 
 def suits_blocks(left: Tensor, right: Tensor, positions: CSR | Tensor) -> bool:
-    """Whether blocks may serve operands (T, R) and (T, C): of 16 bits and many tokens, where kernels run."""
-    # While a compiler traces this the positions are not there to be looked at.
+    """Return whether blocks can be used for operands (T, R) and (T, C): 16 bits, many tokens, and kernels run."""
+    # While a compiler traces this, the positions have no data.
     if torch.compiler.is_compiling() or not isinstance(positions, CSR) or not launches(positions.columns):
         return False
     sixteen = left.dtype in (torch.float16, torch.bfloat16)
@@ -151,7 +155,7 @@ def suits_blocks(left: Tensor, right: Tensor, positions: CSR | Tensor) -> bool:
 
 
 def run_of_tokens(left: Tensor, right: Tensor) -> int:
-    """Tokens that are transposed at a time, of nearly equal runs."""
+    """Return how many tokens to transpose at a time, within `OPERAND_BYTES` and in runs of nearly equal length."""
     most = max(1, OPERAND_BYTES // ((left.shape[1] + right.shape[1]) * left.element_size() * TOKENS))
     steps = -(-len(left) // TOKENS)
     return -(-steps // -(-steps // most)) * TOKENS

@@ -1,12 +1,12 @@
-"""The sampled gradient on a GPU: entries picked from dense panels, or blocks of the product in which entries lie.
+"""The sampled gradient on a GPU: entries picked from dense panels, or from the blocks of the product that contain them.
 
-For a concentrated mask the rows are sorted by how many entries they have and cut into blocks, and a block is multiplied
-with those columns alone in which one of its rows has an entry. Its product is small; each entry finds its own there by
-a search in the block's columns, so that at rest a mask holds nothing but the order of its rows and the columns of its
-blocks, some tenths of a byte an entry.
+For a concentrated mask the rows are sorted by their number of entries and cut into blocks, and a block is multiplied
+only with the columns in which one of its rows has an entry. The product of a block is small. Each entry is found in it
+by binary search in the block's columns, so that a mask stores only the order of its rows and the columns of its blocks,
+some tenths of a byte per entry.
 
-A block reads features whose tokens lie side by side, so both operands are transposed first, a run of tokens at a time:
-all of them at once would take three times the memory of the dense panels that this replaces. A uniform mask has entries
+A block reads all tokens of a feature side by side, so both operands are transposed first, one run of tokens at a time:
+all tokens at once would take three times the memory of the dense panels that this replaces. A uniform mask has entries
 in nearly all columns of each block; for it, and for small matrices, panels are faster.
 """
 
@@ -25,7 +25,7 @@ _SIZE = 64
 
 @triton.jit
 def _pick(panel, row_pointers, columns, first_row, width, out, BLOCK: tl.constexpr):
-    """The entries of one row of a panel, which one program takes."""
+    """Pick the entries of one row of a panel; one program takes one row."""
     row = first_row + tl.program_id(0)
     end = tl.load(row_pointers + row + 1)
     line = panel + tl.program_id(0).to(tl.int64) * width
@@ -36,9 +36,9 @@ def _pick(panel, row_pointers, columns, first_row, width, out, BLOCK: tl.constex
 
 
 def from_panels(left: Tensor, right: Tensor, positions: CSR, panel_bytes: int = PANEL_BYTES) -> Tensor:
-    """Entries of `left.T @ right` at `positions` from dense panels of rows, (k,) fp32; the host waits for nothing.
+    """Return entries of `left.T @ right` at `positions`, (k,) fp32, from dense panels; the host never waits.
 
-    Called in backward, where autograd has made the tensors' device the current one.
+    It is called in backward, where autograd has made the tensors' device the current one.
     """
     columns = right.shape[1]
     step = panel_rows(columns, panel_bytes)
@@ -50,7 +50,7 @@ def from_panels(left: Tensor, right: Tensor, positions: CSR, panel_bytes: int = 
 
 
 def from_blocks(left: Tensor, right: Tensor, positions: CSR, blocks: RowBlocks) -> Tensor:
-    """Entries of `left.T @ right` at `positions` from their `row_blocks`, (k,) fp32; the host waits for nothing."""
+    """Return entries of `left.T @ right` at `positions`, (k,) fp32, from their `row_blocks`; the host never waits."""
     run, device = run_of_tokens(left, right), left.device
     products = torch.empty(ROWS * len(blocks.columns), dtype=torch.float32, device=device)
     out = torch.empty(len(positions.columns), dtype=torch.float32, device=device)
@@ -70,7 +70,7 @@ def from_blocks(left: Tensor, right: Tensor, positions: CSR, blocks: RowBlocks) 
 
 
 def transpose_(left_out: Tensor, right_out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write (T, N) `left` and `right` to contiguous outs (N, at least T each); tokens beyond theirs are zero."""
+    """Transpose `left` and `right`, (T, N) each, into contiguous outs of at least T columns; the rest is zero."""
     tokens = left_out.shape[1]
     ends = [triton.cdiv(side.shape[1], _SIZE) for side in (left, right)]
     sides = (side for pair in ((left, left_out), (right, right_out)) for side in pair)
@@ -108,18 +108,18 @@ def _multiply(
     left, right, order, columns, starts, tiles, products, filled, tokens,
     FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one block's product over a run of tokens, added to what earlier runs gave."""
+    """Form one tile of one block's product over a run of tokens, and add it to that of earlier runs."""
     block = tl.load(tiles + 2 * tl.program_id(0))
     column = tl.load(tiles + 2 * tl.program_id(0) + 1) + tl.arange(0, COLUMNS)
     start = tl.load(starts + block)
     width = tl.load(starts + block + 1) - start
     row = block * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
-    # Rows and columns beyond the block's last are formed from its first ones and not stored.
-    ours = tl.load(order + row, row < filled, other=0).to(tl.int64)
-    theirs = tl.load(columns + start + column, column < width, other=0).to(tl.int64)
-    left_place = left + ours[:, None] * tokens + token[None, :]
-    right_place = right + theirs[None, :] * tokens + token[:, None]
+    # Rows and columns beyond the block's last are computed from row and column 0 of the operands, and not stored.
+    left_feature = tl.load(order + row, row < filled, other=0).to(tl.int64)
+    right_feature = tl.load(columns + start + column, column < width, other=0).to(tl.int64)
+    left_place = left + left_feature[:, None] * tokens + token[None, :]
+    right_place = right + right_feature[None, :] * tokens + token[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for _ in range(0, tokens, TOKENS):
         total = tl.dot(tl.load(left_place), tl.load(right_place), total)
@@ -137,7 +137,7 @@ def _pick_from_blocks(
     products, order, columns, starts, row_pointers, entry_columns, out, halvings,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The entries of one row, each found by halving its block's columns."""
+    """Pick the entries of one row, each found by binary search in its block's columns."""
     rank = tl.program_id(0)
     row = tl.load(order + rank)
     block = rank // ROWS

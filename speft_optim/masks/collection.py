@@ -1,4 +1,4 @@
-"""The masks of a model: saved, loaded, compared and told of."""
+"""The masks of a model: saving, loading, comparison, tables and pictures."""
 
 import hashlib
 import json
@@ -19,25 +19,27 @@ _FORMAT = "speft_optim.masks/3"
 
 
 class Masks(dict[str, Mask]):
-    """Masks of a model: from the parameter's full name (`model.layers.0.mlp.up_proj.weight`) to its `Mask`."""
+    """Masks of a model, a dict from a parameter's full name (`model.layers.0.mlp.up_proj.weight`) to its `Mask`."""
 
     @property
     def count(self) -> int:
-        """Masked entries over all weights."""
+        """Number of masked entries over all weights."""
         return sum(len(mask) for mask in self.values())
 
     @property
     def density(self) -> float:
-        """Masked share of all entries of the weights named here, 0 to 1."""
+        """Share of masked entries among all entries of the weights that have a mask here, 0 to 1."""
         return self.count / max(1, sum(mask.shape.numel() for mask in self.values()))
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits over names, shapes and positions."""
+        """Return a hash of names, shapes and positions: sixteen hexadecimal digits."""
         parts = [f"{name}:{mask.fingerprint()}" for name, mask in sorted(self.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def overlap(self, other: "Masks") -> float:
-        """Share of the smaller selection's entries that both have, 0 to 1, over the weights of either.
+        """Return the share of entries that both selections have, 0 to 1, of the entries of the smaller one.
+
+        It is 1.0 where the smaller one is empty.
 
         Raises:
             ValueError: a weight has different shapes in the two.
@@ -60,15 +62,20 @@ class Masks(dict[str, Mask]):
         write_safetensors(tensors, path, {"format": _FORMAT, "shapes": json.dumps(shapes)})
 
     def parts(self) -> dict[str, Tensor]:
-        """What `Mask.packed` gives for each, in CPU memory under `name:part`, for a file."""
+        """Return the tensors of `Mask.packed` of all masks, in CPU memory, named `name:part` as in a file."""
         return {f"{name}:{key}": part for name, mask in self.items() for key, part in mask.to("cpu").packed().items()}
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Masks":
-        """Read masks written by `save`, in the order they were saved in.
+        """Read masks that `save` wrote, in the order they were saved in.
+
+        Args:
+            path: the file.
+            device: where the positions are loaded to.
 
         Raises:
-            ValueError: the file is not such a file, is damaged, or holds positions outside a weight.
+            FileNotFoundError: there is no such file.
+            ValueError: the file was not written by `save`, is damaged, or holds positions outside a weight.
         """
         path = checked_path(path)
         if path.is_dir():
@@ -83,11 +90,11 @@ class Masks(dict[str, Mask]):
             return cls({name: _read_mask(parts_of(name, tensors), shape) for name, shape in shapes.items()})
         except UNREADABLE as error:
             raise ValueError(
-                f"{path} is no readable file of Masks.save ({type(error).__name__}: {error}); pass another."
+                f"{path} is no readable file of Masks.save ({type(error).__name__}: {error}); pass another file."
             ) from error
 
     def summary(self) -> str:
-        """A table of density per layer and projection, in percent, with totals; for people."""
+        """Return a table to print: density by layer and projection, in percent, and totals."""
         layers, projections, cells = density_grid(self)
         if not self:
             return "no masks"
@@ -103,26 +110,26 @@ class Masks(dict[str, Mask]):
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw density by layer and projection, and how concentrated rows and columns are (by matplotlib).
+        """Draw the density by layer and projection, and how concentrated rows and columns are; needs matplotlib.
 
         Args:
-            path: the picture; its ending tells the format (`.png`, `.pdf`, `.svg`, ...), PNG without one.
+            path: the file to write; its ending tells the format (`.png`, `.pdf`, `.svg`, ...), PNG without one.
 
         Raises:
-            ValueError: there is no mask, or the ending is of no picture.
+            ValueError: there is no mask, or matplotlib has no format of this ending.
         """
         from speft_optim.masks.plots import plot_masks
 
         plot_masks(self, path)
 
     def draw_means(self, axes, numbers: Mapping[str, float], *, scale: float = 1) -> None:
-        """Draw a number of each weight as a heat map, into a figure of one's own.
+        """Draw a number for each weight as a heat map into your own figure; a row is a layer, a column a projection.
 
         Args:
-            axes: of matplotlib, with a figure; a row is a layer, a column a projection.
-            numbers: one for each masked weight, by its full name. A cell of several weights shows their mean, weighed
-                by their sizes.
-            scale: what the numbers are multiplied by, as 100 for percent.
+            axes: matplotlib axes in a figure.
+            numbers: one number for each masked weight, by its full name. A cell with several weights shows their mean,
+                weighted by size.
+            scale: the numbers are multiplied by it, such as 100 for percent.
         """
         from speft_optim.masks.plots import draw_grid
 
@@ -130,17 +137,17 @@ class Masks(dict[str, Mask]):
         draw_grid(axes, *mean_grid(numbers, sizes), scale=scale)
 
     def draw_concentration(self, axes) -> None:
-        """Draw how many rows and columns hold 90 % of the entries, into a figure of one's own.
+        """Draw the share of rows and columns that hold 90 % of the entries into your own figure.
 
         Args:
-            axes: of matplotlib; two bars for each projection.
+            axes: matplotlib axes; they get two bars for each projection.
         """
         from speft_optim.masks.plots import draw_concentration
 
         draw_concentration(axes, self)
 
 
-# What may come of a file that is not what it should be.
+# Errors that reading a damaged or foreign file may raise.
 UNREADABLE = (
     SafetensorError,
     KeyError,
@@ -154,16 +161,16 @@ UNREADABLE = (
 
 
 def _read_mask(parts: dict[str, Tensor], shape: list[int]) -> Mask:
-    """A mask from its parts in a file, with what it remembers."""
+    """Return the mask of its parts in a file, with `selected_on` where the file has it."""
     selected_on = parts.pop("selected_on", None)
     mask = Mask.unpack(parts, shape)
     if selected_on is not None:
         if selected_on.dtype != torch.float32 or selected_on.dim() != 1 or len(selected_on) >= 2 * PROBES:
-            raise ValueError(f"entries of dtype {selected_on.dtype} and shape {tuple(selected_on.shape)} beside a mask")
+            raise ValueError(f"a selected_on of {selected_on.dtype} and shape {tuple(selected_on.shape)}")
         mask.selected_on = selected_on.cpu()
     return mask
 
 
 def parts_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that stand under `name:part` in a file, by part."""
+    """Return the tensors that a file has under `name:part`, by part."""
     return {key.removeprefix(f"{name}:"): part for key, part in tensors.items() if key.startswith(f"{name}:")}

@@ -1,9 +1,9 @@
-"""Which entries of a weight are trained: `Mask` for one weight, `Masks` for a model.
+"""The mask of one weight: which of its entries are trained. `Masks` in `collection.py` is that of a model.
 
 A mask is the sorted set of flat, row-major positions of its entries. It is never held as a boolean tensor of the
-weight's shape: at 1 % density that would cost a hundred bytes per entry kept. Where it is smaller, the positions are
-held by rows (CSR): a 16-bit column for each entry and an int32 pointer for each row. `Mask.indices` makes flat
-positions of them for the moment of use.
+weight's shape: at 1 % density that would cost a hundred bytes for each masked entry. Where it takes fewer bytes, the
+positions are held in row form (CSR): a 16-bit column for each entry and an int32 pointer for each row. `Mask.indices`
+computes the flat positions when they are needed.
 """
 
 import functools
@@ -26,7 +26,7 @@ _INT64_LIMIT = 2**63 - 1
 _UINT16_COLUMNS = 2**16
 
 
-# About how many entries outside itself a mask remembers of the weight it was selected on.
+# A mask remembers about so many entries of the weight it was selected on, from outside itself.
 PROBES = 64
 
 
@@ -35,17 +35,17 @@ class Mask:
 
     Args:
         indices: 1-D integer tensor of unique flat (row-major) positions, in any order.
-        shape: shape of the weight they refer to.
+        shape: shape of the weight.
 
     Attributes:
         shape: shape of the weight.
-        positions: the positions as held, by rows or flat (`CSR` or a 1-D integer tensor); not to be changed.
-        selected_on: 64 or some more entries outside the mask of the weight it was selected on, 1-D fp32 on the CPU, see
-            `weights/provenance.py`; None where that is not known or did not matter.
+        positions: the positions as held, in row form or flat (`CSR` or a 1-D integer tensor); must not be changed.
+        selected_on: unmasked entries of the weight that the mask was selected on, fewer than 128, 1-D fp32 on the CPU
+            (see `weights/provenance.py`); None where that weight is unknown.
 
     Raises:
         TypeError: `indices` is not a 1-D integer tensor.
-        ValueError: a position lies outside the weight or occurs twice, or the shape is none.
+        ValueError: a position lies outside the weight or occurs twice, or `shape` is not a shape.
     """
 
     selected_on: Tensor | None = None
@@ -74,16 +74,16 @@ class Mask:
                     f"Mask position {bad} lies outside 0..{count - 1} of a weight of shape {tuple(self.shape)}; "
                     "pass flat, row-major positions."
                 )
-        # Only now: a position beyond the int32 range would come out of the cast as one that looks valid.
+        # Positions are cast after the check: one beyond the int32 range could become a valid one by the cast.
         indices = indices.to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
         self._length = indices.numel()
         self.positions = self._by_rows(indices) or indices.clone()
 
     def _by_rows(self, indices: Tensor) -> CSR | None:
-        """The positions by rows, where that takes fewer bytes."""
+        """Return the positions in row form where that takes fewer bytes, else None."""
         columns = self._columns
         rows = self.shape.numel() // columns
-        # Not even tried where it cannot pay: row pointers of a weight with few entries could take gigabytes.
+        # The size is computed first, since the row pointers of a weight with few entries could take gigabytes.
         size = 2 * self._length + 4 * (rows + 1)
         if columns > _UINT16_COLUMNS or self._length > _INT32_LIMIT or size >= indices.nbytes:
             return None
@@ -97,31 +97,48 @@ class Mask:
 
     @property
     def indices(self) -> Tensor:
-        """Sorted unique flat positions, int32 (int64 for weights of 2^31 entries or more), shape (len(self),)."""
+        """Flat positions, sorted and unique, (len(self),) int32, or int64 for a weight of 2^31 entries or more."""
         if not isinstance(self.positions, CSR):
             return self.positions
         dtype = torch.int32 if self.shape.numel() <= _INT32_LIMIT else torch.int64
         return self.positions.flat(self._columns, dtype)
 
     def sampled_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        """Masked entries of `left.T @ right`, (len(self),) fp32, for (T, rows) and (T, columns) in one dtype."""
+        """Return the masked entries of a gradient `left.T @ right`.
+
+        Args:
+            left: (T, rows), a floating dtype.
+            right: (T, columns), the same dtype.
+
+        Returns:
+            (len(self),) fp32.
+        """
         blocks = self._row_blocks if suits_blocks(left, right, self.positions) else None
         return sampled_gradient(left, right, self.positions, blocks)
 
     @functools.cached_property
     def _row_blocks(self) -> RowBlocks | None:
-        """Blocks of rows for the kernel of concentrated masks, made at the first use and not copied with the mask."""
+        """Blocks of rows for the kernel for concentrated masks, made at the first use and not copied with the mask."""
         return row_blocks(self.positions, self._columns)
 
     def packed(self) -> dict[str, Tensor]:
-        """The positions as held, for a file: `indices`, or `row_pointers` (rows + 1,) int32 and `columns` uint16."""
+        """Return the positions as held, for a file.
+
+        Returns:
+            `indices` (k,) int32 or int64, or in row form `row_pointers` (rows + 1,) int32 and `columns` (k,) uint16.
+        """
         return self.positions._asdict() if isinstance(self.positions, CSR) else {"indices": self.positions}
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":
-        """The mask that `packed` took apart, checked as the constructor checks.
+        """Return the mask whose positions `packed` returned, checked as by the constructor.
+
+        Args:
+            parts: the tensors of `packed`, from a file that need not be trusted.
+            shape: shape of the weight.
 
         Raises:
+            TypeError: `indices` is not a 1-D integer tensor.
             ValueError: the parts do not describe positions in a weight of `shape`.
             KeyError: a part is missing.
         """
@@ -144,7 +161,7 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the positions take at rest, with the blocks of rows where they were made."""
+        """Bytes that the positions take, including the blocks of rows where they were made."""
         blocks = self.__dict__.get("_row_blocks")
         return sum(part.nbytes for part in self.packed().values()) + (0 if blocks is None else blocks.nbytes)
 
@@ -154,7 +171,7 @@ class Mask:
         return next(iter(self.packed().values())).device
 
     def to(self, device: torch.device | str) -> "Mask":
-        """The same mask with its positions on `device`."""
+        """Return the same mask with its positions on `device`; the mask itself where they are there already."""
         if torch.device(device) == self.device:
             return self
         other = object.__new__(Mask)
@@ -164,13 +181,13 @@ class Mask:
         return other
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that differ between different masks, equal on every device."""
+        """Return a hash of shape and positions: sixteen hexadecimal digits, the same on every device."""
         digest = hashlib.sha256(repr(tuple(self.shape)).encode())
         digest.update(self.indices.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def overlap(self, other: "Mask") -> float:
-        """Share of the smaller mask's entries that both have, 0 to 1; 1.0 where the smaller one is empty.
+        """Return the share of the smaller mask's entries that both have, 0 to 1; 1.0 where the smaller one is empty.
 
         Raises:
             ValueError: the two masks belong to weights of different shapes.
@@ -184,15 +201,15 @@ class Mask:
         return int(torch.isin(self.indices, other.indices.to(self.device), assume_unique=True).sum())
 
     def row_counts(self) -> Tensor:
-        """Masked entries per row, int64; a row is a run of the weight's last dimension."""
+        """Return the number of masked entries of each row, (rows,) int64; a row is a run of the last dimension."""
         return torch.bincount(self.indices.long() // self._columns, minlength=self.shape.numel() // self._columns)
 
     def column_counts(self) -> Tensor:
-        """Masked entries per position in the weight's last dimension, int64."""
+        """Return the number of masked entries of each column, (columns,) int64; columns are the last dimension."""
         return torch.bincount(self.indices.long() % self._columns, minlength=self._columns)
 
     def __eq__(self, other: object) -> bool:
-        """Equal shape and equal positions, on whatever device."""
+        """Return whether shape and positions are equal, on whatever device they are."""
         if not isinstance(other, Mask):
             return NotImplemented
         same = self.shape == other.shape and len(self) == len(other)
@@ -201,7 +218,7 @@ class Mask:
     __hash__ = None
 
     def __getstate__(self) -> dict:
-        """State for copies and pickle, which cannot carry uint16 tensors: their bits go as int16."""
+        """Return the state for copies and pickle. Pickle cannot carry uint16 tensors, so their bits go as int16."""
         state = {**self.__dict__, "positions": self.packed()}
         state.pop("_row_blocks", None)
         if "columns" in state["positions"]:
@@ -217,13 +234,19 @@ class Mask:
         self.__dict__.update(state, positions=positions)
 
     def __repr__(self) -> str:
-        """Shape, count and density."""
+        """Return shape, number of entries and density."""
         return f"Mask(shape={tuple(self.shape)}, entries={len(self):,}, density={self.density:.4%})"
 
 
 def places_outside(mask: Mask | None, count: int, most: int) -> Tensor:
-    """Evenly spaced flat positions, less than twice `most` of `count`, without a mask's; int64 on its device."""
-    # An odd step, or all places would lie in one column of a matrix with 2^n columns, which the mask may fill.
+    """Return evenly spaced flat positions outside a mask, int64, on the mask's device.
+
+    Args:
+        mask: their positions are left out; None to leave out none.
+        count: number of entries of the weight.
+        most: fewer than twice as many positions are returned.
+    """
+    # The step is odd. Else all places would lie in one column of a matrix with 2^n columns, which the mask may fill.
     places = torch.arange(0, count, max(1, count // most) | 1, dtype=torch.int64)
     if mask is None or not len(mask):
         return places
@@ -233,7 +256,7 @@ def places_outside(mask: Mask | None, count: int, most: int) -> Tensor:
 
 
 def _describes_rows(csr: CSR, rows: int, width: int) -> bool:
-    """Whether what may come from a file has the form that a matrix of this size asks for."""
+    """Return whether row pointers and columns, perhaps from a file, are valid for a matrix of this size."""
     pointers, columns = csr
     return (
         (pointers.dtype, columns.dtype) == (torch.int32, torch.uint16)
@@ -247,7 +270,7 @@ def _describes_rows(csr: CSR, rows: int, width: int) -> bool:
 
 
 def _checked_shape(shape: Sequence[int]) -> torch.Size:
-    """The shape as a torch.Size; it may come from a file."""
+    """Return the shape as a torch.Size, or refuse it: it may come from a file."""
     try:
         size = torch.Size(shape)
     except (TypeError, RuntimeError, OverflowError) as error:
@@ -262,7 +285,15 @@ def _describe(value: object) -> str:
 
 
 def find(sorted_positions: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each of `wanted` stands in `sorted_positions`, and whether it does (if not, the place means nothing)."""
+    """Look each of `wanted` up in `sorted_positions`.
+
+    Args:
+        sorted_positions: (n,) integer, ascending.
+        wanted: (k,) integer, on the same device.
+
+    Returns:
+        Its place there, (k,) int64, and whether it is there, (k,) bool; the place of one that is not has no meaning.
+    """
     if not sorted_positions.numel():
         return torch.zeros_like(wanted, dtype=torch.int64), torch.zeros_like(wanted, dtype=torch.bool)
     place = torch.searchsorted(sorted_positions, wanted.to(sorted_positions.dtype)).clamp_(

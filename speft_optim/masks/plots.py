@@ -10,10 +10,14 @@ from speft_optim.masks.statistics import concentration, density_grid, split_name
 
 
 def plot_masks(masks: Mapping[str, Mask], path: str | Path) -> None:
-    """Draw the density per layer and projection, and the row and column concentration per projection.
+    """Draw the density by layer and projection, and the concentration in rows and columns by projection.
+
+    Args:
+        masks: by parameter name.
+        path: the file to write; its ending tells the format, PNG without one.
 
     Raises:
-        ValueError: there is no mask to draw, or matplotlib writes no file of this ending.
+        ValueError: there is no mask to draw, or matplotlib has no format of this ending.
     """
     if not masks:
         raise ValueError("There is no mask to draw; select some weights first.")
@@ -26,7 +30,7 @@ def plot_masks(masks: Mapping[str, Mask], path: str | Path) -> None:
     kinds = FigureCanvasAgg(figure).get_supported_filetypes()
     if kind not in kinds:
         known = ", ".join(sorted(kinds))
-        raise ValueError(f"Cannot draw {path}: .{kind} is no picture; append one of these, such as .png: {known}.")
+        raise ValueError(f"Cannot draw {path}: .{kind} is no picture format; append one such as .png, of {known}.")
     heat, bars = figure.subplots(1, 2)
     draw_density(heat, masks)
     draw_concentration(bars, masks)
@@ -35,13 +39,13 @@ def plot_masks(masks: Mapping[str, Mask], path: str | Path) -> None:
 
 
 def draw_density(axes, masks: Mapping[str, Mask]) -> None:
-    """Heat map of density in percent, a row per layer, a column per projection."""
+    """Draw a heat map of the density in percent, a row for each layer, a column for each projection."""
     draw_grid(axes, *density_grid(masks), scale=100)
     axes.set_title("density, %")
 
 
 def draw_grid(axes, layers: list[str], projections: list[str], cells: list[list[float]], scale: float = 1) -> None:
-    """Heat map of `scale` times the cells, a row per layer, a column per projection."""
+    """Draw a heat map of `scale` times the cells, a row for each layer, a column for each projection."""
     image = axes.imshow([[scale * v for v in row] for row in cells], aspect="auto", cmap="viridis", vmin=0)
     axes.set_xticks(range(len(projections)), projections, rotation=45, ha="right")
     step = max(1, len(layers) // 16)
@@ -50,7 +54,7 @@ def draw_grid(axes, layers: list[str], projections: list[str], cells: list[list[
 
 
 def draw_concentration(axes, masks: Mapping[str, Mask]) -> None:
-    """Per projection, the share of rows and of columns that holds 90 % of the masked entries."""
+    """Draw two bars for each projection: the percentage of rows and of columns that hold 90 % of the masked entries."""
     by_projection: dict[str, list] = {}
     for name, mask in masks.items():
         by_projection.setdefault(split_name(name)[1], []).append(mask)

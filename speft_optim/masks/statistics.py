@@ -1,4 +1,4 @@
-"""Where the entries of masks lie: density by layer and projection, concentration in rows and columns."""
+"""Statistics of masks: density by layer and projection, concentration in rows and columns."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +9,10 @@ from speft_optim.masks.mask import Mask
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A parameter's name as (layer, projection): `model.layers.3.mlp.up_proj.weight` -> ("layers.3", "up_proj")."""
+    """Split a parameter's name into layer and projection.
+
+    `model.layers.3.mlp.up_proj.weight` gives ("layers.3", "up_proj"); the layer of a name without a number is "other".
+    """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     layer = f"{parts[numbers[0] - 1]}.{parts[numbers[0]]}" if numbers and numbers[0] else "other"
@@ -20,20 +23,20 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def density_grid(masks: Mapping[str, Mask]) -> tuple[list[str], list[str], list[list[float]]]:
-    """Density of each (layer, projection) cell, NaN where there is no such weight; layers and projections in order."""
+    """Return layers, projections, and the density (0 to 1) of each cell, as `mean_grid` does."""
     sizes = {name: mask.shape.numel() for name, mask in masks.items()}
     return mean_grid({name: len(mask) / max(1, sizes[name]) for name, mask in masks.items()}, sizes)
 
 
 def mean_grid(numbers: Mapping[str, float], sizes: Mapping[str, int]) -> tuple[list[str], list[str], list[list[float]]]:
-    """Mean of a number over the weights of each (layer, projection) cell, each weighed by its size.
+    """Return the mean of a number over the weights of each (layer, projection) cell, weighted by their sizes.
 
     Args:
-        numbers: one for each weight, by its full name.
-        sizes: its number of entries.
+        numbers: one number for each weight, by its full name.
+        sizes: each weight's number of entries.
 
     Returns:
-        Layers and projections in order of appearance, and rows of cells, NaN where there is no such weight.
+        Layers and projections in order of appearance, and for each layer a row of cells, NaN where there is no weight.
     """
     sums: dict[tuple[str, str], list[float]] = {}
     for name, number in numbers.items():
@@ -47,7 +50,15 @@ def mean_grid(numbers: Mapping[str, float], sizes: Mapping[str, int]) -> tuple[l
 
 
 def concentration(counts: Iterable[Tensor], share: float = 0.9) -> float:
-    """Smallest fraction of rows (or columns) that holds `share` of the entries, averaged over the weights given."""
+    """Return the smallest fraction of rows (or columns) that holds `share` of the entries, averaged over weights.
+
+    Args:
+        counts: for each weight, the number of masked entries of each row (or column).
+        share: of the entries, 0 to 1.
+
+    Returns:
+        The mean of the fractions, 0 to 1; weights without masked entries do not count, and NaN without any weight.
+    """
     fractions = list(_fractions(counts, share))
     return sum(fractions) / len(fractions) if fractions else math.nan
 

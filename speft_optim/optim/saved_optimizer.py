@@ -15,17 +15,17 @@ from speft_optim.masks.mask import Mask
 from speft_optim.optim.checks import check_options
 from speft_optim.optim.moments import new_moments_
 from speft_optim.optim.state import (
-    FORMER_KEYS,
     MASK_KEYS,
+    PREVIOUS_KEYS,
     SCHEDULE_KEYS,
     check_common,
     check_saved,
     check_saved_mask,
-    former_of,
     has_moments,
     mask_of,
     moment_keys,
     positions_to_bits,
+    previous_of,
     text_of,
     text_to_tensor,
 )
@@ -175,9 +175,11 @@ class SavedOptimizer(Optimizer):
         )
         if self.schedule is not None:
             saved.update({**self.schedule.state_dict(), **self.schedule.state_of(weight)})
-        if "former" in self._own_keys(weight):
-            saved["former"] = positions_to_bits(weight.former, mask.shape.numel(), device)
-            saved["former_values"] = parameter.new_empty(0) if weight.former is None else weight.former_entries()
+        if "previously_trained" in self._own_keys(weight):
+            saved["previously_trained"] = positions_to_bits(weight.previously_trained, mask.shape.numel(), device)
+            nothing = parameter.new_empty(0)
+            saved["previous_values"] = nothing if weight.previously_trained is None else weight.previous_entries()
+
         return saved
 
     def _own_keys(self, weight: SparseWeight | None) -> list[str]:
@@ -187,8 +189,8 @@ class SavedOptimizer(Optimizer):
             keys += MASK_KEYS
             if self.schedule is not None:
                 keys += self.schedule.keys
-            if self.schedule is not None or weight.former is not None:
-                keys += FORMER_KEYS
+            if self.schedule is not None or weight.previously_trained is not None:
+                keys += PREVIOUS_KEYS
         return keys
 
     def _reserve_state(self) -> None:
@@ -256,7 +258,7 @@ class SavedOptimizer(Optimizer):
                 "The saved state has no schedule_steps: that run had no MaskSchedule; load the state first, then build "
                 "the MaskSchedule."
             )
-        kept = [key for key in self._own_keys(weight) if self.schedule is not None or key not in FORMER_KEYS]
+        kept = [key for key in self._own_keys(weight) if self.schedule is not None or key not in PREVIOUS_KEYS]
         fits = saved["values"] if self.schedule is not None and isinstance(saved.get("values"), Tensor) else parameter
         check_saved(weight.name, fits, saved, ("step", "exp_avg", "exp_avg_sq", *kept))
         self._check_mask(weight, check_saved_mask(weight.name, saved, weight.holds_entries), text_of(saved["name"]))
@@ -287,7 +289,7 @@ class SavedOptimizer(Optimizer):
             mask = mask_of(saved)
             if weight.mask != mask:
                 weight.change_mask(mask)
-            weight.restore_former(former_of(saved), saved.get("former_values"))
+            weight.restore_previous(previous_of(saved), saved.get("previous_values"))
             parameter.copy_(saved["values"])
             weight.write()
 

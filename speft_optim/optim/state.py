@@ -20,7 +20,7 @@ from speft_optim.optim.moments import moments_fit
 MASK_KEYS = ("values", "indices", "shape", "name")
 
 
-FORMER_KEYS = ("former", "former_values")
+PREVIOUS_KEYS = ("previously_trained", "previous_values")
 
 
 SCHEDULE_KEYS = ("schedule_steps", "schedule_history")
@@ -73,11 +73,11 @@ def mask_of(saved: dict[str, Any]) -> Mask:
     return Mask(saved["indices"], saved["shape"].tolist())
 
 
-def former_of(saved: dict[str, Any]) -> Mask | None:
-    """The entries that left the saved mask, or None if none did."""
-    if "former" not in saved:
+def previous_of(saved: dict[str, Any]) -> Mask | None:
+    """Return the entries that left the saved mask, or None if none did."""
+    if "previously_trained" not in saved:
         return None
-    positions = positions_of(saved["former"])
+    positions = positions_of(saved["previously_trained"])
     return Mask(positions, saved["shape"].tolist()) if len(positions) else None
 
 
@@ -93,7 +93,7 @@ def check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Itera
     Raises:
         ValueError: says which key is wrong.
     """
-    if isinstance(saved.get("name"), str):
+    if isinstance(saved.get("name"), str) or "former" in saved:
         raise ValueError(
             f"The saved state of {what} is in the format of an older version of speft_optim; go on with that version."
         )
@@ -141,20 +141,22 @@ def check_saved_mask(what: str, saved: dict[str, Any], weight_holds_entries: boo
         if len(mask) != len(saved["values"]):
             raise ValueError(f"it has {len(mask)} entries, but there are {len(saved['values'])} values")
         text_of(saved["name"])
-        if "former" in saved:
-            _check_former(mask, saved, weight_holds_entries)
+        if "previously_trained" in saved:
+            _check_previous(mask, saved, weight_holds_entries)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The saved mask of {what} is damaged; load another state: {error}") from error
     return mask
 
 
-def _check_former(mask: Mask, saved: dict[str, Any], weight_holds_entries: bool) -> None:
-    bits, entries = saved["former"], saved["former_values"]
+def _check_previous(mask: Mask, saved: dict[str, Any], weight_holds_entries: bool) -> None:
+    bits, entries = saved["previously_trained"], saved["previous_values"]
     if bits.dtype != torch.uint8 or bits.shape != (_bytes(mask.shape.numel()),):
-        raise ValueError(f"former is of {bits.dtype} and shape {tuple(bits.shape)}, not one bit for each entry")
-    former = None if weight_holds_entries else former_of(saved)
-    if entries.dtype != torch.float32 or entries.shape != (0 if former is None else len(former),):
-        raise ValueError("the entries that left the mask and their former_values differ in number")
+        raise ValueError(
+            f"previously_trained is of {bits.dtype} and shape {tuple(bits.shape)}, not one bit for each entry"
+        )
+    previous = None if weight_holds_entries else previous_of(saved)
+    if entries.dtype != torch.float32 or entries.shape != (0 if previous is None else len(previous),):
+        raise ValueError("the entries that left the mask and their previous_values differ in number")
 
 
 def _check_number(what: str, saved: dict[str, Any], key: str) -> None:

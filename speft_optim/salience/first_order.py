@@ -55,7 +55,7 @@ class Observed:
     @property
     def used_otherwise(self) -> set[str]:
         """Names of weights whose gradient is not, or not only, that of their layers' products."""
-        return self.used_outside | {hook.name for hook in self.gradient_hooks if hook.told}
+        return self.used_outside | {hook.name for hook in self.gradient_hooks if hook.warned}
 
     def watch(self, piece: Piece, accumulator: Accumulator, stack: contextlib.ExitStack) -> None:
         """Give the accumulator the dense gradient of uses outside the modules too, while the stack is open."""
@@ -88,15 +88,15 @@ def observing(
         used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
             that each is told of once; gets those that are found now.
     """
-    anchor, observed = torch.zeros((), requires_grad=True), Observed()
+    grad_anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
         for piece in group:
             to = accumulators[piece]
-            observed.gradient_hooks += observe_gradient(piece.target, anchor, to, True, observed.pending)
+            observed.gradient_hooks += observe_gradient(piece.target, grad_anchor, to, True, observed.pending)
             if _may_be_leaf(piece.target):
                 observed.watch(piece, to, stack)
         for hook in observed.gradient_hooks:
-            hook.told = hook.name in used_otherwise
+            hook.warned = hook.name in used_otherwise
             stack.callback(hook.remove)
         yield observed
         used_otherwise |= observed.used_otherwise

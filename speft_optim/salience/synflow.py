@@ -45,19 +45,19 @@ def flow(model: nn.Module, reader: BatchReader | None, group: list[Piece], loss:
     """
     for piece in group:
         piece.allocate()
-    anchor = torch.zeros((), requires_grad=True)
+    grad_anchor = torch.zeros((), requires_grad=True)
     with contextlib.ExitStack() as stack, torch.enable_grad():
         stack.enter_context(plain_implementation(model, attention=False))
         # Hooks first: where one shadows a weight, the absolute value is taken of its alias.
-        pieces = _observe_uses(group, anchor, stack)
-        stack.enter_context(linearised(model, pieces, anchor))
+        pieces = _observe_uses(group, grad_anchor, stack)
+        stack.enter_context(linearised(model, pieces, grad_anchor))
         logits = _logits_of_ones(model)
         if logits.requires_grad:
             logits.sum().backward()
 
 
 def _observe_uses(
-    group: list[Piece], anchor: Tensor, stack: contextlib.ExitStack
+    group: list[Piece], grad_anchor: Tensor, stack: contextlib.ExitStack
 ) -> dict[tuple[nn.Module, str], list[Piece]]:
     """Hook the weights that are no products, while the stack is open.
 
@@ -70,7 +70,7 @@ def _observe_uses(
             if is_product(module, attribute):
                 products[module, attribute].append(piece)
             else:
-                stack.callback(GradientHook(module, attribute, anchor, piece, piece.target.name).remove)
+                stack.callback(GradientHook(module, attribute, grad_anchor, piece, piece.target.name).remove)
     return products
 
 
@@ -92,13 +92,15 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def linearised(model: nn.Module, pieces: Mapping[tuple[nn.Module, str], list[Piece]], anchor: Tensor) -> Iterator[None]:
+def linearised(
+    model: nn.Module, pieces: Mapping[tuple[nn.Module, str], list[Piece]], grad_anchor: Tensor
+) -> Iterator[None]:
     """The model as the linearised network of its absolute weights, computing in fp64.
 
     Args:
         model: the model.
         pieces: what gets the gradients of products, by module and attribute.
-        anchor: requires gradients, so that these are formed.
+        grad_anchor: requires gradients, so that these are formed.
     """
     targets = {site: target for target in all_targets(model).values() for site in target.sites}
     with contextlib.ExitStack() as stack:
@@ -106,7 +108,7 @@ def linearised(model: nn.Module, pieces: Mapping[tuple[nn.Module, str], list[Pie
             own = [attribute for attribute, parameter in module._parameters.items() if parameter is not None]
             if is_product(module, "weight"):
                 site = module, "weight"
-                _replace(module, _AbsoluteLinear(module, targets[site], pieces.get(site, []), anchor), stack)
+                _replace(module, _AbsoluteLinear(module, targets[site], pieces.get(site, []), grad_anchor), stack)
             elif type(module).__name__.endswith("Norm"):
                 _replace(module, _scale_of_layer_norm if isinstance(module, nn.LayerNorm) else _scale, stack)
             elif _is_activation(module):
@@ -125,24 +127,26 @@ def _replace(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) 
 class _AbsoluteLinear:
     """`x @ abs(W).T + abs(b)` in fp64."""
 
-    def __init__(self, module: nn.Module, target: Target, pieces: list[Piece], anchor: Tensor):
-        self.target, self.pieces, self.anchor = target, pieces, anchor
+    def __init__(self, module: nn.Module, target: Target, pieces: list[Piece], grad_anchor: Tensor):
+        self.target, self.pieces, self.grad_anchor = target, pieces, grad_anchor
         self.transposed = is_transposed_linear(module, "weight")
 
     def __call__(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
-        anchor = self.anchor if self.pieces else None
-        output = _AbsoluteTimes.apply(x.double(), anchor, self.target, self.transposed, self.pieces)
+        grad_anchor = self.grad_anchor if self.pieces else None
+        output = _AbsoluteTimes.apply(x.double(), grad_anchor, self.target, self.transposed, self.pieces)
         return output if module.bias is None else output + module.bias.abs().double()
 
 
 class _AbsoluteTimes(torch.autograd.Function):
     """`x @ abs(W).T`, or `x @ abs(W)` of a transposed weight, in panels; W is read again in backward, not kept.
 
-    The gradient of abs(W) goes to the pieces as its two factors; the anchor makes sure that there is a backward.
+    The gradient of abs(W) goes to the pieces as its two factors; the grad_anchor makes sure that there is a backward.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor | None, target: Target, transposed: bool, pieces: list[Piece]) -> Tensor:
+    def forward(
+        ctx, x: Tensor, grad_anchor: Tensor | None, target: Target, transposed: bool, pieces: list[Piece]
+    ) -> Tensor:
         ctx.target, ctx.transposed, ctx.pieces = target, transposed, pieces
         ctx.save_for_backward(*((x,) if pieces else ()))
         return _times_rows(x, target) if transposed else _times_columns(x, target)

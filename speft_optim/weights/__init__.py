@@ -1,1 +1,1 @@
-"""The weights of a model: where they live, what holds them, and how their gradients are observed."""
+"""The weights of a model: how they are found, stored and overlaid, and how their gradients are observed."""

@@ -1,20 +1,21 @@
-"""The frozen weight behind one interface: a dense tensor, bitsandbytes int8 (LLM.int8 storage) or bitsandbytes 4-bit.
+"""The frozen weight of a bitsandbytes layer, int8 (LLM.int8 storage) or 4-bit, and its overlays of trained entries.
 
-A dense weight holds its trained entries itself. Codes cannot, so a quantised weight carries a list of overlays, masks
-with exact fp32 values, and *is* the dequantised codes with the overlays laid over; codes and scales are only read. The
-overlays travel with the scales (see `weights/scales.py`), which every reader needs.
+A dense weight holds its trained entries itself. Quantised storage cannot, so a quantised weight has a list of overlays,
+each a mask with exact fp32 values. The model computes with the dequantised weight on which the overlays are written;
+the quantised values and the scales are only read. The overlays are attached to the scales (see `weights/scales.py`),
+which everything that dequantises needs.
 
-A read changes nothing. What bitsandbytes rearranged or left behind is put in order once, by `settle_storage`, where a
-model first comes in, and by each forward of ours, since models move between devices in training too.
+A read changes nothing. Where bitsandbytes rearranges storage or leaves scales on another device, `settle_storage` mends
+that once, when a model first comes in. Our forward places the scales again, since models also move during training.
 
-    int8    w = code * scale / 127, one fp32 scale a row
+    int8    w = code * scale / 127, one fp32 scale for each row
     4-bit   w = table[code] * scale, one scale for each run of `blocksize` flat positions, two codes in a byte; with
-            double quantisation the scales are codes themselves
+            double quantisation the scales are quantised to codes themselves
 
-Each product is fp32 and rounded once to the dtype asked for, so that all ways to read an entry agree to the bit.
-On a GPU one kernel of ours makes the whole weight, overlay and all. Elsewhere, and for rows of a length that it does
-not take, bitsandbytes is imported for its kernel that dequantises a whole 4-bit weight; everything else is plain
-PyTorch: the layout is small and stable, and no kernel reads single rows or positions.
+Each product is formed in fp32 and rounded once to the dtype asked for, so that all ways to read an entry agree to the
+bit. On a GPU one kernel of ours makes the whole weight with an overlay. Elsewhere, and where it does not support the
+length of the rows, bitsandbytes' kernel dequantises a whole 4-bit weight. Everything else is plain PyTorch: the layout
+is small and stable, and bitsandbytes has no kernel that reads single rows or positions.
 """
 
 import copy
@@ -35,18 +36,22 @@ from speft_optim.weights.scales import TRAINED, TrainedEntries, TrainedScales, t
 _CHUNK = 2**22
 
 
-# Under this name a layer that we compute knows its own name.
+# The attribute in which a layer with our forward has its own name, for messages.
 LAYER_NAME = "_name_in_model"
 
 
 class QuantizedWeight:
-    """The weight of a bitsandbytes linear layer: codes, scales, and overlays of exact values.
+    """The weight of a bitsandbytes linear layer: quantised values, scales, and overlays of exact values.
 
-    Subclasses read the codes: `_launch` and `_dequantize` all, `_panel` of rows, `_at` flat positions. The scales are
-    in `attribute` of `holder`, in bitsandbytes' own place.
+    Subclasses dequantise: `_launch` and `_dequantize` the whole weight, `_panel` rows, `_at` flat positions. The scales
+    are where bitsandbytes has them, in `attribute` of `holder`.
+
+    Args:
+        module: the layer.
+        holder: the object of bitsandbytes that has the scales.
     """
 
-    # Of rows and entries, and of the gradient; what a product is formed in its input decides.
+    # The dtype of rows, entries and the gradient; that of a product is decided by its input.
     dtype = torch.float32
     attribute: str
 
@@ -55,19 +60,19 @@ class QuantizedWeight:
 
     @property
     def overlays(self) -> list[tuple[Mask, Tensor]]:
-        """(mask, values) pairs, later ones on top."""
+        """The overlays as (mask, values (k,) fp32) pairs; a later one is written over earlier ones."""
         entries = trained_entries(self.holder, self.attribute)
         return [] if entries is None else entries.overlays
 
     @property
     def scales(self) -> Tensor:
-        """The plain scales, on the device of the codes; a copy where they lie on another, see `place_scales`."""
+        """The plain scales on the weight's device; a copy where they are on another one, see `place_scales`."""
         entries = trained_entries(self.holder, self.attribute)
         scales = getattr(self.holder, self.attribute) if entries is None else entries.scales
         return scales if scales.device == self.device else scales.to(self.device)
 
     def place_scales(self) -> None:
-        """Move the scales to the codes for good: bitsandbytes leaves those of an int8 weight behind that moves."""
+        """Move the scales to the weight's device: bitsandbytes leaves them behind when an int8 weight moves."""
         entries = trained_entries(self.holder, self.attribute)
         before = getattr(self.holder, self.attribute) if entries is None else entries.scales
         if (scales := self.scales) is not before:
@@ -75,21 +80,21 @@ class QuantizedWeight:
             setattr(self.holder, self.attribute, kept)
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
-        """Let the scales carry these overlays from now on, or be plain again without any."""
+        """Attach these overlays to the scales in place of the present ones; without any, the scales are plain again."""
         held, entries = getattr(self.holder, self.attribute), trained_entries(self.holder, self.attribute)
         if entries is None:
             if overlays:
                 name = self.module.__dict__.get(LAYER_NAME, "")
                 setattr(self.holder, self.attribute, TrainedScales(TrainedEntries(held, overlays, name)))
         else:
-            # In place, for copies of the scales on another device.
+            # The list is changed in place, since copies of the scales on another device share it.
             entries.overlays[:] = overlays
             if not overlays:
                 setattr(self.holder, self.attribute, entries.scales)
         trained_entries(self.holder, self.attribute)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight in `dtype`, newly made."""
+        """Return the whole weight with its overlays, (out, in) in `dtype`, newly made."""
         overlays = [(mask.to(self.device), values.detach().to(self.device)) for mask, values in self.overlays]
         fused = bool(overlays) and isinstance(overlays[0][0].positions, CSR)
         weight = self._launch(dtype, *(overlays[0] if fused else (None, None)))
@@ -100,11 +105,11 @@ class QuantizedWeight:
         return weight
 
     def dense_base(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight in `dtype` as its codes give it, newly made."""
+        """Return the whole weight without its overlays, (out, in) in `dtype`, newly made."""
         return self._dequantize(dtype)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` (exclusive) in fp32, newly made."""
+        """Return rows `first` to `last` (exclusive) with their overlays, in fp32, newly made."""
         panel, columns = self._panel(first, last), self.shape[1]
         for mask, values in self.overlays:
             indices = mask.to(panel.device).indices
@@ -115,7 +120,7 @@ class QuantizedWeight:
         return panel
 
     def gather(self, indices: Tensor) -> Tensor:
-        """Entries at flat positions (k,), in fp32."""
+        """Return the entries at flat positions (k,) with the overlays, (k,) fp32."""
         entries = self.gather_base(indices)
         for mask, values in self.overlays:
             place, inside = find(mask.to(indices.device).indices, indices)
@@ -123,31 +128,31 @@ class QuantizedWeight:
         return entries
 
     def gather_base(self, indices: Tensor) -> Tensor:
-        """Entries at flat positions (k,) as the codes give them, in fp32."""
+        """Return the entries at flat positions (k,) without the overlays, (k,) fp32."""
         return torch.cat([self._at(part.long()) for part in indices.split(_CHUNK)]) if len(indices) else self._none()
 
     def _none(self) -> Tensor:
         return torch.empty(0, device=self.device)
 
     def attach(self, mask: Mask, values: Tensor) -> None:
-        """From now on `values`, which may change in place, are the weight's entries at `mask`."""
+        """Overlay the weight at `mask` with `values` (k,) fp32, which may change in place from now on."""
         self._carry([*self.overlays, (mask, values)])
 
     def release(self, values: Tensor) -> None:
-        """`values` will change no more and may be forgotten, the weight keeps what they are now."""
+        """Detach `values`, which need not be kept any longer; the entries keep their present values in an overlay."""
         mask, entries = self.entries()
         indices = mask.indices.to(self.device)
         moved = entries != self.gather_base(indices)
-        # One overlay of all entries, so that re-selecting masks does not pile them up; none where nothing was trained.
+        # All entries go into one overlay, so that selecting masks again does not pile overlays up; unchanged ones go.
         self._carry([(Mask(indices[moved], self.shape), entries[moved])] if bool(moved.any()) else [])
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:
-        """The attached values: codes have no say in them."""
+        """Return the attached values: quantised storage, unlike a dense weight, cannot have changed them."""
         return values
 
     @torch.no_grad()
     def put(self, mask: Mask, values: Tensor) -> None:
-        """Set entries for good, from outside: in the overlays that have them, in a new lowest one the rest."""
+        """Set the entries at `mask` to `values` (k,): in the overlays that have them, the rest in a new lowest one."""
         indices, values = mask.indices.to(self.device), values.to(self.device, torch.float32)
         missing = torch.ones_like(indices, dtype=torch.bool)
         for own, held in self.overlays:
@@ -159,7 +164,10 @@ class QuantizedWeight:
             self._carry([rest, *self.overlays])
 
     def entries(self, mask: Mask | None = None) -> tuple[Mask, Tensor]:
-        """What an adapter must hold for this weight: all entries that are not the codes'."""
+        """Return what an adapter must hold for this weight: the mask of all overlaid entries, and their values, fp32.
+
+        `mask` is not used: it is for dense weights, which have no overlays.
+        """
         masks = [own for own, _ in self.overlays]
         if len(masks) != 1:
             parts = [own.indices.to(self.device) for own in masks]
@@ -168,7 +176,10 @@ class QuantizedWeight:
 
 
 class Int8Weight(QuantizedWeight):
-    """Codes (out, in) int8 and one fp32 scale a row; bitsandbytes moves them from weight to state in first forward."""
+    """A weight of (out, in) int8 with one fp32 scale for each row.
+
+    In its first forward, bitsandbytes moves the scales from the weight (`Int8Params`) to the layer's state.
+    """
 
     attribute = "SCB"
 
@@ -179,7 +190,7 @@ class Int8Weight(QuantizedWeight):
         self.shape, self.device = self.codes.shape, self.codes.device
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
-        # Back to where they are before bitsandbytes' first forward: with the weight, and so wherever that goes.
+        # Move the scales back to the weight, where they are before bitsandbytes' first forward, to move along with it.
         weight, state = self.module.weight, self.module.state
         if self.holder is state:
             weight.SCB, self.holder = state.SCB, weight
@@ -187,7 +198,7 @@ class Int8Weight(QuantizedWeight):
         super()._carry(overlays)
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
-        """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
+        """Dequantise by a kernel, with an overlay whose mask is in row form; None where no kernel runs."""
         positions = None if mask is None else mask.positions
         return dequantize_int8(self.codes, self.scales, dtype, positions, values) if launches(self.codes) else None
 
@@ -207,7 +218,7 @@ class Int8Weight(QuantizedWeight):
 
 
 class FourBitWeight(QuantizedWeight):
-    """Two codes in a byte, high half first, in flat row-major order; scales for runs of `blocksize` positions."""
+    """A weight of two codes in a byte, high half first, in flat order, with a scale for each run of `blocksize`."""
 
     attribute = "absmax"
 
@@ -221,23 +232,23 @@ class FourBitWeight(QuantizedWeight):
         self.shape, self.device = torch.Size(state.shape), module.weight.device
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
-        _settle_codes(self.module)
+        _undo_cpu_layout(self.module)
         self.state, self._unpacked = _quantisation_state(self.module), None
         self.holder = self.state
         super()._carry(overlays)
         if hasattr(self.module, "support_avx512bf16_for_cpu"):
             from bitsandbytes.functional import has_avx512bf16
 
-            # The other layout for evaluation on some CPUs has no place for them.
+            # Turn off the other layout, for evaluation on some CPUs, which has no place for the overlays.
             self.module.support_avx512bf16_for_cpu = not overlays and has_avx512bf16()
 
     @property
     def packed(self) -> Tensor:
-        """The codes, two in a byte, in the shape in which bitsandbytes holds them."""
+        """The quantised weight, two codes in a byte, in bitsandbytes' shape."""
         return self.module.weight.detach() if self._unpacked is None else self._unpacked
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
-        """By a kernel, with `values` laid over at a packed `mask`; None where none runs."""
+        """Dequantise by a kernel, with an overlay whose mask is in row form; None where no kernel runs."""
         state, codes = self.state, self._bytes()
         if self.shape[1] % state.blocksize or not launches(codes):
             return None
@@ -254,7 +265,7 @@ class FourBitWeight(QuantizedWeight):
             return self._run(0, count).view(self.shape).to(dtype)
         from bitsandbytes.functional import dequantize_4bit as by_bitsandbytes
 
-        # As if each block were a row: the CPU kernel is wrong where a row is no whole number of blocks.
+        # Each block is passed as a row: the CPU kernel is wrong for rows that are not a whole number of blocks.
         state = copy.copy(self.state)
         state.absmax, state.shape, state.dtype = self.scales, torch.Size((count // size, size)), dtype
         return by_bitsandbytes(self.packed, state).view(self.shape)
@@ -263,7 +274,7 @@ class FourBitWeight(QuantizedWeight):
         return self._run(first * self.shape[1], last * self.shape[1]).view(last - first, self.shape[1])
 
     def _run(self, first: int, last: int) -> Tensor:
-        """Entries at the consecutive flat positions `first` to `last` (exclusive)."""
+        """Return the entries at flat positions `first` to `last` (exclusive), fp32."""
         size, table = self.state.blocksize, self.state.code.to(self.device, torch.float32)
         start = first // size * size
         codes = self._bytes()[start // 2 : (last + 1) // 2].int()
@@ -287,7 +298,7 @@ class FourBitWeight(QuantizedWeight):
         return self.packed.reshape(-1).view(torch.uint8)
 
     def _scales(self, blocks: Tensor) -> Tensor:
-        """Scales of the given blocks, (k,) fp32; the scales' own codes resolved under double quantisation."""
+        """Return the scales of blocks (k,), (k,) fp32, dequantised under double quantisation."""
         scales, second = self.scales[blocks], getattr(self.state, "state2", None)
         if not self.state.nested:
             return scales.float()
@@ -295,7 +306,7 @@ class FourBitWeight(QuantizedWeight):
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether the module is a bitsandbytes linear layer whose weight is stored as codes."""
+    """Return whether the module is a bitsandbytes linear layer whose weight is quantised by now."""
     kind = layer_kind(type(module))
     if kind == "Linear8bitLt":
         return not module.state.has_fp16_weights and module.weight.dtype == torch.int8
@@ -303,60 +314,60 @@ def is_quantized_linear(module: nn.Module) -> bool:
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model's bitsandbytes linear layers."""
+    """Return names and modules of a model's bitsandbytes linear layers with quantised weights."""
     return ((name, module) for name, module in model.named_modules() if is_quantized_linear(module))
 
 
 @functools.cache
 def layer_kind(cls: type) -> str | None:
-    """Which layer of bitsandbytes a class is or derives from, if any."""
-    # By name, so that the question does not import bitsandbytes; remembered, since every forward asks it.
+    """Return the linear layer of bitsandbytes that a class is or derives from, "Linear8bitLt", "Linear4bit" or None."""
+    # The class is known by name, so that bitsandbytes is not imported; the cache is there since every forward asks.
     names = {parent.__name__ for parent in cls.__mro__ if parent.__module__.startswith("bitsandbytes")}
     return next((kind for kind in ("Linear8bitLt", "Linear4bit") if kind in names), None)
 
 
 def _quantisation_state(module: nn.Module):
-    """Scales, table and shape of a 4-bit layer; on the module alone where a copy or wrapper lost the weight's."""
+    """Return the `QuantState` of a 4-bit weight, from its layer where a copy or wrapper of the weight lost it."""
     state = getattr(module.weight, "quant_state", None)
     return state if state is not None else module.quant_state
 
 
 def _has_scales(weight: Tensor) -> bool:
-    """Whether an int8 weight has its scales with it, and not its layer's state."""
-    # A compiler cannot look at scales that carry entries.
+    """Return whether the scales of an int8 weight are with the weight, and not with its layer's state."""
+    # A compiler cannot trace the tensor subclass of scales with trained entries.
     noted = torch.compiler.is_compiling() and getattr(weight, TRAINED, None) is not None
     return noted or getattr(weight, "SCB", None) is not None
 
 
 def settle_storage(model: nn.Module) -> None:
-    """Put the quantised weights of a model in the order in which they are read at no cost; call it where one comes in.
+    """Bring the storage of a model's quantised weights into the form that is read; call it when a model comes in.
 
-    4-bit weights leave the layout that bitsandbytes gives them in evaluation on CPUs with AVX512-BF16, and the scales
-    of int8 weights follow their codes to the device that these were moved to.
+    It undoes the layout that bitsandbytes gives 4-bit weights for evaluation on CPUs with AVX512-BF16, and moves the
+    scales of int8 weights to the device that the weights were moved to.
     """
     for _, module in quantized_linears(model):
         if layer_kind(type(module)) == "Linear8bitLt":
             Int8Weight(module).place_scales()
         else:
-            _settle_codes(module)
+            _undo_cpu_layout(module)
 
 
 def _has_cpu_layout(state: object) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
 
 
-def _settle_codes(module: nn.Module) -> None:
+def _undo_cpu_layout(module: nn.Module) -> None:
     state = _quantisation_state(module)
     if _has_cpu_layout(state):
         module.weight.data = _unpack_cpu_layout_(module.weight.data, state)
 
 
 def _unpack_cpu_layout_(packed: Tensor, state: object) -> Tensor:
-    """Undo the other layout in `state`, in place, and in the bytes of `packed`, newly made."""
+    """Undo bitsandbytes' layout for CPUs: in `state` in place, and of the bytes `packed` in a new tensor."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     packed, _ = _convert_weight_packed_for_cpu_inverse(packed, state)
-    # bitsandbytes leaves scales that are not quantised themselves turned around, and all in the weight's dtype.
+    # bitsandbytes leaves all scales in the weight's dtype, and those that are not quantised themselves transposed.
     if state.nested:
         state.offset, state.state2.dtype = state.offset.float(), torch.float32
     else:

@@ -1,4 +1,4 @@
-"""The parameter that holds a weight's masked entries, and how optimizers find the weight behind it."""
+"""The parameter that holds a weight's masked entries, and the link by which optimizers find that weight."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class CompactValues(nn.Parameter):
-    """A parameter that counts how often its `.data` was taken.
+    """A parameter that counts how often its `.data` was read.
 
-    What is written through `.data`, as by the swaps of several libraries for averaged weights, passes the version
-    counter by.
+    A write through `.data`, as by libraries that swap averaged weights in, does not advance the version counter; the
+    count shows that one may have happened.
     """
 
     taken = 0
@@ -34,7 +34,7 @@ class CompactValues(nn.Parameter):
 
     @data.setter
     def data(self, new: Tensor) -> None:
-        # Trainers cast what trains on a quantised base to 16 bits, meaning adapters; that would round exact values.
+        # Trainers cast what trains on a quantised model to 16 bits, meaning LoRA's parameters; our values stay exact.
         held = Tensor.data.__get__(self)
         alike = len(held) and (new.shape, new.device) == (held.shape, held.device)
         if not (alike and new.dtype != held.dtype and torch.equal(new, held.to(new))):
@@ -42,30 +42,34 @@ class CompactValues(nn.Parameter):
 
 
 def exchange(values: nn.Parameter, entries: Tensor) -> None:
-    """Let the parameter hold other entries; a graph of before can no longer go backward into it.
+    """Replace the entries of the parameter; backward through a graph from before is refused from now on.
 
-    A parameter's node in autograd lives as long as any graph that leads to it, knows the length, and would serve the
-    next graphs too. DistributedDataParallel keeps it for its own hooks, so that with a process group a parameter that
-    keeps its length keeps it as well. The parameter's own hooks are not the node's and stay.
+    A parameter's node in autograd knows the length, lives as long as any graph that leads to it, and would be used by
+    the next graphs too, so it is replaced. DistributedDataParallel keeps the node for its hooks: with a process group,
+    a parameter that keeps its length also keeps its node. Hooks of the parameter itself are not on the node and stay.
+
+    Args:
+        values: the parameter, fp32.
+        entries: (k,) fp32, perhaps of another length.
     """
     values.grad = None
     if len(entries) != len(values) or not (dist.is_available() and dist.is_initialized()):
         if values.requires_grad:
             get_gradient_edge(values).node.register_prehook(_refuse_gradient)
-        # Autograd makes a new node only for data of another dtype or device.
+        # Autograd makes a new node only when the data change dtype or device.
         values.data = entries.new_empty(0, dtype=torch.float16)
     values.data = entries
 
 
 def _refuse_gradient(gradients: tuple) -> None:
     raise RuntimeError(
-        "This loss was computed before the trained entries were chosen anew or restored, so that its gradient is of "
-        "other entries; compute it again, and call backward before optimizer.step()."
+        "This loss was computed before a schedule or load_state_dict changed the trained entries, so its gradient is "
+        "that of other entries; compute the loss again, and call backward before optimizer.step()."
     )
 
 
 def leave_graph() -> None:
-    """Let a compiler run the hook that called this eagerly: a graph has no place for sums that outlive it."""
+    """Make a compiler run the calling hook eagerly: a compiled graph cannot add to sums that outlive it."""
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()
 
@@ -73,24 +77,24 @@ def leave_graph() -> None:
 _weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-_told: WeakSet = WeakSet()
+_warned: WeakSet = WeakSet()
 
 
 def link(values: nn.Parameter, weight: "SparseWeight") -> None:
-    """Tell optimizers which masked weight stands behind `values`; the link keeps neither alive."""
+    """Link `values` to their masked weight, for optimizers; the link keeps neither of them alive."""
     _weights[values] = (weight.name, ref(weight))
 
 
 def unlink(values: Tensor) -> None:
-    """Let optimizers that still hold `values` say that no weight stands behind them any more."""
+    """Mark `values` as detached from their weight, so that `linked` refuses them."""
     _weights[values] = (_weights[values][0], lambda: None)
 
 
 def linked(values: Tensor) -> "SparseWeight | None":
-    """The masked weight behind `values`, or None for an ordinary parameter.
+    """Return the masked weight that `values` belong to, or None for an ordinary parameter.
 
     Raises:
-        ValueError: there was a masked weight, but it is gone.
+        ValueError: they belonged to a masked weight that is gone.
     """
     found = _weights.get(values)
     if found is None:
@@ -99,24 +103,24 @@ def linked(values: Tensor) -> "SparseWeight | None":
     weight = reference()
     if weight is None:
         raise ValueError(
-            f"{name} is no longer sparsified (desparsify was called, or its module was replaced), so that its old "
-            "values would train nothing; build a new optimizer from sparsify(model, masks)."
+            f"{name} is no longer sparsified (desparsify was called, or its module was replaced), so its old values "
+            "would train nothing; build a new optimizer from sparsify(model, masks)."
         )
     return weight
 
 
 def warn_if_built_before(optimizer: Optimizer) -> None:
-    """Say once that an optimizer holds masked weights in place of their compact values."""
+    """Warn once if an optimizer holds masked weights instead of their compact values."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if optimizer in _told or any(parameter in _weights for parameter in parameters):
+    if optimizer in _warned or any(parameter in _weights for parameter in parameters):
         return
     held = {id(parameter) for parameter in parameters}
     behind = [weight() for _, weight in list(_weights.values())]
     names = [weight.name for weight in behind if weight is not None and id(weight.weight) in held]
     if names:
-        _told.add(optimizer)
+        _warned.add(optimizer)
         logger.warning(
-            "%s holds %d masked weights, e.g. %s, which sparsify froze, and not the compact values that train them: "
+            "%s holds %d masked weights, e.g. %s, which sparsify froze, instead of the compact values that train them: "
             "it was built before sparsify, or from parameters listed before. Build it from sparsify(model, masks).",
             type(optimizer).__name__,
             len(names),

@@ -1,8 +1,8 @@
-"""Weights that cannot be trained as they are stored: those of quantisers other than bitsandbytes.
+"""Refuses weights of quantisers other than bitsandbytes, which cannot be trained as they are stored.
 
-They come as tensor subclasses (torchao, quanto), as parameters of 8-bit dtypes (fp8, HQQ, GGUF) or as buffers beside
-which no weight is left (GPTQ, AWQ, EETQ). They are refused by name before anything is done with the model: some of
-their operations are missing, and what reports it is an error from inside of PyTorch.
+They are tensor subclasses (torchao, quanto), parameters of 8-bit dtypes (fp8, HQQ, GGUF), or buffers of a layer without
+a weight parameter (GPTQ, AWQ, EETQ). They are refused by name before anything is done with the model. Otherwise the
+first operation that they lack would fail with an error from inside PyTorch.
 """
 
 import torch
@@ -19,33 +19,33 @@ _REMEDY = (
 _CODES = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.qint8, torch.quint8, torch.qint32}
 
 
-# A part of the name of a tensor that stands beside codes or holds them; a table of indices has none such.
+# Parts of the names of tensors that hold quantised values or scales; names of index tables contain none of them.
 _PARTS = ("scale", "zero", "qweight", "weight", "packed", "codes", "codebook", "absmax", "blocks", "w_q")
 
 
 def foreign_parameter(module: nn.Module, attribute: str) -> str | None:
-    """How a parameter is stored, if that is not as plain floating numbers or by bitsandbytes; else None."""
+    """Describe how a parameter is stored, or return None for plain floating numbers and bitsandbytes' storage."""
     parameter = module._parameters[attribute]
     if hasattr(parameter, "device_mesh"):
-        # Sharded, which has an error of its own.
+        # A sharded parameter gets its own error in `check_parameters`.
         return None
     kind = type(parameter)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {kind.__name__} of {kind.__module__.partition('.')[0]}"
-    # Whatever else of it there is, embeddings and parametrised experts, can stay beside what is trained.
+    # Other parts of bitsandbytes (embeddings, parametrised experts) may stay in the model, untrained.
     if any(type(part).__module__.startswith("bitsandbytes") for part in (parameter, module, *module.children())):
         return None
-    if parameter.dim() > 1 and _holds_codes(parameter):
+    if parameter.dim() > 1 and _is_quantised(parameter):
         return f"a weight in the storage of a {type(module).__name__}"
     return None
 
 
-def _holds_codes(tensor: Tensor) -> bool:
+def _is_quantised(tensor: Tensor) -> bool:
     return tensor.dtype in _CODES or tensor.is_floating_point() and tensor.dtype.itemsize == 1
 
 
 def foreign_layer(module: nn.Module) -> str | None:
-    """How a layer without a weight parameter stores its weight, if it is a quantiser's; else None."""
+    """Describe how a quantiser's layer without a weight parameter stores its weight; None for any other layer."""
     if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic")):
         return f"packed by a {type(module).__name__} of torch.ao" if callable(getattr(module, "weight", None)) else None
     if any(p is not None and p.dim() > 1 and p.is_floating_point() for p in module._parameters.values()):
@@ -53,21 +53,21 @@ def foreign_layer(module: nn.Module) -> str | None:
     for name, tensor in module._buffers.items():
         if tensor is None or tensor.dim() < 2 or not any(part in name.lower() for part in _PARTS):
             continue
-        if _holds_codes(tensor):
+        if _is_quantised(tensor):
             return f"stored in {tensor.dtype} ({name}) by a {type(module).__name__}"
     return None
 
 
 def check_parameters(model: nn.Module, *, may_be_sharded: bool = False) -> None:
-    """Refuse a model with parameters that masks cannot refer to, or that nothing can be read from afterwards.
+    """Refuse a model with parameters that are stored by a foreign quantiser or sharded.
 
     Args:
         model: the model.
         may_be_sharded: whether parameters may be DTensors.
 
     Raises:
-        TypeError: one is a quantiser's, other than bitsandbytes'.
-        ValueError: one is sharded.
+        TypeError: a parameter is quantised otherwise than by bitsandbytes.
+        ValueError: a parameter is sharded.
     """
     for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
@@ -85,14 +85,14 @@ def check_parameters(model: nn.Module, *, may_be_sharded: bool = False) -> None:
 
 
 def check_layers(model: nn.Module, name: str | None = None) -> None:
-    """Refuse a model with layers of a quantiser that leaves them no weight parameter.
+    """Refuse a model with layers of a quantiser that leaves them without a weight parameter.
 
     Args:
         model: the model.
-        name: look only at layers so called, or whose name ends so; None for all.
+        name: check only layers with this name, or this end of their full name; None checks all.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is such a layer.
     """
     for path, module in plain_modules(model):
         if name is None or f".{path}".endswith(f".{name}"):

@@ -1,18 +1,19 @@
-"""Weight gradients without weights that require gradients: hooks on the use of a frozen weight.
+"""Gradient hooks: they observe the gradient of a frozen weight, which itself requires no gradient.
 
-A `GradientHook` watches one use of a frozen weight and hands what its gradient is made of to an accumulator.
+A `GradientHook` is attached to one module and passes the gradient of one of its weights to an accumulator.
 
-For a linear layer that is the layer's input and its output gradient. An identity placed on the layer's *output* passes
-both on. The layer's forward, class and weight stay as they are, so that the input gradient is that of a frozen layer
-and the dense weight gradient is never formed. The input is saved before the matmul. Saved after it, non-reentrant
-checkpointing would recompute the block's last matmul for nothing. Layers with one input save it once.
+For a linear layer it passes the two factors of the gradient: the layer's input and its output gradient. An identity
+node on the layer's *output* has both in backward. The layer's forward, class and weight stay as they are, so that the
+input gradient is that of a frozen layer and the dense weight gradient is never formed. The input is saved before the
+matmul. Saved after it, non-reentrant checkpointing would recompute the block's last matmul for nothing. Layers that
+share an input save it once.
 
-Any other weight is shadowed during its module's forward by an alias. Its backward hands over the dense gradient of that
-one use, which is then freed.
+Any other weight is replaced by an alias during its module's forward. In backward the alias passes on the dense gradient
+of this one use, which is then freed.
 
-A linear layer takes the way of the other weights too where somebody gave it another forward, or where verification
-found that its output is changed before the hook sees it (see `weights/verification.py`, also for uses outside the
-module).
+A linear layer is treated like these other weights where its forward was replaced, or where verification found that its
+output is changed before the hook sees it. `weights/verification.py` tells how that is found, and how gradients of uses
+outside the module are collected.
 
 Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
 has to be undone before saving.
@@ -35,15 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 class _Use:
-    """One call of a module between its hooks.
+    """The state of one call of a module, from its forward pre-hook to the end of its backward.
 
     Attributes:
-        way: how the weight's gradient of this call is formed.
-        shadowed: what stood before the module's parameter already, or None.
-        alias: what this call put there, or None.
-        kept: a linear layer's input, its version, and the alias that keeps it.
-        factors: with `VERIFY`, the two factors of the gradient, from the output's node to the alias'.
-        product: what the accumulator returned for them.
+        way: how the weight's gradient is formed for this call.
+        shadowed: the instance attribute that hid the module's parameter before this call, or None.
+        alias: the instance attribute that hides it during this call, or None.
+        kept: a linear layer's input, the input's version, and its alias whose node saves it.
+        factors: with `VERIFY`, the two factors of the gradient, between the backwards of the output and of the alias.
+        product: with `VERIFY`, what the accumulator returned for them.
     """
 
     def __init__(self, hook: "GradientHook", way: "Way", shadowed: Tensor | None):
@@ -53,7 +54,11 @@ class _Use:
         self.product: Tensor | None = None
 
     def take(self, left: Tensor, right: Tensor) -> None:
-        """Keep the factors for the comparison: the sum over a whole weight must not stand beside a dense gradient."""
+        """Keep the factors for the comparison with the dense gradient, which autograd forms next.
+
+        Without `pending` the accumulator samples them now. With it, earlier factors are settled now, before the dense
+        gradient is formed: their sum over a whole weight is large too.
+        """
         self.factors = left, right
         if self.hook.pending is None:
             self.product = self.hook.accumulator.sample(left, right)
@@ -73,42 +78,43 @@ class Way(Enum):
 _numbers = itertools.count()
 
 
-# The ways for which a node is placed on the layer's output.
+# The ways that need a node on the layer's output.
 _BY_OUTPUT = (Way.PRODUCT, Way.VERIFY)
 
 
 class GradientHook:
-    """Hooks on one module that feed the gradient of one of its frozen weights to an accumulator.
+    """Hooks on one module that pass the gradient of one of its frozen weights to an accumulator.
 
     Args:
         module: the module that uses the weight in its forward.
         attribute: the weight's name in the module.
-        anchor: a tensor that requires gradients, else the hook rests; it makes the output require them, and gets what
-            the accumulator returns.
-        accumulator: where the gradient's parts go.
+        grad_anchor: a tensor that requires gradients; the hook does nothing while it does not. It makes the output
+            require gradients, and its own gradient is what the accumulator returns.
+        accumulator: receives the gradient, dense or as two factors.
         name: the weight's full name, for warnings.
         verify: whether the product of a linear layer is compared with autograd's own gradient first.
-        pending: of accumulators that keep what they get, where (accumulator, factors) wait for `settle` after a
-            comparison.
+        pending: a list for accumulators that keep the gradient: after a comparison, (accumulator, factors) wait in it
+            for `settle`. None for an accumulator that returns a gradient for `grad_anchor`.
 
     Attributes:
-        told: whether the weight was named as one that is used otherwise.
-        verdict: whether the product is right, under hooks that stood before this hook's own; None until that is known.
+        warned: whether the user was told that the weight is used otherwise than as `x @ W.T`.
+        verdict: (surroundings, whether the product is the whole gradient in them); None until that is known. The
+            surroundings are the hooks that run before this one, see `_surroundings`.
     """
 
     def __init__(
         self,
         module: nn.Module,
         attribute: str,
-        anchor: Tensor,
+        grad_anchor: Tensor,
         accumulator: Accumulator,
         name: str = "",
         verify: bool = False,
         pending: list | None = None,
     ):
-        self.attribute, self.anchor, self.accumulator, self.name, self.verify = (
+        self.attribute, self.grad_anchor, self.accumulator, self.name, self.verify = (
             attribute,
-            anchor,
+            grad_anchor,
             accumulator,
             name,
             verify,
@@ -118,17 +124,17 @@ class GradientHook:
         self.pending = pending
         self.verdict: tuple[tuple, bool] | None = None
         self._found: tuple[tuple, bool] | None = None
-        self.told = False
-        # Under this name a module holds its calls that have begun; a replica of it, on another thread, its own.
+        self.warned = False
+        # A module holds its unfinished calls under this name. A DataParallel replica, on another thread, has its own.
         self._key = f"_uses_of_{attribute}_{next(_numbers)}"
         before = module.register_forward_pre_hook(self.before_forward, with_kwargs=True)
-        # First among the forward hooks: it must see what the layer itself returned. Also after an exception, as a
-        # recomputation ends with: what stands before the weight must not wait for the next forward.
+        # The hook is first among the forward hooks, since it must see what the layer itself returned. It is called even
+        # after an exception, with which a checkpoint's recomputation ends, to remove the alias before the next forward.
         after = module.register_forward_hook(
             self.after_forward, prepend=self.is_product, with_kwargs=True, always_call=True
         )
         self.hooks = [before, after]
-        # A compiler takes a number, but no handle.
+        # A compiler can compare a number, but not a handle.
         self._after_id = after.id
 
     def remove(self) -> None:
@@ -138,39 +144,39 @@ class GradientHook:
 
     @property
     def is_needed(self) -> bool:
-        """Whether a forward now leads to a gradient for the accumulator."""
-        # Where not, as in the calibration of a model in training, a second derivative must not meet the hook either.
-        return torch.is_grad_enabled() and self.anchor.requires_grad
+        """Whether a forward that begins now leads to a gradient for the accumulator."""
+        # Calibration of a model in training turns this off, so that second derivatives do not reach the hook either.
+        return torch.is_grad_enabled() and self.grad_anchor.requires_grad
 
     def verify_again(self) -> None:
-        """Compare the gradient of the next backward with autograd's own, as in the first."""
+        """Compare the gradient of the next backward with autograd's own again, as in the first."""
         self.verdict = None
 
     def promote(self) -> None:
-        """Act on what backward found; between backwards, as a checkpointed block must be recomputed as it was."""
+        """Adopt the verdict of the last backward; called between steps, as recomputed blocks must not change midway."""
         if self._found is not None:
             self.verdict, self._found = self._found, None
 
     def way(self, module: nn.Module) -> Way:
-        """How to form the gradient of a call that begins now."""
+        """Return how to form the gradient for a call that begins now."""
         if not self.is_needed:
             return Way.NONE
         if not self.is_product or has_other_forward(module, self.attribute):
             if self.is_product:
-                self._tell("its module has another forward than its class had")
+                self._warn("its module has another forward than its class had")
             return Way.DENSE
         if not self.verify:
             return Way.PRODUCT
         surroundings = self._surroundings(module)
         if torch.compiler.is_compiling():
-            # Nothing can be compared inside a graph; but there the layer's product is all that the hook sees.
+            # Nothing can be compared inside a compiled graph. Without surroundings the product is all the hook sees.
             return Way.DENSE if surroundings else Way.PRODUCT
         if self.verdict is None or self.verdict[0] != surroundings:
             return Way.VERIFY
         return Way.PRODUCT if self.verdict[1] else Way.DENSE
 
     def _surroundings(self, module: nn.Module) -> tuple:
-        """What may change the layer's output before this hook sees it; empty in the usual case."""
+        """Return the keys of what may change the layer's output before this hook sees it; usually empty."""
         first = [*module._forward_hooks][:1]
         if first == [self._after_id] and not _global_forward_hooks and "forward" not in module.__dict__:
             return ()
@@ -178,23 +184,23 @@ class GradientHook:
         return tuple(ahead), tuple(_global_forward_hooks), id(module.__dict__.get("forward"))
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook: let an instance attribute, which is found first, stand before the registered parameter."""
+        """Forward pre-hook: hide the parameter by an alias, as an instance attribute, which Python finds first."""
         uses = module.__dict__.setdefault(self._key, [])
         if not torch.is_grad_enabled():
-            # Nothing is recorded, as in generation; what ends this call must find an entry all the same.
+            # Nothing is recorded, as in generation, but `after_forward` expects an entry for each call.
             uses.append(None)
             return
-        # Not from `_parameters`: the weight may be shadowed already, by a copy on another device.
+        # `getattr` finds a copy on another device that already hides the parameter; `_parameters` would not.
         weight = getattr(module, self.attribute)
         use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
-        # Before anything that autograd sees: a recomputation that has all it needs ends there, in `after_forward`.
+        # The use is noted before autograd saves anything: there a recomputation may end early, in `after_forward`.
         uses.append(use)
         if use.way is Way.VERIFY:
             take = functools.partial(self._judge, use, self._surroundings(module))
             other = torch.zeros((), requires_grad=True)
-            use.alias = hook_weight(weight.detach(), self.anchor, take, other)
+            use.alias = hook_weight(weight.detach(), self.grad_anchor, take, other)
         elif use.way is Way.DENSE:
-            use.alias = hook_weight(weight.detach(), self.anchor, self.accumulator.from_dense)
+            use.alias = hook_weight(weight.detach(), self.grad_anchor, self.accumulator.from_dense)
         elif is_recorded(weight) and not (use.way is Way.NONE and is_paused(weight)):
             use.alias = weight.detach()
         if use.alias is not None:
@@ -205,7 +211,7 @@ class GradientHook:
                 use.kept = x, x._version, kept
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
-        """Forward hook, called without an output after an exception."""
+        """Forward hook: remove the alias and observe the output; after an exception `output` is None."""
         uses = module.__dict__.get(self._key)
         if not uses:
             return None
@@ -216,28 +222,28 @@ class GradientHook:
             return None
         if use.alias is not None:
             module.__dict__.pop(self.attribute, None)
-            # Of a call around this one, or of a replica. Else whatever stood there ends with this call too.
+            # Restore the alias of an outer call, or a replica's copy. Any other attribute ends with this call too.
             if use.shadowed is not None and (uses or getattr(module, "_is_replica", False)):
                 module.__dict__[self.attribute] = use.shadowed
         use.alias = None
         if use.way not in _BY_OUTPUT or output is None:
             return None
         x, kept = input_of(args, kwargs), use.kept
-        # Another hook may have changed the input since, or put another one in its place.
+        # The saved alias is used only if no other hook has changed or replaced the input since.
         if kept is not None and kept[0] is x and kept[1] == x._version:
             x = kept[2]
         use.kept = None
         take = use.take if use.way is Way.VERIFY else self.accumulator.from_product
-        return hook_output(output, x, self.anchor, take, self.transposed)
+        return hook_output(output, x, self.grad_anchor, take, self.transposed)
 
     def _judge(self, use: _Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
-        """Feed the accumulator with the product if it is autograd's own gradient of the alias, and with that if not."""
+        """Pass on the product if it equals `dense`, autograd's own gradient of the alias; else pass on `dense`."""
         (factors, product), use.factors, use.product = (use.factors, use.product), None, None
         right = False if factors is None else agrees(dense, *factors)
         if right is not None and (self._found is None or self._found[1]):
             self._found = surroundings, right
         if right is False:
-            self._tell("a hook, or other code, changes what its layer returns")
+            self._warn("a hook, or other code, changes what its layer returns")
             return self.accumulator.from_dense(dense)
         if self.pending is not None:
             self.pending.append((self.accumulator, factors))
@@ -245,13 +251,13 @@ class GradientHook:
             self.accumulator.accumulate(*factors)
         return product
 
-    def _tell(self, why: str) -> None:
-        """Name the weight, once."""
-        if not self.told:
-            self.told = True
+    def _warn(self, why: str) -> None:
+        """Warn once for this weight."""
+        if not self.warned:
+            self.warned = True
             logger.warning(
                 "%s is used otherwise than as x @ W.T: %s. Its gradient is formed densely, one weight at a time, which "
-                "is right and takes longer.",
+                "is correct but slower.",
                 self.name,
                 why,
             )
@@ -259,12 +265,12 @@ class GradientHook:
 
 @torch.no_grad()
 def settle(pending: list) -> None:
-    """Give accumulators the factors that waited for the dense gradient they were compared with to be freed."""
+    """Give accumulators the factors that waited until the dense gradient of their comparison was freed."""
     while pending:
         accumulator, factors = pending.pop()
         accumulator.from_product(*factors)
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:
-    """A linear layer's input as its hooks see it, passed by place or by name."""
+    """Return a linear layer's input from a hook's arguments, whether it was passed by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))

@@ -1,4 +1,4 @@
-"""Autograd nodes that see the gradient of a frozen weight, and what takes it from them."""
+"""Autograd nodes that observe the gradient of a frozen weight, and the accumulators that receive it."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -11,26 +11,29 @@ from speft_optim.weights.verification import warn_of_inputs
 
 
 class Accumulator(Protocol):
-    """What the gradient of a frozen weight goes to.
+    """Receives the gradient of a frozen weight.
 
-    Both methods return the gradient of the tensor that stands for the accumulator in the graph (the `anchor`), or None
-    where the accumulator keeps what it got. One that is verified and does not wait in a list (see
-    `gradient_hooks.GradientHook`) also has the two parts of `from_product`: `sample`, which returns the anchor's
-    gradient, and `accumulate`, which follows once the product is known to be right.
+    The accumulator is represented in the graph by a tensor that requires gradients, the `grad_anchor`. Both methods
+    return the gradient of that tensor, or None where the accumulator keeps what it received. Under a hook that
+    verifies products and has no `pending` list (see `gradient_hooks.GradientHook`), an accumulator also needs the two
+    parts of `from_product`: `sample(left, right)`, which returns the anchor's gradient, and `accumulate(left, right)`,
+    which is called once the product is known to be right.
     """
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor | None:
-        """The weight's gradient is `left.T @ right` summed over all but the last dimension, operands in one dtype.
+        """Receive the gradient as two factors: it is `left.T @ right`, summed over all but the last dimension.
 
-        Both have at least two dimensions.
+        Args:
+            left: (..., rows), at least two dimensions, a floating dtype.
+            right: (..., columns), the same leading dimensions and dtype.
         """
 
     def from_dense(self, gradient: Tensor) -> Tensor | None:
-        """The weight's gradient is `gradient`, of the weight's shape and dtype."""
+        """Receive the dense gradient, of the weight's shape and dtype."""
 
 
 class _KeepInput(torch.autograd.Function):
-    """An alias of a linear layer's input, which its node saves for the node of the layer's output."""
+    """Makes an alias of a linear layer's input, whose node saves the input for the node of the layer's output."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -45,17 +48,17 @@ class _KeepInput(torch.autograd.Function):
 
 
 def keep_input(x: Tensor) -> Tensor:
-    """An alias of `x` whose node keeps it for `take_saved_input`; `x` itself where autograd has no node for it."""
-    # A compiler decides by itself what it keeps, and knows no nodes.
+    """Return an alias of `x` whose node saves it for `take_saved_input`; `x` itself where autograd records nothing."""
+    # A compiler decides by itself what to save, and cannot trace nodes.
     if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
         return x
     return x if getattr(x.grad_fn, "is_free", False) else _KeepInput.apply(x)
 
 
 def take_saved_input(x: Tensor) -> torch.autograd.graph.Node | None:
-    """The node whose `saved_tensors` are `x` alone; None where nothing keeps it, or keeps it for another already.
+    """Return the node of `keep_input` that saves `x`, to be used once; None where there is none, or it is in use.
 
-    A node each, since a checkpointed tensor can be brought back once only.
+    A node serves one reader, since a checkpoint gives a saved tensor back only once.
     """
     if torch.compiler.is_compiling() or not getattr(x.grad_fn, "is_free", False):
         return None
@@ -64,33 +67,33 @@ def take_saved_input(x: Tensor) -> torch.autograd.graph.Node | None:
 
 
 def hook_output(
-    output: Tensor, x: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], Tensor | None], transposed: bool
+    output: Tensor, x: Tensor, grad_anchor: Tensor, take: Callable[[Tensor, Tensor], Tensor | None], transposed: bool
 ) -> Tensor:
-    """A linear layer's output, whose backward hands over the two factors of the weight's gradient.
+    """Return an alias of a linear layer's output whose backward passes on the two factors of the weight's gradient.
 
     Args:
         output: (..., out).
         x: (..., in), the layer's input.
-        anchor: a tensor that requires gradients.
-        take: gets the factors as `Accumulator.from_product` does; returns the gradient of `anchor`.
+        grad_anchor: a tensor that requires gradients.
+        take: called with the factors as `Accumulator.from_product` is; returns the gradient of `grad_anchor`.
         transposed: whether the weight is (in, out).
     """
-    return _HookOutput.apply(output, x, anchor, take, transposed)
+    return _HookOutput.apply(output, x, grad_anchor, take, transposed)
 
 
 def hook_weight(
-    weight: Tensor, anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None = None
+    weight: Tensor, grad_anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None = None
 ) -> Tensor:
-    """An alias of a frozen weight, whose backward hands over the dense gradient of its uses.
+    """Return an alias of a frozen weight whose backward passes on the dense gradient of the alias.
 
     Args:
-        weight: without a graph.
-        anchor: a tensor that requires gradients.
-        take: gets the gradient, of the weight's shape and dtype; returns that of `anchor`.
-        other: a leaf that nobody asks the gradient of. A backward that was told its inputs does not reach it, which is
-            how such a backward is found out and warned of.
+        weight: the weight, detached.
+        grad_anchor: a tensor that requires gradients.
+        take: called with the gradient, of the weight's shape and dtype; returns that of `grad_anchor`.
+        other: a leaf whose gradient nobody names. A backward with `inputs=` does not reach it, by which such a backward
+            is detected and warned of.
     """
-    return _HookWeight.apply(weight, anchor, take, other)
+    return _HookWeight.apply(weight, grad_anchor, take, other)
 
 
 class _HookOutput(torch.autograd.Function):
@@ -99,13 +102,13 @@ class _HookOutput(torch.autograd.Function):
         ctx,
         output: Tensor,
         x: Tensor,
-        anchor: Tensor,
+        grad_anchor: Tensor,
         take: Callable[[Tensor, Tensor], Tensor | None],
         transposed: bool,
     ) -> Tensor:
         ctx.take, ctx.transposed, ctx.saved_input = take, transposed, take_saved_input(x)
         ctx.save_for_backward(*(() if ctx.saved_input else (x,)))
-        # An alias that autograd does not take for a view: a view could not be changed in place, as by an in-place ReLU.
+        # Detached, the alias is no view for autograd: an in-place ReLU could not change a view of a custom function.
         return output.detach()
 
     @staticmethod
@@ -114,7 +117,7 @@ class _HookOutput(torch.autograd.Function):
         (x,) = (ctx.saved_input or ctx).saved_tensors
         anchor_gradient = None
         if ctx.needs_input_grad[2]:
-            # The product is formed in the dtype the layer computes in, which under autocast is not that of its input.
+            # The product is formed in the dtype of the layer's matmul, which under autocast is not that of its input.
             x = x.to(output_gradient.dtype)
             left, right = (x, output_gradient) if ctx.transposed else (output_gradient, x)
             anchor_gradient = ctx.take(torch.atleast_2d(left), torch.atleast_2d(right))
@@ -124,7 +127,7 @@ class _HookOutput(torch.autograd.Function):
 class _HookWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weight: Tensor, anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None
+        ctx, weight: Tensor, grad_anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None
     ) -> Tensor:
         ctx.take, ctx.has_other = take, other is not None
         return weight.view_as(weight)
@@ -136,5 +139,5 @@ class _HookWeight(torch.autograd.Function):
             warn_of_inputs()
         if not ctx.needs_input_grad[1]:
             return None, None, None, None
-        # Embeddings made with sparse=True give a sparse one.
+        # An embedding with sparse=True has a sparse gradient.
         return None, ctx.take(gradient.to_dense() if gradient.is_sparse else gradient), None, None

@@ -1,4 +1,4 @@
-"""How the gradient of a frozen weight is observed, dense or quantised, once or twice differentiated."""
+"""The way to observe the gradient of a frozen weight, dense or quantised, in first and second derivatives."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,18 +15,18 @@ from speft_optim.weights.verification import DenseGradient
 
 
 def observe_gradient(
-    target: Target, anchor: Tensor, accumulator: Accumulator, verify: bool = False, pending: list | None = None
+    target: Target, grad_anchor: Tensor, accumulator: Accumulator, verify: bool = False, pending: list | None = None
 ) -> list[GradientHook | ProductHook]:
-    """Let the gradient of every use of a weight in a module that holds it go to an accumulator.
+    """Pass the gradient of a weight to an accumulator, for every use in a module that holds the weight.
 
-    A quantised layer must be computed by `frozen_forwards` or `patch_model`.
+    A quantised layer must have the forward of `frozen_forwards` or `patch_model`.
 
     Args:
         target: the weight.
-        anchor: stands for the accumulator in the graph, and gets the sum of what it returns.
-        accumulator: takes the gradients.
-        verify: as for `GradientHook`.
-        pending: as for `GradientHook`.
+        grad_anchor: a tensor that requires gradients; its gradient is the sum of what the accumulator returns.
+        accumulator: receives the gradients.
+        verify: see `GradientHook`; quantised layers need no verification.
+        pending: see `GradientHook`.
 
     Returns:
         One hook for each module, to be removed by the caller.
@@ -35,22 +35,22 @@ def observe_gradient(
     for module, attribute in target.sites:
         forward = forward_of(module) if attribute == "weight" else None
         if forward is not None:
-            hooks.append(ProductHook(forward, target.name, anchor, accumulator))
+            hooks.append(ProductHook(forward, target.name, grad_anchor, accumulator))
         else:
-            hooks.append(GradientHook(module, attribute, anchor, accumulator, target.name, verify, pending))
+            hooks.append(GradientHook(module, attribute, grad_anchor, accumulator, target.name, verify, pending))
     return hooks
 
 
 @contextmanager
 def differentiable(target: Target, take: Callable[[Tensor], None]) -> Iterator[Tensor]:
-    """A leaf for a weight in the graph, whose gradients are the weight's, also those of a gradient's gradient.
+    """Make a weight differentiable any number of times while the context lasts, and yield its leaf in the graph.
 
-    It is the parameter itself, or for a quantised layer, which must be computed by `frozen_forwards` or `patch_model`,
-    a tensor of the weight's shape that takes no memory.
+    The leaf is the parameter itself or, for a quantised layer, a tensor of the weight's shape that takes no memory. A
+    quantised layer must have the forward of `frozen_forwards` or `patch_model`.
 
     Args:
         target: the weight.
-        take: gets each dense gradient, of the weight's shape and dtype, which is then freed.
+        take: called with each dense gradient, of the weight's shape and dtype, which is then freed.
     """
     module, attribute = target.sites[0]
     forward = forward_of(module) if attribute == "weight" else None

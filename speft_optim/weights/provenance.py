@@ -1,9 +1,9 @@
-"""Whether masks are on the weights that they were selected on.
+"""Warns where masks are used on other weights than those they were selected on.
 
-A script that builds its optimizer before it loads the weights selects on random ones, and nothing fails. So a selected
-mask carries a few entries from outside itself, which training does not change. They are compared when values are
-attached and at the first step. What rounds them (a cast, quantisation to 4 bits) moves the median entry by a seventh
-at most; entries of other weights lie farther from each other than they are large.
+A script that builds its optimizer before it loads the weights selects masks on random weights, and nothing fails. So a
+selected mask carries a few entries of its weight that it does not train. They are compared with the model's when values
+are attached and at the first step. Rounding (a cast, quantisation to 4 bits) moves the median entry by a seventh at
+most. Entries of unrelated weights differ by more than their own size.
 """
 
 import logging
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 0.25
 
 
-# Of fewer entries a median tells little.
+# The median of fewer entries tells little.
 _FEWEST = 8
 
 
-# Weights whose masks are to be compared at the first step, and the masks as they were attached.
+# Masks to compare at the first step, as they were attached.
 _waiting: WeakKeyDictionary[SparseWeight, Mask] = WeakKeyDictionary()
 
 
@@ -39,7 +39,12 @@ _stepped: WeakSet[Optimizer] = WeakSet()
 
 
 def note_weights(masks: Masks, targets: Mapping[str, Target]) -> None:
-    """Let masks remember the weights that they were just selected on; none that lie elsewhere than in memory."""
+    """Set `selected_on` of masks that were just selected, except for weights on the meta device.
+
+    Args:
+        masks: by parameter name.
+        targets: the weights of these names.
+    """
     for name, mask in masks.items():
         if not targets[name].parameter.is_meta:
             weight = frozen_weight(*targets[name].sites[0])
@@ -48,14 +53,14 @@ def note_weights(masks: Masks, targets: Mapping[str, Target]) -> None:
 
 
 def compare_weights(weights: Iterable[SparseWeight]) -> None:
-    """Warn where newly attached masks were selected on other weights; what agrees is compared again at a first step."""
+    """Warn if newly attached masks were selected on other weights; if not, compare again at the first step."""
     weights = [weight for weight in weights if weight.mask.selected_on is not None]
     if not _warn_of_others({weight: weight.mask for weight in weights}):
         _waiting.update({weight: weight.mask for weight in weights})
 
 
 def compare_at_first_step(optimizer: Optimizer) -> None:
-    """Warn once where weights were loaded between attaching and the first step of an optimizer."""
+    """Warn once if weights were loaded between `sparsify` and the first step of an optimizer."""
     if not _waiting or optimizer in _stepped:
         return
     _stepped.add(optimizer)
@@ -68,7 +73,7 @@ def _warn_of_others(masks: Mapping[SparseWeight, Mask]) -> bool:
     if others:
         logger.warning(
             "%d of %d masks were selected on other weights than the model has now, e.g. that of %s. Were the weights "
-            "loaded after the masks were selected? Such masks are as good as random; load first, then select again.",
+            "loaded after selection? Such masks are no better than random; load first, then select again.",
             len(others),
             len(masks),
             others[0],
@@ -82,14 +87,14 @@ def _is_other(weight: SparseWeight, mask: Mask) -> bool:
     places = places_outside(mask, mask.shape.numel(), PROBES).to(base.device)
     if len(before) != len(places):
         return False
-    # What a schedule has trained meanwhile tells nothing.
+    # Entries that a schedule has trained meanwhile are left out.
     _, trained = find(weight.ever_trained().to(base.device).indices, places)
     now = base.gather(places)[~trained].to("cpu", torch.float32)
     return _differ(before[~trained.cpu()], now)
 
 
 def _differ(before: Tensor, now: Tensor) -> bool:
-    """Whether entries differ by more than any rounding; medians, which no few large entries decide."""
+    """Return whether entries differ by more than rounding, by medians, which a few large entries do not decide."""
     if len(before) < _FEWEST:
         return False
     size = torch.maximum(before.abs().median(), now.abs().median())

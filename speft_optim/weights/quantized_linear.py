@@ -1,13 +1,13 @@
-"""bitsandbytes linear layers as frozen linear layers with exact values laid over.
+"""The forward of bitsandbytes linear layers while their model is sparsified: a frozen product with overlaid values.
 
-While a model is sparsified, the `forward` of each of its bitsandbytes linears is shadowed in the instance: the one
-weight is dequantised to the compute dtype, the values are laid over it, `x @ W.T` is formed, and W is dropped; the same
-again in backward for the input gradient. Nothing dense is kept between the two, and neither is x. The class, the codes
-and the scales stay bitsandbytes' own. Its LLM.int8 product, which quantises activations too, is left out: measured at
-twice the time of this, for no less memory.
+The `forward` of each bitsandbytes linear is replaced in the instance. The new one dequantises the weight W to the
+compute dtype, overlays the values, forms `x @ W.T` and drops W. Backward does the same again for the input gradient.
+No dense weight is kept between the two, and x only for the values' gradient. The class, the quantised weight and the
+scales stay bitsandbytes' own. Its LLM.int8 product, which quantises activations too, is not used: it was measured at
+twice the time of ours, for no less memory.
 
-The compute dtype is bitsandbytes': of a 4-bit layer the `bnb_4bit_compute_dtype` it was made with, else the dtype that
-autocast asks for, else that of the input. The output has the dtype of the input.
+The compute dtype is bitsandbytes': for a 4-bit layer the `bnb_4bit_compute_dtype` that it was made with, else the dtype
+of autocast, else that of the input. The output has the dtype of the input.
 """
 
 import copy
@@ -25,10 +25,11 @@ from speft_optim.weights.storage import frozen_weight
 
 
 class _Product(torch.autograd.Function):
-    """`x @ W.T`, or `x @ W`, with W made anew for each product; differentiable any number of times.
+    """Forms `x @ W.T`, or `x @ W`, with W dequantised anew for each product; differentiable any number of times.
 
-    `leaf` is None, or a tensor of W's shape that stands for it in the graph and gets its gradient. To each of `anchors`
-    belongs an accumulator, which takes W's gradient as its two factors; that can be done once only.
+    `leaf` is None, or a tensor of W's shape that represents W in the graph and gets its gradient. Each of
+    `grad_anchors` belongs to the accumulator at the same place, which receives W's gradient as its two factors; that
+    way the product can be differentiated only once.
     """
 
     @staticmethod
@@ -39,7 +40,7 @@ class _Product(torch.autograd.Function):
         weight: QuantizedWeight,
         transposed: bool,
         accumulators: tuple[Accumulator, ...],
-        *anchors: Tensor,
+        *grad_anchors: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.transposed, ctx.accumulators = weight, transposed, accumulators
         ctx.saved_input = take_saved_input(x) if accumulators and leaf is None else None
@@ -67,7 +68,7 @@ class _Product(torch.autograd.Function):
 def _feed(
     accumulators: tuple[Accumulator, ...], needed: tuple[bool, ...], left: Tensor, right: Tensor
 ) -> list[Tensor | None]:
-    """What the accumulators that are asked make of a gradient `left.T @ right`."""
+    """Pass a gradient `left.T @ right` to the accumulators that are asked for it, and return what they return."""
     if any(needed) and torch.is_grad_enabled():
         raise RuntimeError("The values of a quantised weight can be differentiated once only; leave create_graph out.")
     factors = [torch.atleast_2d(factor) for factor in (left, right)] if any(needed) else ()
@@ -81,15 +82,23 @@ def _product(x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
 
 
 class FrozenForward:
-    """Stands in for a bitsandbytes linear's forward, and brings its overlays into state dicts and out of them.
+    """The replaced forward of a bitsandbytes linear, with hooks that save and load its overlays with state dicts.
 
-    What such a state dict holds is told in `quantized_state`.
+    `quantized_state` describes such a state dict.
+
+    Args:
+        module: the layer, whose forward is replaced until `remove`.
+        name: the layer's name in the model, for messages.
+
+    Attributes:
+        leaf: a tensor of the weight's shape that gets its dense gradient, see `observation.differentiable`; else None.
+        gradient_hooks: the hooks whose accumulators receive the weight's gradient.
     """
 
     def __init__(self, module: nn.Module, name: str = ""):
         self.module = module
         module.__dict__[LAYER_NAME] = name
-        # accelerate wraps a forward to move inputs between devices; within its wrapper is the place of the layer's own.
+        # accelerate wraps the forward to move inputs between devices, and keeps the layer's own as `_old_forward`.
         self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.before = module.__dict__.get(self.attribute)
         self.leaf: Tensor | None = None
@@ -102,15 +111,15 @@ class FrozenForward:
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
+        """Return the layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
         dtype = self.compute_dtype(x)
         hooks = self.gradient_hooks if torch.is_grad_enabled() else ()
-        accumulators, anchors = tuple(hook.accumulator for hook in hooks), (hook.anchor for hook in hooks)
+        accumulators, grad_anchors = tuple(hook.accumulator for hook in hooks), (hook.grad_anchor for hook in hooks)
         operand = keep_input(x.to(dtype)) if hooks else x.to(dtype)
         weight = frozen_weight(self.module)
-        # The model may have moved since it came in.
+        # The model may have moved to another device since the last forward.
         weight.place_scales()
-        output = _Product.apply(operand, self.leaf, weight, False, accumulators, *anchors)
+        output = _Product.apply(operand, self.leaf, weight, False, accumulators, *grad_anchors)
         if self.module.bias is not None:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)
@@ -118,22 +127,22 @@ class FrozenForward:
     def __deepcopy__(self, memo: dict) -> "FrozenForward":
         made = memo[id(self)] = object.__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        # bitsandbytes copies an int8 weight without the note by which the compiler, if it comes first, finds the
-        # trained entries.
+        # bitsandbytes copies an int8 weight without the attribute in which a compiler finds the trained entries;
+        # `trained_entries` sets it again.
         weight = copy.deepcopy(self.module._parameters["weight"], memo)
         if hasattr(weight, "SCB"):
             trained_entries(weight, "SCB")
         return made
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype that the product of the layer with `x` is formed in."""
+        """Return the dtype in which the layer's product with `x` is formed."""
         if getattr(self.module, "compute_type_is_set", False) and self.module.compute_dtype is not None:
             return self.module.compute_dtype
         device = x.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     def remove(self) -> None:
-        """Give the layer its own forward back."""
+        """Restore the layer's own forward and remove the state dict hooks."""
         for hook in self.hooks:
             hook.remove()
         for name in (LAYER_NAME, *STATE_KEYS):
@@ -144,32 +153,38 @@ class FrozenForward:
 
 
 class ProductHook:
-    """Hands the two factors of a quantised layer's own product to an accumulator, as a `GradientHook` does.
+    """Passes the two factors of a quantised layer's gradient to an accumulator, as a `GradientHook` does.
 
-    It is a part of the product, so that nothing can come between the two, and needs no verification.
+    It is part of the layer's product, so it needs no verification: nothing can change the output in between.
+
+    Args:
+        forward: the layer's replaced forward.
+        name: the weight's full name.
+        grad_anchor: a tensor that requires gradients; its gradient is what the accumulator returns.
+        accumulator: receives the gradient.
     """
 
-    # Never found to be used otherwise.
-    told = False
+    # A `GradientHook` says by this that it warned of another use; here there is none.
+    warned = False
 
-    def __init__(self, forward: FrozenForward, name: str, anchor: Tensor, accumulator: Accumulator):
-        self.forward, self.name, self.anchor, self.accumulator = forward, name, anchor, accumulator
+    def __init__(self, forward: FrozenForward, name: str, grad_anchor: Tensor, accumulator: Accumulator):
+        self.forward, self.name, self.grad_anchor, self.accumulator = forward, name, grad_anchor, accumulator
         forward.gradient_hooks.append(self)
 
     def remove(self) -> None:
-        """Hand over no more."""
+        """Stop passing gradients on."""
         self.forward.gradient_hooks.remove(self)
 
     def promote(self) -> None:
-        """Nothing waits for a verdict."""
+        """Do nothing: there is no verification whose verdict could be adopted."""
 
     def verify_again(self) -> None:
-        """There is nothing to verify."""
+        """Do nothing: there is nothing to verify."""
 
 
 @contextmanager
 def frozen_forwards(model: nn.Module) -> Iterator[None]:
-    """The model's bitsandbytes linears compute meanwhile as they do once it is sparsified, also without gradients."""
+    """Give the model's bitsandbytes linears the forward of a sparsified model while the context lasts."""
     added = [FrozenForward(module) for _, module in quantized_linears(model) if forward_of(module) is None]
     try:
         yield
@@ -179,6 +194,6 @@ def frozen_forwards(model: nn.Module) -> Iterator[None]:
 
 
 def forward_of(module: nn.Module) -> FrozenForward | None:
-    """What stands in for a layer's forward since `patch_model`."""
+    """Return the replaced forward of a layer, or None if the layer has its own."""
     found = (module.__dict__.get(attribute) for attribute in ("_old_forward", "forward"))
     return next((forward for forward in found if isinstance(forward, FrozenForward)), None)

@@ -1,13 +1,13 @@
-"""What a state dict holds of a quantised layer with trained entries, and how a layer takes it back.
+"""Saves the trained entries of a quantised layer with its state dict, and loads them back.
 
-A quantised weight has no place for trained entries, so `state_dict()` carries them beside it, as
-`<layer>.trained_indices` and `<layer>.trained_values`. The weight is sealed then: its shape gets a leading 1, the
-scales of an int8 one another name, and the dtype that a packed 4-bit quantisation state notes a sentence behind it. So
-a model that does not know of trained entries refuses it, instead of loading it without them. A sparsified model undoes
-the seal, and takes the saved entries for all that was trained. It also loads states that were saved without a seal.
+A quantised weight has no place for trained entries, so `state_dict()` has them beside it, as `<layer>.trained_indices`
+and `<layer>.trained_values`. The weight is then sealed: its shape gets a leading 1, the scales of an int8 weight get
+another name, and a sentence is appended to the dtype noted in a packed 4-bit quantisation state. A model that does not
+know of trained entries thus refuses the weight, instead of loading it without them. A sparsified model undoes the seal
+and takes the saved entries to be all that were trained. It also loads states that were saved without a seal.
 
-Loading also takes a floating `<layer>.weight`, as a merged checkpoint has: the layer takes over its trained entries and
-the quantised weight stays.
+Loading also accepts a floating `<layer>.weight`, as in a merged checkpoint: the layer reads the values of its trained
+entries from it, and the quantised weight stays.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from speft_optim.weights.bnb import QuantizedWeight
 from speft_optim.weights.scales import plain_scales
 from speft_optim.weights.storage import as_stored, frozen_weight
 
-# What state dicts have of a layer that is none of its attributes, as which torch.distributed.checkpoint looks up each.
+# Keys of state dicts that are no attributes of the layer; torch.distributed.checkpoint needs an attribute for each key.
 STATE_KEYS = ("trained_indices", "trained_values", "SCB", "sealed_SCB", "weight_format")
 
-# bitsandbytes looks up the noted dtype in torch by its name; the error of that shows this sentence.
+# bitsandbytes looks up the noted dtype in torch by name, and the error of a failed look-up shows this sentence.
 _SEAL = (
     " of a quantised weight with trained entries, which only a model that sparsify was called on can load. Write the "
     "merged model with export_merged(model, folder)"
@@ -55,19 +55,19 @@ def load_entries(
     weight, name = frozen_weight(module), f"{prefix}weight"
     indices, values = (state.pop(f"{prefix}trained_{part}", None) for part in ("indices", "values"))
     saved = None if indices is None else Mask(indices, weight.shape)
-    codes = module._parameters["weight"]
-    if name in state and state[name].shape == (1, *codes.shape):
+    quantised = module._parameters["weight"]
+    if name in state and state[name].shape == (1, *quantised.shape):
         if saved is None:
             errors.append(f"{name} was saved with trained entries, but {prefix}trained_indices is not in the state.")
             return
         _unseal(state, prefix)
     stored = state.get(name)
-    if stored is not None and (stored.shape, stored.dtype) == (codes.shape, codes.dtype):
+    if stored is not None and (stored.shape, stored.dtype) == (quantised.shape, quantised.dtype):
         errors += _differences(module, state, name)
         _reset(weight, saved)
-        # It is more than a tensor: also where torch would put the stored one in its place, it takes its numbers only.
-        codes.detach().copy_(stored)
-        state[name] = codes
+        # The parameter carries quantisation state, so only the stored numbers are copied, even with `assign=True`.
+        quantised.detach().copy_(stored)
+        state[name] = quantised
     if saved is not None:
         weight.put(saved, values)
     elif stored is not None and stored.is_floating_point():
@@ -76,16 +76,16 @@ def load_entries(
             return
         mask, values = weight.entries()
         entries = gather_entries(merged.to(values.device), mask.indices)
-        # A value that was only rounded on its way to the file keeps its exact form.
+        # A value that the file holds in rounded form stays exact.
         weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
-        state[name] = codes
+        state[name] = quantised
 
 
 def _seal(state: dict, prefix: str) -> None:
-    """Seal the weight, in the dict and not in its tensors.
+    """Seal the weight, in the state dict but not in the model's tensors.
 
-    torch checks the shape of a weight, strict or not. transformers does not where it is quantised, but it needs the
-    scales of an int8 one, and with bitsandbytes it looks up the noted dtype of a 4-bit one.
+    Each change stops one loader. torch checks the shape of a weight, strict or not. transformers does not check the
+    shape of a quantised weight, but it needs the scales of an int8 one, and the dtype noted for a 4-bit one.
     """
     state[f"{prefix}weight"] = state[f"{prefix}weight"].unsqueeze(0)
     _rename(state, f"{prefix}SCB", f"{prefix}sealed_SCB")
@@ -104,7 +104,7 @@ def _rename(state: dict, key: str, other: str) -> None:
 
 
 def _change_noted_dtype(state: dict, prefix: str, change: Callable[[str], str]) -> None:
-    """Change the dtype that the packed quantisation state of a 4-bit weight notes; others have none."""
+    """Change the dtype noted in the packed quantisation state of a 4-bit weight; an int8 weight has no such state."""
     for key in [key for key in state if key.startswith(f"{prefix}weight.quant_state.")]:
         from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
@@ -113,19 +113,22 @@ def _change_noted_dtype(state: dict, prefix: str, change: Callable[[str], str]) 
 
 
 def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
-    """What speaks against codes whose scales and tables are others; those in `state`, which torch does not know, go."""
+    """Return an error for each part of the saved quantisation state that differs from the layer's own.
+
+    The parts are removed from `state`, since torch would report them as unexpected.
+    """
     quantisation = getattr(module._parameters["weight"], "quant_state", None)
     own = {} if quantisation is None else quantisation.as_dict(packed=True)
     found = {key: state.pop(f"{name}.{key}", None) for key in own}
     return [
-        f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved from."
+        f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved with."
         for key, part in found.items()
         if part is not None and not torch.equal(part.to(own[key].device), own[key])
     ]
 
 
 def _reset(weight: QuantizedWeight, saved: Mask | None) -> None:
-    """Let trained entries be the codes' again that are not among the saved ones: these are all that was trained."""
+    """Reset trained entries that are not among the saved ones, which are all that were trained, to the base's."""
     own, _ = weight.entries()
     indices = own.indices.to(weight.device)
     if saved is not None:

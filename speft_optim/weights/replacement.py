@@ -1,4 +1,4 @@
-"""Methods and parameters of a module replaced by others for a time, as attributes of the instance."""
+"""Temporary replacement of a module's methods and parameters by attributes of the instance."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ def shadow(
     *,
     prepend: bool = False,
 ) -> None:
-    """While the stack is open, let tensors newly made for each forward stand before the module's own of these names.
+    """Replace attributes of a module during each forward by tensors made for that forward, until the stack closes.
 
     Args:
         module: the module.
-        make: from nothing to tensors by attribute; called before each forward.
-        stack: undoes it.
-        prepend: before hooks that are there already, which then see the shadows.
+        make: returns the tensors by attribute name; called before each forward.
+        stack: undoes the replacement when it closes.
+        prepend: whether the replacement comes before hooks that are registered already, which then see the new tensors.
     """
-    # One element a call, since a module may call itself.
+    # There is one element for each unfinished call, since a module may call itself.
     covered: list[dict[str, Tensor | None]] = []
 
     def before(module: nn.Module, args: tuple) -> None:
@@ -40,7 +40,14 @@ def shadow(
 
 
 def replace_method(module: nn.Module, name: str, method: Callable, stack: contextlib.ExitStack) -> None:
-    """While the stack is open, let `method` stand in for the module's own of this name, as an instance attribute."""
+    """Replace a method of a module by an instance attribute until the stack closes.
+
+    Args:
+        module: the module.
+        name: of the method.
+        method: the replacement.
+        stack: undoes the replacement when it closes.
+    """
     before = module.__dict__.get(name)
     module.__dict__[name] = method
     if before is None:

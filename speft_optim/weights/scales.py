@@ -1,12 +1,13 @@
-"""Scales of a quantised weight that carry the weight's trained entries, so that whoever dequantises it gets them.
+"""Scales of a quantised weight that carry its trained entries, so that all code that dequantises the weight gets them.
 
-Codes have no place for trained entries, but nobody can dequantise without the scales. So while a bitsandbytes layer has
-trained entries its scales (`quant_state.absmax`, `SCB`) are a tensor subclass, `TrainedScales`. bitsandbytes' functions
-that dequantise a weight or multiply with a 4-bit one return what the trained weight gives. Moves and copies keep the
-entries, comparisons and shapes are the plain scales', and every other use raises: it would lose the entries.
+A quantised weight has no place for trained entries, but nothing can dequantise it without its scales. So the scales of
+a bitsandbytes layer with trained entries (`quant_state.absmax`, `SCB`) are a tensor subclass, `TrainedScales`. With it,
+bitsandbytes' functions that dequantise a weight or multiply with a 4-bit one give the result of the trained weight.
+Moves and copies keep the entries, comparisons and shapes are those of the plain scales, and every other use raises an
+error, since it would lose the entries.
 
-Wrapping each of the places in transformers, peft and bitsandbytes that read such a layer was rejected: there are some
-fifty, and the next release has others.
+Wrapping every place in transformers, peft and bitsandbytes that reads such a layer was rejected: there are some fifty,
+and the next release will have others.
 """
 
 import copy
@@ -19,25 +20,29 @@ from torch.utils._pytree import tree_leaves, tree_map
 from speft_optim.kernels.overlay import overlay_
 from speft_optim.masks.mask import Mask
 
-# The attribute of a `QuantState` or an `Int8Params` under which the compiler, which cannot look at the subclass, and
-# our own layers find the entries.
+# The attribute of a `QuantState` or an `Int8Params` that has the entries for our own layers, and for a compiler, which
+# cannot trace the tensor subclass.
 TRAINED = "trained_entries"
 
 
 class TrainedEntries:
-    """What a quantised weight has beside its codes.
+    """The scales and the trained entries of a quantised weight.
 
     Attributes:
         scales: the plain scales.
-        overlays: (mask, values) pairs, later ones on top; the list is changed in place.
+        overlays: (mask, values (k,) fp32) pairs, a later one over earlier ones; the list is changed in place.
         layer: the layer's name, for messages.
     """
 
     def __init__(self, scales: Tensor, overlays: list[tuple[Mask, Tensor]], layer: str):
         self.scales, self.overlays, self.layer = scales, overlays, layer
 
-    def laid_over(self, weight: Tensor) -> Tensor:
-        """The dequantised `weight` with the entries written into it, in place."""
+    def overlay_(self, weight: Tensor) -> Tensor:
+        """Write the entries into the dequantised `weight`, in place, and return it.
+
+        Raises:
+            RuntimeError: only a part of the weight was dequantised.
+        """
         for mask, values in self.overlays:
             if weight.shape != mask.shape:
                 raise self.lost(f"a part of shape {tuple(weight.shape)} being dequantised")
@@ -45,22 +50,26 @@ class TrainedEntries:
         return weight
 
     def on(self, scales: Tensor) -> "TrainedScales":
-        """The same entries on another copy of the scales."""
+        """Return another copy of the scales with the same entries.
+
+        Raises:
+            RuntimeError: the copy is on the meta device.
+        """
         if scales.is_meta and self.overlays:
             raise self.lost("a move to the meta device, as for offloading,")
         return TrainedScales(TrainedEntries(scales, self.overlays, self.layer))
 
     def lost(self, use: str) -> RuntimeError:
-        """The error for a use of the scales that has no place for the entries."""
+        """Return the error for a use of the scales that would lose the entries."""
         return RuntimeError(
-            f"The quantised weight of {self.layer or 'a layer'} has trained entries beside its codes, which {use} "
-            "would lose. Write the merged model with export_merged(model, folder) and go on with that, or take the "
-            "entries off (unload_adapter, or load the base anew)."
+            f"The quantised weight of {self.layer or 'a layer'} has trained entries beside it, which {use} would lose. "
+            "Write the merged model with export_merged(model, folder) and use that, or remove the entries "
+            "(unload_adapter, or load the base anew)."
         )
 
 
 class TrainedScales(Tensor):
-    """Scales that stand for a quantised weight with trained entries; see the module's docstring."""
+    """Scales of a quantised weight that carry its trained entries; see the module's docstring."""
 
     entries: TrainedEntries
 
@@ -82,14 +91,14 @@ class TrainedScales(Tensor):
     def __torch_function__(cls, func: Callable, types, args=(), kwargs=None):
         return _answer(func, args, kwargs or {})
 
-    # Also below that, where the class of another argument, as bitsandbytes' 4-bit parameter, answers for all of them.
+    # Where the class of another argument handles the call, as bitsandbytes' `Params4bit`, only this sees the scales.
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types, args=(), kwargs=None):
         return _answer(func, args, kwargs or {})
 
 
 def _answer(func: Callable, args: tuple, kwargs: dict):
-    """What `func` gives for the trained weight whose scales are among its arguments."""
+    """Return the result of `func` for the trained weight whose scales are among its arguments, or refuse the call."""
     entries = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TrainedScales)).entries
     name, plain_args, plain_kwargs = _name_of(func), *tree_map(plain_scales, (args, kwargs))
     if not entries.overlays:
@@ -98,7 +107,7 @@ def _answer(func: Callable, args: tuple, kwargs: dict):
         return _DEQUANTISERS[name](entries, func, plain_args, plain_kwargs)
     if name in _KEEPING or name in _ADDING and _adds_a_number(args):
         return entries.on(func(*plain_args, **plain_kwargs))
-    if name in _TELLING or name == "copy_" and isinstance(args[0], TrainedScales):
+    if name in _DESCRIBING or name == "copy_" and isinstance(args[0], TrainedScales):
         return func(*plain_args, **plain_kwargs)
     if name.endswith(".__get__") and not isinstance(found := func(*plain_args, **plain_kwargs), Tensor):
         return found
@@ -106,13 +115,13 @@ def _answer(func: Callable, args: tuple, kwargs: dict):
 
 
 def plain_scales(scales):
-    """Scales without the entries that they carry; all else as it is."""
+    """Return scales without their trained entries; any other object is returned as it is."""
     return scales.entries.scales if isinstance(scales, TrainedScales) else scales
 
 
 def trained_entries(holder: object, attribute: str) -> TrainedEntries | None:
-    """The entries that the scales in an attribute of a `QuantState` or `Int8Params` carry."""
-    # Compiled graphs hold what was found last, and are made anew when it changes.
+    """Return the trained entries of the scales in an attribute of a `QuantState` or `Int8Params`, or None."""
+    # A compiled graph reads the attribute set here, and is compiled anew when it changes.
     if not torch.compiler.is_compiling():
         scales, noted = getattr(holder, attribute), holder.__dict__.get(TRAINED)
         entries = scales.entries if isinstance(scales, TrainedScales) else None
@@ -124,7 +133,10 @@ def trained_entries(holder: object, attribute: str) -> TrainedEntries | None:
 
 
 def _name_of(func: Callable) -> str:
-    """As `to`, also for `aten.to.device`, as `bitsandbytes.gemm_4bit.default`, or as `shape.__get__` of a property."""
+    """Return the name of a function, such as `to` (also of `aten.to.device`), `bitsandbytes.gemm_4bit.default`.
+
+    A property is called as in `shape.__get__`.
+    """
     if isinstance(func, torch._ops.OpOverload):
         return func._opname if func.namespace == "aten" else str(func)
     name = getattr(func, "__name__", str(func))
@@ -132,12 +144,12 @@ def _name_of(func: Callable) -> str:
 
 
 def _adds_a_number(args: tuple) -> bool:
-    """Whether a sum of double quantisation's offset: a number on the scales."""
+    """Return whether a sum adds one number to the scales, as double quantisation does with its offset."""
     return isinstance(args[0], TrainedScales) and (not isinstance(args[1], Tensor) or args[1].numel() == 1)
 
 
 def _dequantised(entries: TrainedEntries, op: Callable, args: tuple, kwargs: dict) -> Tensor:
-    return entries.laid_over(op(*args, **kwargs))
+    return entries.overlay_(op(*args, **kwargs))
 
 
 def _scales_dequantised(entries: TrainedEntries, op: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -145,17 +157,17 @@ def _scales_dequantised(entries: TrainedEntries, op: Callable, args: tuple, kwar
 
 
 def _product_4bit(entries: TrainedEntries, op: Callable, args: tuple, kwargs: dict) -> Tensor:
-    """`x @ W.T + bias` by the dequantised weight, where bitsandbytes multiplies with the codes."""
+    """Return `x @ W.T + bias` with the dequantised and overlaid W, in place of bitsandbytes' fused 4-bit product."""
     names = [argument.name for argument in op._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     scales = given["absmax"]
     if (codes := given.get("absmax_8bit")) is not None:
         dequantise = torch.ops.bitsandbytes.dequantize_blockwise.default
-        # bitsandbytes multiplies with scales whose own blocks are of 256 only.
+        # bitsandbytes' fused product takes only scales that are themselves quantised in blocks of 256.
         scales = dequantise(codes, scales, given["absmax_code"], 256, torch.float32) + given["absmax_offset"]
     x, packed, shape, _, blocksize, kind = args[:6]
     dense = torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, blocksize, kind, shape, x.dtype)
-    return nn.functional.linear(x, entries.laid_over(dense), given.get("bias"))
+    return nn.functional.linear(x, entries.overlay_(dense), given.get("bias"))
 
 
 _DEQUANTISERS = {
@@ -167,7 +179,7 @@ _DEQUANTISERS = {
 }
 
 
-# Copies and moves of the scales.
+# These functions copy or move the scales.
 _KEEPING = {
     *("to", "_to_copy", "cpu", "cuda", "xpu", "detach", "clone", "contiguous", "float", "pin_memory", "data.__get__"),
 }
@@ -176,8 +188,8 @@ _KEEPING = {
 _ADDING = {"add", "add_", "__add__", "__iadd__"}
 
 
-# What says something about the scales and gives none of them away, beside properties that are no tensors.
-_TELLING = {
+# Functions that describe or compare the scales without returning them. Properties that are no tensors are allowed too.
+_DESCRIBING = {
     *("__len__", "__repr__", "__format__", "__eq__", "__ne__", "eq", "ne", "equal", "allclose", "isclose"),
     *("dim", "size", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point", "get_device"),
     *("is_pinned", "is_shared", "storage_offset", "is_complex", "is_inference", "is_signed", "ndimension"),

@@ -1,7 +1,7 @@
-"""SparseAdamW: AdamW over the compact values of masked entries.
+"""A masked weight of a model: its trained entries as a compact parameter, kept equal to the weight.
 
-PyTorch's `SparseAdam` takes sparse *gradients* of a dense parameter and keeps dense moments. Here parameter, gradient
-and moments all have the length of the mask; the weight itself is written at the masked entries in the same step.
+`SparseWeight` is a module beside the weight. It holds the values of the masked entries, receives their gradient through
+hooks, and writes the values into the weight, or reads them from it, whichever of the two changed last.
 """
 
 import logging
@@ -33,33 +33,34 @@ _REMEDY = "call desparsify, and sparsify again after such changes, and build a n
 
 
 class SparseWeight(AddedModule):
-    """The trained entries of one weight, kept equal to the weight they belong to.
+    """The trained entries of one weight, kept equal to the weight.
 
     Attributes:
         name: the weight's full parameter name.
         mask: which entries are trained.
-        former: which others were trained before the mask changed, and keep what they learned; None if it never did.
+        previously_trained: the entries that were trained before the mask changed and are not now; they keep what they
+            learned. None while the mask has never changed.
         values: (k,) fp32 parameter, the weight's masked entries.
-        accumulator: what else gets the weight's whole gradient in training, as a `MaskSchedule` asks for; None usually.
+        accumulator: receives the weight's whole gradient in training too, as a `MaskSchedule` needs; None without one.
     """
 
-    former: Mask | None = None
+    previously_trained: Mask | None = None
     accumulator: Accumulator | None = None
-    # Whether a use outside the weight's module was told of, and whether other processes lack its gradient.
-    _told_of_use = _is_unreduced = False
-    # Whether it was told that something thawed the weights.
-    _told_of_thaw = False
+    # Whether a use outside the weight's module was warned of, and whether its gradient was not averaged over processes.
+    _warned_of_use = _is_unreduced = False
+    # Whether it was warned that something set the weights to require gradients.
+    _warned_of_thaw = False
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
         self.name = target.name
         base = frozen_weight(*target.sites[0])
         self.mask = mask.to(base.device)
-        # In a tuple, since a module kept as an attribute would become a child of its own child.
+        # The model is in a tuple: as a plain attribute it would become a child of its own child.
         self._places = (model, target)
         self._path = steps_to(model, self.name.rpartition(".")[0])
         self._shards = base if isinstance(base, ShardedWeight) else None
-        # Codes may be stored under a floating dtype, so that a look at the tensor does not tell.
+        # A quantised weight may be stored under a floating dtype, so the dtype does not decide this.
         self._dense = isinstance(base, DenseWeight | ShardedWeight)
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
@@ -72,10 +73,11 @@ class SparseWeight(AddedModule):
         self._gradient_hooks = observe_gradient(target, self.values, self, verify)
 
     def check(self) -> None:
-        """Refuse to go on without the weight.
+        """Refuse to go on with a weight that was replaced, or whose gradient is not averaged over processes.
 
         Raises:
-            ValueError: the model holds another module, or a weight of another shape, where this one was attached.
+            ValueError: the model has another module, or a weight of another shape, in the place of this one; or the
+                weight is used outside its module's forward while several processes train.
         """
         if change := self._change():
             raise ValueError(
@@ -90,11 +92,11 @@ class SparseWeight(AddedModule):
 
     @property
     def base(self) -> FrozenWeight:
-        """The weight, whatever holds it."""
+        """The weight behind one interface, dense or quantised."""
         return self._shards or frozen_weight(*self._places[1].sites[0])
 
     def _change(self) -> str | None:
-        """What became of the weight since it was attached to, if that makes an end of it."""
+        """Return what happened to the weight since `sparsify` if it can no longer be trained, else None."""
         target, weight = self._places[1], self.weight
         module, _ = target.sites[0]
         if weight is None or not self._is_in_model(module):
@@ -106,7 +108,7 @@ class SparseWeight(AddedModule):
                 return "is no longer shared by the modules that shared it"
         if weight.is_meta:
             return "was moved to the meta device (offloaded to CPU or disk?)"
-        # Codes know the shape of what they stand for only by way of their quantiser's state.
+        # The shape of a quantised weight comes from its quantisation state, so it is looked up for a new tensor only.
         known = not self._dense and weight is self._seen[0]()
         if not known and (shape := weight.shape if self._dense else target.shape) != self.mask.shape:
             return f"has shape {tuple(shape)}"
@@ -115,25 +117,25 @@ class SparseWeight(AddedModule):
         return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
 
     def _other_owner(self, weight: Tensor) -> str | None:
-        """The name of another masked weight that is this very tensor."""
+        """Return the name of another masked weight that is the same tensor, or None."""
         others = (other for other in sparse_weights(self._places[0]) if other is not self)
         return next((other.name for other in others if other.parameter is weight), None)
 
     def _is_in_model(self, module: nn.Module) -> bool:
-        """Whether the module is still found under its name, at once along the way it was found before."""
+        """Return whether the module is still found under its name; the path found before is tried first."""
         for parent, name, child in self._path:
             if parent._modules.get(name) is not child:
                 break
         else:
             return True
         try:
-            # By attributes, which the wrappers of compiled and checkpointed blocks hand through.
+            # `get_submodule` goes by attributes, which wrappers of compiled and checkpointed blocks pass on.
             return self._places[0].get_submodule(self.name.rpartition(".")[0]) is module
         except AttributeError:
             return False
 
     def synchronize(self) -> None:
-        """Let the newer of weight and values win: write changed values, or read entries changed in the weight.
+        """Make weight and values equal: write the values if they changed, else read the entries if the weight changed.
 
         Raises:
             ValueError: see `check`.
@@ -147,24 +149,27 @@ class SparseWeight(AddedModule):
 
     @torch.no_grad()
     def write(self) -> None:
-        """Round the values to the weight's dtype and write them into it; codes read them where they are."""
+        """Write the values into a dense weight, rounded to its dtype; a quantised weight reads them as an overlay."""
         if self._dense:
             self.base.write(self._placed_mask(), self.values)
         self._remember()
 
     def writable(self) -> Tensor | None:
-        """The weight as a kernel can write it, or None where only `write` can: a dense one, its mask packed."""
+        """Return the weight if a kernel can write the values into it, or None where `write` must.
+
+        A kernel needs a dense, contiguous weight on the values' device, and a mask in row form.
+        """
         weight = self._places[1].parameter
         writable = self._dense and self._shards is None and weight.device == self.values.device and launches(weight)
         return weight.detach() if writable and isinstance(self._placed_mask().positions, CSR) else None
 
     def written(self) -> None:
-        """A kernel wrote the values into `writable()`."""
+        """Note that a kernel wrote the values into `writable()`."""
         self._remember()
 
     @torch.no_grad()
     def read(self) -> None:
-        """Take over entries that differ in the weight; where it holds a value's rounding, the exact value stays."""
+        """Read the entries that differ in the weight; a value that still rounds to the weight's entry stays exact."""
         self.values.copy_(self.base.read(self._placed_mask().indices, self.values))
         self._remember()
 
@@ -177,6 +182,9 @@ class SparseWeight(AddedModule):
 
         Returns:
             For each new entry its place among the old ones, (k,) int64, and whether it has one, (k,) bool.
+
+        Raises:
+            ValueError: the mask has another shape than the weight; or see `check`.
         """
         self.synchronize()
         mask = mask.to(self.values.device)
@@ -187,25 +195,29 @@ class SparseWeight(AddedModule):
         entries = base.gather(indices).to(torch.float32)
         entries[stays] = self.values[places[stays]]
         ever = self.ever_trained().to(self.values.device).indices
-        former = ever[~torch.isin(ever, indices, assume_unique=True)]
+        previous = ever[~torch.isin(ever, indices, assume_unique=True)]
         base.release(self.values)
         exchange(self.values, entries)
-        self.mask, self.former = mask, Mask(former, mask.shape)
+        self.mask, self.previously_trained = mask, Mask(previous, mask.shape)
         base.attach(mask, self.values)
         self._remember()
         return places, stays
 
     def ever_trained(self) -> Mask:
-        """The entries that are or were trained."""
-        if self.former is None or not len(self.former):
+        """Return the mask of all entries that are or were trained."""
+        if self.previously_trained is None or not len(self.previously_trained):
             return self.mask
-        both = [mask.to(self.values.device).indices for mask in (self.mask, self.former)]
+        both = [mask.to(self.values.device).indices for mask in (self.mask, self.previously_trained)]
         return Mask(torch.cat(both), self.mask.shape)
 
     def bytes_held(self) -> tuple[int, int]:
-        """Bytes of values and of positions, with those that are laid over codes for entries that left."""
+        """Return the bytes of values and of positions, those of untrained overlays of a quantised weight included."""
         beside = [(mask, values) for mask, values in self.base.overlays if values is not self.values]
-        masks = [self.mask, *(mask for mask, _ in beside), *([] if self.former is None else [self.former])]
+        masks = [
+            self.mask,
+            *(mask for mask, _ in beside),
+            *([] if self.previously_trained is None else [self.previously_trained]),
+        ]
         return sum(v.nbytes for v in [self.values, *(v for _, v in beside)]), sum(mask.nbytes for mask in masks)
 
     @property
@@ -216,51 +228,52 @@ class SparseWeight(AddedModule):
 
     @property
     def holds_entries(self) -> bool:
-        """Whether the weight itself holds its entries, as a dense one does and a quantised one cannot."""
+        """Whether the weight itself holds its trained entries: a dense one does, a quantised one cannot."""
         return self._dense
 
-    def former_entries(self) -> Tensor:
-        """What the entries of `former` hold, (k,), on a quantised weight; (0,) on a dense one, which holds them."""
-        return self.values.new_empty(0) if self.holds_entries else self.base.gather(self.former.indices)
+    def previous_entries(self) -> Tensor:
+        """Return the entries of `previously_trained`, (k,) fp32, of a quantised weight; (0,) of a dense one."""
+        return self.values.new_empty(0) if self.holds_entries else self.base.gather(self.previously_trained.indices)
 
-    def restore_former(self, former: Mask | None, entries: Tensor | None) -> None:
-        """Let the entries of `former` hold what `former_entries` gave."""
-        self.former = None if former is None else former.to(self.values.device)
-        if former is not None and not self.holds_entries:
-            self.base.put(self.former, entries)
+    def restore_previous(self, previous: Mask | None, entries: Tensor | None) -> None:
+        """Set `previously_trained`, and in a quantised weight its entries to those of `previous_entries`."""
+        self.previously_trained = None if previous is None else previous.to(self.values.device)
+        if previous is not None and not self.holds_entries:
+            self.base.put(self.previously_trained, entries)
 
     def _placed_mask(self) -> Mask:
-        """The mask, beside the values."""
-        # Assigned only where it changes something: inside a compiled graph an assignment would break the graph.
+        """Return the mask on the device of the values."""
+        # The attribute is set only if the device changed: inside a compiled graph an assignment breaks the graph.
         if self.mask.device != self.values.device:
             self.mask = self.mask.to(self.values.device)
         return self.mask
 
     def _link(self) -> None:
-        """Tell optimizers of the values."""
+        """Link the values to this weight, for optimizers."""
         link(self.values, self)
-        # In a tuple, as else a replaced parameter would be replaced here too.
+        # The values are in a tuple: as a plain attribute they would be replaced along with the parameter.
         self._linked = (self.values,)
 
     def _remember(self) -> None:
+        """Note the present state of weight and values, as equal."""
         weight = self.weight
         if self._shards is not None:
             self._shards.remember_rows()
         elif self._leaf is not None:
-            # It may be another tensor, as after a load that assigns.
+            # The weight may be another tensor now, as after `load_state_dict(assign=True)`.
             self._leaf.open(weight)
-        # It keeps no weight alive that was replaced since, as by the rows of it that fully_shard leaves here.
+        # A weak reference keeps no weight alive that was replaced, as the whole one is by its rows in `fully_shard`.
         self._seen = ref(weight), self._weight_state(weight), _state(self._parameters["values"])
 
     def _weight_state(self, weight: Tensor) -> tuple | None:
-        """What changes with a dense weight; codes hold no trained entries, so that no change of theirs matters."""
+        """Return the state of a dense weight; None for a quantised one, which holds no trained entries."""
         if self._shards is not None:
             return self._shards.state()
         return _state(weight) if self._dense else None
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        # Before forward and not after: once autograd has saved the weight for backward it must not be written.
-        # A compiled graph cannot look at version counters; `refresh_all` does it in front of the graph.
+        # This is done before forward, since a weight that autograd saved for backward must not be written.
+        # A compiled graph cannot read version counters; `refresh_all` does this before the graph.
         if not torch.compiler.is_compiling():
             self.refresh()
             self.watch_gathered()
@@ -273,7 +286,7 @@ class SparseWeight(AddedModule):
                 self._leaf.open(gathered)
 
     def refresh(self) -> None:
-        """Synchronize if something changed; costs next to nothing if not."""
+        """Synchronize if weight or values changed; costs next to nothing if not."""
         self._follow_sharding()
         if _state(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
             if not self._was_merged():
@@ -303,36 +316,36 @@ class SparseWeight(AddedModule):
         self.values.data = self.values.data.to(self._shards.device)
 
     def _was_merged(self) -> bool:
-        """Whether what took a quantised weight's place has the trained entries in it, as a dequantised or merged one.
+        """Return whether a quantised weight was replaced by one that contains the trained entries, as merging does.
 
-        The model is then right as it is; what can no longer be done is to train on.
+        The forward of such a model is right, but training cannot go on.
         """
         module, _ = self._places[1].sites[0]
         return not self._dense and not (self._is_in_model(module) and self._is_attached())
 
     def _is_attached(self) -> bool:
-        """Whether a quantised weight has the values as entries."""
+        """Return whether the values are an overlay of the quantised weight."""
         return any(values is self._linked[0] for _, values in self.base.overlays)
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sampled gradient of a linear weight, (k,) fp32."""
+        """Return the sampled gradient of a linear weight, (k,) fp32, after `accumulate`; see `Accumulator`."""
         self.accumulate(left, right)
         return self.sample(left, right)
 
     def sample(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sampled gradient of a linear weight, (k,) fp32, which may turn out not to be that of the layer."""
+        """Return the sampled gradient of a linear weight, (k,) fp32, which need not be verified yet."""
         if not len(self.mask):
             return torch.zeros_like(self.values)
         return self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2))
 
     def accumulate(self, left: Tensor, right: Tensor) -> None:
-        """Give the whole gradient, as its factors, to the accumulator."""
+        """Pass the whole gradient, as two factors, to `accumulator`."""
         if self.accumulator is not None:
             leave_graph()
             self.accumulator.from_product(left, right)
 
     def from_dense(self, gradient: Tensor) -> Tensor:
-        """Masked entries of a dense gradient, (k,) fp32."""
+        """Return the masked entries of a dense gradient, (k,) fp32, after passing it to `accumulator`."""
         if self.accumulator is not None:
             leave_graph()
             self.accumulator.from_dense(gradient)
@@ -340,7 +353,7 @@ class SparseWeight(AddedModule):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight in the model now, codes where it is quantised."""
+        """The parameter that the model has now, in its quantised storage if it is quantised."""
         return self._places[1].parameter if self._shards is None else self._shards.held()
 
     @property
@@ -356,7 +369,7 @@ class SparseWeight(AddedModule):
 
     @property
     def target(self) -> Target:
-        """The weight by name and modules."""
+        """The weight's name and the modules that hold it."""
         return self._places[1]
 
     def verify_again(self) -> None:
@@ -365,42 +378,42 @@ class SparseWeight(AddedModule):
             hook.verify_again()
 
     def after_step(self) -> None:
-        """The optimizer took a step: trust what backward verified."""
+        """Adopt what the last backward verified; called after each optimizer step."""
         for hook in self._gradient_hooks:
             hook.promote()
 
     def _warn_of_thaw(self) -> None:
-        """Say once for a model that its masked weights stay frozen."""
-        if self._told_of_thaw:
+        """Warn once for a model that its masked weights stay frozen."""
+        if self._warned_of_thaw:
             return
         for weight in sparse_weights(self._places[0]):
-            weight._told_of_thaw = True
+            weight._warned_of_thaw = True
         logger.warning(
             "%s was set to require gradients after sparsify, as model.requires_grad_(True) does with all parameters. "
             "Masked weights stay frozen, since their masked entries train as values; freeze the other parameters "
-            "again if they shall not train.",
+            "again if they should not train.",
             self.name,
         )
 
     @torch.no_grad()
     def add_gradient(self, gradient: Tensor) -> None:
-        """Add the dense gradient of uses that no hook saw to that of the values."""
+        """Add the masked entries of the dense gradient of uses that no hook saw to the gradient of the values."""
         if not self.values.requires_grad:
             return
-        # Of a sharded one it is averaged at the end of the backward, with all others.
+        # The gradient of a sharded weight's values is averaged at the end of the backward, with all others.
         self._is_unreduced = is_distributed() and self._shards is None
-        if not self._told_of_use and not any(hook.told for hook in self._gradient_hooks):
-            self._told_of_use = True
+        if not self._warned_of_use and not any(hook.warned for hook in self._gradient_hooks):
+            self._warned_of_use = True
             logger.warning(
                 "%s is used outside its module's forward, where no hook sees it: the gradient of these uses is formed "
-                "densely, one weight at a time, which is right and takes longer.",
+                "densely, one weight at a time, which is correct but slower.",
                 self.name,
             )
         entries = self.from_dense(gradient)
         self.values.grad = entries if self.values.grad is None else self.values.grad.add_(entries)
 
     def detach_from_model(self) -> None:
-        """Take off all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
+        """Remove all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
         if self._change() is None:
             self.synchronize()
             self.base.release(self.values)
@@ -417,14 +430,14 @@ class SparseWeight(AddedModule):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         self._follow_sharding()
-        # Of which rows are still to be loaded, as accelerate does where only the first process has read the weights.
+        # Rows on the meta device are still to be loaded, as in accelerate where only one process reads the weights.
         if self._shards is None or not self._shards.parameter.is_meta:
-            # The weight's entry shares memory with the weight, so a write now still reaches it.
+            # The state dict's entry of the weight shares its memory, so a write now still reaches it.
             self.synchronize()
 
     def _load_from_state_dict(self, *args) -> None:
         self._follow_sharding()
-        # If the weight beside was just loaded, what it holds now wins over values of before, also over newer ones.
+        # A weight that was just loaded wins over the values of before, even if those changed later.
         if self._weight_is_as_seen():
             self.synchronize()
         else:
@@ -447,26 +460,26 @@ class SparseWeight(AddedModule):
             self.values.data = exact.to(self.values.device)
         if self.values.grad is not None and self.values.grad.dtype != torch.float32:
             self.values.grad.data = self.values.grad.data.to(torch.float32)
-        # Written again at the next use: a weight cast up from 16 bits would only hold their rounding.
+        # The values are written again at the next use: a weight cast up from 16 bits holds only their rounding.
         self._seen = *self._seen[:2], None
         return self
 
     def __getstate__(self):
-        """Copied and pickled with weight and values in step: a copy cannot tell which of them is newer."""
+        """Return the state for copies and pickle, with equal weight and values: a copy cannot tell which is newer."""
         self.refresh()
         state = self.__dict__.copy()
         state["_seen"] = self._seen and (self._seen[0](), *self._seen[1:])
-        # It belongs to a schedule, whose own copy gives it to the weights of a copied model.
+        # The accumulator belongs to a schedule, whose copy sets it in the weights of a copied model.
         state.pop("accumulator", None)
         return state
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        # Pickle makes a plain Parameter of it.
+        # Pickle restores the values as a plain Parameter.
         self.values.__class__ = CompactValues
         self._link()
-        # Not through the model, of which this copy may be made before the rest. The weight may have been copied before
-        # `__getstate__` wrote to it. Codes are never written to.
+        # The weight is reached without the model, which may be copied later. A dense weight is written, since it may
+        # have been copied before `__getstate__` wrote into it.
         weight = self._seen[0]
         if self._dense:
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
@@ -477,7 +490,7 @@ class SparseWeight(AddedModule):
         self._seen = ref(weight), self._weight_state(weight), _state(self.values)
 
     def extra_repr(self) -> str:
-        """Entries and density, for printed models."""
+        """Return number of entries and density, for printed models."""
         return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
 
 
@@ -485,27 +498,27 @@ keep_whole(SparseWeight)
 
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
-    """The sparsified weights of a model, in the order of its parameters; none on a plain model."""
+    """Return the sparsified weights of a model, in the order of its parameters; none for a plain model."""
     return [module for module in model.modules() if isinstance(module, SparseWeight)]
 
 
 def child_name(attribute: str) -> str:
-    """Name of the submodule that holds the values of a weight's attribute."""
+    """Return the name of the submodule that holds the values of a weight's attribute."""
     return f"sparse_{attribute}"
 
 
 def _state(tensor: Tensor) -> tuple:
-    """Changes with every in-place operation on the tensor and every exchange of its storage or of its part in it."""
+    """Return what changes with each in-place operation on a tensor and each replacement of its storage or view."""
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "taken", 0)
 
 
 def attached(root: nn.Module) -> list[SparseWeight]:
-    """What `sparsify(root, ...)` attached, as it was called on this very module."""
+    """Return the weights that `sparsify(root, ...)` attached; it must have been called on this very module."""
     return root.__dict__[BEFORE_SPARSIFY][0]
 
 
 def sparsified_roots(model: nn.Module) -> list[nn.Module]:
-    """The modules in the model, itself included, that `sparsify` was called on."""
+    """Return the modules in the model, itself included, that `sparsify` was called on."""
     return [module for module in model.modules() if BEFORE_SPARSIFY in module.__dict__]
 
 

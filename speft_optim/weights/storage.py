@@ -1,4 +1,4 @@
-"""The frozen weight behind one interface: a dense tensor, or what `bnb` makes of bitsandbytes' layers."""
+"""The frozen weight behind one interface: a dense tensor, or the quantised weight of a bitsandbytes layer (`bnb`)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,19 @@ from speft_optim.weights.bnb import FourBitWeight, Int8Weight, QuantizedWeight, 
 from speft_optim.weights.scales import trained_entries
 from speft_optim.weights.sharded import ShardedWeight, is_sharded
 
-# Under this name a module holds its weights that lie elsewhere while a model is streamed (see `salience/offload.py`).
+# While a model is streamed, a module's offloaded weights are in this attribute (see `salience/offload.py`).
 STREAMED = "_streamed_weights"
 
 
 class DenseWeight:
-    """A floating parameter of a module."""
+    """A floating parameter of a module.
 
-    # It holds its trained entries itself.
+    Args:
+        module: the module.
+        attribute: the parameter's name in it.
+    """
+
+    # A dense weight holds its trained entries itself.
     overlays: tuple[()] = ()
 
     def __init__(self, module: nn.Module, attribute: str):
@@ -25,43 +30,48 @@ class DenseWeight:
         self.shape, self.dtype, self.device = self.tensor.shape, self.tensor.dtype, self.tensor.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight in `dtype`."""
+        """Return the whole weight in `dtype`; the weight itself if it has that dtype."""
         return self.tensor.to(dtype)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` (exclusive), the first dimension by all others, in the weight's dtype."""
+        """Return rows `first` to `last` (exclusive) of the first dimension by all others, in the weight's dtype."""
         rows = self.shape[0] if self.shape else 1
         return self.tensor.reshape(rows, self.shape.numel() // max(1, rows))[first:last]
 
     def gather(self, indices: Tensor) -> Tensor:
-        """Entries at flat positions (k,), in the weight's dtype."""
+        """Return the entries at flat positions (k,), (k,) in the weight's dtype."""
         return gather_entries(self.tensor, indices)
 
     def gather_base(self, indices: Tensor) -> Tensor:
-        """Entries at flat positions (k,) as the base has them, trained ones aside."""
+        """Return the entries at flat positions (k,), as `gather`: what they were before training is not stored."""
         return self.gather(indices)
 
     def attach(self, mask: Mask, values: Tensor) -> None:
-        """From now on `values`, which may change in place, are the weight's entries at `mask`."""
+        """Do nothing: a dense weight gets new values by `write`."""
 
     def release(self, values: Tensor) -> None:
-        """`values` will change no more and may be forgotten, the weight keeps what they are now."""
+        """Do nothing: a dense weight has the values already."""
 
     def write(self, mask: Mask, values: Tensor) -> None:
-        """Bring what the weight holds at `mask` up to the attached `values`."""
+        """Write `values` (k,) fp32 into the weight at `mask`, rounded to its dtype."""
         overlay_(self.tensor, mask.positions, values)
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:
-        """What attached `values` have to be, given what the weight holds: where it is their rounding, they stand."""
+        """Return the values that fit the weight's entries: an fp32 value that still rounds to the entry stays exact.
+
+        Args:
+            indices: (k,) flat positions.
+            values: (k,) fp32, the values so far.
+        """
         entries = self.gather(indices)
         return torch.where(entries == values.to(entries.dtype), values, entries.to(values.dtype))
 
     def put(self, mask: Mask, values: Tensor) -> None:
-        """Set entries for good, from outside."""
+        """Set the entries at `mask` to `values` (k,)."""
         self.write(mask.to(self.device), values.to(self.device))
 
     def entries(self, mask: Mask) -> tuple[Mask, Tensor]:
-        """What an adapter must hold for this weight when `mask` is trained."""
+        """Return what an adapter must hold for this weight when `mask` is trained: the mask, and the entries, (k,)."""
         return mask, self.gather(mask.indices.to(self.device))
 
 
@@ -69,10 +79,11 @@ FrozenWeight = DenseWeight | ShardedWeight | QuantizedWeight
 
 
 def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
-    """The weight of a module, whatever holds it.
+    """Return the weight of a module, dense or quantised; nothing is copied.
 
-    Raises:
-        ValueError: a bitsandbytes layer that has not quantised its weight yet.
+    Args:
+        module: the module that holds it.
+        attribute: its name in the module.
     """
     if STREAMED in module.__dict__:
         return module.__dict__[STREAMED][attribute]
@@ -84,7 +95,13 @@ def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
 
 
 def keep_attached(weight: Tensor, mask: Mask, values: Tensor) -> None:
-    """Let a copied weight follow the copied `values` of its top overlay: bitsandbytes copies scales on their own."""
+    """Attach the copied `values` to a copied quantised weight: bitsandbytes copied its scales with values of their own.
+
+    Args:
+        weight: the copied parameter.
+        mask: the mask of its last overlay.
+        values: (k,) fp32, the parameter that trains.
+    """
     state = getattr(weight, "quant_state", None)
     holder, attribute = (weight, Int8Weight.attribute) if state is None else (state, FourBitWeight.attribute)
     if hasattr(holder, attribute) and (entries := trained_entries(holder, attribute)) is not None:
@@ -92,10 +109,10 @@ def keep_attached(weight: Tensor, mask: Mask, values: Tensor) -> None:
 
 
 def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
-    """A layer's weight (or bias) as checkpoints store it, or one of a checkpoint's as the layer does; always a view.
+    """Convert a layer's weight (or bias) to the shape of checkpoints, or back; the result is a view.
 
-    Both differ where transformers quantised a Conv1D (GPT-2): it does so to the transpose, and notes on the layer what
-    it replaced. Known by name, since transformers is not imported here.
+    The shapes differ where transformers quantised a Conv1D (GPT-2): it quantises the transpose, and notes the replaced
+    class on the layer. The class is known by name, since transformers is not imported here.
     """
     replaced = {cls.__name__ for cls in getattr(module, "source_cls", object).__mro__}
     return weight.t() if "Conv1D" in replaced and weight.dim() == 2 else weight

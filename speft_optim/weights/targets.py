@@ -1,4 +1,4 @@
-"""Where a weight lives in a model: from what the user names to the modules that use it.
+"""Finds the weights of a model: from the user's `targets` to the modules that hold and use each weight.
 
 A weight shared by several modules (tied embeddings) is one `Target` with several sites, under the first name PyTorch
 lists.
@@ -20,16 +20,16 @@ Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 class AddedModule(nn.Module):
-    """A module that this library adds to a model: its parameters are not weights of the model."""
+    """A module that this library adds to a model; its parameters are not weights of the model."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One weight of a model, as `find_targets` finds it; nothing is copied before a method is called.
+    """One weight of a model, found by `find_targets`; it refers to the weight and holds no copy.
 
     Attributes:
-        name: the parameter's full name, under which a mask of it goes.
-        sites: (module, attribute) pairs that hold it, several where it is shared.
+        name: the parameter's full name, which is also that of its mask.
+        sites: the (module, attribute) pairs that hold it, several where it is shared.
     """
 
     name: str
@@ -37,23 +37,23 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The tensor in the model now."""
+        """The parameter that the model has now."""
         module, attribute = self.sites[0]
         return module._parameters[attribute]
 
     @property
     def shape(self) -> torch.Size:
-        """Shape that a mask of the weight has, whatever shape a quantised weight is stored in."""
+        """The weight's shape, and so that of its mask, whatever shape a quantised weight is stored in."""
         return frozen_weight(*self.sites[0]).shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weight's own dtype, fp32 of a quantised one: that of its rows and of its gradient."""
+        """The dtype of `rows` and of the gradient: the weight's own, or fp32 for a quantised weight."""
         return frozen_weight(*self.sites[0]).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is computed with."""
+        """The device on which the weight is used."""
         return frozen_weight(*self.sites[0]).device
 
     @property
@@ -63,20 +63,23 @@ class Target:
         return rows, self.shape.numel() // max(1, rows)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` (exclusive) of the weight as a matrix, in its own dtype or dequantised to fp32."""
+        """Return rows `first` to `last` (exclusive) of the weight as a matrix (see `matrix_shape`), in `dtype`."""
         return frozen_weight(*self.sites[0]).rows(first, last)
 
     def dequantized_base(self, dtype: torch.dtype) -> Tensor | None:
-        """A quantised weight in `dtype` without the trained entries beside it, newly made; None of a dense weight.
+        """Return a quantised weight in `dtype` without its trained entries, newly made; None for a dense weight.
 
-        A dense weight holds its trained entries itself, so that what it was before training is in its checkpoint only.
+        A dense weight holds its trained entries itself, so its entries from before training are only in its checkpoint.
         """
         weight = frozen_weight(*self.sites[0])
         return None if isinstance(weight, DenseWeight) else weight.dense_base(dtype)
 
 
 def all_targets(model: nn.Module) -> dict[str, Target]:
-    """Every weight of the model by its first name, shared ones once, in the model's order; without compact values."""
+    """Return every weight of the model by its name, in the model's order; compact values are left out.
+
+    A shared weight occurs once, under its first name.
+    """
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[int, str] = {}
     for path, module in plain_modules(model):
@@ -90,10 +93,10 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
 
 
 def find_targets(model: nn.Module, targets: Targets = None, *, may_be_sharded: bool = False) -> dict[str, Target]:
-    """The weights that `targets` names: those for which `select_masks` and `MaskSchedule` choose entries.
+    """Return the weights that `targets` names, for which `select_masks` and `MaskSchedule` would choose entries.
 
-    For masks of one's own (`masks = Masks({name: Mask(positions, target.shape)})`), and to see what an argument
-    `targets` takes in before anything is selected.
+    Use it to make your own masks (`masks = Masks({name: Mask(positions, target.shape)})`), or to see which weights an
+    argument `targets` includes before you select masks.
 
     Args:
         model: any module.
@@ -103,14 +106,14 @@ def find_targets(model: nn.Module, targets: Targets = None, *, may_be_sharded: b
         may_be_sharded: whether parameters may be DTensors.
 
     Returns:
-        From a parameter's full name to its weight, in the model's order; a shared weight once, under its first name.
+        Each weight by its full parameter name, in the model's order; a shared weight once, under its first name.
 
     Raises:
-        TypeError: `targets` is of another kind, or weights are a quantiser's other than bitsandbytes'.
-        ValueError: nothing matches, a suffix matches nothing or occurs twice, or a match is on the meta device
-            or used out of sight of hooks.
+        TypeError: `targets` has another type, or a weight is quantised otherwise than by bitsandbytes.
+        ValueError: nothing matches, a suffix matches nothing or occurs twice, or a match is on the meta device or is
+            used where no hook can observe its gradient.
     """
-    # Before anything else looks at them: a quantiser's tensors may lack the very operations of a look.
+    # This check comes first, since a foreign quantiser's tensors may lack the operations that follow.
     check_parameters(model, may_be_sharded=may_be_sharded)
     known = all_targets(model)
     if targets is None:
@@ -141,15 +144,15 @@ def _check_predicate(predicate: Callable) -> None:
     except TypeError as error:
         raise TypeError(f"targets={predicate!r} must take a parameter's name and the parameter: {error}.") from error
     except ValueError:
-        # Of some functions in C nothing tells what they take.
+        # Some functions written in C have no signature that could be checked.
         pass
 
 
 def check_in_memory(name: str, parameter: nn.Parameter) -> None:
-    """Refuse a weight that is only a placeholder.
+    """Refuse a weight on the meta device, which has no data.
 
     Raises:
-        ValueError: it is on the meta device.
+        ValueError: the parameter is on the meta device.
     """
     if parameter.is_meta:
         raise ValueError(
@@ -158,10 +161,10 @@ def check_in_memory(name: str, parameter: nn.Parameter) -> None:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Refuse what autograd cannot work on.
+    """Refuse inference mode, in which autograd cannot work.
 
     Raises:
-        ValueError: inference mode is on, or the model was made in it.
+        ValueError: inference mode is on, or a parameter of the model was made in it.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() is on, in which nothing can be differentiated; leave it first.")
@@ -171,7 +174,7 @@ def check_differentiable(model: nn.Module) -> None:
 
 
 def check_called(name: str, target: Target) -> None:
-    """Refuse a weight that is read where no hook sees it.
+    """Refuse a weight whose gradient no hook can observe, since it is not used by calling its module.
 
     Raises:
         ValueError: it belongs to the output projection of torch's own attention, or to a recurrent module.
@@ -220,7 +223,7 @@ def _by_suffix(model: nn.Module, known: dict[str, Target], suffixes: Iterable[st
 
 
 def _is_block_matrix(model: nn.Module, target: Target) -> bool:
-    """Whether the weight is a matrix (or a stack of them) of one of the model's repeated blocks."""
+    """Return whether the weight is a matrix (or a stack of them) of one of the model's repeated blocks."""
     module, attribute = target.sites[0]
     if len(target.shape) < 2 or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return False
@@ -228,20 +231,20 @@ def _is_block_matrix(model: nn.Module, target: Target) -> bool:
 
 
 def is_product(module: nn.Module, attribute: str) -> bool:
-    """Whether the module's forward is a product of its input with the weight, either way round."""
+    """Return whether the module's forward is a product of its input with the weight, transposed or not."""
     return is_linear(module, attribute) or is_transposed_linear(module, attribute)
 
 
 def is_linear(module: nn.Module, attribute: str) -> bool:
-    """Whether the module's own forward uses the weight as `x @ W.T`, so that a hook on its output sees it all."""
+    """Return whether the module's own forward uses the weight as `x @ W.T`, and only so."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return attribute == "weight" and (plain or is_quantized_linear(module))
 
 
 def has_other_forward(module: nn.Module, attribute: str) -> bool:
-    """Whether a module that `is_product` was true of has got another forward, in its instance or its class.
+    """Return whether the forward of a module, of which `is_product` was true, has been replaced by another one.
 
-    The wrapper that accelerate's hooks put around a forward is none.
+    It may be replaced in the instance or in the class. accelerate's wrapper around a forward does not count.
     """
     own = module.__dict__.get("forward")
     if own is not None and hasattr(module, "_hf_hook"):
@@ -250,7 +253,7 @@ def has_other_forward(module: nn.Module, attribute: str) -> bool:
 
 
 def _is_of_library(forward: Callable) -> bool:
-    # By its code and not its name, which functools.wraps passes on to what stands in for it.
+    # The code object is compared and not the name, since functools.wraps gives the name to a replacement too.
     code, home = getattr(forward, "__code__", None), getattr(forward, "__globals__", {}).get("__name__")
     return code is not None and code.co_name == "forward" and home in (_LINEAR_HOME, _CONV1D_HOME)
 
@@ -259,5 +262,5 @@ _LINEAR_HOME, _CONV1D_HOME = nn.Linear.__module__, "transformers.pytorch_utils"
 
 
 def is_transposed_linear(module: nn.Module, attribute: str) -> bool:
-    """Whether the weight is used as `x @ W`: GPT-2's Conv1D, known by name since transformers is not imported here."""
+    """Return whether the weight is used as `x @ W`, as in GPT-2's Conv1D; transformers is not imported to find out."""
     return attribute == "weight" and type(module).__name__ == "Conv1D" and type(module).__module__ == _CONV1D_HOME

@@ -1,21 +1,22 @@
-"""Whether a weight is used as its gradient hooks assume: verified once, then trusted; what they cannot see is gathered.
+"""Verifies that a weight is used as its gradient hooks assume, and collects gradients of uses that they cannot see.
 
-A linear layer's hooks form the gradient of its own product, `x @ W.T`, and nothing else. Two things keep that honest.
+The hooks of a linear layer form the gradient of its own product, `x @ W.T`, and nothing else. Other uses are found in
+two ways.
 
-* Inside the layer's forward. In the first backward the layer computes with an alias of W that requires a gradient, and
-  autograd's own dense gradient of it, formed and freed layer by layer, is compared with what the hooks saw. Where both
-  agree the hooks are trusted from the next optimizer step on, and the layer computes with W detached. Where they differ
-  the layer goes on with the alias (see `gradient_hooks.GradientHook`).
-* Everywhere else. For autograd W itself is a leaf that requires a gradient, all the time. A use in sight of the hooks
-  goes through the alias or the detached W, so a gradient that arrives at the leaf comes from a use that they did not
-  see: a fused loss, a penalty before the forward, a module tied later. Its masked entries are added to the values'
-  gradient at once and the dense gradient is freed. Where there is no such use this costs nothing.
+* Inside the layer's forward: in the first backward the layer computes with an alias of W that requires a gradient.
+  Autograd's own dense gradient of the alias, formed and freed layer by layer, is compared with that of the hooks. If
+  both agree, the hooks are trusted from the next optimizer step on, and the layer computes with W detached. If they
+  differ, the layer goes on with the alias (see `gradient_hooks.GradientHook`).
+* Everywhere else: for autograd, W itself is a leaf that always requires a gradient. A use that the hooks see goes
+  through the alias or the detached W, so a gradient that arrives at the leaf comes from another use: a fused loss, a
+  penalty before the forward, a module tied later. Its masked entries are added to the values' gradient at once and the
+  dense gradient is freed. Without such a use this costs nothing.
 
-To Python W says that it requires no gradient (see `WatchedWeight`), so that optimizers, DistributedDataParallel and
-whoever counts what trains leave it alone. A backward that names the tensors it is for, as `backward(inputs=values)` and
-`autograd.grad` do, does not reach the leaf; a warning says so. Comparing W's whole gradient at the end of each backward
-was rejected: reentrant checkpointing nests backwards, and a difference would have to be mended after the reducer of
-DistributedDataParallel has seen the gradient.
+In Python, W says that it requires no gradient (see `WatchedWeight`), so that optimizers, DistributedDataParallel and
+code that counts trainable parameters leave it alone. A backward that names its inputs, such as
+`backward(inputs=values)` or `autograd.grad`, does not reach the leaf, and a warning says so. Comparing W's whole
+gradient at the end of each backward was rejected: reentrant checkpointing nests backwards, and a difference would have
+to be corrected after the reducer of DistributedDataParallel has seen the gradient.
 """
 
 import functools
@@ -40,31 +41,32 @@ _VECTORS = 4
 
 @torch.no_grad()
 def agrees(dense: Tensor, left: Tensor, right: Tensor) -> bool | None:
-    """Whether a dense gradient is `left.T @ right`, up to the rounding of its dtype.
+    """Return whether a dense gradient is `left.T @ right`, up to the rounding of its dtype.
 
-    Both are multiplied by a few random vectors (Freivalds), so that no second dense matrix is formed. A gradient of few
-    tokens can lie nearly at right angles to one vector, where nothing but its rounding would be compared.
+    Both are multiplied by random vectors (Freivalds' check), so that no second dense matrix is formed. There are four
+    vectors, since the gradient of few tokens can be nearly orthogonal to a single one; rounding alone would then be
+    compared.
 
     Args:
-        dense: (m, n), a gradient as autograd gave it.
-        left: (..., m), one operand.
-        right: (..., n), the other operand, of the same dtype.
+        dense: (m, n), the gradient formed by autograd.
+        left: (..., m), one factor.
+        right: (..., n), the other factor, of the same dtype.
 
     Returns:
-        None where nothing can be told: both are zero, or one is not finite.
+        None if it cannot be decided: both are zero, or one is not finite.
     """
     left, right = left.flatten(0, -2), right.flatten(0, -2)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(dense.shape[1], _VECTORS, generator=generator).to(dense.device)
     expected = torch.zeros(dense.shape[0], _VECTORS, device=dense.device)
-    # Rows at a time, since fp32 copies of all operands would be larger than the gradient.
+    # Operands are taken a few rows at a time: fp32 copies of all of them would be larger than the gradient.
     for some_left, some_right in zip(_parts(left), _parts(right), strict=True):
         expected += some_left.float().t() @ (some_right.float() @ vectors)
     actual = torch.cat([rows.float() @ vectors for rows in _parts(dense)]) if len(dense) else expected
     scale, error = torch.stack([torch.maximum(actual.norm(), expected.norm()), (actual - expected).norm()]).tolist()
     if not scale or not torch.isfinite(torch.tensor([scale, error])).all():
         return None
-    # Eight roundings of the lower precision; on GPUs an fp32 product may be formed in TF32.
+    # The limit is eight roundings of the lower precision, or 0.002, since GPUs may form an fp32 product in TF32.
     eps = max(torch.finfo(dtype).eps for dtype in (dense.dtype, left.dtype))
     return error <= max(8 * eps, 2e-3) * scale
 
@@ -76,20 +78,23 @@ def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
 class WatchedWeight(nn.Parameter):
     """A frozen weight whose uses autograd records.
 
-    It says that it requires no gradient, since it is not to be trained. Only the compiler hears the truth, else its
-    graphs would leave these uses out. The class is put on a parameter in place and taken off again; copies and pickles
-    are plain parameters.
+    In Python it says that it requires no gradient, since it is not trained itself. Only the compiler gets True, or its
+    graphs would leave these uses out. The class of a parameter is changed to this one in place, and back; copies and
+    pickles are plain parameters.
+
+    Attributes:
+        watcher: receives the dense gradients.
     """
 
     watcher: "DenseGradient"
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:
-        """An ordinary parameter, for tools that make a new one of an old one's class, as accelerate does."""
+        """Return an ordinary parameter, for tools such as accelerate that make a parameter of an old one's class."""
         return nn.Parameter(data, requires_grad)
 
     @property
     def requires_grad(self) -> bool:
-        """False, but for the compiler."""
+        """False, except for the compiler."""
         return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
     @requires_grad.setter
@@ -97,7 +102,7 @@ class WatchedWeight(nn.Parameter):
         self.requires_grad_(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> "WatchedWeight":
-        """Change nothing, and tell whoever watches that the weight was asked to require gradients."""
+        """Change nothing, but tell the watcher that the weight was asked to require gradients."""
         if requires_grad:
             self.watcher.when_thawed()
         return self
@@ -106,7 +111,7 @@ class WatchedWeight(nn.Parameter):
         return repr(nn.Parameter(self.detach(), requires_grad=False))
 
     def numpy(self, *, force: bool = False):
-        """The weight as an array, as of any tensor that requires no gradient."""
+        """Return the weight as an array, as for any tensor that requires no gradient."""
         return self.detach().numpy(force=force)
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
@@ -121,22 +126,22 @@ class WatchedWeight(nn.Parameter):
 
 @functools.cache
 def _watched(kind: type) -> type:
-    """The class of a watched parameter of some class."""
+    """Return the watched class for a parameter of class `kind`."""
     return WatchedWeight if kind is nn.Parameter else type(kind.__name__, (WatchedWeight, kind), {})
 
 
 def is_recorded(tensor: Tensor) -> bool:
-    """Whether autograd records uses of a tensor, whatever it says of itself; inside a graph it may."""
+    """Return whether autograd records uses of a tensor, whatever `requires_grad` says; always True in compiled code."""
     return torch.compiler.is_compiling() or _REQUIRES_GRAD.__get__(tensor)
 
 
 def record(tensor: Tensor, value: bool) -> None:
-    """Let autograd record uses of a leaf, or not."""
+    """Make autograd record uses of a leaf, or stop it."""
     _REQUIRES_GRAD.__set__(tensor, value)
 
 
 def hook_gradient(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call `hook` with a recorded leaf, whatever that says of itself, as soon as its gradient is complete."""
+    """Call `hook` with a recorded leaf as soon as its gradient is complete, whatever `requires_grad` says."""
     kind = type(leaf)
     if isinstance(leaf, WatchedWeight):
         leaf.__class__ = nn.Parameter
@@ -147,14 +152,14 @@ def hook_gradient(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHand
 
 
 def pause(parameter: nn.Parameter, value: bool) -> None:
-    """Let autograd record no uses of a parameter while its model is calibrated, or record them again."""
+    """Stop autograd from recording uses of a parameter while its model is calibrated, or make it record them again."""
     record(parameter, not value)
     if isinstance(parameter, WatchedWeight):
         parameter.watcher.is_paused = value
 
 
 def is_paused(weight: Tensor) -> bool:
-    """Whether a watched weight belongs to a model that is calibrated, where a measure may make it a leaf of its own."""
+    """Return whether a watched weight is paused for calibration, where a measure may make it a leaf of its own."""
     return not torch.compiler.is_compiling() and isinstance(weight, WatchedWeight) and weight.watcher.is_paused
 
 
@@ -162,14 +167,14 @@ _REQUIRES_GRAD = torch._C.TensorBase.requires_grad
 
 
 class DenseGradient:
-    """While it is open, a weight is a leaf whose dense gradients are passed on and freed as soon as they are complete.
+    """Makes a weight a leaf while open, and passes on and frees each dense gradient as soon as it is complete.
 
-    Of several on one weight the last one opened gets the gradients until it is closed.
+    If several are open on one weight, the one opened last gets the gradients.
 
     Args:
-        take: what a gradient, of the weight's shape and dtype, is passed to.
-        when_thawed: called when something asks the weight to require gradients; with it the weight says meanwhile that
-            it requires none.
+        take: called with each gradient, of the weight's shape and dtype.
+        when_thawed: called when something asks the weight to require gradients. If given, the weight is a
+            `WatchedWeight` while open, which says that it requires none.
     """
 
     def __init__(self, take: Callable[[Tensor], None], when_thawed: Callable[[], None] | None = None):
@@ -187,15 +192,15 @@ class DenseGradient:
         return None if self._weight is None else self._weight()
 
     def open(self, weight: nn.Parameter) -> None:
-        """Let autograd record the weight's uses; does nothing twice."""
+        """Make autograd record the weight's uses; does nothing if open on this weight already."""
         if self.weight is weight:
             return
         self.close()
-        # A gradient from before would be added to the next one; it is put back afterwards.
+        # A gradient from before is set aside until `close`, since the next one would be added to it.
         self._kept, weight.grad = weight.grad, None
         self._weight, self._before, self._was_recorded = ref(weight), _takers.get(weight), is_recorded(weight)
         self._kind = type(weight)
-        # A hook needs this first.
+        # A hook can be registered only on a tensor that is recorded.
         record(weight, True)
         self._hook = hook_gradient(weight, self._move)
         if self.when_thawed is not None:
@@ -203,7 +208,7 @@ class DenseGradient:
         _takers[weight] = self
 
     def close(self) -> None:
-        """Let the weight be frozen again, without a hook."""
+        """Freeze the weight again and remove the hook."""
         if (weight := self.weight) is not None:
             self._hook.remove()
             weight.grad = self._kept
@@ -219,14 +224,14 @@ class DenseGradient:
 
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
-        # A compiled graph calls hooks of weights that get no gradient from it, too.
+        # A compiled graph also calls the hooks of weights that it gives no gradient.
         if _takers.get(weight) is not self or self.is_paused or weight.grad is None:
             return
         gradient, weight.grad = weight.grad, None
         self.take(gradient.to_dense() if gradient.is_sparse else gradient)
 
     def __getstate__(self) -> dict:
-        # A copied tensor has no hooks.
+        # A copied tensor has no hooks, so a copy of this object is closed.
         return {**self.__dict__, "_weight": None, "_hook": None, "_before": None, "_kept": None}
 
 
@@ -235,9 +240,9 @@ _takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 @functools.cache
 def warn_of_inputs() -> None:
-    """Say, once per process, what a backward leaves out that was told which tensors it is for."""
+    """Warn once per process of the gradients that a backward with named inputs leaves out."""
     logger.warning(
-        "This backward was told its inputs, as by autograd.grad or backward(inputs=...): gradients of masked weights "
-        "are those of uses inside their modules alone. If a weight is used elsewhere too, as by a fused loss, call "
+        "This backward names its inputs, as autograd.grad and backward(inputs=...) do, so gradients of masked weights "
+        "are only those of uses inside their modules. If a weight is used elsewhere too, as by a fused loss, call "
         "backward() without inputs."
     )

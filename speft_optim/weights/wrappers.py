@@ -1,8 +1,8 @@
-"""The model inside wrappers, and its names without theirs.
+"""Finds the model inside wrappers, and the names of its modules without theirs.
 
 Compilers, checkpointing, data parallelism and trainers put a model, or one of its blocks, into a module that adds a
-part to every name inside (`module.`, `_orig_mod.`, `_forward_module.`). Masks and adapters carry the plain model's
-names, so that what was saved through one wrapper fits the model in any other and in none.
+part to every name inside (`module.`, `_orig_mod.`, `_forward_module.`). Masks and adapters use the plain model's names,
+so that what was saved through one wrapper fits the model in any other wrapper and in none.
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# Only wrappers have a child of such a name. Lightning Fabric's is not asked for its `_original_module`, which does not
-# show what a strategy put around it.
+# Only wrappers have a child of such a name. Lightning Fabric also has `_original_module`, which is not used here, since
+# it leaves out the wrapper of a strategy in between.
 _CHILDREN = ("_forward_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
-# `module` is an ordinary name, so that these wrappers go by their class; by its name where it is not torch's.
+# Other wrappers name their child `module`, which is an ordinary name, so they are known by class: these by its name.
 _CLASSES = {"DeepSpeedEngine", "AveragedModel"}
 
 
 def wrapped_by(module: nn.Module) -> nn.Module | None:
-    """The module that `module` wraps, None where it is no wrapper."""
+    """Return the module that `module` wraps, or None if it is no wrapper."""
     for name in _CHILDREN:
         if isinstance(child := module._modules.get(name), nn.Module):
             return child
@@ -29,14 +29,14 @@ def wrapped_by(module: nn.Module) -> nn.Module | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside all its wrappers, in whatever order they were put on."""
+    """Return the model inside all its wrappers, in whatever order they are nested."""
     while (inner := wrapped_by(model)) is not None:
         model = inner
     return model
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without wrappers, the model's and its blocks', and without their parts of names."""
+    """Yield what `model.named_modules()` would without wrappers: plain paths, and modules that are no wrappers."""
     seen, todo = set(), [("", model)]
     while todo:
         path, module = todo.pop()
@@ -50,10 +50,10 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_not_parallel(model: nn.Module) -> None:
-    """Refuse a model whose gradients are exchanged already: parameters made from here on would not be.
+    """Refuse a model in DistributedDataParallel, which would not average gradients of parameters that are added now.
 
     Raises:
-        ValueError: it is in a DistributedDataParallel of several processes.
+        ValueError: the model is in a DistributedDataParallel of several processes.
     """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
@@ -64,7 +64,7 @@ def check_not_parallel(model: nn.Module) -> None:
 
 
 def steps_to(model: nn.Module, path: str) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
-    """The (parent, name, child) that lead from a model to the module at a plain path; wrappers have steps of their own.
+    """Return the (parent, name, child) steps from a model to the module at a plain path; each wrapper is a step too.
 
     Raises:
         KeyError: there is no such module.
