@@ -39,11 +39,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """The run as a whole."""
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="defaults for a known job")
-    run.add_argument("--list-presets", action=ListPresets, help="print which card each preset fits, and stop")
+    run.add_argument("--list-presets", action=ListPresets, help="print which GPU each preset fits, and stop")
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the expected peak on a card, from the configuration alone, and stop",
+        help="print the expected peak on a GPU, from the configuration alone, and stop",
     )
     run.add_argument(
         "--paper", action="store_true", help="defaults of the SPEFT paper: lr 2e-5, 1 epoch, batch 4 x 4, length 1024"
@@ -54,7 +54,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 class ListPresets(argparse.Action):
-    """Prints which card each preset fits, and ends the program, as `--help` does."""
+    """Prints which GPU each preset fits, and ends the program, as `--help` does."""
 
     def __init__(self, option_strings, dest, help):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)

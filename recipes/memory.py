@@ -1,4 +1,4 @@
-"""What a sparse run will need on the card, from the model's configuration alone.
+"""What a sparse run will need on the GPU, from the model's configuration alone.
 
 Weights and what belongs to the trained entries are counted to the byte on a model without data. Activations are counted
 from what a block keeps for its backward, in bf16 with norms in fp32, at the three moments that can set the peak: the
@@ -13,11 +13,11 @@ from recipes.loss import CHUNK_BYTES
 from recipes.shapes import Shape
 
 GIB = 2**30
-# Sold sizes, taken as 10^9 bytes a GB: cards with error correction have little more than that to give.
-CARDS = (12, 16, 24, 40, 48, 80)
-# The CUDA context with its kernels, a few hundred MiB by card and driver, and gaps between the allocator's blocks.
+# Sold sizes, taken as 10^9 bytes a GB: GPUs with error correction have little more than that to give.
+GPU_SIZES = (12, 16, 24, 40, 48, 80)
+# The CUDA context with its kernels, a few hundred MiB by GPU and driver, and gaps between the allocator's blocks.
 OVERHEAD_BYTES = 3 * 2**28
-# Of cuBLAS, on an H100; other cards take less.
+# Of cuBLAS, on an H100; other GPUs take less.
 WORKSPACE_BYTES = 64 * 2**20
 # The library forms the gradients of uniform masks in dense panels of at most so many bytes.
 PANEL_BYTES = 64 * 2**20
@@ -90,26 +90,26 @@ def peak_bytes(moments: Mapping[str, Mapping[str, int]]) -> int:
     return max(sum(parts.values()) for parts in moments.values())
 
 
-def smallest_card(needed: int) -> int | None:
-    """The smallest of the common cards, in GB, on which so many bytes of tensors fit beside the CUDA context."""
-    return next((card for card in CARDS if usable_bytes(card) >= needed), None)
+def smallest_gpu(needed: int) -> int | None:
+    """The smallest of the common GPUs, in GB, on which so many bytes of tensors fit beside the CUDA context."""
+    return next((gb for gb in GPU_SIZES if usable_bytes(gb) >= needed), None)
 
 
-def usable_bytes(card: int) -> int:
-    """Bytes that a card of so many GB has for tensors."""
-    return card * 10**9 - OVERHEAD_BYTES
+def usable_bytes(gb: int) -> int:
+    """Bytes that a GPU of so many GB has for tensors."""
+    return gb * 10**9 - OVERHEAD_BYTES
 
 
 def describe(moments: Mapping[str, Mapping[str, int]]) -> str:
-    """An estimate for people: GiB of each part at each moment, the peak, and the card that it fits."""
+    """An estimate for people: GiB of each part at each moment, the peak, and the GPU that it fits."""
     kinds = list(dict.fromkeys(kind for parts in moments.values() for kind in parts))
     lines = ["GiB".ljust(18) + "".join(moment.rjust(13) for moment in moments)]
     for kind in kinds:
         lines.append(kind.ljust(18) + "".join(f"{parts.get(kind, 0) / GIB:13.3f}" for parts in moments.values()))
     lines.append("together".ljust(18) + "".join(f"{sum(parts.values()) / GIB:13.3f}" for parts in moments.values()))
     needed = peak_bytes(moments)
-    card = smallest_card(needed)
-    fits = f"fits a card of {card} GB" if card else f"fits none of the common cards, up to {CARDS[-1]} GB"
+    gb = smallest_gpu(needed)
+    fits = f"fits a GPU of {gb} GB" if gb else f"fits none of the common GPUs, up to {GPU_SIZES[-1]} GB"
     overhead = f"with {OVERHEAD_BYTES / GIB:.2f} GiB for the CUDA context and gaps"
     return "\n".join([*lines, f"expected peak {needed / GIB:.2f} GiB; {overhead} it {fits}"])
 

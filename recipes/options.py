@@ -17,7 +17,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="of the weights; auto is float32 for --method full, else bfloat16 on a card and the faster one on a CPU",
+        help="of the weights; auto is float32 for --method full, else bfloat16 on a GPU and the faster one on a CPU",
     )
     group.add_argument(
         "--base-bits",

@@ -46,7 +46,7 @@ PAPER = {
 
 
 def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
-    """Expected peaks of the presets of known shape for three sizes of batch, and the smallest common card for each.
+    """Expected peaks of the presets of known shape for three sizes of batch, and the smallest common GPU for each.
 
     Args:
         parse: reads a command line.
@@ -58,7 +58,7 @@ def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
             for bits in (16, 8, 4):
                 args = parse(["--preset", name, "--base-bits", str(bits), *batch])
                 needed = memory.peak_bytes(expected_memory(args))
-                cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_card(needed)} GB")
+                cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_gpu(needed)} GB")
             size = f"{args.batch_size} x {args.max_length}"
             lines.append(f"| {name} | {args.budget:,} | {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ def shaped(name: str, layers: int | None = None):
 
 
 def build(name: str, precision: str, device: torch.device, layers: int | None = None) -> nn.Module:
-    """A random model of a shape, laid out without data and then made on the card one tensor at a time."""
+    """A random model of a shape, laid out without data and then made on the GPU one tensor at a time."""
     import accelerate
     import transformers
 

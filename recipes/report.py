@@ -27,7 +27,7 @@ def machine() -> dict:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
@@ -40,11 +40,11 @@ def _processor() -> str:
 
 
 def peak_bytes() -> dict[str, int | None]:
-    """Most memory this process has held so far: resident on the host, allocated on the card."""
+    """Most memory this process has held so far: resident on the host, allocated on the GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "card": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
 

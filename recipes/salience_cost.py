@@ -2,11 +2,11 @@
 
 Run as `python -m recipes.benchmark salience`. The row `plain` is the floor: the same batches forward and backward with
 frozen weights and a dense gradient of each targeted weight, freed at once. With all accumulators in one group a
-gradient measure should cost at most 1.15 times that. For a model larger than the card, which has no such floor:
+gradient measure should cost at most 1.15 times that. For a model larger than the GPU, which has no such floor:
 
     python -m recipes.benchmark salience --offload --memory-limit 24 --memory-budget 8 --batches 8
 
-There seconds go by the bus: 64 batches take eight times as long. `peak_gib` is all that was on the card.
+There seconds go by the bus: 64 batches take eight times as long. `peak_gib` is all that was on the GPU.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:
     parser.add_argument("--seq", type=int, default=256, help="tokens in each (default %(default)s)")
     parser.add_argument("--density", type=float, default=0.01, help="share of entries to keep (default %(default)s)")
     parser.add_argument("--scope", choices=["local", "global"], default="local")
-    parser.add_argument("--memory-budget", type=float, help="GB for estimation (default half of the card's free)")
-    parser.add_argument("--memory-limit", type=float, help="use so many GB of the card only")
-    parser.add_argument("--offload", action="store_true", help="weights stay in CPU memory and visit the card")
+    parser.add_argument("--memory-budget", type=float, help="GB for estimation (default half of the GPU's free)")
+    parser.add_argument("--memory-limit", type=float, help="use so many GB of the GPU only")
+    parser.add_argument("--offload", action="store_true", help="weights stay in CPU memory and visit the GPU")
     parser.add_argument("--out", default="out/benchmark", help="folder for salience_cost.jsonl (default %(default)s)")
 
 
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace, build: Callable[..., nn.Module]) -> list[dict]
     """
     measures = args.measures or (["gradient"] if args.offload else ["plain", "gradient"])
     if args.offload and "plain" in measures:
-        raise ValueError("plain passes need the model on the card; leave plain or --offload out.")
+        raise ValueError("plain passes need the model on the GPU; leave plain or --offload out.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(args.shape, "bf16", device, args.layers)
     if args.offload:
-        # Built on the card, where random numbers are made fastest.
+        # Built on the GPU, where random numbers are made fastest.
         model = model.to("cpu")
     batches = random_batches(args, model.config.vocab_size)
     # The first pass of a process pays for handles and kernels; it is not counted.
@@ -93,7 +93,7 @@ def measure(name: str, model: nn.Module, batches: list[dict], args: argparse.Nam
         "passes": passes,
         "peak_beyond_model_gib": round(peak.bytes / 2**30, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
-        "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         **{key: vars(args)[key] for key in settings},
     }

@@ -47,8 +47,8 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
     }
     del optimizer
     check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return row | check | {"card": card} | {name: package_version(name) for name in ("torch", "transformers")}
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return row | check | {"gpu": gpu} | {name: package_version(name) for name in ("torch", "transformers")}
 
 
 def memory_of(device: torch.device, weights: int, kind: str, held: int, state: int) -> dict:
@@ -61,13 +61,13 @@ def memory_of(device: torch.device, weights: int, kind: str, held: int, state: i
         held: bytes of this.
         state: bytes of the optimizer's moments.
     """
-    on_card = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_card else 0
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     parts = {"weights": weights, kind: held, "moments": state}
     parts["activations and gradients"] = max(0, peak - sum(parts.values()))
     return {
-        "peak_gib": round(peak / GIB, 3) if on_card else None,
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_card else None,
+        "peak_gib": round(peak / GIB, 3) if on_gpu else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else None,
         "parts_gib": {name: round(size / GIB, 3) for name, size in parts.items()},
     }
 
@@ -90,7 +90,7 @@ def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, devic
 def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> tuple[float, float]:
     """One training step; milliseconds of all of it, and between the end of backward and that of the optimizer's step.
 
-    As in a training loop nothing waits for the card between the two.
+    As in a training loop nothing waits for the GPU between the two.
     """
     settle(device)
     begin = time.perf_counter()
@@ -104,7 +104,7 @@ def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) ->
 
 
 def mark(device: torch.device) -> float | torch.cuda.Event:
-    """A point in time: on a card an event in its queue, elsewhere milliseconds."""
+    """A point in time: on a GPU an event in its queue, elsewhere milliseconds."""
     if device.type == "cpu":
         return 1e3 * time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -121,20 +121,20 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def limit_memory(most_bytes: float) -> None:
-    """Let this process use so many bytes of the card only; does nothing without a card."""
+    """Let this process use so many bytes of the GPU only; does nothing without a GPU."""
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most_bytes / total))
 
 
 def settle(device: torch.device) -> None:
-    """Wait for the card."""
+    """Wait for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def allocated(device: torch.device, model: nn.Module) -> int:
-    """Bytes the model takes: measured on a card, counted elsewhere."""
+    """Bytes the model takes: measured on a GPU, counted elsewhere."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -553,8 +553,8 @@ def test_a_loss_that_is_no_scalar_tensor_is_refused():
 def test_the_default_budget_is_half_of_what_this_process_may_use(monkeypatch, fraction, half):
     """Of 80 GiB 30 are free, 20 are the allocator's, 12 of them in use."""
     gib = 2**30
-    card = dict(memory_allocated=12 * gib, memory_reserved=20 * gib, mem_get_info=(30 * gib, 80 * gib))
-    for name, value in dict(card, get_per_process_memory_fraction=fraction).items():
+    gpu = dict(memory_allocated=12 * gib, memory_reserved=20 * gib, mem_get_info=(30 * gib, 80 * gib))
+    for name, value in dict(gpu, get_per_process_memory_fraction=fraction).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert default_memory_budget(torch.device("cuda")) == half * gib
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together
-from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batches import BatchReader, LossFunction
 from speft_optim.weights.gradient_hooks import input_of
 from speft_optim.weights.targets import is_product, is_transposed_linear
@@ -25,7 +25,7 @@ class _Attention:
         self.mask = mask if isinstance(mask, Tensor) else None
 
 
-def squared_input(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
+def squared_input(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:
     """Sum the squares of each input feature over all tokens that are no padding; forward only.
 
     Which tokens are padding tells the attention mask that the model is called with, by whomever.
@@ -35,30 +35,30 @@ def squared_input(model: nn.Module, reader: BatchReader, group: list[Piece], los
     """
     attention = _Attention()
     with contextlib.ExitStack() as stack, together(), torch.no_grad():
-        for piece in group:
-            _watch_inputs(piece, attention, stack)
+        for row_slice in group:
+            _watch_inputs(row_slice, attention, stack)
         # A loss of the user's may leave the head out and call what is below it.
         for part in {model, getattr(model, "base_model", model)}:
             stack.callback(part.register_forward_pre_hook(attention.see, with_kwargs=True).remove)
         for batch in reader:
             attention.mask = None
             model(**batch) if loss is None else loss(model, batch)
-    average_([piece.accumulator for piece in group], 1)
+    average_([row_slice.accumulator for row_slice in group], 1)
 
 
-def _watch_inputs(piece: Piece, attention: _Attention, stack: contextlib.ExitStack) -> None:
-    """Hook every use of the piece's weight: each forward adds to its accumulator, which columns or rows share."""
-    for module, attribute in piece.target.sites:
+def _watch_inputs(row_slice: RowSlice, attention: _Attention, stack: contextlib.ExitStack) -> None:
+    """Hook every use of the row slice's weight: each forward adds to its accumulator, which columns or rows share."""
+    for module, attribute in row_slice.target.sites:
         if not is_product(module, attribute):
             raise ValueError(
-                f"salience='activation' needs linear weights, {piece.target.name} is none; choose targets=[...]."
+                f"salience='activation' needs linear weights, {row_slice.target.name} is none; choose targets=[...]."
             )
-    # Of a transposed weight the rows are the input features, and the piece holds some of them.
+    # Of a transposed weight the rows are the input features, and the row slice holds some of them.
     transposed = is_transposed_linear(module, attribute)
-    features = slice(piece.first, piece.last) if transposed else slice(None)
-    count = piece.last - piece.first if transposed else piece.columns
-    sums = torch.zeros(count, dtype=torch.float32, device=piece.target.device)
-    piece.accumulator = sums[:, None] if transposed else sums[None]
+    features = slice(row_slice.first, row_slice.last) if transposed else slice(None)
+    count = row_slice.last - row_slice.first if transposed else row_slice.columns
+    sums = torch.zeros(count, dtype=torch.float32, device=row_slice.target.device)
+    row_slice.accumulator = sums[:, None] if transposed else sums[None]
 
     def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         x = input_of(args, kwargs).detach()[..., features].float()
@@ -66,5 +66,5 @@ def _watch_inputs(piece: Piece, attention: _Attention, stack: contextlib.ExitSta
             x = x * attention.mask.unsqueeze(-1)
         sums.add_(x.flatten(0, -2).square().sum(0))
 
-    for module, _ in piece.target.sites:
+    for module, _ in row_slice.target.sites:
         stack.callback(module.register_forward_hook(add, with_kwargs=True).remove)

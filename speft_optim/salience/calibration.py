@@ -1,6 +1,6 @@
 """Streaming estimation: scores of every targeted entry, in order and in bounded memory.
 
-The targeted weights are cut into pieces and the pieces into groups whose accumulators fit the budget, beside the
+The targeted weights are cut into row slices and the row slices into groups whose accumulators fit the budget, beside the
 temporaries of one chunk of scores and the best entries that the caller keeps. A group costs one pass over the batches.
 Only the group's weights are observed, so backward stops below the lowest of them; when a group is done its scores are
 handed on in chunks and its accumulators freed. Holding all gradients at once, the obvious way, takes twice the memory
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from speft_optim.distributed import together
-from speft_optim.salience.accumulators import Piece, cut_into_groups
+from speft_optim.salience.accumulators import RowSlice, cut_into_groups
 from speft_optim.salience.activation import squared_input
 from speft_optim.salience.batches import Batches, BatchReader, LossFunction, check_batches
 from speft_optim.salience.first_order import gradient
@@ -124,9 +124,9 @@ def stream_scores(
             warn_of_plain_attention(model)
             for group in gradient_groups:
                 gradient(model, reader, group, loss)
-                for piece in group:
-                    store.put(piece)
-                    piece.accumulator = None
+                for row_slice in group:
+                    store.put(row_slice)
+                    row_slice.accumulator = None
             with together():
                 _check_differentiated(reader)
             fill = functools.partial(hessian_gradient, targets=targets, store=store, dense=reader.used_otherwise)
@@ -152,11 +152,11 @@ def _check_differentiated(reader: BatchReader) -> None:
         )
 
 
-def _score(piece: Piece, measure: Measure, chunk: int, seed: int) -> Iterator[tuple[str, int, Tensor]]:
-    for first, weight, signal in piece.chunks(chunk):
+def _score(row_slice: RowSlice, measure: Measure, chunk: int, seed: int) -> Iterator[tuple[str, int, Tensor]]:
+    for first, weight, statistic in row_slice.chunks(chunk):
         if measure.statistic == "random":
-            signal = random_draws(piece.target.name, first, weight.numel(), seed, weight.device)
-        yield piece.target.name, first, measure.scores(piece.target.name, weight, signal)
+            statistic = random_draws(row_slice.target.name, first, weight.numel(), seed, weight.device)
+        yield row_slice.target.name, first, measure.scores(row_slice.target.name, weight, statistic)
 
 
 def random_draws(name: str, start: int, count: int, seed: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.measures import Measure
 from speft_optim.salience.topk import BestEntries
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -19,28 +19,28 @@ from speft_optim.weights.sparse_weight import SparseWeight
 
 @dataclass(eq=False)
 class Candidates:
-    """Candidates of one weight in the order of their positions: trained entries, or all entries of a piece.
+    """Candidates of one weight in the order of their positions: trained entries, or all entries of a row slice.
 
     Attributes:
         weight: the weight.
         positions: of the trained entries, (k,).
         scores: by which these were kept, (k,).
-        piece: the piece, whose entries have new scores; the other two are None then.
+        row_slice: the row slice, whose entries have new scores; the other two are None then.
     """
 
     weight: SparseWeight
     positions: Tensor | None = None
     scores: Tensor | None = None
-    piece: Piece | None = None
+    row_slice: RowSlice | None = None
 
     def __len__(self) -> int:
-        return len(self.positions) if self.piece is None else self.piece.entries
+        return len(self.positions) if self.row_slice is None else self.row_slice.entries
 
     def positions_at(self, places: Tensor) -> Tensor:
         """Flat positions in the weight of the candidates at `places`, int64."""
-        if self.piece is None:
+        if self.row_slice is None:
             return self.positions[places.long().to(self.positions.device)].long()
-        return places.long() + self.piece.first * self.piece.columns
+        return places.long() + self.row_slice.first * self.row_slice.columns
 
     def scored(self, measure: Measure, chunk: int) -> Iterator[tuple[int, Tensor]]:
         """The scores, each run of them with the place of its first candidate.
@@ -48,12 +48,12 @@ class Candidates:
         Raises:
             ValueError: a new score is not finite.
         """
-        if self.piece is None:
+        if self.row_slice is None:
             yield 0, self.scores
             return
-        offset = self.piece.first * self.piece.columns
-        for first, weight, signal in self.piece.chunks(chunk):
-            scores = measure.scores(self.weight.name, weight, signal)
+        offset = self.row_slice.first * self.row_slice.columns
+        for first, weight, statistic in self.row_slice.chunks(chunk):
+            scores = measure.scores(self.weight.name, weight, statistic)
             if not bool(scores.isfinite().all()):
                 raise ValueError(
                     f"Scores of {self.weight.name} are not finite though its gradients are; look at its entries for "
@@ -78,7 +78,7 @@ def keep_best(
     Returns:
         For each weight the positions that are kept, (k,) int64 and rising, and their scores, on the weight's device.
     """
-    competing = [run for run in runs if all_compete or run.piece is not None]
+    competing = [run for run in runs if all_compete or run.row_slice is not None]
     count -= sum(len(run) for run in runs) - sum(len(run) for run in competing)
     size = sum(len(run) for run in competing)
     best, starts = BestEntries(min(max(count, 0), size), size, chunk), [0]

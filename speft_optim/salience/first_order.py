@@ -1,4 +1,4 @@
-"""The gradient of the loss, averaged over the calibration batches in one pass for a group of pieces."""
+"""The gradient of the loss, averaged over the calibration batches in one pass for a group of row slices."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together, total
-from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
 from speft_optim.weights.gradient_hooks import GradientHook, settle
 from speft_optim.weights.gradient_nodes import Accumulator
@@ -21,16 +21,16 @@ from speft_optim.weights.verification import DenseGradient
 logger = logging.getLogger(__name__)
 
 
-def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
+def gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:
     """Average the gradient of the loss over the batches, with its sign."""
-    for piece in group:
-        piece.allocate()
+    for row_slice in group:
+        row_slice.allocate()
 
-    with observing(group, {piece: piece for piece in group}, reader.used_otherwise) as observed, together():
+    with observing(group, {row_slice: row_slice for row_slice in group}, reader.used_otherwise) as observed, together():
         for batch in reader:
             observed.promote()
             backward_of((loss or model_loss)(model, batch), reader, observed)
-    average_([piece.accumulator for piece in group], total(reader.used))
+    average_([row_slice.accumulator for row_slice in group], total(reader.used))
 
 
 class Observed:
@@ -57,18 +57,18 @@ class Observed:
         """Names of weights whose gradient is not, or not only, that of their layers' products."""
         return self.used_outside | {hook.name for hook in self.gradient_hooks if hook.told}
 
-    def watch(self, piece: Piece, accumulator: Accumulator, stack: contextlib.ExitStack) -> None:
+    def watch(self, row_slice: RowSlice, accumulator: Accumulator, stack: contextlib.ExitStack) -> None:
         """Give the accumulator the dense gradient of uses outside the modules too, while the stack is open."""
-        parameter = piece.target.parameter
+        parameter = row_slice.target.parameter
 
         def take(dense: Tensor) -> None:
-            if piece.target.name not in self.used_otherwise:
+            if row_slice.target.name not in self.used_otherwise:
                 logger.warning(
                     "%s is used outside its module's forward, where no hook sees it: it is scored by the dense "
                     "gradient of these uses, one weight at a time.",
-                    piece.target.name,
+                    row_slice.target.name,
                 )
-            self.used_outside.add(piece.target.name)
+            self.used_outside.add(row_slice.target.name)
             accumulator.from_dense(dense)
 
         leaf = DenseGradient(take)
@@ -78,23 +78,23 @@ class Observed:
 
 @contextlib.contextmanager
 def observing(
-    group: list[Piece], accumulators: Mapping[Piece, Accumulator], used_otherwise: set[str]
+    group: list[RowSlice], accumulators: Mapping[RowSlice, Accumulator], used_otherwise: set[str]
 ) -> Iterator[Observed]:
-    """Let the gradient of each piece's weight go to its accumulator while this lasts.
+    """Let the gradient of each row slice's weight go to its accumulator while this lasts.
 
     Args:
-        group: the pieces.
+        group: the row slices.
         accumulators: where their gradients go.
         used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
             that each is told of once; gets those that are found now.
     """
     anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
-        for piece in group:
-            to = accumulators[piece]
-            observed.gradient_hooks += observe_gradient(piece.target, anchor, to, True, observed.pending)
-            if _may_be_leaf(piece.target):
-                observed.watch(piece, to, stack)
+        for row_slice in group:
+            to = accumulators[row_slice]
+            observed.gradient_hooks += observe_gradient(row_slice.target, anchor, to, True, observed.pending)
+            if _may_be_leaf(row_slice.target):
+                observed.watch(row_slice, to, stack)
         for hook in observed.gradient_hooks:
             hook.told = hook.name in used_otherwise
             stack.callback(hook.remove)

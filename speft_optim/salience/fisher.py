@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
-from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batches import (
     IGNORED_LABEL,
     Batch,
@@ -27,7 +27,7 @@ from speft_optim.weights.gradient_hooks import settle
 from speft_optim.weights.targets import is_product
 
 
-def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
+def squared_gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:
     """Average over examples the square of the gradient of the example's own mean loss.
 
     One backward of the summed example losses serves all linear weights used once: their example gradients are
@@ -36,7 +36,7 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     all weights under a loss that is no mean over labels) have their gradients added up per example, in a backward of
     their own; at no time is there a copy of the gradients per example.
     """
-    sinks = {piece: _ExampleSquares(piece) for piece in group}
+    sinks = {row_slice: _ExampleSquares(row_slice) for row_slice in group}
     examples = 0
     with observing(group, sinks, reader.used_otherwise) as observed, _counted_uses(sinks.values()), together():
         for batch in reader:
@@ -51,14 +51,14 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], 
     examples = total(examples)
     if not examples:
         raise ValueError("No example of the calibration batches has a label that its loss counts; look at the labels.")
-    average_([piece.accumulator for piece in group], examples)
+    average_([row_slice.accumulator for row_slice in group], examples)
 
 
 class _ExampleSquares:
-    """Sink of one piece: squares example gradients as they come, or adds up one example's over several uses."""
+    """Sink of one row_slice: squares example gradients as they come, or adds up one example's over several uses."""
 
-    def __init__(self, piece: Piece):
-        self.piece = piece
+    def __init__(self, row_slice: RowSlice):
+        self.row_slice = row_slice
         self.kinds: set[str] = set()
         # The squares of the first batch that is split, until it is known that products are all there is.
         self.first: Tensor | None = None
@@ -66,7 +66,7 @@ class _ExampleSquares:
         self.uses: list[torch.Size | None] = []
         self.mode = "off"
         self.example: Tensor | None = None
-        piece.allocate()
+        row_slice.allocate()
 
     def splits(self, examples: int) -> bool:
         """Whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
@@ -77,14 +77,14 @@ class _ExampleSquares:
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
         """Square per example, or add to the present example's gradient."""
-        piece = self.piece
+        row_slice = self.row_slice
         self.kinds.add("product")
         if self.mode == "example":
-            self.example += product(left.flatten(0, -2)[:, piece.first : piece.last], right.flatten(0, -2))
+            self.example += product(left.flatten(0, -2)[:, row_slice.first : row_slice.last], right.flatten(0, -2))
         elif self.mode == "split":
             for one_left, one_right in zip(left.flatten(1, -2), right.flatten(1, -2), strict=True):
-                gradient = product(one_left[:, piece.first : piece.last], one_right)
-                (piece.accumulator if self.is_proven else self.first).addcmul_(gradient, gradient)
+                gradient = product(one_left[:, row_slice.first : row_slice.last], one_right)
+                (row_slice.accumulator if self.is_proven else self.first).addcmul_(gradient, gradient)
 
     def from_dense(self, gradient: Tensor) -> None:
         """Add to the present example's gradient.
@@ -94,10 +94,10 @@ class _ExampleSquares:
         """
         self.kinds.add("dense")
         if self.mode == "example":
-            self.example += self.piece.rows_of(gradient)
+            self.example += self.row_slice.rows_of(gradient)
         elif self.mode == "split" and self.is_proven:
             raise ValueError(
-                f"{self.piece.target.name} is used in another way than in the first calibration batch, so that "
+                f"{self.row_slice.target.name} is used in another way than in the first calibration batch, so that "
                 "salience='fisher' cannot tell its examples apart; pass batches of one example, or leave it out."
             )
 
@@ -105,20 +105,20 @@ class _ExampleSquares:
         """From now on square each example's product."""
         self.mode = "split"
         if not self.is_proven:
-            self.first = torch.zeros_like(self.piece.accumulator)
+            self.first = torch.zeros_like(self.row_slice.accumulator)
 
     def close_split(self) -> bool:
         """Whether the products were the whole gradients; if not, their squares are forgotten."""
         self.mode = "off"
         if not self.is_proven and "dense" not in self.kinds:
-            self.piece.accumulator += self.first
+            self.row_slice.accumulator += self.first
             self.is_proven = "product" in self.kinds
         self.first = None
         return "dense" not in self.kinds
 
     def close_example(self) -> None:
         """Square the example's whole gradient into the total."""
-        self.piece.accumulator.addcmul_(self.example, self.example)
+        self.row_slice.accumulator.addcmul_(self.example, self.example)
         self.example.zero_()
 
 
@@ -127,7 +127,7 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
     """Note in each sink the leading shape of every use of its weight in forward; None where it is no linear one."""
     with contextlib.ExitStack() as stack:
         for sink in sinks:
-            for module, attribute in sink.piece.target.sites:
+            for module, attribute in sink.row_slice.target.sites:
                 linear = is_product(module, attribute)
 
                 def note(module, args, kwargs, output, uses=sink.uses, linear=linear):
@@ -178,13 +178,13 @@ def _backward_by_example(
     reader: BatchReader,
     observed: Observed,
 ) -> list[int]:
-    """One backward per example; the pieces in `rest` square the whole gradient of each.
+    """One backward per example; the row slices in `rest` square the whole gradient of each.
 
     Args:
         model: the model.
         batch: the examples.
         counting: rows that count, None where that is not known.
-        rest: sinks of the pieces.
+        rest: sinks of the row slices.
         loss: from model and batch to a scalar.
         reader: whose last batch it is.
         observed: what feeds the sinks.
@@ -203,7 +203,7 @@ def _backward_by_example(
         unsure = (by_first_only if loss is model_loss else ~labelled | by_first_only).nonzero().squeeze(1).tolist()
     counted = []
     for sink in rest:
-        sink.mode, sink.example = "example", torch.zeros_like(sink.piece.accumulator)
+        sink.mode, sink.example = "example", torch.zeros_like(sink.row_slice.accumulator)
     for row in rows:
         value = loss(model, example_of(batch, row, size))
         if row in unsure and is_nan(value):

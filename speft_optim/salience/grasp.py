@@ -1,4 +1,4 @@
-"""The signal of `grasp`: H g, the Hessian of the averaged loss times its gradient, both over all targeted weights.
+"""The statistic of `grasp`: H g, the Hessian of the averaged loss times its gradient, both over all targeted weights.
 
 Weights moved along g by a scalar step t make the loss a function of t. Its derivative at 0 is the inner product of g
 with the gradient, and the gradient of *that* is H g exactly. So a linear layer returns `x @ W.T + t * (x @ G.T)`, the
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speft_optim.distributed import average_, together, total
-from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import input_of
@@ -56,10 +56,10 @@ class GradientStore:
             everything = torch.from_file(path, shared=True, size=size, dtype=dtype)
             self._flat = dict(zip(sizes, everything.split(list(sizes.values())), strict=True))
 
-    def put(self, piece: Piece) -> None:
-        """Take over a piece's accumulator, rounded."""
-        start = piece.first * piece.columns
-        self._flat[piece.target.name][start : start + piece.entries] = piece.accumulator.view(-1)
+    def put(self, row_slice: RowSlice) -> None:
+        """Take over a row slice's accumulator, rounded."""
+        start = row_slice.first * row_slice.columns
+        self._flat[row_slice.target.name][start : start + row_slice.entries] = row_slice.accumulator.view(-1)
 
     def get(self, target: Target, dtype: torch.dtype) -> Tensor:
         """A target's gradient in the weight's shape, on its device."""
@@ -103,7 +103,7 @@ def warn_of_plain_attention(model: nn.Module) -> None:
 def hessian_gradient(
     model: nn.Module,
     reader: BatchReader,
-    group: list[Piece],
+    group: list[RowSlice],
     loss: LossFunction | None,
     targets: Mapping[str, Target],
     store: GradientStore,
@@ -115,8 +115,8 @@ def hessian_gradient(
     with g is taken of autograd's own gradient of them.
     """
     step = torch.zeros((), requires_grad=True)
-    for piece in group:
-        piece.allocate()
+    for row_slice in group:
+        row_slice.allocate()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_implementation(model, attention=True))
@@ -125,13 +125,13 @@ def hessian_gradient(
         for name, target in targets.items():
             for module, attribute in target.sites if name not in dense else ():
                 _move_along(target, module, attribute, step, store, stack)
-        known = {piece.target.name for piece in group}
+        known = {row_slice.target.name for row_slice in group}
         others = {name: targets[name] for name in sorted(dense)}
         for name, target in others.items():
             if name not in known:
                 # Nothing asks for the gradient of these leaves, so none is formed.
                 stack.enter_context(differentiable(target, lambda gradient: None))
-        leaves = [stack.enter_context(differentiable(piece.target, piece.from_dense)) for piece in group]
+        leaves = [stack.enter_context(differentiable(row_slice.target, row_slice.from_dense)) for row_slice in group]
         stack.enter_context(together())
         for batch in reader:
             value = (loss or model_loss)(model, batch)
@@ -140,7 +140,7 @@ def hessian_gradient(
             along = _derivative_along(value, step, others, store)
             if along is not None and along.requires_grad:
                 along.backward(inputs=leaves)
-    average_([piece.accumulator for piece in group], total(reader.used))
+    average_([row_slice.accumulator for row_slice in group], total(reader.used))
 
 
 def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore) -> Tensor | None:

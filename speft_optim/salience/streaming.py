@@ -27,7 +27,7 @@ from torch import Tensor
 
 from speft_optim.distributed import average_, is_distributed, total
 from speft_optim.masks.mask import Mask
-from speft_optim.salience.accumulators import GradientSum, Piece, SquareSum, cut_into_groups, placed
+from speft_optim.salience.accumulators import GradientSum, RowSlice, SquareSum, cut_into_groups, placed
 from speft_optim.salience.competition import Candidates, keep_best
 from speft_optim.salience.measures import Measure
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -49,7 +49,7 @@ class TrainingSalience:
     Attributes:
         turns: how many turns ended so far.
         steps: optimizer steps taken in the present turn.
-        groups: the pieces of weights that have a turn together.
+        groups: the row slices of weights that have a turn together.
         scores: by weight, (k,) the score by which each trained entry was kept; only where later turns need it.
     """
 
@@ -73,8 +73,8 @@ class TrainingSalience:
         self._chunk = max(2**10, min(longest, memory_budget // 512))
         self._groups_of: dict[str, list[int]] = {weight.name: [] for weight in weights}
         for number, group in enumerate(self.groups):
-            for piece in group:
-                self._groups_of[piece.target.name].append(number)
+            for row_slice in group:
+                self._groups_of[row_slice.target.name].append(number)
         self.turns = self.steps = 0
         self._told: set[str] = set()
         dtype = measure.scores(weights[0].name, torch.ones(2), torch.ones(2)).dtype
@@ -83,8 +83,8 @@ class TrainingSalience:
         self._begin_turn()
 
     @property
-    def group(self) -> list[Piece]:
-        """The pieces whose turn it is."""
+    def group(self) -> list[RowSlice]:
+        """The row slices whose turn it is."""
         return self.groups[self.turns % len(self.groups)]
 
     @property
@@ -139,8 +139,8 @@ class TrainingSalience:
                 self.window,
                 unused[0],
             )
-        for piece in self.group:
-            piece.accumulator = None
+        for row_slice in self.group:
+            row_slice.accumulator = None
         self.turns += 1
         self._begin_turn()
         return chosen
@@ -158,9 +158,9 @@ class TrainingSalience:
         scores = self.scores.get(weight.name, torch.zeros(0, device=weight.values.device))
         accumulator = torch.zeros(self._accumulated_by(weight))
         if len(accumulator):
-            for piece, part in self._parts(accumulator):
-                if piece.accumulator is not None:
-                    part.copy_(piece.accumulator)
+            for row_slice, part in self._parts(accumulator):
+                if row_slice.accumulator is not None:
+                    part.copy_(row_slice.accumulator)
         return dict(schedule_turn=counters, schedule_scores=scores, schedule_accumulator=accumulator)
 
     def check_state_of(self, weight: SparseWeight, entries: int, saved: Mapping[str, Tensor]) -> None:
@@ -198,27 +198,29 @@ class TrainingSalience:
         if weight.name in self.scores:
             self.scores[weight.name] = saved["schedule_scores"].detach().to(weight.values.device, copy=True)
         if weight is self.weights[0]:
-            for piece in self.group:
-                piece.accumulator = None
+            for row_slice in self.group:
+                row_slice.accumulator = None
             self.turns = turns
             self._begin_turn()
             self.steps, waiting = steps, self.period - self.window
             if steps >= waiting:
                 self._begin_window()
                 self.steps = steps
-            for piece, part in self._parts(saved["schedule_accumulator"].detach()) if steps > waiting else ():
-                piece.accumulator = part.to(piece.target.device, copy=True)
+            for row_slice, part in self._parts(saved["schedule_accumulator"].detach()) if steps > waiting else ():
+                row_slice.accumulator = part.to(row_slice.target.device, copy=True)
 
     def _accumulated_by(self, weight: SparseWeight) -> int:
         """How many sums a checkpoint keeps with a weight."""
-        largest = max(sum(piece.entries for piece in group) for group in self.groups)
+        largest = max(sum(row_slice.entries for row_slice in group) for group in self.groups)
         return largest if weight is self.weights[0] else 0
 
-    def _parts(self, accumulator: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-        """The pieces of the group, each with its part of a flat tensor, of its accumulator's shape."""
-        parts = accumulator[: sum(piece.entries for piece in self.group)].split([piece.entries for piece in self.group])
-        for piece, part in zip(self.group, parts, strict=True):
-            yield piece, part.view(piece.last - piece.first, piece.columns)
+    def _parts(self, accumulator: Tensor) -> Iterator[tuple[RowSlice, Tensor]]:
+        """The row slices of the group, each with its part of a flat tensor, of its accumulator's shape."""
+        parts = accumulator[: sum(row_slice.entries for row_slice in self.group)].split(
+            [row_slice.entries for row_slice in self.group]
+        )
+        for row_slice, part in zip(self.group, parts, strict=True):
+            yield row_slice, part.view(row_slice.last - row_slice.first, row_slice.columns)
 
     @property
     def _counts(self) -> list[int]:
@@ -235,9 +237,9 @@ class TrainingSalience:
     def _begin_window(self) -> None:
         """Sum gradients from the next backward pass on."""
         self.steps = self.period - self.window
-        for piece in self.group:
-            piece.accumulator = None
-        self._sums = {piece.target.name: self._sum_of(piece) for piece in self.group}
+        for row_slice in self.group:
+            row_slice.accumulator = None
+        self._sums = {row_slice.target.name: self._sum_of(row_slice) for row_slice in self.group}
         self._attach()
 
     def _end_passes(self) -> None:
@@ -251,15 +253,15 @@ class TrainingSalience:
     def _gather(self) -> dict[str, bool] | None:
         """Average over processes; tell which weights of the group got a gradient, None if one is not finite."""
         self._end_passes()
-        for piece in self.group:
-            placed(piece, piece.target.device)
+        for row_slice in self.group:
+            placed(row_slice, row_slice.target.device)
         if is_distributed():
-            average_([piece.accumulator for piece in self.group], total(1))
-        ends = [torch.stack(torch.aminmax(piece.accumulator)).tolist() for piece in self.group]
+            average_([row_slice.accumulator for row_slice in self.group], total(1))
+        ends = [torch.stack(torch.aminmax(row_slice.accumulator)).tolist() for row_slice in self.group]
         if not torch.tensor(ends).isfinite().all():
             return None
         # Where no gradient arrives, as at an expert without tokens, a choice would be of the first positions.
-        return {piece.target.name: any(both) for piece, both in zip(self.group, ends, strict=True)}
+        return {row_slice.target.name: any(both) for row_slice, both in zip(self.group, ends, strict=True)}
 
     def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Mask]:
         """Let entries compete for `count` places; the masks that change. Stores the scores of those that are kept."""
@@ -278,19 +280,19 @@ class TrainingSalience:
         """What of a weight can be kept, in the order of positions."""
         # The model may have moved since its masks were made.
         indices, scores = weight.mask.indices.to(weight.values.device), self.scores.get(weight.name)
-        piece = self._sums[weight.name].piece if weight.name in self._sums else None
+        row_slice = self._sums[weight.name].row_slice if weight.name in self._sums else None
         if scores is None:
-            # Where no scores are stored the piece is the whole weight.
-            yield Candidates(weight, piece=piece)
+            # Where no scores are stored the row slice is the whole weight.
+            yield Candidates(weight, row_slice=row_slice)
             return
         scores = scores.to(indices.device)
-        if piece is None:
+        if row_slice is None:
             yield Candidates(weight, indices, scores)
             return
-        ends = [piece.first * piece.columns, piece.last * piece.columns]
+        ends = [row_slice.first * row_slice.columns, row_slice.last * row_slice.columns]
         low, high = torch.searchsorted(indices, torch.tensor(ends, dtype=indices.dtype, device=indices.device)).tolist()
         yield Candidates(weight, indices[:low], scores[:low])
-        yield Candidates(weight, piece=piece)
+        yield Candidates(weight, row_slice=row_slice)
         yield Candidates(weight, indices[high:], scores[high:])
 
     def _is_cut(self, weight: SparseWeight) -> bool:

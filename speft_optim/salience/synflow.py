@@ -1,4 +1,4 @@
-"""The signal of `synflow`: dR/d|w|, R the sum of the logits of a linearised network on an all-ones input embedding.
+"""The statistic of `synflow`: dR/d|w|, R the sum of the logits of a linearised network on an all-ones input embedding.
 
 The paper leaves open what becomes of a transformer's parts. Here, while the pass lasts:
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batches import BatchReader, LossFunction
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import GradientHook
@@ -37,40 +37,40 @@ from speft_optim.weights.targets import Target, all_targets, is_product, is_tran
 _PANEL_ENTRIES = 2**22
 
 
-def flow(model: nn.Module, reader: BatchReader | None, group: list[Piece], loss: LossFunction | None) -> None:
+def flow(model: nn.Module, reader: BatchReader | None, group: list[RowSlice], loss: LossFunction | None) -> None:
     """Fill the accumulators with dR/d|w|; batches and loss are not used.
 
     Raises:
         ValueError: the model takes no `inputs_embeds` or returns no logits.
     """
-    for piece in group:
-        piece.allocate()
+    for row_slice in group:
+        row_slice.allocate()
     anchor = torch.zeros((), requires_grad=True)
     with contextlib.ExitStack() as stack, torch.enable_grad():
         stack.enter_context(plain_implementation(model, attention=False))
         # Hooks first: where one shadows a weight, the absolute value is taken of its alias.
-        pieces = _observe_uses(group, anchor, stack)
-        stack.enter_context(linearised(model, pieces, anchor))
+        row_slices = _observe_uses(group, anchor, stack)
+        stack.enter_context(linearised(model, row_slices, anchor))
         logits = _logits_of_ones(model)
         if logits.requires_grad:
             logits.sum().backward()
 
 
 def _observe_uses(
-    group: list[Piece], anchor: Tensor, stack: contextlib.ExitStack
-) -> dict[tuple[nn.Module, str], list[Piece]]:
+    group: list[RowSlice], anchor: Tensor, stack: contextlib.ExitStack
+) -> dict[tuple[nn.Module, str], list[RowSlice]]:
     """Hook the weights that are no products, while the stack is open.
 
     Returns:
-        The pieces of those that are, by module and attribute; the product that takes their place feeds these.
+        The row slices of those that are, by module and attribute; the product that takes their place feeds these.
     """
     products = defaultdict(list)
-    for piece in group:
-        for module, attribute in piece.target.sites:
+    for row_slice in group:
+        for module, attribute in row_slice.target.sites:
             if is_product(module, attribute):
-                products[module, attribute].append(piece)
+                products[module, attribute].append(row_slice)
             else:
-                stack.callback(GradientHook(module, attribute, anchor, piece, piece.target.name).remove)
+                stack.callback(GradientHook(module, attribute, anchor, row_slice, row_slice.target.name).remove)
     return products
 
 
@@ -92,12 +92,14 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def linearised(model: nn.Module, pieces: Mapping[tuple[nn.Module, str], list[Piece]], anchor: Tensor) -> Iterator[None]:
+def linearised(
+    model: nn.Module, row_slices: Mapping[tuple[nn.Module, str], list[RowSlice]], anchor: Tensor
+) -> Iterator[None]:
     """The model as the linearised network of its absolute weights, computing in fp64.
 
     Args:
         model: the model.
-        pieces: what gets the gradients of products, by module and attribute.
+        row_slices: what gets the gradients of products, by module and attribute.
         anchor: requires gradients, so that these are formed.
     """
     targets = {site: target for target in all_targets(model).values() for site in target.sites}
@@ -106,7 +108,7 @@ def linearised(model: nn.Module, pieces: Mapping[tuple[nn.Module, str], list[Pie
             own = [attribute for attribute, parameter in module._parameters.items() if parameter is not None]
             if is_product(module, "weight"):
                 site = module, "weight"
-                _replace(module, _AbsoluteLinear(module, targets[site], pieces.get(site, []), anchor), stack)
+                _replace(module, _AbsoluteLinear(module, targets[site], row_slices.get(site, []), anchor), stack)
             elif type(module).__name__.endswith("Norm"):
                 _replace(module, _scale_of_layer_norm if isinstance(module, nn.LayerNorm) else _scale, stack)
             elif _is_activation(module):
@@ -125,33 +127,35 @@ def _replace(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) 
 class _AbsoluteLinear:
     """`x @ abs(W).T + abs(b)` in fp64."""
 
-    def __init__(self, module: nn.Module, target: Target, pieces: list[Piece], anchor: Tensor):
-        self.target, self.pieces, self.anchor = target, pieces, anchor
+    def __init__(self, module: nn.Module, target: Target, row_slices: list[RowSlice], anchor: Tensor):
+        self.target, self.row_slices, self.anchor = target, row_slices, anchor
         self.transposed = is_transposed_linear(module, "weight")
 
     def __call__(self, module: nn.Module, original: Callable, x: Tensor) -> Tensor:
-        anchor = self.anchor if self.pieces else None
-        output = _AbsoluteTimes.apply(x.double(), anchor, self.target, self.transposed, self.pieces)
+        anchor = self.anchor if self.row_slices else None
+        output = _AbsoluteTimes.apply(x.double(), anchor, self.target, self.transposed, self.row_slices)
         return output if module.bias is None else output + module.bias.abs().double()
 
 
 class _AbsoluteTimes(torch.autograd.Function):
     """`x @ abs(W).T`, or `x @ abs(W)` of a transposed weight, in panels; W is read again in backward, not kept.
 
-    The gradient of abs(W) goes to the pieces as its two factors; the anchor makes sure that there is a backward.
+    The gradient of abs(W) goes to the row slices as its two factors; the anchor makes sure that there is a backward.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor | None, target: Target, transposed: bool, pieces: list[Piece]) -> Tensor:
-        ctx.target, ctx.transposed, ctx.pieces = target, transposed, pieces
-        ctx.save_for_backward(*((x,) if pieces else ()))
+    def forward(
+        ctx, x: Tensor, anchor: Tensor | None, target: Target, transposed: bool, row_slices: list[RowSlice]
+    ) -> Tensor:
+        ctx.target, ctx.transposed, ctx.row_slices = target, transposed, row_slices
+        ctx.save_for_backward(*((x,) if row_slices else ()))
         return _times_rows(x, target) if transposed else _times_columns(x, target)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        for piece in ctx.pieces:
+        for row_slice in ctx.row_slices:
             (x,) = ctx.saved_tensors
-            piece.from_product(*((x, gradient) if ctx.transposed else (gradient, x)))
+            row_slice.from_product(*((x, gradient) if ctx.transposed else (gradient, x)))
         back = _times_columns if ctx.transposed else _times_rows
         return back(gradient, ctx.target), None, None, None, None
 
