@@ -91,7 +91,7 @@ def ensure_one_bos(tokenizer, model_type: str) -> bool:
 
 
 def begins_with_bos(tokenizer) -> bool:
-    """Whether `prompt_ids` puts a BOS before a text (for Gemma and Llama 3 it does, for Qwen2 and SmolLM2 not)."""
+    """Tell whether `prompt_ids` puts a BOS before a text (for Gemma and Llama 3 it does, for Qwen2 and SmolLM2 not)."""
     return _leading_bos(tokenizer, text_prefix(tokenizer)) == 1
 
 
@@ -113,7 +113,7 @@ def prompt_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _prefix_and_suffix(tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer by itself puts before and after a text: flags and templates disagree too often."""
+    """Return the ids that the tokenizer by itself puts before and after a text: flags and templates disagree too often."""
     whole, text = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     for start in range(len(whole) - len(text) + 1):
         if whole[start : start + len(text)] == text:

@@ -23,14 +23,14 @@ HEADLINES = {task: ("exact_match", "strict-match") for task in ("gsm8k", *LOCAL_
 
 
 def check_names(names: list[str]) -> None:
-    """Refuses what is no list of at least one name."""
+    """Refuse what is no list of at least one name."""
     if isinstance(names, str) or not names:
         raise ValueError(f"tasks is {names!r}; give a list of at least one name, e.g. ['demo']")
 
 
 @lru_cache(maxsize=2)
 def task_manager(folder: str, include_defaults: bool, data: str | None) -> TaskManager:
-    """Returns lm-eval's index of tasks, which takes seconds to build with its own ones.
+    """Return lm-eval's index of tasks, which takes seconds to build with its own ones.
 
     Args:
         folder: of further task files.
@@ -52,7 +52,7 @@ def load_tasks(
     max_gen_tokens: int | None = None,
     seed: int = 1234,
 ) -> dict:
-    """Finds the tasks and reads their data.
+    """Find the tasks and reads their data.
 
     Args:
         names: names of lm-eval tasks or of the files in `eval/tasks/`.
@@ -89,7 +89,7 @@ def load_tasks(
 
 
 def set_options(task, *, fewshot: int | None, max_gen_tokens: int | None, seed: int) -> None:
-    """Lays the caller's options over a task's own.
+    """Lay the caller's options over a task's own.
 
     `simple_evaluate` would do this too, but silently keeps 0 examples where a task's file says 0.
     """
@@ -113,7 +113,7 @@ def run(
     chat_template: bool = False,
     seed: int = 1234,
 ) -> dict[str, dict]:
-    """Runs the tasks and returns their scores by name.
+    """Run the tasks and returns their scores by name.
 
     Args:
         language_model: any lm-eval model.
@@ -136,7 +136,7 @@ def run(
 
 
 def summarise(name: str, results: dict) -> dict:
-    """Turns lm-eval's result of one task or group into ours.
+    """Turn lm-eval's result of one task or group into ours.
 
     Args:
         name: the task or group.
@@ -175,7 +175,7 @@ def finite_or_none(value: object) -> float | None:
 
 
 def headline(name: str, scores: dict[str, dict[str, dict]]) -> dict[str, str] | None:
-    """Names the metric and filter to quote for a task; None for a group that reports no score of its own."""
+    """Name the metric and filter to quote for a task; None for a group that reports no score of its own."""
     metric, chosen = HEADLINES.get(name, (None, None))
     if chosen in scores.get(metric, {}):
         return {"metric": metric, "filter": chosen}

@@ -68,7 +68,7 @@ NOTES = (
 
 
 def table(entries: list[Entry], *, markdown: bool = False) -> str:
-    """Formats the comparison."""
+    """Format the comparison."""
     lines = [HEADS, *rows(entries)]
     shared = "* several workers shared the GPU" if any(line[-1].endswith("*") for line in lines) else ""
     notes = "\n".join(filter(None, [NOTES, shared]))
@@ -82,7 +82,7 @@ def table(entries: list[Entry], *, markdown: bool = False) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compares from the command line."""
+    """Compare from the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.methods", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="--out of recipes.compare")
     parser.add_argument("--markdown", action="store_true", help="print the table in markdown")

@@ -12,7 +12,7 @@ from speft_optim.files import write_atomically
 
 
 def write_json(record: dict, path: Path) -> None:
-    """Writes a record as JSON; numbers that JSON does not know become null, and lists of numbers take one line."""
+    """Write a record as JSON; numbers that JSON does not know become null, and lists of numbers take one line."""
     text = json.dumps(_plain(record), indent=2, allow_nan=False)
     # Strings hold no raw newline, so none is touched.
     text = re.sub(r"\[\n[\d\s.,e+-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n"
@@ -31,7 +31,7 @@ def _plain(value):
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Reads a file with one JSON value a line, blank lines aside: what to call each line in an error, and its value.
+    """Read a file with one JSON value a line, blank lines aside: what to call each line in an error, and its value.
 
     Raises:
         ValueError: there is no such file, or a line is not JSON.
@@ -49,7 +49,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def save_figure(figure, path: Path, *, dpi: int = 150) -> None:
-    """Saves a figure of matplotlib as a PNG."""
+    """Save a figure of matplotlib as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
@@ -65,7 +65,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def package_version(name: str) -> str | None:
-    """The version of a package; None where it is missing or runs from a source tree that was never installed."""
+    """Return the version of a package; None where it is missing or runs from a source tree that was never installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -47,7 +47,7 @@ def score(
     dtype: str | None = None,
     device: str | None = None,
 ) -> dict:
-    """Scores one model.
+    """Score one model.
 
     Args:
         checkpoint: folder with config.json, *.safetensors and the tokenizer, or a name on the hub; with `adapter`, the
@@ -115,7 +115,7 @@ def score(
 
 
 def finish(record: dict, language_model, loaded: dict[str, dict], out: Path | None) -> None:
-    """Runs the tasks of a record that it still lists as unfinished, and writes it whenever one ends.
+    """Run the tasks of a record that it still lists as unfinished, and writes it whenever one ends.
 
     Args:
         record: gets the results.
@@ -134,7 +134,7 @@ def finish(record: dict, language_model, loaded: dict[str, dict], out: Path | No
 
 
 def earlier_record(out: str | None, settings: dict) -> dict | None:
-    """Returns what an interrupted run with the same settings has written to `out`, or None; its tasks are not rerun."""
+    """Return what an interrupted run with the same settings has written to `out`, or None; its tasks are not rerun."""
     if out is None or not Path(out).is_file():
         return None
     try:
@@ -146,7 +146,7 @@ def earlier_record(out: str | None, settings: dict) -> dict | None:
 
 
 def environment(model: torch.nn.Module) -> dict:
-    """Collects what a score depends on beside the arguments: dtype, device and versions."""
+    """Collect what a score depends on beside the arguments: dtype, device and versions."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -156,7 +156,7 @@ def environment(model: torch.nn.Module) -> dict:
 
 
 def find_checkpoint(checkpoint: str) -> Path:
-    """Returns the complete folder of a checkpoint, fetched first where it is a name on the hub."""
+    """Return the complete folder of a checkpoint, fetched first where it is a name on the hub."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
@@ -171,7 +171,7 @@ def find_checkpoint(checkpoint: str) -> Path:
 
 
 def check_files(*, adapter: str | None, out: str | None) -> None:
-    """Refuses an adapter that is not there and a result file that could not be written at the end."""
+    """Refuse an adapter that is not there and a result file that could not be written at the end."""
     if adapter is not None and not Path(adapter).is_file():
         raise ValueError(f"no such adapter file: {adapter}; give the file that save_adapter wrote")
     if out is not None and Path(out).is_dir():
@@ -184,28 +184,28 @@ def check_files(*, adapter: str | None, out: str | None) -> None:
 
 
 def write_probe(path: Path) -> None:
-    """Writes and removes a small file where `path` is to go: its end is too late to find out that it cannot be."""
+    """Write and removes a small file where `path` is to go: its end is too late to find out that it cannot be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
         pass
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuses counts below 1. A `limit` below 1 would mean a share of the problems to lm-eval."""
+    """Refuse counts below 1. A `limit` below 1 would mean a share of the problems to lm-eval."""
     for name, count in counts.items():
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} is {count}; it must be a whole number of at least 1, or None for the default")
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Refuses what is not the name of a floating-point dtype."""
+    """Refuse what is not the name of a floating-point dtype."""
     found = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16, or None for the default")
 
 
 def table(record: dict) -> str:
-    """Formats the scores of a record, in percent, the headline marked with a star."""
+    """Format the scores of a record, in percent, the headline marked with a star."""
     lines = [f"{'task':<20} {'metric':<14} {'filter':<18} {'%':>7} {'+-':>6} {'n':>6} {'shots':>5}"]
     for name, task in record["tasks"].items():
         for metric, by_filter in task["scores"].items():
@@ -220,7 +220,7 @@ def table(record: dict) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; every option is an argument of `score`."""
+    """Read the command line; every option is an argument of `score`."""
     parser = argparse.ArgumentParser(prog="python -m eval.score", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="checkpoint folder or name on the hub; with --adapter, the base's")
     parser.add_argument("--tasks", nargs="+", required=True, help="lm-eval tasks, or demo, gsm8k_local")
@@ -241,7 +241,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Scores from the command line and prints the table."""
+    """Score from the command line and prints the table."""
     options = vars(parse_arguments())
     try:
         record = score(options.pop("checkpoint"), options.pop("tasks"), **options)

@@ -55,7 +55,7 @@ def check_available(method: str) -> None:
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str] | None = None) -> dict[str, nn.Linear]:
-    """The layers whose weights are trained, by name: those that `select_masks` takes for the same `targets`.
+    """Return the layers whose weights are trained, by name: those that `select_masks` takes for the same `targets`.
 
     Raises:
         ValueError: a target is no linear layer, which an adapter needs.
@@ -76,7 +76,7 @@ def trained_values(layers: Mapping[str, nn.Linear], rank: int, method: str = "lo
 
 
 def nearest_rank(layers: Mapping[str, nn.Linear], budget: int, method: str) -> int:
-    """The rank, at least 1, at which a method trains a number of values nearest to the budget."""
+    """Return the rank, at least 1, at which a method trains a number of values nearest to the budget."""
     fixed = trained_values(layers, 0, method)
     each = trained_values(layers, 1, method) - fixed
     below = max(1, (budget - fixed) // each)

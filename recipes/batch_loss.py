@@ -35,7 +35,7 @@ def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, T
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tensor, int]:
-    """Cross-entropy summed over the label tokens of a batch, and their number.
+    """Compute cross-entropy summed over the label tokens of a batch, and their number.
 
     Logits are a good part of the work and most of the memory with a large vocabulary. They are made for label tokens
     only, and a chunk of these at a time where the head is frozen; of an architecture that is not known from the first
@@ -62,7 +62,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tenso
 
 
 def _loss_of_logits(model: nn.Module, batch: dict[str, Tensor | int], inputs: dict[str, Tensor]) -> Tensor:
-    """The summed loss by the model's own logits, from the first labelled position on."""
+    """Return the summed loss by the model's own logits, from the first labelled position on."""
     targets = batch["labels"][:, 1:]
     counted = targets != IGNORED
     first = int(counted.any(0).int().argmax())
@@ -74,13 +74,13 @@ def _loss_of_logits(model: nn.Module, batch: dict[str, Tensor | int], inputs: di
 
 
 def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over the label tokens of a batch, as the model's own loss is, at less cost."""
+    """Return the mean cross-entropy over the label tokens of a batch, as the model's own loss is, at less cost."""
     loss, count = summed_loss(model, batch)
     return loss / count
 
 
 def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
-    """Mean loss over the label tokens of all samples, in evaluation mode, without gradients and uncompiled."""
+    """Return the mean loss over the label tokens of all samples, in evaluation mode, without gradients and uncompiled."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -100,7 +100,7 @@ def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pa
 
 
 def to_device(batch: dict[str, Tensor | int], device: torch.device) -> dict[str, Tensor | int]:
-    """The batch on the device; a GPU copies from pinned memory when it comes to it, and is not waited for."""
+    """Return the batch on the device; a GPU copies from pinned memory when it comes to it, and is not waited for."""
     if device.type != "cuda":
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     return {

@@ -146,11 +146,11 @@ class Bench:
         return history
 
     def test_loss(self, model) -> float:
-        """Mean loss over the answer tokens of all test problems."""
+        """Return the mean loss over the answer tokens of all test problems."""
         return evaluate(model, self.test, batch_size=self.args.judge_batch_size, pad_id=self.pad_id)
 
     def judge(self, model) -> dict[str, float]:
-        """The losses of a model, frozen for all methods alike: `test_loss`, and one for each kind of text."""
+        """Return the losses of a model, frozen for all methods alike: `test_loss`, and one for each kind of text."""
         model.requires_grad_(False)
         losses = {"test_loss": self.test_loss(model)}
         for kind, samples in self.texts.items():
@@ -167,7 +167,7 @@ def attach_static(bench: Bench, model, salience: str, budget: int, seed: int, op
 
 
 def attach_moving(bench: Bench, model, salience: str, budget: int, seed: int, options: dict) -> torch.optim.Optimizer:
-    """The same with masks over all weights together that move from there on."""
+    """Return the same with masks over all weights together that move from there on."""
     masks = _choose(bench, model, salience, budget, seed, scope="global")
     args = bench.args
     power = moving.power_for(masks.density) if args.magnitude_power is None else args.magnitude_power
@@ -202,7 +202,7 @@ def _peak(device: torch.device) -> Iterator[dict[str, int]]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, where it is one."""
+    """Return the commit of the source tree, where it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

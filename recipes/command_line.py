@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The run as a whole."""
+    """Return the run as a whole."""
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="defaults for a known job")
     run.add_argument("--list-presets", action=ListPresets, help="print which GPU each preset fits, and stop")
@@ -66,7 +66,7 @@ class ListPresets(argparse.Action):
 
 
 def defaults_of(chosen: argparse.Namespace) -> dict:
-    """The defaults of a preset and of `--paper`, without those that what was typed takes the place of."""
+    """Return the defaults of a preset and of `--paper`, without those that what was typed takes the place of."""
     defaults = dict(PRESETS.get(chosen.preset, {}))
     if chosen.paper:
         defaults.update(PAPER)

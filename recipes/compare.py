@@ -31,7 +31,7 @@ FREE = ("cells", "methods", "budget_ranks", "rates", "seeds", "out", "workers", 
 
 
 def listed(kind):
-    """A parser of comma-separated values, as for argparse's `type`."""
+    """Return a parser of comma-separated values, as for argparse's `type`."""
 
     def parse_list(text: str) -> list:
         return [kind(part) for part in text.split(",")]
@@ -92,7 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
-    """The cells that the command names, each once: all of the first seed first, so that a sweep comes before repeats.
+    """Return the cells that the command names, each once: all of the first seed first, so that a sweep comes before repeats.
 
     Raises:
         ValueError: a cell cannot be trained, or the file is none of cells.

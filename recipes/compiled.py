@@ -77,7 +77,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:
-    """The norms that nobody watches: one with a mask of its own, or another hook, would be a graph of its own."""
+    """Return the norms that nobody watches: one with a mask of its own, or another hook, would be a graph of its own."""
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     return [norm for norm in norms if not norm._forward_pre_hooks and not norm._forward_hooks]
 

@@ -237,7 +237,7 @@ def sample_windows(
 
 
 def _shuffled(samples: Sequence[Sample], window: int, generator: random.Random, pool: int) -> list[list[int]]:
-    """The numbers of the samples of each window of an epoch."""
+    """Return the numbers of the samples of each window of an epoch."""
     order = list(range(len(samples)))
     generator.shuffle(order)
     if pool > 1:

@@ -81,7 +81,7 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
 
 
 def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int, sums: int = 0) -> dict[str, int]:
-    """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole.
+    """Return the bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole.
 
     Args:
         model: with what is trained attached.

@@ -22,7 +22,7 @@ COUNT, OWN_LENGTH, DOCUMENTATION_LENGTH = 64, 128, 256
 
 
 def load_texts(path: Path, model, tokenizer, *, seed: int = 0) -> dict[str, list[Sample]]:
-    """The texts in a file, which is written first where it is missing; `own` and `documentation`.
+    """Return the texts in a file, which is written first where it is missing; `own` and `documentation`.
 
     Args:
         path: the file.
@@ -64,7 +64,7 @@ def own_texts(model, tokenizer, *, seed: int, count: int = COUNT, length: int = 
 
 
 def _until(row: list[int], eos: int) -> list[int]:
-    """The row up to its first EOS behind the start, which may be an EOS itself."""
+    """Return the row up to its first EOS behind the start, which may be an EOS itself."""
     return row[: row.index(eos, 1) + 1] if eos in row[1:] else row
 
 

@@ -20,12 +20,12 @@ DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether the model's logits are the product of its decoder's hidden states and its head, at most capped."""
+    """Tell whether the model's logits are the product of its decoder's hidden states and its head, at most capped."""
     return getattr(getattr(model, "config", None), "model_type", None) in DECODERS
 
 
 def frozen_head(model: nn.Module) -> Tensor | None:
-    """The head's weight (vocabulary, width) where `linear_cross_entropy` can stand for it, else None.
+    """Return the head's weight (vocabulary, width) where `linear_cross_entropy` can stand for it, else None.
 
     None for an architecture it does not know, a head that is trained, and one with hooks, whose owner wants to see it
     called.
@@ -40,7 +40,7 @@ def frozen_head(model: nn.Module) -> Tensor | None:
 def linear_cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, *, softcap: float | None = None, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """Cross-entropy of `hidden @ head.T` against `targets`, summed over the tokens that count.
+    """Compute cross-entropy of `hidden @ head.T` against `targets`, summed over the tokens that count.
 
     Args:
         hidden: (tokens, width), in the dtype that the head computes in.
@@ -78,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, out: Tensor | None) -> Tensor:
-    """The summed loss of one chunk of tokens; its gradient goes to `out` (tokens, width). Its tensors end with it."""
+    """Return the summed loss of one chunk of tokens; its gradient goes to `out` (tokens, width). Its tensors end with it."""
     counted, place, slope = targets != IGNORED, targets.clamp(min=0)[:, None], None
     logits = (hidden @ head.t()).float()
     if softcap is not None:

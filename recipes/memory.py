@@ -45,7 +45,7 @@ def estimate(
     checkpointing: bool = True,
     sums: int = 0,
 ) -> dict[str, dict[str, int]]:
-    """Bytes of each part at the moments that can set the peak of a training step; see `peak_bytes`.
+    """Return the bytes of each part at the moments that can set the peak of a training step; see `peak_bytes`.
 
     Args:
         shape: the model's sizes.
@@ -86,22 +86,22 @@ def estimate(
 
 
 def peak_bytes(moments: Mapping[str, Mapping[str, int]]) -> int:
-    """The bytes of the largest moment of an estimate."""
+    """Return the bytes of the largest moment of an estimate."""
     return max(sum(parts.values()) for parts in moments.values())
 
 
 def smallest_gpu(needed: int) -> int | None:
-    """The smallest of the common GPUs, in GB, on which so many bytes of tensors fit beside the CUDA context."""
+    """Return the smallest of the common GPUs, in GB, on which so many bytes of tensors fit beside the CUDA context."""
     return next((gb for gb in GPU_SIZES if usable_bytes(gb) >= needed), None)
 
 
 def usable_bytes(gb: int) -> int:
-    """Bytes that a GPU of so many GB has for tensors."""
+    """Return the bytes that a GPU of so many GB has for tensors."""
     return gb * 10**9 - OVERHEAD_BYTES
 
 
 def describe(moments: Mapping[str, Mapping[str, int]]) -> str:
-    """An estimate for people: GiB of each part at each moment, the peak, and the GPU that it fits."""
+    """Return an estimate for people: GiB of each part at each moment, the peak, and the GPU that it fits."""
     kinds = list(dict.fromkeys(kind for parts in moments.values() for kind in parts))
     lines = ["GiB".ljust(18) + "".join(moment.rjust(13) for moment in moments)]
     for kind in kinds:
@@ -131,7 +131,7 @@ def _weight_bytes(shape: Shape, bits: int) -> int:
 
 
 def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: int) -> dict[str, int]:
-    """Bytes of values, positions and moments, with the entries shared by the weights according to their size."""
+    """Return the bytes of values, positions and moments, with the entries shared by the weights according to their size."""
     whole = sum(rows * columns for rows, columns in targets)
     positions = moments = 0
     for rows, columns in targets:
@@ -143,7 +143,7 @@ def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: i
 
 
 def _block_bytes(shape: Shape, batch: int, length: int, bits: int, trains: bool) -> tuple[int, int]:
-    """Bytes of a block's activations at the peak of its backward, and of those that its forward saved for it."""
+    """Return the bytes of a block's activations at the peak of its backward, and of those that its forward saved for it."""
     tokens = batch * length
     scores = tokens * length * shape.score_heads
     # Queries and attention's output, keys and values; with norms of their own two of them in fp32 too.

@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve(name: str, *, cache: str | Path = "models") -> Path:
-    """The local folder of a model, fetched or unpacked first where needed.
+    """Return the local folder of a model, fetched or unpacked first where needed.
 
     Args:
         name: a checkpoint folder, a key of `PACKAGED`, or a name on the hub.
@@ -33,7 +33,7 @@ def resolve(name: str, *, cache: str | Path = "models") -> Path:
 
 
 def configuration(name: str, *, cache: str | Path = "models") -> PretrainedConfig:
-    """The configuration of a model, by the names that `resolve` takes; nothing else is fetched, unpacked or loaded.
+    """Return the configuration of a model, by the names that `resolve` takes; nothing else is fetched, unpacked or loaded.
 
     Raises:
         ValueError: there is no such folder, package or name on the hub.
@@ -104,7 +104,7 @@ def attention_backend(config, device: torch.device | str) -> str | None:
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:
-    """The faster of bf16 and fp32 for matrix products on this device, by a quarter-second trial on a CPU.
+    """Return the faster of bf16 and fp32 for matrix products on this device, by a quarter-second trial on a CPU.
 
     CPUs differ by more than tenfold either way: with matrix units bf16 is several times faster than fp32, without any
     bf16 instruction it is emulated and several times slower.

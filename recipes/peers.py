@@ -15,7 +15,7 @@ MASK_PROFILE = Path(__file__).with_name("mask_profile.json")
 
 
 def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
-    """A frozen model; its quantised layers are computed as ours are."""
+    """Return a frozen model; its quantised layers are computed as ours are."""
     patch_model(model)
     # An optimizer of nothing, so that all modes share one step; the scalar belongs to no module.
     return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0

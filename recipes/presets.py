@@ -65,7 +65,7 @@ def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
 
 
 def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Bytes by part at the moments that can set the peak of training (see `recipes.memory`), for the longest batch."""
+    """Return the bytes by part at the moments that can set the peak of training (see `recipes.memory`), for the longest batch."""
     if args.preset in shapes.SHAPES and args.model == PRESETS[args.preset]["model"]:
         config = shapes.configuration(args.preset)  # needs no network and no accepted licence
     else:

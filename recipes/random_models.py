@@ -9,7 +9,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def shaped(name: str, layers: int | None = None):
-    """The configuration of a shape, with fewer blocks where asked for."""
+    """Return the configuration of a shape, with fewer blocks where asked for."""
     config = configuration(name, max_position_embeddings=8192, use_cache=False)
     if layers:
         config.num_hidden_layers = layers
@@ -19,7 +19,7 @@ def shaped(name: str, layers: int | None = None):
 
 
 def build(name: str, precision: str, device: torch.device, layers: int | None = None) -> nn.Module:
-    """A random model of a shape, laid out without data and then made on the GPU one tensor at a time."""
+    """Return a random model of a shape, laid out without data and then made on the GPU one tensor at a time."""
     import accelerate
     import transformers
 
@@ -60,7 +60,7 @@ def random_parameter(shape: torch.Size, device: torch.device) -> nn.Parameter:
 
 
 def quantized_linear(plain: nn.Linear, precision: str, device: torch.device) -> nn.Module:
-    """A bitsandbytes layer with random weights of the plain one's shape."""
+    """Return a bitsandbytes layer with random weights of the plain one's shape."""
     import bitsandbytes as bnb
 
     weight = random_parameter(plain.weight.shape, device)

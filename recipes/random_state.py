@@ -7,7 +7,7 @@ import torch
 
 
 def random_state() -> dict:
-    """The states of all generators that training may draw from, as plain numbers and tensors."""
+    """Return the states of all generators that training may draw from, as plain numbers and tensors."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = numpy.random.get_state()
     return {

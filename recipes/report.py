@@ -49,7 +49,7 @@ def peak_bytes() -> dict[str, int | None]:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> int:
-    """Bytes held beyond the weights: the optimizer's state and, for a mask, its fp32 values and positions."""
+    """Return the bytes held beyond the weights: the optimizer's state and, for a mask, its fp32 values and positions."""
     tensors = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
@@ -61,18 +61,18 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> in
 
 
 def adamw_bytes(model: torch.nn.Module) -> int:
-    """Bytes of two fp32 moments for every weight of the model: what AdamW over all of them holds."""
+    """Return the bytes of two fp32 moments for every weight of the model: what AdamW over all of them holds."""
     return 8 * sum(target.shape.numel() for target in base_weights(model))
 
 
 def base_weights(model: torch.nn.Module) -> list[Target]:
-    """The weights of the model itself, without those that an adapter has put beside them."""
+    """Return the weights of the model itself, without those that an adapter has put beside them."""
     with plain_layers(model):
         return list(find_targets(model, lambda name, parameter: True).values())
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """The file of each tensor in a checkpoint's folder, by the tensor's name."""
+    """Return the file of each tensor in a checkpoint's folder, by the tensor's name."""
     files: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -126,7 +126,7 @@ def moved_share(
 
 
 def _relative_change(start: torch.Tensor, trained: torch.Tensor, kept: torch.Tensor) -> float:
-    """Mean change of the entries at `kept`, as a share of the mean magnitude of all of `start`."""
+    """Return the mean change of the entries at `kept`, as a share of the mean magnitude of all of `start`."""
     moved = (trained[kept].float() - start[kept].float()).abs().mean() if len(kept) else torch.zeros(())
     return float(moved / start.abs().mean(dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny))
 
@@ -172,7 +172,7 @@ def draw(
 
 
 def table(record: dict) -> str:
-    """The result of a run, for people."""
+    """Return the result of a run, for people."""
     rows = [("model", record["base"]), ("trained", trained_line(record))]
     before, after = record["scores"]["before"], record["scores"]["after"]
     for task in after:

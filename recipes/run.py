@@ -28,7 +28,7 @@ def read_record(out: Path) -> dict:
 
 
 def is_trained(record: dict, out: Path) -> bool:
-    """Whether the run in this folder has taken its last step but not come to its end."""
+    """Tell whether the run in this folder has taken its last step but not come to its end."""
     state = newest_checkpoint(out / "resume")
     return state is not None and "files" not in record and step_of(state) == record.get("steps")
 

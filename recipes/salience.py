@@ -94,12 +94,12 @@ def measure(model, batches: list[dict], name: str, options: dict) -> tuple[Masks
 
 
 def overlaps(masks: dict[str, Masks]) -> dict[str, dict[str, float]]:
-    """The overlap of every two of the masks."""
+    """Return the overlap of every two of the masks."""
     return {a: {b: masks[a].overlap(masks[b]) for b in masks} for a in masks}
 
 
 def table(shared: dict[str, dict[str, float]]) -> str:
-    """The overlaps in percent, for people."""
+    """Return the overlaps in percent, for people."""
     width = max(len(name) for name in shared) + 1
     lines = ["overlap, %".ljust(width) + "".join(name.rjust(width) for name in shared)]
     for name, row in shared.items():

@@ -23,7 +23,7 @@ from speft_optim import MEASURES, find_targets, select_masks
 
 
 def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:
-    """The options of the subcommand."""
+    """Return the options of the subcommand."""
     parser.add_argument("--shape", choices=shapes, default="llama3-8b", help="model (default %(default)s)")
     parser.add_argument("--layers", type=int, help="blocks, instead of the model's own")
     parser.add_argument(

@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def configuration(shape: str, **options) -> PretrainedConfig:
-    """The transformers configuration of a key of `SHAPES`."""
+    """Return the transformers configuration of a key of `SHAPES`."""
     family, sizes = SHAPES[shape]
     return AutoConfig.for_model(family, **sizes, **options)
 
@@ -73,7 +73,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Shape":
-        """The sizes behind a transformers configuration.
+        """Return the sizes behind a transformers configuration.
 
         Raises:
             ValueError: the architecture is none of those that were counted.

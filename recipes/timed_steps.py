@@ -52,7 +52,7 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
 
 
 def memory_of(device: torch.device, weights: int, kind: str, held: int, state: int) -> dict:
-    """The peak so far, and its parts.
+    """Return the peak so far, and its parts.
 
     Args:
         device: a GPU; elsewhere the peak is not known.
@@ -104,7 +104,7 @@ def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) ->
 
 
 def mark(device: torch.device) -> float | torch.cuda.Event:
-    """A point in time: on a GPU an event in its queue, elsewhere milliseconds."""
+    """Return a point in time: on a GPU an event in its queue, elsewhere milliseconds."""
     if device.type == "cpu":
         return 1e3 * time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -113,7 +113,7 @@ def mark(device: torch.device) -> float | torch.cuda.Event:
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean next-token loss, with the head's logits in chunks."""
+    """Return the mean next-token loss, with the head's logits in chunks."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     softcap = getattr(model.config, "final_logit_softcapping", None)
     flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
@@ -134,7 +134,7 @@ def settle(device: torch.device) -> None:
 
 
 def allocated(device: torch.device, model: nn.Module) -> int:
-    """Bytes the model takes: measured on a GPU, counted elsewhere."""
+    """Return the bytes the model takes: measured on a GPU, counted elsewhere."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

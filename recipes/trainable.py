@@ -49,14 +49,14 @@ def attach(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torc
 
 
 def rank_budget(args: argparse.Namespace, model) -> int | None:
-    """The values of LoRA of the rank that --budget-rank names, if it does."""
+    """Return the values of LoRA of the rank that --budget-rank names, if it does."""
     if args.budget_rank is None:
         return None
     return baselines.trained_values(baselines.linear_layers(model, args.targets), args.budget_rank)
 
 
 def density_budget(args: argparse.Namespace, model) -> int:
-    """The number of values that --density asks for."""
+    """Return the number of values that --density asks for."""
     layers = baselines.linear_layers(model, args.targets).values()
     return round(args.density * sum(layer.weight.numel() for layer in layers))
 

@@ -42,7 +42,7 @@ class History:
         return self.tokens_per_second_after(0)
 
     def tokens_per_second_after(self, first: int) -> float:
-        """The same without the first steps, which pay for what is prepared once; of all where there are no others."""
+        """Return the same without the first steps, which pay for what is prepared once; of all where there are no others."""
         first = first if first < len(self.tokens) else 0
         return sum(self.tokens[first:]) / max(sum(self.step_seconds[first:]), 1e-9)
 
@@ -74,7 +74,7 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The latest complete state in `folder`, or None."""
+    """Return the latest complete state in `folder`, or None."""
     return max(Path(folder).glob("step-*.safetensors"), default=None)
 
 
@@ -130,7 +130,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _read(path: Path) -> dict:
-    """The checked content of a file."""
+    """Return the checked content of a file."""
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}

@@ -37,7 +37,7 @@ class Worker:
                 self.train(cell)
 
     def has_time(self) -> bool:
-        """Whether a cell that takes as long as the longest so far would end in time."""
+        """Tell whether a cell that takes as long as the longest so far would end in time."""
         return self.end is None or time.time() + self.longest <= self.end
 
     def train(self, cell: Cell) -> None:
@@ -56,7 +56,7 @@ class Worker:
 
 
 def result_of(cell: Cell, out: Path) -> Path:
-    """The file of a cell's result."""
+    """Return the file of a cell's result."""
     return out / "cells" / f"{cell.name}.json"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def is_whole(number: object) -> bool:
-    """Whether it is a whole number of Python or numpy, and no truth value."""
+    """Tell whether it is a whole number of Python or numpy, and no truth value."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 

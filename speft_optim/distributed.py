@@ -15,7 +15,7 @@ from speft_optim.masks.mask import Mask
 
 
 def is_distributed() -> bool:
-    """Whether a process group of more than one process is initialised."""
+    """Tell whether a process group of more than one process is initialised."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -80,17 +80,17 @@ def check_equal_masks(masks: Mapping[str, Mask], *, may_be_divided: bool = False
 
 
 def smallest(number: int) -> int:
-    """The least of the processes' numbers."""
+    """Return the least of the processes' numbers."""
     return min(_by_rank(number))
 
 
 def largest(number: int) -> int:
-    """The greatest of the processes' numbers."""
+    """Return the greatest of the processes' numbers."""
     return max(_by_rank(number))
 
 
 def total(number: int) -> int:
-    """The sum of the processes' numbers."""
+    """Return the sum of the processes' numbers."""
     return sum(_by_rank(number))
 
 

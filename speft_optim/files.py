@@ -90,7 +90,7 @@ def _carry_over(old: Path, new: Path, keep: Callable[[str], bool]) -> None:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """The same file under another name: takes no room, and a log that is open for writing goes on; else a copy."""
+    """Return the same file under another name: takes no room, and a log that is open for writing goes on; else a copy."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -143,7 +143,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """The file of each tensor in a folder's safetensors files, by the tensor's name.
+    """Return the file of each tensor in a folder's safetensors files, by the tensor's name.
 
     Raises:
         ValueError: the folder holds no safetensors file.

@@ -163,7 +163,7 @@ class MaskSchedule:
         return masks
 
     def ever_trained(self) -> Masks:
-        """The entries that are or were trained, which are all that can differ from the base model."""
+        """Return the entries that are or were trained, which are all that can differ from the base model."""
         return Masks({weight.name: weight.ever_trained() for weight in self._weights()})
 
     def _change(self, masks: Mapping[str, Mask]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ SPLITS = ("train", "test")
 
 
 def read_folder(data: str | None = None, **_metadata) -> DatasetDict:
-    """Reads train.jsonl and test.jsonl, whose lines hold `question` and `answer`.
+    """Read train.jsonl and test.jsonl, whose lines hold `question` and `answer`.
 
     Args:
         data: the folder.
@@ -33,7 +33,7 @@ def read_folder(data: str | None = None, **_metadata) -> DatasetDict:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads one file of problems, one JSON object a line."""
+    """Read one file of problems, one JSON object a line."""
     if not path.is_file():
         raise ValueError(f"no such file: {path}; the data folder must hold train.jsonl and test.jsonl")
     with path.open(encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_row(path: Path, number: int, line: str) -> dict[str, str]:
-    """Reads one problem; its `question` and `answer` must be strings."""
+    """Read one problem; its `question` and `answer` must be strings."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -214,7 +214,7 @@ class SparseAdamW(SavedOptimizer):
                 one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
 
     def _largest_of_gradients(self) -> list[Tensor]:
-        """The largest magnitude in the gradients, one number for each device, which nothing has waited for yet."""
+        """Return the largest magnitude in the gradients, one number for each device, which nothing has waited for yet."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]
         norms: dict[torch.device, list[Tensor]] = {}
         # Not a sum of squares, which can overflow; NaN passes through a maximum.
@@ -223,7 +223,7 @@ class SparseAdamW(SavedOptimizer):
         return [torch.stack(of_one).max() for of_one in norms.values()]
 
     def _may_step(self, largest: list[Tensor]) -> bool:
-        """Whether all gradients are finite; if not the step is counted, or refused."""
+        """Tell whether all gradients are finite; if not the step is counted, or refused."""
         most = [float(one) for one in largest]
         if not any(most) and not self._told_of_zeros:
             # What comes of a loss over no label: the loss is NaN, but its gradient is not.
@@ -242,7 +242,7 @@ class SparseAdamW(SavedOptimizer):
         return False
 
     def memory_summary(self) -> dict[str, int]:
-        """Bytes held now beyond the model's own weights, by kind.
+        """Return the bytes held now beyond the model's own weights, by kind.
 
         Returns:
             Bytes of `values`, mask `positions`, `moments`, `gradients`, of the `salience` that a `MaskSchedule` gathers

@@ -38,7 +38,7 @@ def unpack_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def stored_moments(state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """The two moments as they are kept, fp32 or codes, and the scales of the codes."""
+    """Return the two moments as they are kept, fp32 or codes, and the scales of the codes."""
     keys = ("exp_avg", "exp_avg_sq")
     return [state[key] for key in keys], [state[f"{key}_scale"] for key in keys if f"{key}_scale" in state]
 
@@ -71,12 +71,12 @@ def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, sta
 
 
 def moment_bytes(state: dict[str, Any]) -> int:
-    """Bytes the moments take at rest."""
+    """Return the bytes the moments take at rest."""
     return sum(part.nbytes for key, part in state.items() if key.startswith("exp_avg"))
 
 
 def moments_fit(saved: dict[str, Any], parameter: Tensor) -> bool:
-    """Whether a saved state holds no moments, or complete ones for `parameter` in either form."""
+    """Tell whether a saved state holds no moments, or complete ones for `parameter` in either form."""
     parts = {key: part for key, part in saved.items() if key.startswith("exp_avg")}
     expected = {}
     if parts:

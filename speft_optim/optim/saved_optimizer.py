@@ -181,7 +181,7 @@ class SavedOptimizer(Optimizer):
         return saved
 
     def _own_keys(self, weight: SparseWeight | None) -> list[str]:
-        """The keys of a saved state beside moments."""
+        """Return the keys of a saved state beside moments."""
         keys = ["skipped_steps"]
         if weight is not None:
             keys += MASK_KEYS
@@ -303,7 +303,7 @@ class SavedOptimizer(Optimizer):
         self._reserve_state()
 
     def _with_bits(self) -> list[tuple[Tensor, int]]:
-        """The parameters, each with the width of its group's moments."""
+        """Return the parameters, each with the width of its group's moments."""
         return [(parameter, group["state_bits"]) for group in self.param_groups for parameter in group["params"]]
 
     def _parameters(self) -> list[Tensor]:

@@ -31,13 +31,13 @@ TURN_KEYS = ("schedule_turn", "schedule_scores", "schedule_accumulator")
 
 
 def moment_keys(bits: int) -> tuple[str, ...]:
-    """The keys of a parameter's moments and their step."""
+    """Return the keys of a parameter's moments and their step."""
     scales = ("exp_avg_scale", "exp_avg_sq_scale") if bits == 8 else ()
     return ("step", "exp_avg", "exp_avg_sq", *scales)
 
 
 def has_moments(state: dict[str, Any] | None) -> bool:
-    """Whether a parameter took a step since its moments were last reset."""
+    """Tell whether a parameter took a step since its moments were last reset."""
     return bool(state) and "step" in state and int(state["step"]) > 0
 
 
@@ -47,7 +47,7 @@ def text_to_tensor(text: str, device: torch.device) -> Tensor:
 
 
 def text_of(tensor: Tensor) -> str:
-    """The text of `text_to_tensor`."""
+    """Return the text of `text_to_tensor`."""
     return bytes(tensor.tolist()).decode()
 
 
@@ -62,19 +62,19 @@ def positions_to_bits(mask: Mask | None, count: int, device: torch.device) -> Te
 
 
 def positions_of(bits: Tensor) -> Tensor:
-    """The positions of `positions_to_bits`, int64."""
+    """Return the positions of `positions_to_bits`, int64."""
     filled, eight = bits.nonzero(), torch.arange(8, dtype=torch.uint8, device=bits.device)
     # A bit beyond the last entry gives a position that `Mask` refuses.
     return (filled * 8 + eight)[((bits[filled] >> eight) & 1).bool()]
 
 
 def mask_of(saved: dict[str, Any]) -> Mask:
-    """The saved mask."""
+    """Return the saved mask."""
     return Mask(saved["indices"], saved["shape"].tolist())
 
 
 def former_of(saved: dict[str, Any]) -> Mask | None:
-    """The entries that left the saved mask, or None if none did."""
+    """Return the entries that left the saved mask, or None if none did."""
     if "former" not in saved:
         return None
     positions = positions_of(saved["former"])
@@ -120,7 +120,7 @@ def check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Itera
 
 
 def check_saved_mask(what: str, saved: dict[str, Any], weight_holds_entries: bool) -> Mask:
-    """The saved mask, once it and what goes with it were found whole.
+    """Return the saved mask, once it and what goes with it were found whole.
 
     Args:
         what: the parameter in words, for messages.

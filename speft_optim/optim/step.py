@@ -41,7 +41,7 @@ class Prepared:
         state_bits: int,
         mean: Tensor | None,
     ) -> "Prepared":
-        """The next step of a parameter, with a new state where it has none."""
+        """Return the next step of a parameter, with a new state where it has none."""
         if not has_moments(state):
             state = {**(state or {}), "step": torch.zeros((), dtype=torch.float32)}
             new_moments_(state, parameter, state_bits)
@@ -56,7 +56,7 @@ class Prepared:
 
 
 def mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> dict[torch.device, Tensor]:
-    """The mean magnitude of the group's masked entries to its power, on each of their devices; none for power 0."""
+    """Return the mean magnitude of the group's masked entries to its power, on each of their devices; none for power 0."""
     power = float(group["magnitude_power"])
     values = [parameter.detach() for parameter in group["params"] if weights[parameter] is not None]
     if not power or not any(map(len, values)):
@@ -66,7 +66,7 @@ def mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None
 
 
 def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
-    """Whether a kernel, which gets addresses and looks at nothing, may step the parameter."""
+    """Tell whether a kernel, which gets addresses and looks at nothing, may step the parameter."""
     if not launches(parameter):
         return False
     device, kind = parameter.device, torch.uint8 if scales else torch.float32

@@ -58,7 +58,7 @@ class RowSlice:
         self.accumulator += self.rows_of(gradient)
 
     def chunks(self, entries: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """The row slice in runs of rows of about `entries` entries.
+        """Yield the row slice in runs of rows of about `entries` entries.
 
         Yields:
             (first flat position in the weight, fp32 weight entries, fp32 statistic entries or None), both 1-D.
@@ -169,7 +169,7 @@ def _bytes(row_slice: RowSlice) -> int:
 
 
 def placed(row_slice: RowSlice, device: torch.device) -> RowSlice:
-    """The row slice with an accumulator on `device`, where the model may have moved since the turn began.
+    """Return the row slice with an accumulator on `device`, where the model may have moved since the turn began.
 
     Raises:
         ValueError: the weight itself lies elsewhere.

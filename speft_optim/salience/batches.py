@@ -66,7 +66,7 @@ def check_max_batches(max_batches: int | None) -> None:
 
 
 def map_tensors(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """A copy of the batch with `change` applied to each of its tensors and other leaves, in the same containers.
+    """Return a copy of the batch with `change` applied to each of its tensors and other leaves, in the same containers.
 
     Containers are mappings, lists, tuples (named ones too), dataclasses and namespaces.
     """
@@ -99,7 +99,7 @@ def map_tensors(batch: Batch, change: Callable[[Any], Any]) -> Batch:
 
 
 def labels_of(batch: Batch) -> Tensor | None:
-    """The tensor of labels in a batch, if it has one under that name."""
+    """Return the tensor of labels in a batch, if it has one under that name."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else getattr(batch, "labels", None)
     return labels if isinstance(labels, Tensor) and labels.dim() else None
 
@@ -124,7 +124,7 @@ def examples_in(batch: Batch) -> int:
 
 
 def example_of(batch: Batch, row: int, examples: int) -> Batch:
-    """The batch of one example: `row` of each tensor that is as long as the batch, the others whole."""
+    """Return the batch of one example: `row` of each tensor that is as long as the batch, the others whole."""
 
     def cut(part: Any) -> Any:
         whole = not isinstance(part, Tensor) or not part.dim() or len(part) != examples
@@ -134,7 +134,7 @@ def example_of(batch: Batch, row: int, examples: int) -> Batch:
 
 
 def _move(part: Any, device: torch.device) -> Any:
-    """A tensor, or what else moves as one, on the device."""
+    """Return a tensor, or what else moves as one, on the device."""
     return part.to(device) if isinstance(part, Tensor) or callable(getattr(part, "to", None)) else part
 
 
@@ -270,12 +270,12 @@ def labelled_examples(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_nan(loss: Any) -> bool:
-    """Whether a loss is a tensor of nothing but NaN."""
+    """Tell whether a loss is a tensor of nothing but NaN."""
     return isinstance(loss, Tensor) and bool(loss.detach().isnan().all())
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that the model itself returns for a batch.
+    """Return the loss that the model itself returns for a batch.
 
     Raises:
         ValueError: it returns none.
@@ -284,7 +284,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def loss_of(output: Any, model: nn.Module) -> Tensor:
-    """The loss in a model's output."""
+    """Return the loss in a model's output."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(f"{type(model).__name__} returns no loss for its batch; pass loss=function of (model, batch).")

@@ -43,7 +43,7 @@ class Candidates:
         return places.long() + self.row_slice.first * self.row_slice.columns
 
     def scored(self, measure: Measure, chunk: int) -> Iterator[tuple[int, Tensor]]:
-        """The scores, each run of them with the place of its first candidate.
+        """Yield the scores, each run of them with the place of its first candidate.
 
         Raises:
             ValueError: a new score is not finite.

@@ -103,7 +103,7 @@ def observing(
 
 
 def _may_be_leaf(target: Target) -> bool:
-    """Whether autograd can give the dense gradient of the weight itself: not of codes, or where it is streamed."""
+    """Tell whether autograd can give the dense gradient of the weight itself: not of codes, or where it is streamed."""
     return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
 
 

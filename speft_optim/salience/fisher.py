@@ -69,7 +69,7 @@ class _ExampleSquares:
         row_slice.allocate()
 
     def splits(self, examples: int) -> bool:
-        """Whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
+        """Tell whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
         if not self.uses:
             return True
         (shape, *others), products_only = self.uses, "dense" not in self.kinds
@@ -108,7 +108,7 @@ class _ExampleSquares:
             self.first = torch.zeros_like(self.row_slice.accumulator)
 
     def close_split(self) -> bool:
-        """Whether the products were the whole gradients; if not, their squares are forgotten."""
+        """Tell whether the products were the whole gradients; if not, their squares are forgotten."""
         self.mode = "off"
         if not self.is_proven and "dense" not in self.kinds:
             self.row_slice.accumulator += self.first
@@ -219,7 +219,7 @@ def _backward_by_example(
 
 
 def example_losses(logits: Tensor | None, labels: Tensor, loss: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The mean loss of each example, if the model's loss is a mean of cross-entropies over labels.
+    """Return the mean loss of each example, if the model's loss is a mean of cross-entropies over labels.
 
     Whether labels are shifted by one (causal models) is told from which way comes nearer to the model's own loss. Where
     logits are nearly uniform both come near it, and a loss rounded to bf16 cannot tell them apart.

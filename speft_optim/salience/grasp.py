@@ -62,7 +62,7 @@ class GradientStore:
         self._flat[row_slice.target.name][start : start + row_slice.entries] = row_slice.accumulator.view(-1)
 
     def get(self, target: Target, dtype: torch.dtype) -> Tensor:
-        """A target's gradient in the weight's shape, on its device."""
+        """Return a target's gradient in the weight's shape, on its device."""
         return self._flat[target.name].view(target.shape).to(target.device, dtype)
 
     def __enter__(self) -> "GradientStore":
@@ -144,7 +144,7 @@ def hessian_gradient(
 
 
 def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore) -> Tensor | None:
-    """The inner product of g with the gradient of the loss, with a graph; None where the loss knows no weight."""
+    """Return the inner product of g with the gradient of the loss, with a graph; None where the loss knows no weight."""
     inputs = [step, *(target.parameter for target in dense.values())]
     along, *gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
     parts = [] if along is None else [along]

@@ -136,7 +136,7 @@ def grasp(w: Tensor, hessian_gradient: Tensor) -> Tensor:
 
 
 def fisher(_: Tensor, squared: Tensor) -> Tensor:
-    """Mean over examples of the squared per-example gradient, the diagonal of the empirical Fisher information."""
+    """Return the mean over examples of the squared per-example gradient, the diagonal of the empirical Fisher information."""
     return squared
 
 
@@ -151,7 +151,7 @@ def activation(w: Tensor, squares: Tensor) -> Tensor:
 
 
 def random(_: Tensor, draws: Tensor) -> Tensor:
-    """The draws themselves."""
+    """Return the draws themselves."""
     return draws
 
 
@@ -174,7 +174,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def measure_of(salience: str | Callable[[Tensor, Tensor], Tensor]) -> Measure:
-    """The measure behind the argument `salience` of `select_masks`.
+    """Return the measure behind the argument `salience` of `select_masks`.
 
     Args:
         salience: a name in `MEASURES`, or a function `salience(weight, gradient) -> scores`. It is called under

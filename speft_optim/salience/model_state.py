@@ -66,7 +66,7 @@ def plain_implementation(model: nn.Module, attention: bool) -> Iterator[None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled in place or is the wrapper of `torch.compile`."""
+    """Tell whether a module is compiled in place or is the wrapper of `torch.compile`."""
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 

@@ -45,14 +45,14 @@ class StreamedWeight:
         self._name, self._parameter, self._shards = target.name, target.parameter, shards
 
     def source(self, rows: slice = slice(None)) -> Tensor:
-        """The weight where it lies, or some rows of it; from disk in the dtype of the checkpoint."""
+        """Return the weight where it lies, or some rows of it; from disk in the dtype of the checkpoint."""
         if self._parameter.is_meta:
             return self._shards.read(self._name, rows)
         whole = self._parameter.detach()
         return whole if rows == slice(None) else whole[rows]
 
     def whole(self) -> Tensor:
-        """The weight on the device, in the model's dtype."""
+        """Return the weight on the device, in the model's dtype."""
         return self._bring(self.source())
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -96,7 +96,7 @@ class Shards:
             raise ValueError(f"{target.name} has shape {here} in the model and {shape} in {self.folder}.")
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """Some rows of a tensor, or all."""
+        """Return some rows of a tensor, or all."""
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
 
@@ -148,7 +148,7 @@ def streaming(
 
 
 def _device_of_tensors(device: str | torch.device) -> torch.device:
-    """The device as tensors there name theirs: not "cuda" but "cuda:0"."""
+    """Return the device as tensors there name theirs: not "cuda" but "cuda:0"."""
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as error:
@@ -213,7 +213,7 @@ def _put_on(
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The elements of the model's outermost module lists."""
+    """Yield the elements of the model's outermost module lists."""
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in inside:

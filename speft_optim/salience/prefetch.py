@@ -38,7 +38,7 @@ class HostWeight(Protocol):
     dtype: torch.dtype
 
     def source(self) -> Tensor:
-        """The weight in host memory, in any dtype."""
+        """Return the weight in host memory, in any dtype."""
 
 
 class _Buffer:
@@ -95,7 +95,7 @@ class Prefetcher:
             self.at_hand = {}
 
     def _fetch(self, block: int) -> _Buffer:
-        """The buffer that holds the block, or the one not at work, which will."""
+        """Return the buffer that holds the block, or the one not at work, which will."""
         for buffer in self._buffers:
             if buffer.block == block:
                 return buffer

@@ -215,7 +215,7 @@ class TrainingSalience:
         return largest if weight is self.weights[0] else 0
 
     def _parts(self, accumulator: Tensor) -> Iterator[tuple[RowSlice, Tensor]]:
-        """The row slices of the group, each with its part of a flat tensor, of its accumulator's shape."""
+        """Yield the row slices of the group, each with its part of a flat tensor, of its accumulator's shape."""
         parts = accumulator[: sum(row_slice.entries for row_slice in self.group)].split(
             [row_slice.entries for row_slice in self.group]
         )
@@ -299,7 +299,7 @@ class TrainingSalience:
         return len(self._groups_of[weight.name]) > 1
 
     def _are_scored(self, weights: list[SparseWeight]) -> bool:
-        """Whether all trained entries of the weights outside the group were kept by a score."""
+        """Tell whether all trained entries of the weights outside the group were kept by a score."""
         now = self.turns % len(self.groups)
         return all(g < self.turns or g == now for weight in weights for g in self._groups_of[weight.name])
 
@@ -309,6 +309,6 @@ class TrainingSalience:
             logger.warning(message + " Told of once.", *details)
 
     def __setstate__(self, state: dict) -> None:
-        """A copied schedule observes the weights of the copied model."""
+        """Return a copied schedule observes the weights of the copied model."""
         self.__dict__.update(state)
         self._attach()

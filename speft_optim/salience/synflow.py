@@ -180,14 +180,14 @@ def _times_rows(x: Tensor, target: Target) -> Tensor:
 
 
 def _scale(module: nn.Module, original: Callable, x: Tensor) -> Tensor:
-    """A root-mean-square norm with its statistic taken as a constant."""
+    """Return a root-mean-square norm with its statistic taken as a constant."""
     # What the module makes of ones is its scale, whether it is stored as w or, as in Gemma, as w - 1.
     scale = original(torch.ones_like(x[..., :1].expand_as(x)[:1])).abs()
     return x / _root_mean_square(x) * scale.double()
 
 
 def _scale_of_layer_norm(module: nn.LayerNorm, original: Callable, x: Tensor) -> Tensor:
-    """A layer norm without centring and with its statistic taken as a constant."""
+    """Return a layer norm without centring and with its statistic taken as a constant."""
     scaled = x / _root_mean_square(x)
     scaled = scaled if module.weight is None else scaled * module.weight.abs().double()
     return scaled if module.bias is None else scaled + module.bias.abs().double()

@@ -103,7 +103,7 @@ class BestEntries:
 
 
 def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
-    """The k-th best score, and how many equal to it are among the best k; about `step` entries are copied at most.
+    """Return the k-th best score, and how many equal to it are among the best k; about `step` entries are copied at most.
 
     The range that holds it is halved until so few scores lie in it that one `topk` over them tells.
     """
@@ -131,7 +131,7 @@ def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
 
 
 def _score_of(key: int, like: Tensor) -> Tensor:
-    """The score with a key of `_ordered`, beside `like` and of its dtype."""
+    """Return the score with a key of `_ordered`, beside `like` and of its dtype."""
     dtype = torch.int32 if like.dtype == torch.float32 else torch.int64
     return _ordered(torch.tensor([key], dtype=dtype).view(like.dtype)).view(like.dtype)[0].to(like.device)
 
