@@ -448,7 +448,7 @@ def test_bytes_alive_in_backward_are_those_of_a_static_run_and_the_budget(salien
 def test_gradients_of_replicas_on_other_devices_are_refused():
     model, optimizer, schedule = attach()
     (weight, *_) = sparse_weights(model)
-    with pytest.raises(ValueError, match="comes from meta, the weight lies on cpu: replicas of nn.DataParallel"):
+    with pytest.raises(ValueError, match="is on meta, but the weight is on cpu. The replicas of nn.DataParallel"):
         weight.accumulator.from_dense(weight.parameter.to("meta"))
 
 

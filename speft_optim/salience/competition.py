@@ -1,8 +1,8 @@
-"""Entries that compete for the places of a mask: those with new scores against those that are trained already.
+"""Competition for the places of a mask: entries with new scores against those that are trained already.
 
-Candidates are numbered in the order of weights and positions, so that one running selection of the best serves weights
-with new scores for all their entries beside weights with a stored score for each trained one. Of equals the earlier
-stays, as in `select_masks`.
+A weight with new scores has all its entries as candidates; any other weight has its trained entries, each with the score
+that is stored for it. All candidates are numbered in the order of weights and positions, so that one running selection
+of the best serves both kinds. If two scores are equal the earlier candidate wins, as in `select_masks`.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ class Candidates:
 
     Attributes:
         weight: the weight.
-        positions: of the trained entries, (k,).
-        scores: by which these were kept, (k,).
-        row_slice: the row slice, whose entries have new scores; the other two are None then.
+        positions: (k,) flat positions of the trained entries; None if there is a row slice.
+        scores: (k,) the stored scores of these; None if there is a row slice.
+        row_slice: the row slice whose entries have new scores; None for trained entries.
     """
 
     weight: SparseWeight
@@ -43,7 +43,7 @@ class Candidates:
         return places.long() + self.row_slice.first * self.row_slice.columns
 
     def scored(self, measure: Measure, chunk: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the scores, each run of them with the place of its first candidate.
+        """Yield runs of scores, each with the place of its first candidate.
 
         Raises:
             ValueError: a new score is not finite.
@@ -56,8 +56,8 @@ class Candidates:
             scores = measure.scores(self.weight.name, weight, statistic)
             if not bool(scores.isfinite().all()):
                 raise ValueError(
-                    f"Scores of {self.weight.name} are not finite though its gradients are; look at its entries for "
-                    "NaN or inf, and at the salience function."
+                    f"Scores of {self.weight.name} are not finite though its gradients are; look for NaN or inf in its "
+                    "entries, and at the salience function."
                 )
             yield first - offset, scores
 
@@ -68,15 +68,16 @@ def keep_best(
     """Keep the best `count` candidates, or all if there are fewer.
 
     Args:
-        runs: in the order of weights and positions.
+        runs: the candidates, in the order of weights and positions.
         count: how many to keep.
-        all_compete: whether trained entries without a new score compete by their stored ones; else all are kept, and
-            what is left of `count` goes to the others.
-        measure: makes the new scores.
-        chunk: entries to score at a time.
+        all_compete: whether trained entries without a new score compete by their stored ones. If not, all of these are
+            kept, and the other candidates compete for the rest of `count`.
+        measure: the measure that gives the new scores.
+        chunk: how many entries to score at a time.
 
     Returns:
-        For each weight the positions that are kept, (k,) int64 and rising, and their scores, on the weight's device.
+        For each weight the positions that are kept, (k,) int64 in rising order, and their scores, (k,), both on the
+        device of its values.
     """
     competing = [run for run in runs if all_compete or run.row_slice is not None]
     count -= sum(len(run) for run in runs) - sum(len(run) for run in competing)

@@ -1,4 +1,4 @@
-"""The gradient of the loss, averaged over the calibration batches in one pass for a group of row slices."""
+"""The statistic of first-order measures: the gradient of the loss, averaged over the calibration batches."""
 
 import contextlib
 import logging
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together, total
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
+from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.losses import LossFunction, model_loss
 from speft_optim.weights.gradient_hooks import GradientHook, settle
 from speft_optim.weights.gradient_nodes import Accumulator
 from speft_optim.weights.observation import observe_gradient
@@ -22,7 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:
-    """Average the gradient of the loss over the batches, with its sign."""
+    """Fill the accumulators of a group with the gradient of the loss, with its sign, averaged over the batches.
+
+    Args:
+        model: the model.
+        reader: yields the calibration batches.
+        group: the row slices.
+        loss: from model and batch to a scalar; None for the model's own loss.
+
+    Raises:
+        ValueError: a loss is missing or not finite.
+    """
     for row_slice in group:
         row_slice.allocate()
 
@@ -37,9 +48,9 @@ class Observed:
     """The weights of a group while their gradients go to accumulators.
 
     Attributes:
-        gradient_hooks: those on the modules that hold them.
-        pending: products that wait for the dense gradient that they were compared with to be freed.
-        used_outside: names of weights whose gradient came past the hooks.
+        gradient_hooks: the hooks on the modules that hold the weights.
+        pending: products that are accumulated once the dense gradient that they were compared with is freed.
+        used_outside: names of weights that got a gradient which the hooks did not see.
     """
 
     def __init__(self):
@@ -48,24 +59,24 @@ class Observed:
         self.used_outside: set[str] = set()
 
     def promote(self) -> None:
-        """Trust the hooks that backward verified; call between backwards."""
+        """Trust the hooks that the last backward pass verified; call between two passes."""
         for hook in self.gradient_hooks:
             hook.promote()
 
     @property
     def used_otherwise(self) -> set[str]:
-        """Names of weights whose gradient is not, or not only, that of their layers' products."""
+        """Names of weights that are used in other ways than in their layers' products."""
         return self.used_outside | {hook.name for hook in self.gradient_hooks if hook.told}
 
     def watch(self, row_slice: RowSlice, accumulator: Accumulator, stack: contextlib.ExitStack) -> None:
-        """Give the accumulator the dense gradient of uses outside the modules too, while the stack is open."""
+        """Accumulate the gradients of uses outside the weight's modules too, until the stack closes."""
         parameter = row_slice.target.parameter
 
         def take(dense: Tensor) -> None:
             if row_slice.target.name not in self.used_otherwise:
                 logger.warning(
-                    "%s is used outside its module's forward, where no hook sees it: it is scored by the dense "
-                    "gradient of these uses, one weight at a time.",
+                    "%s is also used outside its module's forward, where hooks do not see it; its score includes the dense "
+                    "gradient of these uses, formed for one weight at a time.",
                     row_slice.target.name,
                 )
             self.used_outside.add(row_slice.target.name)
@@ -80,13 +91,13 @@ class Observed:
 def observing(
     group: list[RowSlice], accumulators: Mapping[RowSlice, Accumulator], used_otherwise: set[str]
 ) -> Iterator[Observed]:
-    """Let the gradient of each row slice's weight go to its accumulator while this lasts.
+    """Accumulate the gradients of the row slices' weights while the context lasts.
 
     Args:
         group: the row slices.
-        accumulators: where their gradients go.
-        used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
-            that each is told of once; gets those that are found now.
+        accumulators: the accumulator of each.
+        used_otherwise: names of weights known to be used in other ways than in their layers' products, about which
+            the user was warned; names found now are added.
     """
     anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
@@ -103,15 +114,14 @@ def observing(
 
 
 def _may_be_leaf(target: Target) -> bool:
-    """Tell whether autograd can give the dense gradient of the weight itself: not of codes, or where it is streamed."""
+    """Tell whether the weight can require a gradient itself: a quantised or streamed one cannot."""
     return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
 
 
 def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
-    """Check the loss of the reader's last batch and go back from it."""
-    counts = reader.takes(value)
-    # Where none of the observed weights is used, as an expert without tokens, there is nothing to go back to.
-    if counts and value.requires_grad:
+    """Check the loss of the reader's last batch and run its backward pass."""
+    # The loss requires no gradient if it uses no observed weight, such as that of an expert without tokens.
+    if reader.takes(value) and value.requires_grad:
         reader.went_back = True
         value.backward()
         settle(observed.pending)

@@ -9,20 +9,9 @@ from torch import Tensor, nn
 from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import (
-    IGNORED_LABEL,
-    Batch,
-    BatchReader,
-    LossFunction,
-    example_of,
-    examples_in,
-    is_nan,
-    labelled_examples,
-    labels_of,
-    loss_of,
-    model_loss,
-)
+from speft_optim.salience.batches import Batch, BatchReader, example_of, examples_in, labels_of
 from speft_optim.salience.first_order import Observed, backward_of, observing
+from speft_optim.salience.losses import LossFunction, example_losses, is_nan, labelled_examples, loss_of, model_loss
 from speft_optim.weights.gradient_hooks import settle
 from speft_optim.weights.targets import is_product
 
@@ -216,49 +205,3 @@ def _backward_by_example(
     for sink in rest:
         sink.mode, sink.example = "off", None
     return counted
-
-
-def example_losses(logits: Tensor | None, labels: Tensor, loss: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the mean loss of each example, if the model's loss is a mean of cross-entropies over labels.
-
-    Whether labels are shifted by one (causal models) is told from which way comes nearer to the model's own loss. Where
-    logits are nearly uniform both come near it, and a loss rounded to bf16 cannot tell them apart.
-
-    Args:
-        logits: (batch, length, classes) or (batch, classes).
-        labels: (batch, length) or (batch,), ignored ones -100.
-        loss: the model's own loss of the batch.
-
-    Returns:
-        The losses, (batch,) fp32 with a graph to the logits, 0 for examples without labels; and which have labels that
-        count, (batch,) bool. None where neither way gives the model's loss, or both do.
-    """
-    if logits is None or logits.dim() != labels.dim() + 1 or logits.shape[: labels.dim()] != labels.shape:
-        return None
-    if labels.is_floating_point() or not bool(((labels < logits.shape[-1]) & (labels >= 0) | _ignored(labels)).all()):
-        return None
-    candidates = [labels]
-    if labels.dim() > 1:
-        candidates.append(nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:])
-    own = loss.detach().float()
-    log_probabilities = nn.functional.log_softmax(logits.flatten(0, -2).float(), -1)
-    found = []
-    for candidate in candidates:
-        each = nn.functional.nll_loss(
-            log_probabilities, candidate.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-        ).view(labels.shape)
-        mean = each.detach().sum() / (~_ignored(candidate)).sum()
-        # NaN where no label is left.
-        found.append(((mean - own).abs().nan_to_num(torch.inf).item(), candidate, each))
-    (off, candidate, each), *other = sorted(found, key=lambda one: one[0])
-    if off > 1e-5 + 1e-3 * own.abs().item():
-        return None
-    # What the rounding of the model's own loss may come to.
-    if other and other[0][0] <= max(1e-5, torch.finfo(loss.dtype).eps) * own.abs().item():
-        return None
-    counts = (~_ignored(candidate)).view(len(labels), -1).sum(1)
-    return each.view(len(labels), -1).sum(1) / counts.clamp(min=1), counts > 0
-
-
-def _ignored(labels: Tensor) -> Tensor:
-    return labels == IGNORED_LABEL

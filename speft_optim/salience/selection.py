@@ -15,12 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from speft_optim.checks import check_callable, check_choice, check_flag, check_share, check_whole, is_whole
+from speft_optim.checks import check_callable, check_choice, check_flag, check_whole, is_whole
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
-from speft_optim.salience.batches import Batches, LossFunction, check_max_batches
+from speft_optim.salience.amounts import candidate_bytes, check_amount, check_shares, share_out
+from speft_optim.salience.batches import Batches, check_max_batches
 from speft_optim.salience.calibration import default_memory_budget, stream_scores
+from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.topk import BestEntries
@@ -111,9 +113,9 @@ def select_masks(
             found = find_targets(model, targets)
             sizes = {name: target.shape.numel() for name, target in found.items()}
             if isinstance(budget, Mapping):
-                _check_shares(budget, sizes, scope, density)
+                check_shares(budget, sizes, scope, density)
             else:
-                _check_amount(density, budget, sum(sizes.values()))
+                check_amount(density, budget, sum(sizes.values()))
             if memory_budget is None:
                 memory_budget = default_memory_budget(next(iter(found.values())).device)
             check_whole("memory_budget", memory_budget, least=1, usual="2 * 2**30 bytes")
@@ -127,10 +129,10 @@ def select_masks(
         choice = f"{measure.name} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
         memory_budget = smallest(memory_budget)
-        shares = _shares(sizes, density, budget) if scope == "local" else None
+        shares = share_out(sizes, density, budget) if scope == "local" else None
         total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
         # All cut the weights alike, even if some were asked for other numbers of entries.
-        candidates = largest(_candidate_bytes(sizes, shares, total, measure.score_bytes))
+        candidates = largest(candidate_bytes(sizes, shares, total, measure.score_bytes))
         options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, max_batches=max_batches)
         options.update(seed=seed, progress=progress)
         scores = stream_scores(model, batches, found, measure, **options)
@@ -213,51 +215,6 @@ def _select_global(
         masks[name] = Mask(positions.to(target.device), target.shape)
     ranges.warn_of_ties(masks)
     return masks
-
-
-def _candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None, total: int, score_bytes: int) -> int:
-    """What the best entries so far take at most: of one weight and finished masks (`shares`), or of all together."""
-    if shares is None:
-        return BestEntries.bytes(total, sum(sizes.values()), score_bytes)
-    return max(BestEntries.bytes(shares[name], size, score_bytes) for name, size in sizes.items()) + 4 * total
-
-
-def _shares(sizes: dict[str, int], density: float | None, budget: int | Mapping[str, int] | None) -> Mapping[str, int]:
-    """Entries to keep of each weight: its density rounded, or its part of the budget by largest remainder."""
-    if isinstance(budget, Mapping):
-        return {name: int(budget[name]) for name in sizes}
-    if density is not None:
-        return {name: round(density * size) for name, size in sizes.items()}
-    total = sum(sizes.values())
-    shares = {name: budget * size // total for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
-    for name in by_remainder[: budget - sum(shares.values())]:
-        shares[name] += 1
-    return shares
-
-
-def _check_amount(density: float | None, budget: int | None, total: int) -> None:
-    if (density is None) == (budget is None):
-        raise ValueError(f"Give exactly one of density and budget; got density={density}, budget={budget}.")
-    if density is not None:
-        check_share("density", density, "0.01 keeps one entry in a hundred")
-    else:
-        check_whole("budget", budget, usual=f"{max(1, total // 100)} entries")
-        if not 1 <= budget <= total:
-            raise ValueError(
-                f"budget={budget:,} is outside 1..{total:,}, the number of targeted entries; choose one of these."
-            )
-
-
-def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, density: float | None) -> None:
-    if scope != "local" or density is not None:
-        raise ValueError(f"A budget for each weight needs scope='local' and no density; got {scope!r} and {density}.")
-    if budget.keys() != sizes.keys():
-        odd = sorted(budget.keys() ^ sizes.keys())[0]
-        raise ValueError(f"budget must name exactly the targeted weights; {odd} is on one side only.")
-    for name, count in budget.items():
-        if not is_whole(count) or not 0 <= count <= sizes[name]:
-            raise ValueError(f"budget of {name} is {count!r}; pass a whole number of entries in 0..{sizes[name]:,}.")
 
 
 class _Ranges:

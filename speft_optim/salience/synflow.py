@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import BatchReader, LossFunction
+from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import GradientHook
 from speft_optim.weights.replacement import replace_method, shadow
