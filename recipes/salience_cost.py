@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, shapes: list[str]) -> None:
     parser.add_argument("--scope", choices=["local", "global"], default="local")
     parser.add_argument("--memory-budget", type=float, help="GB for estimation (default half of the GPU's free)")
     parser.add_argument("--memory-limit", type=float, help="use so many GB of the GPU only")
-    parser.add_argument("--offload", action="store_true", help="weights stay in CPU memory and visit the GPU")
+    parser.add_argument(
+        "--offload", action="store_true", help="weights stay in CPU memory and are copied to the GPU block by block"
+    )
     parser.add_argument("--out", default="out/benchmark", help="folder for salience_cost.jsonl (default %(default)s)")
 
 

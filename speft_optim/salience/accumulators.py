@@ -1,7 +1,7 @@
 """Weights cut into row slices whose accumulators fit a budget.
 
-A row slice is a whole weight, or some of its rows if the weight is larger than the budget. Row slices are grouped in the
-order of the weights: one pass over the calibration batches serves a group, and the scores come out in order.
+A row slice is a whole weight, or some of its rows if the weight is larger than the budget. Row slices are grouped in
+the order of the weights: one pass over the calibration batches serves a group, and the scores come out in order.
 
 While a model trains, `GradientSum` and `SquareSum` fill the accumulators from the backward passes of the training.
 """
@@ -24,8 +24,8 @@ class RowSlice:
         target: the weight.
         first: the first row.
         last: the row after the last.
-        accumulator: fp32 of shape (last - first, columns), or of one that broadcasts to it if entries share a statistic;
-            None if the measure needs none.
+        accumulator: fp32 of shape (last - first, columns), or of one that broadcasts to it if entries share a
+            statistic; None if the measure needs none.
     """
 
     target: Target
@@ -127,9 +127,9 @@ class GradientSum:
 class SquareSum(GradientSum):
     """Adds up the squares of the gradients of single backward passes.
 
-    A weight that is used several times gets its gradient in several parts; all parts that arrive in one backward pass are
-    added before they are squared. Reentrant checkpointing runs a backward pass for each block, so that the gradient of a
-    weight that two blocks share is squared in two parts.
+    A weight that is used several times gets its gradient in several parts; all parts that arrive in one backward pass
+    are added before they are squared. Reentrant checkpointing runs a backward pass for each block, so that the gradient
+    of a weight that two blocks share is squared in two parts.
     """
 
     def __init__(self, row_slice: RowSlice):
@@ -183,7 +183,8 @@ def placed(row_slice: RowSlice, device: torch.device) -> RowSlice:
     if row_slice.accumulator.device != device:
         if row_slice.target.device != device:
             raise ValueError(
-                f"A gradient of {row_slice.target.name} is on {device}, but the weight is on {row_slice.target.device}. "
+                f"A gradient of {row_slice.target.name} is on {device}, but the weight is on "
+                f"{row_slice.target.device}. "
                 "The replicas of nn.DataParallel cannot share an accumulator; start one process per GPU with torchrun."
             )
         row_slice.accumulator = row_slice.accumulator.to(device)

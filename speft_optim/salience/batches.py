@@ -215,7 +215,9 @@ class BatchReader:
             )
         if self.used < seen and not self._warned:
             self._warned = True
-            logger.warning("%d of %d calibration batches are left out: no label of theirs enters the loss.", seen - self.used, seen)
+            logger.warning(
+                "%d of %d calibration batches are left out: no label of theirs is in the loss.", seen - self.used, seen
+            )
 
     def _check(self, batch: Batch, number: int) -> None:
         """Refuse a batch that the model cannot take, or cannot compute a loss for."""

@@ -2,9 +2,9 @@
 
 The targeted weights are cut into row slices, and these are put into groups. The budget has to hold the accumulators of
 one group, the temporaries of one chunk of scores, and the best entries that the caller keeps. Each group costs one pass
-over the batches, in which only its weights are observed, so that backward stops below the lowest of them. After the pass
-the scores of the group are yielded in chunks and its accumulators are freed. To hold all gradients at once in fp32, the
-obvious way, would take twice the memory of a bf16 model beside it.
+over the batches, in which only its weights are observed, so that backward stops below the lowest of them. After the
+pass the scores of the group are yielded in chunks and its accumulators are freed. To hold all gradients at once in
+fp32, the obvious way, would take twice the memory of a bf16 model beside it.
 
 Beyond the budget a pass holds what one batch needs: its activations, one dense gradient or product at a time, and fp32
 copies of that product's operands if no kernel multiplies them in their own dtype.
@@ -44,8 +44,8 @@ _FILLS = {
 
 
 # The most bytes that each entry of a chunk takes. The peak is its selection: the weight in fp32 (4), the score in fp64
-# (8), the position of a candidate (8), its place in the buffer that `BestEntries.bytes` does not count (16), and a cut of
-# the buffer (32) with a few comparisons of a byte each. Scoring itself takes less, 28 to 36.
+# (8), the position of a candidate (8), its place in the buffer that `BestEntries.bytes` does not count (16), and a cut
+# of the buffer (32) with a few comparisons of a byte each. Scoring itself takes less, 28 to 36.
 _CHUNK_ENTRY_BYTES = 72
 
 

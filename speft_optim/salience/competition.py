@@ -1,8 +1,8 @@
 """Competition for the places of a mask: entries with new scores against those that are trained already.
 
-A weight with new scores has all its entries as candidates; any other weight has its trained entries, each with the score
-that is stored for it. All candidates are numbered in the order of weights and positions, so that one running selection
-of the best serves both kinds. If two scores are equal the earlier candidate wins, as in `select_masks`.
+A weight with new scores has all its entries as candidates; any other weight has its trained entries, each with the
+score that is stored for it. All candidates are numbered in the order of weights and positions, so that one running
+selection of the best serves both kinds. If two scores are equal the earlier candidate wins, as in `select_masks`.
 """
 
 from collections.abc import Iterator

@@ -75,8 +75,8 @@ class Observed:
         def take(dense: Tensor) -> None:
             if row_slice.target.name not in self.used_otherwise:
                 logger.warning(
-                    "%s is also used outside its module's forward, where hooks do not see it; its score includes the dense "
-                    "gradient of these uses, formed for one weight at a time.",
+                    "%s is also used outside its module's forward, where hooks do not see it; its scores include the "
+                    "dense gradient of these uses, formed for one weight at a time.",
                     row_slice.target.name,
                 )
             self.used_outside.add(row_slice.target.name)
