@@ -58,7 +58,7 @@ def _watch_inputs(row_slice: RowSlice, attention: _Attention, stack: contextlib.
     for module, attribute in row_slice.target.sites:
         if not is_product(module, attribute):
             raise ValueError(
-                f"salience='activation' needs weights of linear layers, unlike {row_slice.target.name}; choose targets=[...]."
+                f"salience='activation' needs linear weights, unlike {row_slice.target.name}; choose targets=[...]."
             )
     # The rows of a transposed weight are its input features, and the slice holds some of them.
     transposed = is_transposed_linear(module, attribute)

@@ -95,7 +95,7 @@ def warn_of_plain_attention(model: nn.Module) -> None:
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention != "eager":
         logger.warning(
-            "salience='grasp' differentiates attention twice, so it runs PyTorch's plain attention instead of %s, with a "
+            "salience='grasp' differentiates attention twice, so it runs plain attention instead of %s, with a "
             "matrix of length by length; shorten the calibration batches if memory runs out.",
             attention or "fused",
         )

@@ -270,7 +270,7 @@ class TrainingSalience:
         return {row_slice.target.name: any(both) for row_slice, both in zip(self.group, ends, strict=True)}
 
     def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Mask]:
-        """Let entries compete for `count` places, store the scores of the kept ones, and return the masks that change."""
+        """Keep the best `count` entries, store their scores, and return the masks that change."""
         runs = [run for weight in weights for run in self._runs(weight)]
         kept = keep_best(runs, count, self._are_scored(weights), self.measure, self._chunk)
         changed = {}

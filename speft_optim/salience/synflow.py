@@ -84,7 +84,7 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
         raise ValueError(
-            f"salience='synflow' passes inputs_embeds, which {type(model).__name__} does not take; choose another measure."
+            f"salience='synflow' passes inputs_embeds, which {type(model).__name__} does not take; choose another."
         )
     weight = frozen_weight(embeddings)
     ones = torch.ones(1, 1, weight.shape[-1], dtype=torch.float64, device=weight.device)
@@ -92,7 +92,7 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
     logits = getattr(output, "logits", None)
     if logits is None:
         raise ValueError(
-            f"salience='synflow' sums the logits, which {type(model).__name__} does not return; load the model with its language model head."
+            f"salience='synflow' sums the logits, which {type(model).__name__} does not return; use the class with its head."
         )
     return logits
 
