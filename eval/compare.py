@@ -1,4 +1,4 @@
-"""Compares score files: a table with the difference to the first, and a bar chart.
+"""Compare score files: a table with the difference to the first, and a bar chart.
 
     python -m eval.compare before.json after.json --plot scores.png
 
@@ -16,7 +16,7 @@ import numpy
 
 from eval.records import save_figure
 
-# Runs that differ in one of these do not differ by their weights alone.
+# If runs differ in one of these settings, not their weights alone make the difference.
 SETTINGS = ("chat_template", "prepends_bos", "batch_size", "max_gen_tokens", "dtype", "seed", "limit")
 
 
@@ -30,7 +30,7 @@ def read_records(paths: list[str]) -> dict[str, dict]:
         Records by file stem, or by whole path where two stems are equal.
 
     Raises:
-        ValueError: fewer than two, a file named twice, or one that is no score file.
+        ValueError: there are fewer than two, a file is named twice, or one is not a score file.
     """
     if len(paths) < 2 or len(set(paths)) < len(paths):
         raise ValueError(f"got {len(paths)} score files ({', '.join(paths)}); give at least two different ones")

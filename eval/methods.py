@@ -1,9 +1,9 @@
-"""Makes the table and the pictures of a comparison of methods that `recipes.compare` trained.
+"""Make the table and the pictures of a comparison of methods that `recipes.compare` trained.
 
     python -m eval.methods out/compare
     python -m eval.methods out/compare --markdown --plots out/pictures
 
-For each method and budget the rate with the lowest loss stands in the table. It is **bracketed** if a lower and a
+For each method and budget the table has the rate with the lowest loss. It is **bracketed** if a lower and a
 higher rate were tried and both are worse; else the best rate may be one that was not tried.
 """
 
@@ -22,7 +22,7 @@ HEADS = (
 
 
 def rows(entries: list[Entry]) -> list[tuple[str, ...]]:
-    """One row of text for each method and budget, best first within a budget."""
+    """Return a row of text for each method and budget, the best first within a budget."""
     chosen = {key: best_of(sweep) for key, sweep in sweeps(entries).items()}
     ordered = sorted(chosen.values(), key=lambda one: (one[0].budget_rank or math.inf, one[0].mean))
     found = []

@@ -23,7 +23,7 @@ from eval.checkpoints import begins_with_bos, prompt_ids
 
 
 class StopEachRow(StoppingCriteria):
-    """Ends each row of a batch once any of the stop strings stands in its generated text.
+    """Ends each row of a batch once any of the stop strings is in its generated text.
 
     A stop string may be tokenised in many ways, so the last few tokens are decoded and searched.
 
@@ -38,7 +38,7 @@ class StopEachRow(StoppingCriteria):
         self.stops = [stop for stop in stops if stop]
         self.prompt_length = prompt_length
         lengths = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self.stops]
-        # Two more than the longest: the model may split the string, and its neighbours, otherwise than the tokenizer.
+        # Two more tokens are read, since the model may tokenise the string and its neighbours in another way.
         self.window = max(lengths, default=0) + 2
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
@@ -64,7 +64,7 @@ class CheckpointLM(HFLM):
         return ids[:kept] + ids[len(ids) - left_truncate_len + kept :]
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, **_):
-        """Encode and pads prompts: ids and attention mask, each of shape (batch, length)."""
+        """Encode and pad prompts; return ids and attention mask, each of shape (batch, length)."""
         rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
@@ -105,12 +105,12 @@ class CheckpointLM(HFLM):
 
 
 def bars_wanted() -> bool:
-    """Tell whether someone watches: bars in a log file are noise."""
+    """Tell whether stderr is a terminal, since progress bars are noise in a log file."""
     return sys.stderr.isatty()
 
 
 def load_model(folder: Path, adapter: Path | None, dtype: str | None, device: str) -> torch.nn.Module:
-    """Load the weights and lays an adapter over them.
+    """Load the weights, and an adapter into them.
 
     Args:
         folder: the checkpoint, or the base of the adapter.
@@ -123,10 +123,10 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None, device: st
     if adapter is not None:
         from speft_optim import load_adapter
 
-        # Before any cast: the values belong to the base in the dtype it has on disk.
+        # The adapter fits the base in its dtype on disk, so it is loaded before any cast.
         load_adapter(model, adapter)
     if getattr(model, "is_quantized", False):
-        return model.eval()  # placed by its quantiser, and not to be cast
+        return model.eval()  # its quantiser has placed it, and it must not be cast
     if dtype is None and torch.device(device).type == "cpu":
         model.float()
     return model.to(device).eval()
@@ -140,7 +140,7 @@ def as_language_model(model: torch.nn.Module, tokenizer, batch_size: int) -> Che
 
 @contextmanager
 def quiet():
-    """Hides loading bars where nobody watches, and lm-eval's advice about arguments that are meant as they are."""
+    """Hide loading bars if stderr is not a terminal, and warnings of lm-eval, while the context lasts."""
     logger, bars_were_on = logging.getLogger("lm_eval"), transformers_logging.is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)

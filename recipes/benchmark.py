@@ -85,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what this machine has not, and unknown modes."""
+    """Refuse options that need other hardware or packages, and unknown modes."""
     if args.gpu_gb and not torch.cuda.is_available():
         parser.error(f"--gpu-gb {args.gpu_gb} simulates a small GPU on a larger one, but there is no CUDA device")
     if args.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def run_apart(mode: str, argv: list[str]) -> dict:
-    """One mode in a fresh process, whose peak is its own; an error becomes a row, so that the others still run."""
+    """Run one mode in a new process, so that its peak is its own; an error becomes a row, and others still run."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--modes", mode, "--in-process"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -132,7 +132,7 @@ def run_apart(mode: str, argv: list[str]) -> dict:
 
 
 def measure(mode: str, args: argparse.Namespace) -> dict:
-    """What one mode needs and takes; on a GPU that is too small, a row that says so."""
+    """Measure one mode beside its estimate; running out of memory becomes a row too."""
     method, precision = mode.split("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}

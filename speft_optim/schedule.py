@@ -334,14 +334,14 @@ class MaskSchedule:
         if self.batches is None and measure.takes_batches:
             if measure.statistic not in ("gradient", "squared_gradient"):
                 raise ValueError(
-                    f"salience={self.salience!r} cannot be computed from training's own backward passes; pass batches, or "
-                    "choose gradient, snip, force, taylor_fo, fisher or a function."
+                    f"salience={self.salience!r} needs calibration batches, since backward passes of training do not "
+                    "give its statistic; pass some, or choose gradient, snip, force, taylor_fo, fisher or a function."
                 )
             given = {name: getattr(self, name) for name in ("threshold", "probe")} | self.options
             for name, value in given.items():
                 if value is not None and name in (*_OPTIONS, "threshold", "probe"):
                     raise ValueError(
-                        f"{name}={value!r} has no meaning without batches, when masks are selected from training itself; "
+                        f"{name}={value!r} has no meaning without batches, when masks are selected from training; "
                         f"leave {name} out, or pass batches."
                     )
             self.window = 8 if self.window is None else self.window
@@ -350,8 +350,8 @@ class MaskSchedule:
             return measure
         if self.window is not None:
             raise ValueError(
-                f"window={self.window!r} has a meaning only if masks are selected from training's own gradients; leave "
-                "batches out, or set interval instead."
+                f"window={self.window!r} has a meaning only where masks are selected from training's own gradients; "
+                "leave batches out, or set interval instead."
             )
         self.interval = 1000 if self.interval is None else self.interval
         self.probe = 1 if self.probe is None else self.probe

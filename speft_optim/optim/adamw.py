@@ -175,7 +175,7 @@ class SparseAdamW(SavedOptimizer):
         return loss
 
     def _plan(self, group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> Callable[[], None]:
-        """Return a function that takes the step of a group; calling it costs only the launch, and changes come only then."""
+        """Return a function that takes the step of a group. Nothing changes before; a call costs only the launch."""
         options = dict(
             lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=float(group["betas"][0]),

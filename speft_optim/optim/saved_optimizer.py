@@ -103,7 +103,7 @@ class SavedOptimizer(Optimizer):
             self.register_step_post_hook(self.schedule.after_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return moments for each parameter, and for compact values also values, mask, and name and shape of the weight.
+        """Return the moments of each parameter, and of compact values also the values, the mask and the weight's name.
 
         All of it is tensors under each parameter (see `state.py`), so that any checkpoint tool can save it and
         `torch.load(..., weights_only=True)` can load it. The counters of optimizer and schedule are saved with each

@@ -110,7 +110,7 @@ def check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Itera
     for key in ("values", "exp_avg", "exp_avg_sq"):
         if key in saved and saved[key].shape != parameter.shape:
             raise ValueError(
-                f"{what} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; use the saved masks."
+                f"{what} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; use its masks."
             )
     step = saved["step"]
     counted = step.numel() == 1 and not step.is_complex() and 0 <= float(step) < math.inf

@@ -92,7 +92,7 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
     logits = getattr(output, "logits", None)
     if logits is None:
         raise ValueError(
-            f"salience='synflow' sums the logits, which {type(model).__name__} does not return; use the class with its head."
+            f"salience='synflow' sums the logits, which {type(model).__name__} does not return; load its head."
         )
     return logits
 
