@@ -1,6 +1,6 @@
-"""What training and scoring do alike with a checkpoint: they fetch it and put one BOS before a text if it uses BOS.
+"""Fetching of checkpoints, and one rule of BOS for training and scoring.
 
-A second BOS, or none, costs a model many points without an error anywhere, and tokenizers get it wrong in several ways:
+A second BOS, or none, costs a model many points without any error, and tokenizers get it wrong in several ways:
 a setting lost in a conversion, a template that adds a BOS to one that is there, a chat template that writes one more.
 So neither training nor scoring leaves special tokens to the tokenizer: both encode their prompts with `prompt_ids`.
 """
@@ -40,13 +40,13 @@ def fetch(name: str, *, packaged: Collection[str] = ()) -> Path:
 
 
 def load_tokenizer(folder: str | Path):
-    """Load a tokenizer that puts exactly one BOS before a text where the model wants one.
+    """Load a tokenizer that puts exactly one BOS before a text if the model uses BOS.
 
     Args:
         folder: the checkpoint.
 
     Returns:
-        The tokenizer. Saved again, it still does so.
+        The tokenizer; if it is saved again, it still does so.
 
     Raises:
         ValueError: the tokenizer cannot be brought to do so.
@@ -57,9 +57,9 @@ def load_tokenizer(folder: str | Path):
 
 
 def ensure_one_bos(tokenizer, model_type: str) -> bool:
-    """Make the tokenizer put exactly one BOS before a text where the model wants one, and warn where it had to change.
+    """Make the tokenizer put exactly one BOS before a text if the model uses BOS, and warn if it had to be changed.
 
-    A tokenizer that puts none is believed: many models (Qwen2, SmolLM2) name a BOS and were trained without it. Only
+    A tokenizer that puts none is left so: many models (Qwen2, SmolLM2) name a BOS and were trained without it. Only
     the Gemma family is known to need it always.
 
     Args:
@@ -77,7 +77,7 @@ def ensure_one_bos(tokenizer, model_type: str) -> bool:
     if count == wanted:
         return bool(wanted)
     if tokenizer.bos_token_id is not None:
-        # Both setters rebuild the template that places special tokens, from what they say alone.
+        # Both setters rebuild the template that places special tokens, from these two flags alone.
         tokenizer.add_eos_token = _prefix_and_suffix(tokenizer)[1] == [tokenizer.eos_token_id]
         tokenizer.add_bos_token = True
     if _leading_bos(tokenizer, _prefix_and_suffix(tokenizer)[0]) != wanted:
@@ -91,12 +91,12 @@ def ensure_one_bos(tokenizer, model_type: str) -> bool:
 
 
 def begins_with_bos(tokenizer) -> bool:
-    """Whether `prompt_ids` puts a BOS before a text (for Gemma and Llama 3 it does, for Qwen2 and SmolLM2 not)."""
+    """Tell whether `prompt_ids` puts a BOS before a text (for Gemma and Llama 3 it does, for Qwen2 and SmolLM2 not)."""
     return _leading_bos(tokenizer, text_prefix(tokenizer)) == 1
 
 
 def text_prefix(tokenizer) -> list[int]:
-    """What belongs before a text: what the tokenizer itself puts there, with one BOS if it puts several."""
+    """Return the ids that the tokenizer puts before a text, with one BOS if it puts several."""
     return _keep_one_bos(tokenizer, _prefix_and_suffix(tokenizer)[0])
 
 
@@ -113,12 +113,12 @@ def prompt_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _prefix_and_suffix(tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer by itself puts before and after a text: flags and templates disagree too often."""
+    """Find the ids that the tokenizer puts before and after a text, by encoding one: flags are often wrong."""
     whole, text = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     for start in range(len(whole) - len(text) + 1):
         if whole[start : start + len(text)] == text:
             return whole[:start], whole[start + len(text) :]
-    start = _leading_bos(tokenizer, whole)  # the text was encoded otherwise because of what stands before it
+    start = _leading_bos(tokenizer, whole)  # the ids before the text changed how it was encoded
     return whole[:start], []
 
 

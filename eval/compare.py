@@ -1,4 +1,4 @@
-"""Compares score files: a table with the difference to the first, and a bar chart.
+"""Compare score files: a table with the difference to the first, and a bar chart.
 
     python -m eval.compare before.json after.json --plot scores.png
 
@@ -16,12 +16,12 @@ import numpy
 
 from eval.records import save_figure
 
-# Runs that differ in one of these do not differ by their weights alone.
+# If runs differ in one of these settings, not their weights alone make the difference.
 SETTINGS = ("chat_template", "prepends_bos", "batch_size", "max_gen_tokens", "dtype", "seed", "limit")
 
 
 def read_records(paths: list[str]) -> dict[str, dict]:
-    """Reads score files, by a short label each.
+    """Read score files, by a short label each.
 
     Args:
         paths: at least two files that `eval.score` wrote.
@@ -30,7 +30,7 @@ def read_records(paths: list[str]) -> dict[str, dict]:
         Records by file stem, or by whole path where two stems are equal.
 
     Raises:
-        ValueError: fewer than two, a file named twice, or one that is no score file.
+        ValueError: there are fewer than two, a file is named twice, or one is not a score file.
     """
     if len(paths) < 2 or len(set(paths)) < len(paths):
         raise ValueError(f"got {len(paths)} score files ({', '.join(paths)}); give at least two different ones")
@@ -40,7 +40,7 @@ def read_records(paths: list[str]) -> dict[str, dict]:
 
 
 def read_record(path: Path) -> dict:
-    """Reads one score file."""
+    """Read one score file."""
     if not path.is_file():
         raise ValueError(f"no such score file: {path}; write one with `python -m eval.score ... --out {path}`")
     try:
@@ -53,7 +53,7 @@ def read_record(path: Path) -> dict:
 
 
 def common_scores(records: dict[str, dict]) -> list[tuple[str, str, str]]:
-    """Lists the (task, metric, filter) that every record has, in the order of the first."""
+    """List the (task, metric, filter) that every record has, in the order of the first."""
     keys = [
         {
             (task, metric, chosen): None
@@ -91,7 +91,7 @@ def difference(first: dict, second: dict, *, paired: bool) -> tuple[float, float
 
 
 def rows(records: dict[str, dict]) -> list[dict]:
-    """Computes one row for each score and record.
+    """Compute one row for each score and record.
 
     Returns:
         Dicts with task, metric, filter, label, value, stderr, n, and difference and difference_stderr to the first
@@ -117,7 +117,7 @@ def rows(records: dict[str, dict]) -> list[dict]:
 
 
 def differing_settings(records: dict[str, dict]) -> dict[str, list]:
-    """Finds the settings in which the records differ, with every record's value."""
+    """Find the settings in which the records differ, with every record's value."""
     values = {name: [record.get(name) for record in records.values()] for name in SETTINGS}
     for task, *_ in common_scores(records):
         for name in ("fewshot", "problems_sha256"):
@@ -126,7 +126,7 @@ def differing_settings(records: dict[str, dict]) -> dict[str, list]:
 
 
 def table(records: dict[str, dict]) -> str:
-    """Formats the comparison, in percent, with a note on settings that differ."""
+    """Format the comparison, in percent, with a note on settings that differ."""
     width = max(len(label) for label in (*records, "run"))
     lines = []
     previous = None
@@ -145,12 +145,12 @@ def table(records: dict[str, dict]) -> str:
 
 
 def percent(value: float, stderr: float | None, sign: str = "") -> str:
-    """Formats a share and its standard error in percent."""
+    """Format a share and its standard error in percent."""
     return f"{100 * value:{sign}.2f} +- " + ("?" if stderr is None else f"{100 * stderr:.2f}")
 
 
 def draw(records: dict[str, dict], path: Path) -> None:
-    """Draws grouped bars, one group a score and one colour a record, with standard errors.
+    """Draw grouped bars, one group a score and one colour a record, with standard errors.
 
     Args:
         records: from `read_records`.
@@ -180,14 +180,14 @@ def draw(records: dict[str, dict], path: Path) -> None:
 
 
 def group_name(key: tuple[str, str, str], found: list[dict]) -> str:
-    """Names one group of bars; several numbers of problems where the records differ."""
+    """Name one group of bars; several numbers of problems where the records differ."""
     task, metric, chosen = key
     counts = dict.fromkeys(str(row["n"]) for row in found if (row["task"], row["metric"], row["filter"]) == key)
     return f"{task}\n{metric if chosen == 'none' else chosen}\nn = {', '.join(counts)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compares from the command line."""
+    """Compare from the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
     parser.add_argument("scores", nargs="+", help="files that eval.score wrote; differences are to the first")
     parser.add_argument("--plot", help="PNG to draw")

@@ -16,10 +16,10 @@ class Entry:
     """All cells of one method at one budget and rate.
 
     Attributes:
-        method: as `lora`.
-        budget_rank: LoRA's rank of as many values; None for all weights.
+        method: the name of the method, such as `lora`.
+        budget_rank: the rank of LoRA with as many trained values; None for all weights.
         rate: peak learning rate.
-        cells: their records, one a seed.
+        cells: their records, one for each seed.
     """
 
     method: str
@@ -38,7 +38,7 @@ class Entry:
         return fmean(self.losses)
 
     def mean_at(self, seeds: set[int]) -> float:
-        """Mean test loss over some of the seeds; over all where none is given."""
+        """Return the mean test loss over some of the seeds; over all where none is given."""
         pairs = zip(self.cells, self.losses, strict=True)
         return fmean(loss for cell, loss in pairs if not seeds or cell["seed"] in seeds)
 
@@ -48,16 +48,16 @@ class Entry:
         return stdev(self.losses) if len(self.cells) > 1 and math.isfinite(self.mean) else None
 
     def mean_of(self, value: Callable[[dict], float | None]) -> float | None:
-        """Mean of another number over the seeds that have it."""
+        """Return the mean of another number over the seeds that have it."""
         found = [number for cell in self.cells if (number := value(cell)) is not None]
         return fmean(found) if found else None
 
 
 def read_entries(folder: Path) -> list[Entry]:
-    """Reads the cells of a comparison, gathered by method, budget and rate, in this order.
+    """Read the cells of a comparison, gathered by method, budget and rate, in this order.
 
     Raises:
-        ValueError: the folder has no cells, or a file is none of a cell.
+        ValueError: the folder has no cells, or a file is not a cell.
     """
     paths = sorted((folder / "cells").glob("*.json"))
     if not paths:
@@ -76,7 +76,7 @@ def read_entries(folder: Path) -> list[Entry]:
 
 
 def sweeps(entries: list[Entry]) -> dict[tuple[str, int | None], list[Entry]]:
-    """The entries of each method and budget, by rising rate."""
+    """Return the entries of each method and budget, by rising rate."""
     found = defaultdict(list)
     for entry in entries:
         found[entry.method, entry.budget_rank].append(entry)
@@ -84,10 +84,10 @@ def sweeps(entries: list[Entry]) -> dict[tuple[str, int | None], list[Entry]]:
 
 
 def best_of(sweep: list[Entry]) -> tuple[Entry, bool]:
-    """The entry of the best rate, and whether worse ones lie on either side.
+    """Return the entry of the best rate, and whether worse ones lie on either side.
 
-    Rates are compared by the seeds that all of them have, if there are any: of a rate that was repeated the mean over
-    its other seeds says nothing about rates that were not.
+    Rates are compared on the seeds that all of them have, if there are any: the other seeds of a repeated rate say
+    nothing about rates that were not repeated.
     """
     seeds = set.intersection(*({cell["seed"] for cell in entry.cells} for entry in sweep))
     losses = {entry.rate: entry.mean_at(seeds) for entry in sweep}
@@ -97,7 +97,7 @@ def best_of(sweep: list[Entry]) -> tuple[Entry, bool]:
 
 
 def difference(one: Entry, other: Entry) -> tuple[float, float | None]:
-    """Difference of mean losses, and its standard error where both have several seeds."""
+    """Return the difference of mean losses, and its standard error if both have several seeds, else None."""
     if one.deviation is None or other.deviation is None:
         return one.mean - other.mean, None
     parts = [entry.deviation**2 / len(entry.cells) for entry in (one, other)]

@@ -1,4 +1,4 @@
-"""lm-eval's part of scoring: finds tasks, runs them on a model, and turns the result into a plain dict."""
+"""lm-eval's part of scoring: find tasks, run them on a model, and turn the result into a plain dict."""
 
 import difflib
 import hashlib
@@ -18,23 +18,23 @@ from eval.model import quiet
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = ("demo", "gsm8k_local")
-# The one number to quote where a task reports several; other tasks: the first they report.
+# The number to quote if a task reports several; other tasks quote the first that they report.
 HEADLINES = {task: ("exact_match", "strict-match") for task in ("gsm8k", *LOCAL_TASKS)}
 
 
 def check_names(names: list[str]) -> None:
-    """Refuses what is no list of at least one name."""
+    """Refuse names that are not a list of at least one."""
     if isinstance(names, str) or not names:
         raise ValueError(f"tasks is {names!r}; give a list of at least one name, e.g. ['demo']")
 
 
 @lru_cache(maxsize=2)
 def task_manager(folder: str, include_defaults: bool, data: str | None) -> TaskManager:
-    """Returns lm-eval's index of tasks, which takes seconds to build with its own ones.
+    """Return lm-eval's index of tasks, which takes seconds to build with its own ones.
 
     Args:
-        folder: of further task files.
-        include_defaults: whether lm-eval's own tasks are in it too.
+        folder: folder of further task files.
+        include_defaults: whether to include lm-eval's own tasks.
         data: folder that the local tasks read.
     """
     return TaskManager(
@@ -52,7 +52,7 @@ def load_tasks(
     max_gen_tokens: int | None = None,
     seed: int = 1234,
 ) -> dict:
-    """Finds the tasks and reads their data.
+    """Find the tasks and read their data.
 
     Args:
         names: names of lm-eval tasks or of the files in `eval/tasks/`.
@@ -89,7 +89,7 @@ def load_tasks(
 
 
 def set_options(task, *, fewshot: int | None, max_gen_tokens: int | None, seed: int) -> None:
-    """Lays the caller's options over a task's own.
+    """Override a task's options with the caller's.
 
     `simple_evaluate` would do this too, but silently keeps 0 examples where a task's file says 0.
     """
@@ -113,7 +113,7 @@ def run(
     chat_template: bool = False,
     seed: int = 1234,
 ) -> dict[str, dict]:
-    """Runs the tasks and returns their scores by name.
+    """Run the tasks and return their scores by name.
 
     Args:
         language_model: any lm-eval model.
@@ -136,16 +136,16 @@ def run(
 
 
 def summarise(name: str, results: dict) -> dict:
-    """Turns lm-eval's result of one task or group into ours.
+    """Turn lm-eval's result of one task or group into ours.
 
     Args:
         name: the task or group.
         results: what `lm_eval.evaluate` returned.
 
     Returns:
-        `scores[metric][filter]` with value, stderr (None where there is none), n and, for a task, the value of each
-        problem; the headline; the number of solved examples; and a hash of the problems, which tells two runs on the
-        same ones.
+        `scores[metric][filter]` with value, stderr (or None), n and, for a task, the value of each problem; the
+        headline; the number of solved examples; and a hash of the problems, by which runs on the same problems are
+        known.
     """
     row, samples = results["results"][name], results["samples"].get(name, [])
     scores: dict[str, dict[str, dict]] = {}
@@ -170,12 +170,12 @@ def summarise(name: str, results: dict) -> dict:
 
 
 def finite_or_none(value: object) -> float | None:
-    """lm-eval writes "N/A" where one problem gives no standard error; JSON has no NaN."""
+    """Return a finite number or None, since lm-eval writes "N/A" for a single problem and JSON has no NaN."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def headline(name: str, scores: dict[str, dict[str, dict]]) -> dict[str, str] | None:
-    """Names the metric and filter to quote for a task; None for a group that reports no score of its own."""
+    """Name the metric and filter to quote for a task; None for a group that reports no score of its own."""
     metric, chosen = HEADLINES.get(name, (None, None))
     if chosen in scores.get(metric, {}):
         return {"metric": metric, "filter": chosen}

@@ -9,7 +9,7 @@ from eval.records import save_figure
 
 
 def draw(entries: list[Entry], folder: Path) -> list[Path]:
-    """Draws loss against rate, and the best loss against budget and against peak memory.
+    """Draw loss against rate, and the best loss against budget and against peak memory.
 
     Returns:
         The PNGs; the last is missing where no cell ran on a GPU.
@@ -36,7 +36,7 @@ def _figure(panels: int):
 
 
 def draw_rates(entries: list[Entry], path: Path) -> Path:
-    """Draws the loss against the learning rate, a panel for each budget."""
+    """Draw the loss against the learning rate, a panel for each budget."""
     colours, found = _colours(entries), sweeps(entries)
     budgets = list(dict.fromkeys(entry.budget_rank for entry in entries))
     figure, axes = _figure(len(budgets))
@@ -61,7 +61,7 @@ def draw_rates(entries: list[Entry], path: Path) -> Path:
 
 
 def draw_budgets(entries: list[Entry], path: Path) -> Path:
-    """Draws the loss at the best rate against the number of trained values; all weights are a line across."""
+    """Draw the loss at the best rate against the number of trained values; all weights are a line across."""
     colours, found = _colours(entries), defaultdict(list)
     for sweep in sweeps(entries).values():
         best, _ = best_of(sweep)
@@ -81,7 +81,7 @@ def draw_budgets(entries: list[Entry], path: Path) -> Path:
 
 
 def draw_memory(entries: list[Entry], path: Path) -> Path:
-    """Draws the loss at the best rate against the peak of training, a point for each method and budget."""
+    """Draw the loss at the best rate against the peak of training, a point for each method and budget."""
     colours, named = _colours(entries), set()
     figure, (axis,) = _figure(1)
     for sweep in sweeps(entries).values():

@@ -1,9 +1,9 @@
-"""Makes the table and the pictures of a comparison of methods that `recipes.compare` trained.
+"""Make the table and the pictures of a comparison of methods that `recipes.compare` trained.
 
     python -m eval.methods out/compare
     python -m eval.methods out/compare --markdown --plots out/pictures
 
-For each method and budget the rate with the lowest loss stands in the table. It is **bracketed** if a lower and a
+For each method and budget the table has the rate with the lowest loss. It is **bracketed** if a lower and a
 higher rate were tried and both are worse; else the best rate may be one that was not tried.
 """
 
@@ -22,7 +22,7 @@ HEADS = (
 
 
 def rows(entries: list[Entry]) -> list[tuple[str, ...]]:
-    """One row of text for each method and budget, best first within a budget."""
+    """Return a row of text for each method and budget, the best first within a budget."""
     chosen = {key: best_of(sweep) for key, sweep in sweeps(entries).items()}
     ordered = sorted(chosen.values(), key=lambda one: (one[0].budget_rank or math.inf, one[0].mean))
     found = []
@@ -68,7 +68,7 @@ NOTES = (
 
 
 def table(entries: list[Entry], *, markdown: bool = False) -> str:
-    """Formats the comparison."""
+    """Format the comparison."""
     lines = [HEADS, *rows(entries)]
     shared = "* several workers shared the GPU" if any(line[-1].endswith("*") for line in lines) else ""
     notes = "\n".join(filter(None, [NOTES, shared]))
@@ -82,7 +82,7 @@ def table(entries: list[Entry], *, markdown: bool = False) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compares from the command line."""
+    """Compare from the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.methods", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="--out of recipes.compare")
     parser.add_argument("--markdown", action="store_true", help="print the table in markdown")

@@ -23,7 +23,7 @@ from eval.checkpoints import begins_with_bos, prompt_ids
 
 
 class StopEachRow(StoppingCriteria):
-    """Ends each row of a batch once any of the stop strings stands in its generated text.
+    """Ends each row of a batch once any of the stop strings is in its generated text.
 
     A stop string may be tokenised in many ways, so the last few tokens are decoded and searched.
 
@@ -38,11 +38,11 @@ class StopEachRow(StoppingCriteria):
         self.stops = [stop for stop in stops if stop]
         self.prompt_length = prompt_length
         lengths = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self.stops]
-        # Two more than the longest: the model may split the string, and its neighbours, otherwise than the tokenizer.
+        # Two more tokens are read, since the model may tokenise the string and its neighbours in another way.
         self.window = max(lengths, default=0) + 2
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        """Tells which rows are done, as a boolean tensor of shape (batch,)."""
+        """Tell which rows are done, as a boolean tensor of shape (batch,)."""
         start = max(self.prompt_length, input_ids.shape[1] - self.window)
         texts = self.tokenizer.batch_decode(input_ids[:, start:])
         done = [any(stop in text for stop in self.stops) for text in texts]
@@ -53,7 +53,7 @@ class CheckpointLM(HFLM):
     """`HFLM` around a loaded model: one BOS a prompt, rows stop one by one, progress bars show on a terminal only."""
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **_) -> list[int]:
-        """Encodes one text, as a prompt unless `add_special_tokens` is False; a long one loses what follows its BOS."""
+        """Encode one text, as a prompt unless `add_special_tokens` is False; a long one loses what follows its BOS."""
         if add_special_tokens is False or self.add_bos_token is False:
             ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
         else:
@@ -64,7 +64,7 @@ class CheckpointLM(HFLM):
         return ids[:kept] + ids[len(ids) - left_truncate_len + kept :]
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, **_):
-        """Encodes and pads prompts: ids and attention mask, each of shape (batch, length)."""
+        """Encode and pad prompts; return ids and attention mask, each of shape (batch, length)."""
         rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
@@ -88,15 +88,15 @@ class CheckpointLM(HFLM):
         )
 
     def generate_until(self, requests, disable_tqdm: bool = False):
-        """Generates up to a stop string; see `HFLM`."""
+        """Generate up to a stop string; see `HFLM`."""
         return super().generate_until(requests, disable_tqdm=disable_tqdm or not bars_wanted())
 
     def loglikelihood(self, requests, disable_tqdm: bool = False):
-        """Scores continuations; see `HFLM`."""
+        """Score continuations; see `HFLM`."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not bars_wanted())
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        """Scores whole texts; see `HFLM`, which by itself puts a BOS before each."""
+        """Score whole texts; see `HFLM`, which by itself puts a BOS before each."""
         self.add_bos_token = False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not bars_wanted())
@@ -105,12 +105,12 @@ class CheckpointLM(HFLM):
 
 
 def bars_wanted() -> bool:
-    """Tells whether someone watches: bars in a log file are noise."""
+    """Tell whether stderr is a terminal, since progress bars are noise in a log file."""
     return sys.stderr.isatty()
 
 
 def load_model(folder: Path, adapter: Path | None, dtype: str | None, device: str) -> torch.nn.Module:
-    """Loads the weights and lays an adapter over them.
+    """Load the weights, and an adapter into them.
 
     Args:
         folder: the checkpoint, or the base of the adapter.
@@ -123,24 +123,24 @@ def load_model(folder: Path, adapter: Path | None, dtype: str | None, device: st
     if adapter is not None:
         from speft_optim import load_adapter
 
-        # Before any cast: the values belong to the base in the dtype it has on disk.
+        # The adapter fits the base in its dtype on disk, so it is loaded before any cast.
         load_adapter(model, adapter)
     if getattr(model, "is_quantized", False):
-        return model.eval()  # placed by its quantiser, and not to be cast
+        return model.eval()  # its quantiser has placed it, and it must not be cast
     if dtype is None and torch.device(device).type == "cpu":
         model.float()
     return model.to(device).eval()
 
 
 def as_language_model(model: torch.nn.Module, tokenizer, batch_size: int) -> CheckpointLM:
-    """Wraps a loaded model for lm-eval."""
+    """Wrap a loaded model for lm-eval."""
     with quiet():
         return CheckpointLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 @contextmanager
 def quiet():
-    """Hides loading bars where nobody watches, and lm-eval's advice about arguments that are meant as they are."""
+    """Hide loading bars if stderr is not a terminal, and warnings of lm-eval, while the context lasts."""
     logger, bars_were_on = logging.getLogger("lm_eval"), transformers_logging.is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)

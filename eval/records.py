@@ -1,4 +1,4 @@
-"""What runs and scores leave on disk: records, pictures, checksums and versions."""
+"""Records of runs and scores: JSON, pictures, checksums and versions."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from speft_optim.files import write_atomically
 
 
 def write_json(record: dict, path: Path) -> None:
-    """Writes a record as JSON; numbers that JSON does not know become null, and lists of numbers take one line."""
+    """Write a record as JSON; NaN and infinities become null, and lists of numbers take one line."""
     text = json.dumps(_plain(record), indent=2, allow_nan=False)
-    # Strings hold no raw newline, so none is touched.
+    # JSON strings hold no raw newline, so the pattern cannot match inside one.
     text = re.sub(r"\[\n[\d\s.,e+-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -31,7 +31,7 @@ def _plain(value):
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Reads a file with one JSON value a line, blank lines aside: what to call each line in an error, and its value.
+    """Read a file with one JSON value per line; yield a name of each line for errors, and its value. Skip blank lines.
 
     Raises:
         ValueError: there is no such file, or a line is not JSON.
@@ -49,13 +49,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def save_figure(figure, path: Path, *, dpi: int = 150) -> None:
-    """Saves a figure of matplotlib as a PNG."""
+    """Save a figure of matplotlib as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256 over the bytes of the files in this order; of one file it is what `sha256sum` prints."""
+    """Return the SHA-256 of the bytes of the files in this order; for one file it is what `sha256sum` prints."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -65,7 +65,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def package_version(name: str) -> str | None:
-    """The version of a package; None where it is missing or runs from a source tree that was never installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Scores a checkpoint, or a base and an adapter, with lm-eval and writes one JSON.
+"""Score a checkpoint, or a base and an adapter, with lm-eval, and write one JSON.
 
     python -m eval.score out/run1 --tasks demo --data out/data --out scores.json
     python -m eval.score BASE --adapter out/adapter.safetensors --tasks gsm8k_local --data FOLDER_WITH_GSM8K
@@ -7,7 +7,7 @@ A task is any that lm-eval knows (`gsm8k`, `arc_easy`, ...), or one of `eval/tas
 demo's word problems (`demo`) and GSM8K without a hub (`gsm8k_local`). GSM8K's two filters answer different questions,
 often tens of points apart: `strict-match` wants the number after `####`, as the training answers write it, and
 `flexible-extract` takes the last number of the text. Both are always reported, with standard errors, and the headline
-is named.
+is marked.
 
 The file is written whenever a task ends. The same command again goes on after an interruption, with the tasks that its
 `unfinished` still lists.
@@ -47,7 +47,7 @@ def score(
     dtype: str | None = None,
     device: str | None = None,
 ) -> dict:
-    """Scores one model.
+    """Score one model.
 
     Args:
         checkpoint: folder with config.json, *.safetensors and the tokenizer, or a name on the hub; with `adapter`, the
@@ -67,10 +67,10 @@ def score(
         device: a torch device; None is CUDA where there is one, else the CPU.
 
     Returns:
-        What the JSON holds: scores by task, metric and filter, and everything needed to repeat the run.
+        The record in the JSON: scores by task, metric and filter, and all that is needed to repeat the run.
 
     Raises:
-        ValueError: an argument is wrong; before any weight is read.
+        ValueError: an argument is wrong. It is raised before any weight is read.
     """
     folder = find_checkpoint(checkpoint)
     check_files(adapter=adapter, out=out)
@@ -78,7 +78,7 @@ def score(
     check_dtype(dtype)
     check_names(tasks)
     options = dict(data=data, fewshot=fewshot, max_gen_tokens=max_gen_tokens, seed=seed)
-    # One by one: a task's result depends on no other's, so that it can be kept while the others run.
+    # Tasks run one by one, so that the result of each can be kept while the others run.
     loaded = {name: load_tasks([name], **options) for name in tasks}
     tokenizer = load_tokenizer(folder)
     if chat_template and tokenizer.chat_template is None:
@@ -115,10 +115,10 @@ def score(
 
 
 def finish(record: dict, language_model, loaded: dict[str, dict], out: Path | None) -> None:
-    """Runs the tasks of a record that it still lists as unfinished, and writes it whenever one ends.
+    """Run the unfinished tasks of a record, and write it whenever one ends.
 
     Args:
-        record: gets the results.
+        record: the record, to which results are added.
         language_model: an lm-eval model.
         loaded: each task by name, from `load_tasks`.
         out: JSON file; None writes none.
@@ -134,19 +134,19 @@ def finish(record: dict, language_model, loaded: dict[str, dict], out: Path | No
 
 
 def earlier_record(out: str | None, settings: dict) -> dict | None:
-    """Returns what an interrupted run with the same settings has written to `out`, or None; its tasks are not rerun."""
+    """Return the record of an interrupted run with the same settings in `out`, or None."""
     if out is None or not Path(out).is_file():
         return None
     try:
         record = json.loads(Path(out).read_text(encoding="utf-8"))
     except ValueError:
-        return None  # no file of ours; it is replaced when the first task ends
+        return None  # another file, which is replaced when the first task ends
     same = isinstance(record, dict) and settings.items() <= record.items()
     return record if same and record.get("unfinished") else None
 
 
 def environment(model: torch.nn.Module) -> dict:
-    """Collects what a score depends on beside the arguments: dtype, device and versions."""
+    """Return what a score depends on beside the arguments: dtype, device and versions."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -156,7 +156,7 @@ def environment(model: torch.nn.Module) -> dict:
 
 
 def find_checkpoint(checkpoint: str) -> Path:
-    """Returns the complete folder of a checkpoint, fetched first where it is a name on the hub."""
+    """Return the folder of a checkpoint, after fetching it if it is a name on the hub; refuse an incomplete one."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
@@ -171,7 +171,7 @@ def find_checkpoint(checkpoint: str) -> Path:
 
 
 def check_files(*, adapter: str | None, out: str | None) -> None:
-    """Refuses an adapter that is not there and a result file that could not be written at the end."""
+    """Refuse an adapter that is not there and a result file that could not be written at the end."""
     if adapter is not None and not Path(adapter).is_file():
         raise ValueError(f"no such adapter file: {adapter}; give the file that save_adapter wrote")
     if out is not None and Path(out).is_dir():
@@ -184,28 +184,28 @@ def check_files(*, adapter: str | None, out: str | None) -> None:
 
 
 def write_probe(path: Path) -> None:
-    """Writes and removes a small file where `path` is to go: its end is too late to find out that it cannot be."""
+    """Write and remove a small file beside `path`, since the end of a run is too late for an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
         pass
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuses counts below 1. A `limit` below 1 would mean a share of the problems to lm-eval."""
+    """Refuse counts below 1; lm-eval would take a `limit` below 1 for a share of the problems."""
     for name, count in counts.items():
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} is {count}; it must be a whole number of at least 1, or None for the default")
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Refuses what is not the name of a floating-point dtype."""
+    """Refuse a name that is not that of a floating-point dtype."""
     found = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16, or None for the default")
 
 
 def table(record: dict) -> str:
-    """Formats the scores of a record, in percent, the headline marked with a star."""
+    """Format the scores of a record, in percent, the headline marked with a star."""
     lines = [f"{'task':<20} {'metric':<14} {'filter':<18} {'%':>7} {'+-':>6} {'n':>6} {'shots':>5}"]
     for name, task in record["tasks"].items():
         for metric, by_filter in task["scores"].items():
@@ -220,12 +220,12 @@ def table(record: dict) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; every option is an argument of `score`."""
+    """Read the command line; every option is an argument of `score`."""
     parser = argparse.ArgumentParser(prog="python -m eval.score", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="checkpoint folder or name on the hub; with --adapter, the base's")
     parser.add_argument("--tasks", nargs="+", required=True, help="lm-eval tasks, or demo, gsm8k_local")
     parser.add_argument("--data", help="folder with train.jsonl and test.jsonl, for demo and gsm8k_local")
-    parser.add_argument("--adapter", help="adapter file to lay over the checkpoint")
+    parser.add_argument("--adapter", help="adapter file to load into the checkpoint")
     parser.add_argument("--limit", type=int, help="problems of each task (default: all)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts scored together (default: 16)")
     parser.add_argument("--fewshot", type=int, help="solved examples before each problem (default: the task's own)")
@@ -241,7 +241,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Scores from the command line and prints the table."""
+    """Score from the command line, and print the table."""
     options = vars(parse_arguments())
     try:
         record = score(options.pop("checkpoint"), options.pop("tasks"), **options)

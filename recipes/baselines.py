@@ -1,6 +1,6 @@
 """The adapters that sparse training is compared with, by peft: LoRA, rsLoRA, DoRA, PiSSA and SHiRA.
 
-Each trains on the same linear weights as a mask would, and as many values as a budget asks for: the rank is the one
+Each trains the same linear weights as a mask would, and about as many values as a budget asks for: the rank is chosen
 whose number of trained values is nearest. Settings are the common ones: alpha is twice the rank, for PiSSA the rank
 itself; no dropout; adapters in fp32 over a base in its own dtype. At the end an adapter is merged, so that what is
 scored and saved is an ordinary checkpoint.
@@ -18,7 +18,7 @@ from torch import nn
 
 from speft_optim import find_targets
 
-# By method, the configuration for a rank, the names of the layers and a seed.
+# From a method to a function of rank, layer names and seed that makes the configuration.
 ADAPTERS: dict[str, Callable] = {
     "lora": lambda rank, names, seed: _lora(rank, names, lora_alpha=2 * rank),
     "rslora": lambda rank, names, seed: _lora(rank, names, lora_alpha=2 * rank, use_rslora=True),
@@ -45,38 +45,39 @@ def _peft(kind: str, **options):
 
 
 def check_available(method: str) -> None:
-    """Refuse a method for which peft, or what it needs of peft, is missing.
+    """Refuse a method if peft is missing or too old for it.
 
     Raises:
-        ValueError: with what to install.
+        ValueError: names what to install.
     """
     if method in ADAPTERS:
         ADAPTERS[method](1, ["q_proj"], 0)
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str] | None = None) -> dict[str, nn.Linear]:
-    """The layers whose weights are trained, by name: those that `select_masks` takes for the same `targets`.
+    """Return the layers whose weights are trained, by name: those that `select_masks` takes for the same `targets`.
 
     Raises:
-        ValueError: a target is no linear layer, which an adapter needs.
+        ValueError: a target is not a linear layer, which an adapter needs.
     """
     layers = {name.removesuffix(".weight"): target.sites[0][0] for name, target in find_targets(model, targets).items()}
     if other := next((name for name, layer in layers.items() if not isinstance(layer, nn.Linear)), None):
-        raise ValueError(f"{other} is no linear layer, and adapters take no other; name linear layers with --targets")
+        raise ValueError(f"{other} is not a linear layer, which adapters need; name linear layers with --targets")
     return layers
 
 
 def trained_values(layers: Mapping[str, nn.Linear], rank: int, method: str = "lora") -> int:
-    """Number of values that a method trains at this rank. DoRA has a magnitude for each row beside LoRA's two matrices.
+    """Return the number of values that a method trains at this rank.
 
-    SHiRA has no rank; peft gives it as many values as LoRA has at the one that it is given.
+    DoRA has a magnitude for each row beside LoRA's two matrices. SHiRA has no matrices of a rank; peft gives it as many
+    values as LoRA has at the rank that is passed.
     """
     sizes = [(layer.out_features, layer.in_features) for layer in layers.values()]
     return sum(rank * (rows + columns) + rows * (method == "dora") for rows, columns in sizes)
 
 
 def nearest_rank(layers: Mapping[str, nn.Linear], budget: int, method: str) -> int:
-    """The rank, at least 1, at which a method trains a number of values nearest to the budget."""
+    """Return the rank, at least 1, at which a method trains a number of values nearest to the budget."""
     fixed = trained_values(layers, 0, method)
     each = trained_values(layers, 1, method) - fixed
     below = max(1, (budget - fixed) // each)
@@ -86,14 +87,14 @@ def nearest_rank(layers: Mapping[str, nn.Linear], budget: int, method: str) -> i
 def attach_adapter(
     model: nn.Module, method: str, *, budget: int, targets: Sequence[str] | None = None, seed: int = 0
 ) -> tuple[nn.Module, dict[str, int]]:
-    """Put peft's layers over linear layers of the model, in place, and freeze all else.
+    """Wrap linear layers of the model in peft's layers, in place, and freeze all else.
 
     Args:
         model: a transformers model with dense weights.
         method: a key of `ADAPTERS`.
         budget: number of values to train, met as closely as a rank can.
         targets: suffixes of module names; None for the linear layers of the blocks.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Returns:
         peft's wrapper, whose `merge_and_unload` gives the model its plain layers back, and the `rank`, the `budget` and
@@ -129,7 +130,7 @@ def attach_adapter(
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
-    """Within the block the layers under adapters stand in the model themselves, unmerged, as without adapters."""
+    """Take the adapters' layers out of the model while the context lasts, without merging them."""
     wrapped = {name: module for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
     try:
         for name, module in wrapped.items():
@@ -146,11 +147,11 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def optimizer_over(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW over all that requires a gradient, in one fused launch on a GPU."""
+    """Return AdamW over all parameters that require a gradient, fused on a GPU."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=trained[0].is_cuda)
 
 
 def autocast_dtype(method: str, device: torch.device) -> torch.dtype | None:
-    """What products are cast to in training: bf16 on a GPU, but not for `sparse`, whose weights have that dtype."""
+    """Return the autocast dtype of training: bf16 on a GPU; None for `sparse`, whose weights have that dtype."""
     return torch.bfloat16 if method != "sparse" and device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""The loss of a batch, summed over its label tokens, without logits that nobody needs."""
+"""The loss of a batch, summed over its label tokens, without the logits of other tokens."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from recipes.loss import IGNORED, frozen_head, is_known, linear_cross_entropy
 
 
 def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, Tensor | int]:
-    """Find out what the loss needs to know of a batch, best where it still is on the CPU: a GPU would be waited for.
+    """Find the label tokens of a batch; best done while it is on the CPU, since this waits for a GPU.
 
     Args:
         batch: `input_ids`, `attention_mask`, `labels`, each (batch, length).
@@ -21,8 +21,8 @@ def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, T
 
     Returns:
         The batch with `places`, the positions in (batch * length) that predict a label token, `targets`, these tokens,
-        and their number `count`. It has no mask where padding is on the right: nothing looks at what comes behind it,
-        and attention without a mask is faster and need not look whether the mask is all ones.
+        and their number `count`. It has no attention mask if padding is on the right: in a causal model no token
+        attends to padding behind it, and attention without a mask is faster.
     """
     length, counted = batch["labels"].shape[1], batch["labels"][:, 1:] != IGNORED
     rows, columns = counted.nonzero(as_tuple=True)
@@ -35,15 +35,15 @@ def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, T
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tensor, int]:
-    """Cross-entropy summed over the label tokens of a batch, and their number.
+    """Compute cross-entropy summed over the label tokens of a batch, and their number.
 
-    Logits are a good part of the work and most of the memory with a large vocabulary. They are made for label tokens
-    only, and a chunk of these at a time where the head is frozen; of an architecture that is not known from the first
-    labelled position on.
+    With a large vocabulary logits are a good part of the work and most of the memory. They are computed for label
+    tokens only, and in chunks if the head is frozen. For an architecture that is not known they are computed for all
+    tokens from the first label on.
 
     Args:
         model: a causal language model of transformers.
-        batch: from `collate`, or from `locate_labels`.
+        batch: a batch of `collate` or of `locate_labels`.
     """
     batch = batch if "places" in batch else locate_labels(batch)
     targets, count = batch["targets"], batch["count"]
@@ -51,7 +51,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tenso
     if not is_known(model):
         return _loss_of_logits(model, batch, inputs), count
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    # Its backward adds at these places; that of an index would sort them first.
+    # The backward of `index_select` adds at these places; that of an index would sort them first.
     hidden = hidden.index_select(0, batch["places"])
     softcap = getattr(model.config, "final_logit_softcapping", None)
     if (head := frozen_head(model)) is not None:
@@ -62,25 +62,25 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tenso
 
 
 def _loss_of_logits(model: nn.Module, batch: dict[str, Tensor | int], inputs: dict[str, Tensor]) -> Tensor:
-    """The summed loss by the model's own logits, from the first labelled position on."""
+    """Compute the summed loss from the model's own logits, from the first label on."""
     targets = batch["labels"][:, 1:]
     counted = targets != IGNORED
     first = int(counted.any(0).int().argmax())
-    # Position i predicts token i + 1. A tensor of positions, not a count from the end: a count leaves a view with gaps
-    # of the hidden states, for which torch copies the whole vocabulary matrix once per row of the batch.
+    # Position i predicts token i + 1. A count from the end instead of positions would give a strided view of the hidden
+    # states, for which torch copies the whole vocabulary matrix once per row of the batch.
     positions = torch.arange(first, targets.shape[1], device=targets.device)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits[counted[:, first:]]
     return functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
 
 
 def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over the label tokens of a batch, as the model's own loss is, at less cost."""
+    """Return the mean cross-entropy over the label tokens of a batch: the model's own loss, at less cost."""
     loss, count = summed_loss(model, batch)
     return loss / count
 
 
 def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
-    """Mean loss over the label tokens of all samples, in evaluation mode, without gradients and uncompiled."""
+    """Return the mean loss over the label tokens of all samples, in evaluation mode, without gradients."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -100,7 +100,7 @@ def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pa
 
 
 def to_device(batch: dict[str, Tensor | int], device: torch.device) -> dict[str, Tensor | int]:
-    """The batch on the device; a GPU copies from pinned memory when it comes to it, and is not waited for."""
+    """Copy the batch to the device; to a GPU from pinned memory, without waiting for it."""
     if device.type != "cuda":
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     return {

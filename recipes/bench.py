@@ -24,13 +24,13 @@ from speft_optim import Masks, SparseAdamW, select_masks, sparsify
 
 @dataclass
 class Trained:
-    """What a cell trains in its model.
+    """The trained part of a cell's model.
 
     Attributes:
         kind: `sparse`, `full`, or the name of an adapter.
-        optimizer: over it.
-        counted: the number of `trained` values, and of what `budget`, `rank` and `density`.
-        adapter: peft's wrapper around the model, if any.
+        optimizer: the optimizer over it.
+        counted: the number of `trained` values and, if there are any, `budget`, `rank` and `density`.
+        adapter: peft's wrapper around the model, or None.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Bench:
         with claimed(out / "texts.claim", wait=True):
             self.texts = forgetting.load_texts(out / "texts.json", model, self.tokenizer)
         self.base = self.judge(model)
-        # Each cell trains a copy of it, so that nothing of one cell reaches the next.
+        # Each cell trains a copy, so that no cell affects the next.
         self.pristine = model.cpu()
 
     @property
@@ -70,7 +70,7 @@ class Bench:
         return self.args.steps or max(1, round(self.args.epochs * per_epoch))
 
     def run(self, cell: Cell) -> dict:
-        """Train and judge a cell; its record."""
+        """Train and judge a cell, and return its record."""
         begin = time.perf_counter()
         torch.manual_seed(cell.seed)
         model = copy.deepcopy(self.pristine).to(self.device).requires_grad_(True)
@@ -99,10 +99,10 @@ class Bench:
         return record | {"workers": self.args.workers, "machine": report.machine(), "commit": commit()}
 
     def attach(self, model, cell: Cell) -> Trained:
-        """Attach what the cell trains."""
+        """Attach the cell's masks or adapter, and build the optimizer."""
         options = dict(lr=cell.rate, weight_decay=self.args.weight_decay)
         if cell.method == "full":
-            # The master weights; products are cast.
+            # These are the fp32 master weights; autocast casts products.
             model.float()
             count = sum(parameter.numel() for parameter in model.parameters())
             return Trained("full", baselines.optimizer_over(model, **options), {"trained": count})
@@ -146,11 +146,11 @@ class Bench:
         return history
 
     def test_loss(self, model) -> float:
-        """Mean loss over the answer tokens of all test problems."""
+        """Return the mean loss over the answer tokens of all test problems."""
         return evaluate(model, self.test, batch_size=self.args.judge_batch_size, pad_id=self.pad_id)
 
     def judge(self, model) -> dict[str, float]:
-        """The losses of a model, frozen for all methods alike: `test_loss`, and one for each kind of text."""
+        """Return the losses of a model after freezing it: `test_loss`, and one for each kind of text."""
         model.requires_grad_(False)
         losses = {"test_loss": self.test_loss(model)}
         for kind, samples in self.texts.items():
@@ -160,14 +160,14 @@ class Bench:
 
 
 def attach_static(bench: Bench, model, salience: str, budget: int, seed: int, options: dict) -> torch.optim.Optimizer:
-    """Choose a mask once, by training problems drawn by the seed, and attach its values; the optimizer over them."""
+    """Choose masks once on training problems, attach their values, and return the optimizer."""
     masks = _choose(bench, model, salience, budget, seed)
-    # The loop looks at each gradient's norm, so the optimizer need not.
+    # The loop checks the norm of each gradient, so the optimizer need not.
     return SparseAdamW(sparsify(model, masks), on_nonfinite="ignore", **options)
 
 
 def attach_moving(bench: Bench, model, salience: str, budget: int, seed: int, options: dict) -> torch.optim.Optimizer:
-    """The same with masks over all weights together that move from there on."""
+    """Choose masks over all weights together, let them move in training, and return the optimizer."""
     masks = _choose(bench, model, salience, budget, seed, scope="global")
     args = bench.args
     power = moving.power_for(masks.density) if args.magnitude_power is None else args.magnitude_power
@@ -178,7 +178,7 @@ def attach_moving(bench: Bench, model, salience: str, budget: int, seed: int, op
 
 
 def _choose(bench: Bench, model, salience: str, budget: int, seed: int, **options) -> Masks:
-    """Masks by training problems that are drawn by the seed."""
+    """Select masks on training problems that are drawn by the seed."""
     count, size = bench.args.calibration_samples, bench.args.batch_size
     batches = data.calibration_batches(bench.samples, count, size, pad_id=bench.pad_id, seed=seed)
     with models.products_of(bench.dtype):
@@ -186,13 +186,13 @@ def _choose(bench: Bench, model, salience: str, budget: int, seed: int, **option
         return select_masks(model, batches, loss=mean_loss, **options)
 
 
-# By the first half of a method's name.
+# From the first half of a method's name to the function that attaches it.
 SPARSE: dict[str, Callable[..., torch.optim.Optimizer]] = {"static": attach_static, "moving": attach_moving}
 
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[dict[str, int]]:
-    """The most `bytes` that tensors take on a GPU within the block; nothing on a CPU."""
+    """Measure the peak `bytes` of tensors on a GPU while the context lasts; nothing on a CPU."""
     measured: dict[str, int] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -202,7 +202,7 @@ def _peak(device: torch.device) -> Iterator[dict[str, int]]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, where it is one."""
+    """Return the git commit of the source tree, or None."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,7 +1,7 @@
-"""Memory and step time of sparse fine-tuning beside its peers, on one card: each mode in a process of its own.
+"""Memory and step time of sparse fine-tuning beside its peers, on one GPU: each mode in a process of its own.
 
     python -m recipes.benchmark memory --shape llama3-8b
-    python -m recipes.benchmark memory --shape qwen2-7b --modes ours-int8,ours-nf4 --batch 1 --card 12
+    python -m recipes.benchmark memory --shape qwen2-7b --modes ours-int8,ours-nf4 --batch 1 --gpu-gb 12
     python -m recipes.benchmark memory --shape llama3-8b --layers 2 --batch 1 --seq 64     # a trial, also on a CPU
 
 Random weights of the model's shape, built tensor by tensor: neither memory nor time depends on their values. Masks are
@@ -17,7 +17,7 @@ for every mode alike.
 `--liger` puts Liger's kernels for norms, rotary embedding and gated activation into every mode alike
 (`pip install liger-kernel`); the estimate is that of transformers' own, which keep a little more for backward.
 
-`--card` gives each mode as much of the card as a smaller one has; running out of memory is then a result like others.
+`--gpu-gb` gives each mode as much of the GPU as a smaller one has; running out of memory is then a result like others.
 Prints one JSON line a mode, then a table with the estimate of `recipes.memory` beside each peak; writes `memory.json`
 and a stacked-bar `memory.png` to --out.
 """
@@ -37,7 +37,7 @@ import torch
 from eval.records import write_json
 from recipes import salience_cost, timed_steps
 from recipes.benchmark_report import draw, table
-from recipes.memory import CARDS, GIB, estimate, let_segments_grow, peak_bytes, usable_bytes
+from recipes.memory import GIB, GPU_SIZES, estimate, let_segments_grow, peak_bytes, usable_bytes
 from recipes.random_models import build, shaped
 from recipes.shapes import SHAPES, Shape
 
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
     memory.add_argument("--steps", type=int, default=6, help="timed steps after two more (default %(default)s)")
     memory.add_argument("--liger", action="store_true", help="Liger's norms, rotary embedding and gated activation")
-    memory.add_argument("--card", type=int, choices=CARDS, help="simulate a card of so many GB")
+    memory.add_argument("--gpu-gb", type=int, choices=GPU_SIZES, help="simulate a GPU of so many GB")
     memory.add_argument("--out", default="out/benchmark", help="folder for JSON and PNG (default %(default)s)")
     memory.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     salience_cost.add_arguments(
@@ -85,9 +85,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what this machine has not, and unknown modes."""
-    if args.card and not torch.cuda.is_available():
-        parser.error(f"--card {args.card} simulates a small card on a larger one, but there is no CUDA device")
+    """Refuse options that need other hardware or packages, and unknown modes."""
+    if args.gpu_gb and not torch.cuda.is_available():
+        parser.error(f"--gpu-gb {args.gpu_gb} simulates a small GPU on a larger one, but there is no CUDA device")
     if args.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
         parser.error("--liger needs a CUDA device and the package: pip install liger-kernel")
     if unknown := [mode for mode in args.modes.split(",") if mode not in MODES]:
@@ -117,13 +117,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     good = [row for row in rows if "error" not in row]
     if good:
         liger = ", Liger" if args.liger else ""
-        draw(good, out / "memory.png", f"{args.shape}, {args.batch} x {args.seq} tokens{liger}, {good[0]['card']}")
+        draw(good, out / "memory.png", f"{args.shape}, {args.batch} x {args.seq} tokens{liger}, {good[0]['gpu']}")
         print(out / "memory.png")
     return rows
 
 
 def run_apart(mode: str, argv: list[str]) -> dict:
-    """One mode in a fresh process, whose peak is its own; an error becomes a row, so that the others still run."""
+    """Run one mode in a new process, so that its peak is its own; an error becomes a row, and others still run."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--modes", mode, "--in-process"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -132,10 +132,10 @@ def run_apart(mode: str, argv: list[str]) -> dict:
 
 
 def measure(mode: str, args: argparse.Namespace) -> dict:
-    """What one mode needs and takes; on a card that is too small, a row that says so."""
+    """Measure one mode beside its estimate; running out of memory becomes a row too."""
     method, precision = mode.split("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.card}
+    row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
     if method == "ours":
         row["masks"] = args.masks
     if method in ("ours", "frozen"):
@@ -144,8 +144,8 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
         sizes = dict(batch=args.batch, length=args.seq, state_bits=args.state_bits)
         moments = estimate(shape, bits=BITS[precision], entries=entries if method == "ours" else 0, **sizes)
         row["estimate_gib"] = round(peak_bytes(moments) / GIB, 3)
-    if args.card:
-        timed_steps.limit_memory(usable_bytes(args.card))
+    if args.gpu_gb:
+        timed_steps.limit_memory(usable_bytes(args.gpu_gb))
     try:
         return row | timed_steps.run_steps(method, precision, args, device)
     except torch.OutOfMemoryError:

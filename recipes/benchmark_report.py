@@ -6,7 +6,7 @@ from eval.records import save_figure
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people; times also as multiples of the frozen bf16 step."""
+    """Format the rows for people, with times also as multiples of the frozen bf16 step."""
     floor = next((row["step_ms"] for row in rows if row["mode"] == "frozen-bf16" and "error" not in row), None)
     lines = [
         "| mode | trained | ms a step | / floor | optimizer ms | peak GiB | estimate |",
@@ -24,7 +24,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
-    """A stacked bar for each mode: where the bytes are at the peak."""
+    """Draw a stacked bar for each mode: the parts of its peak memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

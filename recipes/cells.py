@@ -13,13 +13,13 @@ MOVING = ("moving-snip", "moving-gradient")
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained.
+    """One training of a comparison.
 
     Attributes:
-        method: `full`, an adapter, or a sparse one, as `static-snip`.
-        budget_rank: as many values as LoRA of this rank has; None for `full`.
+        method: `full`, an adapter, or a sparse method such as `static-snip`.
+        budget_rank: the rank of LoRA with as many trained values; None for `full`.
         rate: peak learning rate.
-        seed: of data order, mask and adapter.
+        seed: seed of data order, mask and adapter.
     """
 
     method: str
@@ -29,7 +29,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """The name of its files."""
         rank = "" if self.budget_rank is None else f"_r{self.budget_rank}"
         return f"{self.method}{rank}_lr{self.rate:g}_s{self.seed}"
 
@@ -38,7 +38,7 @@ def check_cell(cell: Cell) -> None:
     """Refuse a cell that cannot be trained.
 
     Raises:
-        ValueError: its method is unknown or not there, or a number is out of range.
+        ValueError: its method is unknown or not installed, or a number is out of range.
     """
     known = ("full", *baselines.ADAPTERS, *STATIC, *MOVING)
     if cell.method not in known:
@@ -54,7 +54,7 @@ def read_cells(path: Path) -> list[Cell]:
     """Read a file with one cell a line.
 
     Raises:
-        ValueError: there is no such file, it is empty, or a line is none of a cell.
+        ValueError: there is no such file, it is empty, or a line is not a cell.
     """
     cells = []
     for where, row in read_json_lines(path):

@@ -1,8 +1,8 @@
-"""Claims of several processes on pieces of work: who holds the lock of a file has the piece.
+"""Claims of processes on pieces of work: the process that locks a file has the piece.
 
-The operating system gives up the locks of a process that dies, however it dies, so that what it had claimed can be
-claimed again. A file that is created exclusively says who came first as well, but stays behind a dead process; who
-takes it over may meet another who does the same.
+The operating system releases the locks of a process that dies, so that its pieces can be claimed again. A file that is
+created exclusively would also tell who came first, but it stays when its process dies, and two others might take it
+over at once.
 """
 
 import fcntl
@@ -13,11 +13,11 @@ from pathlib import Path
 
 @contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the claim within the block, and say whether it is held.
+    """Hold the claim while the context lasts; yield whether it is held.
 
     Args:
-        path: a file of no content; it is made where it is missing, and stays.
-        wait: wait for whoever holds the claim.
+        path: an empty file, which is created if it is missing and stays.
+        wait: whether to wait until no other process holds the claim.
     """
     with path.open("a") as file:
         try:

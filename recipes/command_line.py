@@ -1,6 +1,6 @@
-"""The command line of `recipes.gsm8k`: presets under what is typed, and refusals of what cannot work.
+"""The command line of `recipes.gsm8k`: defaults from presets, and checks of options.
 
-All that would fail minutes later is refused here, before anything is loaded.
+Options that would fail minutes later are refused here, before anything is loaded.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from recipes.options import GROUPS
 from recipes.presets import PAPER, PRESETS, preset_table
 
 DESCRIPTION = "Sparse fine-tuning on grade-school word problems, from a pretrained model to a scored checkpoint."
-# Three ways to say how many values are trained.
+# These options say how many values are trained, each in its own way.
 BUDGETS = ("density", "budget", "budget_rank")
 
 
@@ -27,7 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_typed(parser, args, chosen)
     if args.method in baselines.ADAPTERS:
-        # A preset's rate is that of its mask.
+        # A preset's learning rate is meant for its mask.
         args.lr = chosen.lr
     fill_in(args)
     check(parser, args)
@@ -36,14 +36,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The run as a whole."""
+    """Add the options of the run as a whole."""
     run = parser.add_argument_group("run")
     run.add_argument("--preset", choices=PRESETS, help="defaults for a known job")
-    run.add_argument("--list-presets", action=ListPresets, help="print which card each preset fits, and stop")
+    run.add_argument("--list-presets", action=ListPresets, help="print which GPU each preset fits, and stop")
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the expected peak on a card, from the configuration alone, and stop",
+        help="print the expected peak on a GPU, from the configuration alone, and stop",
     )
     run.add_argument(
         "--paper", action="store_true", help="defaults of the SPEFT paper: lr 2e-5, 1 epoch, batch 4 x 4, length 1024"
@@ -54,7 +54,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 class ListPresets(argparse.Action):
-    """Prints which card each preset fits, and ends the program, as `--help` does."""
+    """Prints which GPU each preset fits, and ends the program, as `--help` does."""
 
     def __init__(self, option_strings, dest, help):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -66,11 +66,11 @@ class ListPresets(argparse.Action):
 
 
 def defaults_of(chosen: argparse.Namespace) -> dict:
-    """The defaults of a preset and of `--paper`, without those that what was typed takes the place of."""
+    """Return the defaults of a preset and of `--paper`, without those that a typed option replaces."""
     defaults = dict(PRESETS.get(chosen.preset, {}))
     if chosen.paper:
         defaults.update(PAPER)
-    # What is typed takes the place of its alternative in a preset too.
+    # A typed option also replaces its alternatives in a preset.
     if any(getattr(chosen, name) is not None for name in BUDGETS) or chosen.method == "full":
         for name in BUDGETS:
             defaults.pop(name, None)
@@ -78,7 +78,7 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
         defaults.pop("epochs", None)
     if chosen.epochs is not None or chosen.paper:
         defaults.pop("steps", None)
-    # A length that was asked for is not cut to the minutes of a preset.
+    # If a length was typed, the minutes of a preset do not limit it.
     if chosen.paper or chosen.steps is not None or chosen.epochs is not None:
         defaults.pop("train_minutes", None)
     return defaults
@@ -95,7 +95,7 @@ def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace, chose
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Set what depends on other options."""
+    """Set the defaults that depend on other options."""
     if args.state_bits is None:
         args.state_bits = 32
     if args.pad_multiple is None:
@@ -115,7 +115,7 @@ def fill_in_mask(args: argparse.Namespace) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse at once what would otherwise fail minutes later."""
+    """Refuse options that would otherwise fail minutes later."""
     if args.model is None or args.data is None:
         parser.error("give --model and --data, or a --preset")
     if sum(getattr(args, name) is not None for name in BUDGETS) > 1:

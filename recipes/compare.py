@@ -26,12 +26,12 @@ from recipes import compiled, loop, memory, moving
 from recipes.cells import Cell, check_cell, read_cells
 from recipes.workers import Worker, check_ended, result_of, watch, work
 
-# What may differ between commands that fill one folder.
+# These options may differ between commands that fill one folder.
 FREE = ("cells", "methods", "budget_ranks", "rates", "seeds", "out", "workers", "minutes", "cache")
 
 
 def listed(kind):
-    """A parser of comma-separated values, as for argparse's `type`."""
+    """Return a parser of comma-separated values, as for argparse's `type`."""
 
     def parse_list(text: str) -> list:
         return [kind(part) for part in text.split(",")]
@@ -92,10 +92,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
-    """The cells that the command names, each once: all of the first seed first, so that a sweep comes before repeats.
+    """Return the cells that the command names, each once; the first seed comes first, as a whole sweep.
 
     Raises:
-        ValueError: a cell cannot be trained, or the file is none of cells.
+        ValueError: a cell cannot be trained, or the file holds anything but cells.
     """
     if args.cells is not None:
         cells = read_cells(Path(args.cells))
@@ -113,7 +113,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
 
 
 def check_settings(args: argparse.Namespace, out: Path) -> None:
-    """Write what all cells have in common, or compare it with what is there.
+    """Write the settings that all cells have in common, or compare them with those in the folder.
 
     Raises:
         ValueError: cells of this command could not be compared with those in the folder.
@@ -132,7 +132,7 @@ def check_settings(args: argparse.Namespace, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Train what is missing; how many cells are `done`, `failed` and `left`."""
+    """Train the cells that are missing, and return how many are `done`, `failed` and `left`."""
     args, begin = parse(argv), time.time()
     cells, out = cells_of(args), Path(args.out)
     for folder in ("cells", "claims"):
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     if args.workers == 1:
         Worker(args, begin).run(missing)
     elif missing:
-        # Spawned and not forked: CUDA does not live through a fork.
+        # CUDA does not survive a fork.
         context = multiprocessing.get_context("spawn")
         count = min(args.workers, len(missing))
         processes = [context.Process(target=work, args=(args, missing, begin, number)) for number in range(count)]

@@ -1,7 +1,7 @@
-"""Training with compiled parts: fewer and larger kernels, where launching them takes longer than they do.
+"""Training with compiled parts, for models whose kernels take less time than their launches.
 
-A small model is bound by launches, of which norms and rotary embeddings make up more than half. Three ways, each with
-the loss:
+A small model is bound by launches, of which norms and rotary embeddings make up more than half. There are three modes,
+and all compile the loss too:
 
 * `parts` compiles norms and rotary embeddings alone. These are alike in all blocks and for all methods, so that two
   small graphs serve a whole process.
@@ -28,12 +28,12 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 def compile_model(model: nn.Module, how: str = "parts", *, backend: str = "inductor") -> None:
-    """Compile a model for training; to be called when masks or adapters are attached.
+    """Compile a model for training; call it after masks or adapters are attached.
 
     Args:
         model: a causal language model of transformers.
         how: one of `MODES`.
-        backend: of torch.compile.
+        backend: the backend of torch.compile.
     """
     modules = _norms(model) if how == "parts" else _blocks(model)
     _raise_limits(len(modules))
@@ -57,7 +57,7 @@ def uncompile(model: nn.Module) -> None:
 
 @contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
-    """Within the block a model that was compiled computes as it does uncompiled; nothing is compiled for it."""
+    """Let a compiled model compute uncompiled while the context lasts."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):
         yield
         return
@@ -66,7 +66,7 @@ def eagerly(model: nn.Module) -> Iterator[None]:
 
 
 def _raise_limits(modules: int) -> None:
-    """Let torch compile as many graphs as there are modules; beyond its limit it silently would not."""
+    """Let torch compile as many graphs as there are modules; beyond its limit it would silently stop."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 8 * modules)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 64 * modules)
@@ -77,11 +77,11 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:
-    """The norms that nobody watches: one with a mask of its own, or another hook, would be a graph of its own."""
+    """Return the norms without hooks; one with a hook, such as a masked one, would need a graph of its own."""
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     return [norm for norm in norms if not norm._forward_pre_hooks and not norm._forward_hooks]
 
 
 def _code_of(model: nn.Module) -> ModuleType:
-    """Transformers' module of the architecture, where its blocks find the function that rotates."""
+    """Return the Python module of the architecture, in which its blocks look up the rotary function."""
     return sys.modules[type(model).__module__]

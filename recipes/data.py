@@ -1,6 +1,4 @@
-"""Word problems in, token sequences and batches out.
-
-Three things live here, in the order in which data flows through them.
+"""From word problems to token sequences and batches, in three steps.
 
 1. **Where problems come from** (`load_examples`): a folder with GSM8K's own ``train.jsonl`` and ``test.jsonl``, a data
    set of the hub. `recipes.word_problems` generates such a folder.
@@ -64,7 +62,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
 
 
 def columns_of(row: Sequence[str] | dict, where: str) -> tuple[str, str]:
-    """Names of the question and answer columns among those of `row`."""
+    """Return the names of the question and answer columns among those of `row`."""
     for pair in COLUMNS:
         if all(column in row for column in pair):
             return pair
@@ -75,7 +73,7 @@ def columns_of(row: Sequence[str] | dict, where: str) -> tuple[str, str]:
 def load_examples(
     source: str, *, train_limit: int | None = None, held_out: int = 256
 ) -> tuple[list[Example], list[Example]]:
-    """Training problems and held-out problems from a folder or from a data set of the hub.
+    """Load training problems and held-out problems from a folder or from a data set of the hub.
 
     Args:
         source: a folder with `train.jsonl` and `test.jsonl`, or the name of a data set such as `meta-math/MetaMathQA`
@@ -199,7 +197,7 @@ def collate(
 
 
 def make_batches(samples: Sequence[Sample], batch_size: int, *, pad_id: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of similar length, for passes in which the order does not matter (calibration, evaluation)."""
+    """Make batches of samples of similar length, for passes in which their order does not matter."""
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
     return [collate(ordered[i : i + batch_size], pad_id=pad_id) for i in range(0, len(ordered), batch_size)]
 
@@ -207,7 +205,7 @@ def make_batches(samples: Sequence[Sample], batch_size: int, *, pad_id: int) -> 
 def calibration_batches(
     samples: Sequence[Sample], count: int, batch_size: int, *, pad_id: int, seed: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Batches of at most `count` samples that the seed draws, to rank entries by."""
+    """Make calibration batches of at most `count` samples, drawn by the seed."""
     drawn = random.Random(seed).sample(samples, min(count, len(samples)))
     return make_batches(drawn, batch_size, pad_id=pad_id)
 
@@ -215,10 +213,10 @@ def calibration_batches(
 def sample_windows(
     samples: Sequence[Sample], window: int, *, seed: int, start: int = 0, pool: int = 1
 ) -> Iterator[list[Sample]]:
-    """Endless shuffled windows of samples: one window is what one optimizer step sees.
+    """Yield shuffled windows of samples without end; a window holds the samples of one optimizer step.
 
     The order is a function of `seed` and the epoch alone, so `start=n` goes on exactly where a run of n steps stopped.
-    One window of an epoch is shorter where the samples do not divide evenly.
+    One window of an epoch is shorter if the samples do not divide evenly.
 
     Args:
         samples: the training samples.
@@ -237,7 +235,7 @@ def sample_windows(
 
 
 def _shuffled(samples: Sequence[Sample], window: int, generator: random.Random, pool: int) -> list[list[int]]:
-    """The numbers of the samples of each window of an epoch."""
+    """Return the numbers of the samples of each window of an epoch."""
     order = list(range(len(samples)))
     generator.shuffle(order)
     if pool > 1:
@@ -250,5 +248,5 @@ def _shuffled(samples: Sequence[Sample], window: int, generator: random.Random, 
 
 
 def steps_per_epoch(samples: int, window: int) -> int:
-    """Number of windows in one pass over `samples`, the shorter last one included."""
+    """Return the number of windows in one pass over `samples`, with the shorter last one."""
     return -(-samples // window)

@@ -1,8 +1,8 @@
-"""What a run leaves when training is over, and the trial of all of it before training begins.
+"""The files of a run when training is over, and a rehearsal of all of them before it begins.
 
 A package that is missing, a full disk, a folder that refuses files or a model whose saver fails would otherwise show
-after hours of training. So `rehearse` writes everything once, by the functions that will write it in the end, from the
-untrained state, and removes it again.
+after hours of training. So `rehearse` writes everything once from the untrained state, by the same functions as in the
+end, and removes it again.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from recipes.training_state import History, load_checkpoint, save_checkpoint, tr
 from speft_optim import Masks, save_adapter
 from speft_optim.files import whole_folder
 
-# Hidden names of temporary files and folders, here, in `eval.records` and of the library, all end so.
+# All temporary files and folders of the library, the recipes and eval match this pattern.
 TEMPORARY = ".*.tmp"
 
 
@@ -33,7 +33,7 @@ def save_model(model, tokenizer, out: Path) -> None:
 
 
 def save_masked_entries(model, out: Path, salience: str) -> str:
-    """Write the adapter to `out/adapter.safetensors`; its checksum."""
+    """Write the adapter to `out/adapter.safetensors`, and return its checksum."""
     save_adapter(model, out / "adapter.safetensors", details={"measure": salience})
     return hash_files([out / "adapter.safetensors"])
 
@@ -50,7 +50,7 @@ def check_packages(*, scoring: bool) -> None:
 
 
 def prepare_folder(out: Path) -> None:
-    """Make the folder, refuse one that takes no files, and remove what a killed run left there half written."""
+    """Make the folder, refuse one that cannot be written to, and remove temporary files of a killed run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -69,7 +69,7 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
 
     Args:
         out: the run's folder.
-        needed: expected bytes by what they are of.
+        needed: from the name of a file to its expected bytes.
     """
     free, total = shutil.disk_usage(out).free, sum(needed.values())
     if free < total:
@@ -81,13 +81,13 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
 
 
 def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int, sums: int = 0) -> dict[str, int]:
-    """Bytes that a run of this model writes: an old state and an old checkpoint stay until the new ones are whole.
+    """Return the expected bytes of the files of a run, by name; an old training state stays until the new one is whole.
 
     Args:
-        model: with what is trained attached.
-        masks: what is trained; None for all weights or an adapter.
-        state_bits: of the optimizer's two moments.
-        sums: bytes of the sums of gradients by which masks move; a training state has them too.
+        model: the model, with its mask or adapter attached.
+        masks: the masks; None for all weights or an adapter.
+        state_bits: bits of each of the optimizer's two moments.
+        sums: bytes of the sums of gradients of moving masks, which are in the training state.
     """
     # Quantised weights are saved in 16 bits.
     sizes = (
@@ -107,17 +107,17 @@ def rehearse(
     """Write everything that the run will leave from its untrained state, check it, and remove it again.
 
     Args:
-        model: with the mask or adapter attached, untrained; it is saved without the adapter.
-        tokenizer: saved with it.
-        optimizer: over the trained tensors.
-        masks: what is trained; None for adapters and for all weights.
+        model: the untrained model with its mask or adapter attached; it is saved without the adapter.
+        tokenizer: its tokenizer.
+        optimizer: the optimizer over the trained tensors.
+        masks: the masks; None for adapters and for all weights.
         base: folder of the base checkpoint.
-        out: the run's folder; all is written inside it, so on the disk that matters.
-        salience: measure that chose the masks.
-        exact: whether the untrained model has the very weights of the base.
+        out: the run's folder, in which all is written.
+        salience: the measure that chose the masks.
+        exact: whether the weights of the untrained model must equal those of the base.
 
     Raises:
-        ValueError: something cannot be written, or the checkpoint is not that of the base.
+        ValueError: a file cannot be written, or the checkpoint differs from the base.
     """
     with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-", suffix=".tmp") as folder:
         trial = Path(folder)
@@ -141,7 +141,7 @@ def rehearse(
 def _trying(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever it is, it would have come after training
+    except Exception as error:  # any error here would otherwise come after training
         raise ValueError(
             f"{what} of this run cannot be saved, so it was not started ({type(error).__name__}: {error}); "
             "mend this, or choose another model or --out"

@@ -1,9 +1,9 @@
-"""What a fine-tuned model has forgotten: its loss on texts that its training was not about.
+"""Forgetting: the loss of a fine-tuned model on texts that its training was not about.
 
-Two kinds, both to be had without a network. **Own** texts are what the base model itself writes, sampled once before
-any training: on these it is as good as a model can be, so that any change shows. **Documentation** is the reference of
-the Python language, which lies in Python's standard library (`pydoc_data.topics`, what `help("assignment")` prints):
-technical prose by people. Python's version decides its words, so both are kept in a file and every model of a
+There are two kinds of text, both available without a network. **Own** texts are sampled from the base model itself
+before any training: on these it is as good as a model can be, so that any change shows. **Documentation** is the
+reference of the Python language in Python's standard library (`pydoc_data.topics`, what `help("assignment")` prints):
+technical prose by people. It depends on Python's version, so both kinds are kept in a file, and every model of a
 comparison reads the same.
 """
 
@@ -22,13 +22,13 @@ COUNT, OWN_LENGTH, DOCUMENTATION_LENGTH = 64, 128, 256
 
 
 def load_texts(path: Path, model, tokenizer, *, seed: int = 0) -> dict[str, list[Sample]]:
-    """The texts in a file, which is written first where it is missing; `own` and `documentation`.
+    """Return the texts `own` and `documentation` of a file, which is written first if it is missing.
 
     Args:
         path: the file.
         model: the base model, on its device.
         tokenizer: its tokenizer.
-        seed: of the sampled texts, and of the choice of documentation.
+        seed: seed of the sampled texts, and of the choice of documentation.
     """
     if not path.is_file():
         texts = {"own": own_texts(model, tokenizer, seed=seed), "documentation": documentation(tokenizer, seed=seed)}
@@ -40,9 +40,9 @@ def load_texts(path: Path, model, tokenizer, *, seed: int = 0) -> dict[str, list
 
 
 def own_texts(model, tokenizer, *, seed: int, count: int = COUNT, length: int = OWN_LENGTH) -> list[list[int]]:
-    """Token ids of texts that the model writes, each from the token that begins or separates its texts on.
+    """Sample texts from the model, and return their token ids, with the BOS or EOS from which each begins.
 
-    They are sampled from the model's own distribution, neither sharpened nor cut, and end with the first EOS.
+    They are sampled from the full distribution at temperature 1, and end with the first EOS.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = torch.full((count, 1), start, device=model.device)
@@ -64,12 +64,12 @@ def own_texts(model, tokenizer, *, seed: int, count: int = COUNT, length: int = 
 
 
 def _until(row: list[int], eos: int) -> list[int]:
-    """The row up to its first EOS behind the start, which may be an EOS itself."""
+    """Return the row up to its first EOS after the first token, which may be an EOS itself."""
     return row[: row.index(eos, 1) + 1] if eos in row[1:] else row
 
 
 def documentation(tokenizer, *, seed: int, count: int = COUNT, length: int = DOCUMENTATION_LENGTH) -> list[list[int]]:
-    """Token ids of pieces of the language reference, each of `length` tokens, drawn by the seed."""
+    """Return token ids of pieces of the language reference, each of `length` tokens, drawn by the seed."""
     from pydoc_data.topics import topics
 
     prefix = text_prefix(tokenizer)

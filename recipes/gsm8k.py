@@ -30,8 +30,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read when torch loads its OpenMP. Without it, threads that wait for one another spin, and where other programs want
-# the same cores (a browser is enough) they keep each other from working: steps took five times as long.
+# torch's OpenMP reads this as it is loaded. By default threads that wait for one another spin, and if another program
+# (a browser is enough) needs the same cores, they keep each other from working: steps took five times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
@@ -49,7 +49,7 @@ from speft_optim import Masks
 
 
 def read_data(args: argparse.Namespace) -> tuple[list[data.Example], list[data.Example], str | None]:
-    """Training problems, test problems, and the folder they are in, if any."""
+    """Return training problems, test problems, and the folder they are in, if any."""
     if args.data == "generator":
         count = args.train_limit or 4000
         folder = str(Path(args.out) / "data")
@@ -69,7 +69,7 @@ class Job:
         tokenizer: its tokenizer, with a pad token.
         samples: training problems as tokens.
         held_out: problems for the held-out loss as tokens.
-        dtype: of the weights, of a quantised base of the others.
+        dtype: dtype of the weights that are not quantised.
         steps: optimizer steps that were asked for.
     """
 
@@ -88,7 +88,7 @@ class Job:
 
 
 def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """Dtype of the weights. Sparse training keeps fp32 values beside bf16 ones; AdamW would round its steps away."""
+    """Choose the dtype of the weights: bf16 will do for a mask, whose values are fp32; AdamW loses small steps."""
     if args.method == "full" and args.dtype == "bfloat16":
         warnings.warn("all weights in bfloat16: steps below half a rounding step of a weight are lost", stacklevel=2)
     if args.dtype != "auto":
@@ -115,7 +115,7 @@ def prepare(run: Run, base: Path, train_problems: list[data.Example], test_probl
 
 
 def window_options(args: argparse.Namespace, model) -> dict:
-    """What a step sees and how it is computed."""
+    """Return the options of a step: its batches and how they are computed."""
     return dict(
         batch_size=args.batch_size,
         accumulation=args.accumulation,
@@ -127,7 +127,7 @@ def window_options(args: argparse.Namespace, model) -> dict:
 
 
 def fitting_steps(run: Run, job: Job) -> int:
-    """As many of the steps as fit in the minutes given, at least one; all of them where none were given."""
+    """Return how many of the steps fit into `--train-minutes`, at least one; all of them without that option."""
     args = run.args
     if args.train_minutes is None:
         return job.steps
@@ -139,19 +139,19 @@ def fitting_steps(run: Run, job: Job) -> int:
 
 
 def try_ending(run: Run, job: Job, trained: Trained) -> None:
-    """Write what the run will leave, once, before any training."""
+    """Write all files of the run once before training, so that it does not fail after it."""
     args, masks = run.args, trained.masks
     with run.stage("try the ending"):
         targeted = sum(mask.shape.numel() for mask in (masks or {}).values())
         sums = 0 if trained.schedule is None else moving.sum_bytes(targeted)
         ending.check_space(run.out, ending.expected_bytes(job.model, masks, args.state_bits, sums))
-        # PiSSA takes its start out of the weights, which it so rounds anew.
+        # PiSSA subtracts its start from the weights, which rounds them.
         options = dict(out=run.out, salience=args.salience, exact=args.method != "pissa")
         ending.rehearse(job.model, job.tokenizer, trained.optimizer, masks=masks, base=job.base, **options)
 
 
 def train(run: Run, job: Job, trained: Trained) -> None:
-    """Train, or take the last state of a run that is trained, and merge an adapter."""
+    """Train, or load the last state if training is over, and merge an adapter."""
     args, record = run.args, run.record
     with run.stage("train"), models.products_of(job.dtype):
         history = loop.train(
@@ -176,13 +176,13 @@ def train(run: Run, job: Job, trained: Trained) -> None:
 
 
 def note_training(record: dict, history: loop.History, job: Job, trained: Trained) -> None:
-    """Put what happened in training into the record."""
+    """Record the history of training, and the optimizer's memory."""
     record |= {"history": vars(history), "tokens_per_second": history.tokens_per_second}
     record["steady_tokens_per_second"] = history.tokens_per_second_after(loop.READ_EVERY)
     if record["steps"] > loop.READ_EVERY:
         print(f"{record['steady_tokens_per_second']:.0f} tokens/s without the first {loop.READ_EVERY} steps")
     if trained.schedule is not None:
-        # All that can differ from the base.
+        # These are all entries that can differ from the base.
         trained.masks = trained.schedule.ever_trained()
         record["mask"]["ever_trained"] = trained.masks.count
     record["optimizer_bytes"] = {
@@ -192,7 +192,7 @@ def note_training(record: dict, history: loop.History, job: Job, trained: Traine
 
 
 def save(run: Run, job: Job, masks: Masks | None) -> dict[str, str]:
-    """Write adapter, checkpoint and picture, one stage each; the paths of all files of the run."""
+    """Write adapter, checkpoint and picture, one stage each; return the paths of all files of the run."""
     record, out = run.record, run.out
     files = {"checkpoint": str(out / "checkpoint")}
     if masks is not None:
@@ -210,7 +210,7 @@ def save(run: Run, job: Job, masks: Masks | None) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Load, calibrate, select, attach, try the ending, train, save, report; returns what it wrote to run.json.
+    """Load, calibrate, select, attach, try the ending, train, save and report; return the record in run.json.
 
     With `--dry-run` it returns what a run needs, and does nothing else.
     """
@@ -232,12 +232,12 @@ def main(argv: list[str] | None = None) -> dict:
     trained = attach(run, job.model, job.samples, job.pad_id, job.dtype)
     if args.compile:
         compiled.compile_model(job.model, args.compile)
-    # A run that goes on takes as many steps as it would have, and knows by them whether it has taken its last.
+    # A resumed run takes the number of steps from the record, which also tells whether training is over.
     record["steps"] = record.get("steps") or fitting_steps(run, job)
     if not is_trained(record, out):
         try_ending(run, job, trained)
     train(run, job, trained)
-    # From here on each result is written before the next begins, and all can be had again from the last state.
+    # From here on each result is written at once, and a run that stops begins here from the last state.
     run.measure_loss("after", job.model, job.held_out, job.pad_id)
     files = save(run, job, trained.masks)
     del job, trained

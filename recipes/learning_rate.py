@@ -1,4 +1,4 @@
-"""The learning rate that fits a method, a density and a model; what was measured is told in `recipes.gsm8k`."""
+"""The default learning rate for a method, a density and a model; `recipes.gsm8k` tells what was measured."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from speft_optim import find_targets
 
 
 def default_rate(method: str, density: float, weight_size: float) -> float:
-    """Learning rate that fits: a power law through what was measured on one model at two densities.
+    """Return the default learning rate: a power law through the best rates of one model at two densities.
 
     Args:
         method: `sparse`, `moving` or `full`.
@@ -21,7 +21,7 @@ def default_rate(method: str, density: float, weight_size: float) -> float:
 
 
 def linear_weight_size(model: nn.Module) -> float:
-    """Root mean square over the linear weights of the blocks."""
+    """Return the root mean square of the entries of the blocks' linear weights."""
     weights = find_targets(model).values()
     squares = sum(weight.rows(0, weight.matrix_shape[0]).float().square().sum().item() for weight in weights)
     return (squares / sum(weight.shape.numel() for weight in weights)) ** 0.5

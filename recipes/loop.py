@@ -3,7 +3,7 @@
 The loop knows a model, an optimizer and samples. What is trained is whatever requires a gradient: the compact values of
 a sparse mask, all weights, or an adapter. One optimizer step sees one *window* of `batch_size * accumulation` samples,
 and its loss is the mean over all label tokens of the window. Averaging the micro-batches' means instead would weigh a
-token by the company it was batched with, and training would change with the accumulation.
+token by the batch that it is in, and training would change with the accumulation.
 
 A training that was interrupted goes on from its last state (`recipes.training_state`). The position in the data and the
 learning rate are functions of the step number and need no state.
@@ -26,13 +26,13 @@ from recipes.random_state import random_state, restore_random_state
 from recipes.training_state import History, load_checkpoint, newest_checkpoint, save_checkpoint
 from recipes.windows import Window, prepare
 
-# Steps between two looks at the losses, which stay on the device till then.
+# Losses are read from the device every so many steps.
 READ_EVERY = 10
 SCHEDULES = ("linear", "cosine", "constant")
 
 
 def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear warm-up, then decay to 0 or constant.
+    """Return the share of the peak learning rate at `step` (from 0): linear warm-up, then decay to 0 or constant.
 
     Args:
         step: the step about to be taken.
@@ -83,11 +83,11 @@ def train(
         schedule: one of `SCHEDULES`.
         clip: largest norm of the gradient over all trained tensors; None does not clip.
         seed: decides the order of the data.
-        checkpoint_folder: where the training state goes, always after the last step, so that nothing that comes
-            after training can lose it; only the newest complete one is kept. None writes none.
-        checkpoint_every: steps between further ones before the last. None writes none of these.
-        resume: go on from the state in `checkpoint_folder`, or start where there is none.
-        autocast: dtype to which products are cast, as of fp32 weights in mixed precision. None casts none.
+        checkpoint_folder: folder for the training state, which is always written after the last step, so that nothing
+            after training can lose it; only the newest complete one is kept. None writes no state.
+        checkpoint_every: also write the state every so many steps. None writes it after the last step only.
+        resume: whether to go on from the state in `checkpoint_folder`, if there is one.
+        autocast: dtype of autocast, for fp32 weights in mixed precision; None for no autocast.
         pool: windows within which samples of similar length come together; see `sample_windows`.
         pad_multiple: lengths are padded to a multiple of this, so that shapes repeat.
 
@@ -97,7 +97,7 @@ def train(
     _check(
         samples, steps, batch_size, accumulation, warmup, schedule, clip, checkpoint_every, checkpoint_folder, resume
     )
-    # Of the optimizer: masked weights too may require gradients for a time, of which nothing trains.
+    # The optimizer tells what is trained, since masked weights may require gradients for a time too.
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not trained:
         raise ValueError("nothing in the model requires a gradient; attach a mask with sparsify, or unfreeze weights")
@@ -127,8 +127,8 @@ def train(
         norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip) if window.labels else math.nan
         labels, tokens = window.labels, window.tokens
         if step + 1 < steps:
-            window = next(windows)  # while a GPU is still at the gradients
-        # The one number of a step that is waited for.
+            window = next(windows)  # a GPU still computes the gradients meanwhile
+        # This is the only number in a step that the CPU waits for.
         norm = float(norm)
         if math.isfinite(norm):
             optimizer.step()
@@ -155,7 +155,7 @@ def train(
 
 
 def _read(unread: list[Tensor], history: History, bar: tqdm) -> None:
-    """Fetch the losses of the last steps from the device, for which it is waited."""
+    """Read the losses of the last steps from the device."""
     if unread:
         history.loss += torch.stack(unread).tolist()
         unread.clear()
@@ -163,7 +163,7 @@ def _read(unread: list[Tensor], history: History, bar: tqdm) -> None:
 
 
 def _keep_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, step: int):
-    """Write the state; a disk that takes none is warned of, since what is trained is still there to go on with."""
+    """Write the state; if the disk refuses, warn and go on, since the model is still in memory."""
     try:
         save_checkpoint(folder, model, optimizer, history, step)
     except OSError as error:
@@ -186,11 +186,11 @@ def seconds_per_step(
     pool: int = 1,
     pad_multiple: int = 1,
 ) -> float:
-    """Time of forward and backward of a step, the longer of two trials on the run's first windows; nothing is changed.
+    """Measure forward and backward of a step: the longer of two trials on the run's first windows. Nothing is changed.
 
     Args:
-        model: with whatever is to be trained attached.
-        samples: as for `train`, like the rest.
+        model: the model, with its mask or adapter attached.
+        samples: tokenised training problems.
         batch_size: samples in one forward pass.
         pad_id: token to pad with.
         accumulation: forward passes in one optimizer step.
@@ -212,7 +212,7 @@ def seconds_per_step(
         model.zero_grad()
     model.train(was_training)
     restore_random_state(state)
-    # The first pays for what is prepared once.
+    # The first trial includes one-time costs.
     return max(seconds[1:])
 
 
@@ -236,7 +236,7 @@ def _check(samples, steps, batch_size, accumulation, warmup, schedule, clip, eve
 
 
 def _accumulate(model: nn.Module, window: Window, history: History, autocast: torch.dtype | None) -> Tensor:
-    """Backward over all micro-batches of a window; its mean loss a label token, NaN where it has no label."""
+    """Run backward for all micro-batches of a window; return its mean loss per label token, NaN without labels."""
     if window.bare:
         if not history.skipped_batches:
             warnings.warn("a batch has no label at all and is skipped; later ones are counted silently", stacklevel=3)
@@ -244,7 +244,7 @@ def _accumulate(model: nn.Module, window: Window, history: History, autocast: to
     device = next(model.parameters()).device
     mean = torch.full((), 0.0 if window.labels else math.nan, dtype=torch.float64, device=device)
     for batch in window.batches:
-        # Anew for each batch: it keeps what it cast, and the weights change.
+        # Autocast caches cast weights until its context ends, and after a step they would be stale.
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             loss, _ = summed_loss(model, batch)
         (loss / window.labels).backward()

@@ -12,23 +12,22 @@ which it copies the head in forward and backward.
 import torch
 from torch import Tensor, nn
 
-# The label that the losses of PyTorch and transformers leave out.
+# The losses of PyTorch and transformers leave out tokens with this label.
 IGNORED = -100
 CHUNK_BYTES = 128 * 2**20
-# Architectures of transformers whose logits are the head's product and at most a cap, with no factor or bias behind it.
+# In these architectures of transformers the logits are the product with the head, at most capped.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether the model's logits are the product of its decoder's hidden states and its head, at most capped."""
+    """Tell whether the model's logits are the product of its decoder's hidden states and its head, at most capped."""
     return getattr(getattr(model, "config", None), "model_type", None) in DECODERS
 
 
 def frozen_head(model: nn.Module) -> Tensor | None:
-    """The head's weight (vocabulary, width) where `linear_cross_entropy` can stand for it, else None.
+    """Return the head's weight, (vocabulary, width), if `linear_cross_entropy` can replace head and loss, else None.
 
-    None for an architecture it does not know, a head that is trained, and one with hooks, whose owner wants to see it
-    called.
+    It cannot for an unknown architecture, a trained head, or a head with hooks, which must be called.
     """
     if not is_known(model):
         return None
@@ -40,12 +39,12 @@ def frozen_head(model: nn.Module) -> Tensor | None:
 def linear_cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, *, softcap: float | None = None, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """Cross-entropy of `hidden @ head.T` against `targets`, summed over the tokens that count.
+    """Compute cross-entropy of `hidden @ head.T` against `targets`, summed over the tokens with a label.
 
     Args:
         hidden: (tokens, width), in the dtype that the head computes in.
         head: (vocabulary, width), frozen.
-        targets: (tokens,) class numbers; -100 does not count.
+        targets: (tokens,) class numbers; -100 for tokens without a label.
         softcap: cap the logits to `softcap * tanh(logits / softcap)`, as Gemma 2 does.
         chunk_bytes: largest fp32 chunk of logits; twice this is alive at once, with a cap three times.
 
@@ -70,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        # What was computed in forward has no graph: a second derivative would silently lack this function's part.
+        # The gradient was computed in forward without a graph, so a second derivative would silently be wrong.
         if torch.is_grad_enabled():
             raise RuntimeError("linear_cross_entropy has no second derivative; take the loss from the model's logits")
         (gradient,) = ctx.saved_tensors
@@ -78,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, out: Tensor | None) -> Tensor:
-    """The summed loss of one chunk of tokens; its gradient goes to `out` (tokens, width). Its tensors end with it."""
+    """Return the summed loss of one chunk of tokens, and write its gradient to `out`, (tokens, width), or None."""
     counted, place, slope = targets != IGNORED, targets.clamp(min=0)[:, None], None
     logits = (hidden @ head.t()).float()
     if softcap is not None:
@@ -97,5 +96,5 @@ def _chunk_loss(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | 
     return loss
 
 
-# What is called: compiled where blocks are.
+# This is the function that is called; `recipes.compiled` replaces it by a compiled one.
 chunk_loss = _chunk_loss

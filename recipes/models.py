@@ -1,4 +1,4 @@
-"""Loading models, from a folder, from the hub, or from a package that carries one (`recipes.packaged_models`)."""
+"""Loading of models from a folder, from the hub, or from a Python package (`recipes.packaged_models`)."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve(name: str, *, cache: str | Path = "models") -> Path:
-    """The local folder of a model, fetched or unpacked first where needed.
+    """Return the local folder of a model, after fetching or unpacking it if need be.
 
     Args:
         name: a checkpoint folder, a key of `PACKAGED`, or a name on the hub.
@@ -33,7 +33,7 @@ def resolve(name: str, *, cache: str | Path = "models") -> Path:
 
 
 def configuration(name: str, *, cache: str | Path = "models") -> PretrainedConfig:
-    """The configuration of a model, by the names that `resolve` takes; nothing else is fetched, unpacked or loaded.
+    """Return the configuration of a model by a name that `resolve` takes, without fetching or loading its weights.
 
     Raises:
         ValueError: there is no such folder, package or name on the hub.
@@ -54,8 +54,8 @@ def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str =
 
     Args:
         folder: a local checkpoint.
-        dtype: of the weights; of a quantised base, of the others and of all products.
-        device: where the model goes.
+        dtype: dtype of the weights; of a quantised base, of the weights that are not quantised and of all products.
+        device: the device of the model.
         bits: 16 leaves the weights in `dtype`. With 8, or 4 (nf4, double quantisation), bitsandbytes quantises the
             linear weights of the blocks as they are read, so that the dense model never exists.
 
@@ -75,7 +75,7 @@ def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str =
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=_quantisation(bits, dtype), device_map={"": device}, **options
     )
-    # From the start, so that the loss before training is of the same products as the one after.
+    # Patched before training, the model gives a loss that can be compared with the one after.
     patch_model(model)
     return model.train(), tokenizer
 
@@ -92,19 +92,18 @@ def _quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def attention_backend(config, device: torch.device | str) -> str | None:
-    """Which attention implementation to train with; None leaves the choice to transformers.
+    """Choose the attention implementation for training; None leaves the choice to transformers.
 
-    Gemma 2 caps its attention logits with a tanh. The fused kernels have no place for that and leave it out without a
-    word, so losses and gradients would be those of another model: it gets the plain implementation. So does every model
-    on a CPU, where the fused bf16 kernel makes backward half as slow again (SmolLM2-135M, 8 x 73 tokens, one core: 1.84
-    against 1.19 seconds).
+    Gemma 2 caps its attention logits with a tanh, which fused kernels silently leave out, so that losses and gradients
+    would be wrong: it gets the plain implementation. So does every model on a CPU, where backward through the fused
+    bf16 kernel takes longer (SmolLM2-135M, 8 x 73 tokens, one core: 1.84 against 1.19 seconds).
     """
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     return "eager" if capped or torch.device(device).type == "cpu" else None
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:
-    """The faster of bf16 and fp32 for matrix products on this device, by a quarter-second trial on a CPU.
+    """Return the faster of bf16 and fp32 for matrix products on this device, by a quarter-second trial on a CPU.
 
     CPUs differ by more than tenfold either way: with matrix units bf16 is several times faster than fp32, without any
     bf16 instruction it is emulated and several times slower.
@@ -125,10 +124,10 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
 
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Let fp32 matrix products on a CPU round their operands to bf16 while weights and activations are bf16 anyway.
+    """Let fp32 matrix products on a CPU round their operands to bf16 while the context lasts, if `dtype` is bf16.
 
-    The gradient of a mask is an fp32 product of such operands. Rounding what is bf16 already loses nothing, sums stay
-    fp32, and with matrix units the product is several times faster.
+    The gradient of a mask is an fp32 product of bf16 activations and gradients, for which the rounding loses nothing.
+    Sums stay fp32, and with matrix units the product is several times faster.
     """
     before = torch.get_float32_matmul_precision()
     if dtype is torch.bfloat16:

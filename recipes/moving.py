@@ -12,19 +12,19 @@ from torch import nn
 from speft_optim import Mask, MaskSchedule, SparseAdamW, sparsify
 
 INTERVAL, WINDOW = 50, 8
-# Bytes of the sums of gradients; weights that do not fit in together have their turns one after another.
+# Bytes of the sums of gradients; weights that do not fit together take turns.
 BUDGET = 2 * 2**30
-# Measured were 1.15 %, where the whole magnitude was better than its root, and 9.2 %, where the root was.
+# Two densities were measured: at 1.15 % the magnitude itself was better than its root, at 9.2 % the root was.
 _FEW = 0.03
 
 
 def power_for(density: float) -> float:
-    """The `magnitude_power` of `SparseAdamW` for a share of masked entries."""
+    """Return the `magnitude_power` of `SparseAdamW` for a share of masked entries."""
     return 1.0 if density < _FEW else 0.5
 
 
 def sum_bytes(entries: int) -> int:
-    """Bytes of the sums of gradients of targets with so many entries in all."""
+    """Return the bytes of the sums of gradients of targets with so many entries in all."""
     return min(BUDGET, 4 * entries)
 
 
@@ -42,12 +42,12 @@ def attach(
 
     Args:
         model: the plain model.
-        masks: to begin with, for all weights that may get entries.
+        masks: the first masks, for all weights that may get entries.
         salience: the measure, as for `MaskSchedule` without batches.
         power: `magnitude_power` of the optimizer.
-        window: optimizer steps whose gradients rank the entries.
-        interval: least number of steps between two selections of a weight.
-        **options: of the optimizer.
+        window: over how many optimizer steps gradients are summed to rank the entries.
+        interval: the least number of steps between two selections of a weight.
+        **options: further options of the optimizer.
     """
     optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), magnitude_power=power, **options)
     steps = dict(window=window, interval=interval)

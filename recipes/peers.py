@@ -1,4 +1,4 @@
-"""What a mode of the benchmark trains: nothing, masked entries by this library, or LoRA by peft."""
+"""The trained part of each mode of the benchmark: nothing, masked entries by this library, or LoRA by peft."""
 
 import argparse
 import json
@@ -15,14 +15,14 @@ MASK_PROFILE = Path(__file__).with_name("mask_profile.json")
 
 
 def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
-    """A frozen model; its quantised layers are computed as ours are."""
+    """Freeze the model; its quantised layers are computed as in ours."""
     patch_model(model)
-    # An optimizer of nothing, so that all modes share one step; the scalar belongs to no module.
+    # An optimizer over a scalar outside the model lets all modes share one training step.
     return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0
 
 
 def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
-    """SparseAdamW over random masks of the seven projections."""
+    """Attach random masks of the seven projections; return SparseAdamW and the bytes of values and positions."""
     masks = random_masks(model, args.density, args.masks)
     values = sparsify(model, masks)
     held = sum(value.nbytes for value in values) + sum(mask.nbytes for mask in masks.values())
@@ -30,7 +30,7 @@ def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim
 
 
 def random_masks(model: nn.Module, density: float, kind: str):
-    """Masks of the seven projections: the same share of every row, or concentrated as gradients choose them."""
+    """Draw masks of the seven projections: the same share of every row, or concentrated as gradients choose them."""
     masks = Masks()
     for name, target in find_targets(model, PROJECTIONS).items():
         rows, columns = target.matrix_shape
@@ -47,7 +47,7 @@ def random_masks(model: nn.Module, density: float, kind: str):
 
 
 def concentrated(projection: str, rows: int, columns: int, density: float, device: torch.device) -> Tensor:
-    """Positions drawn with the measured shares of the rows and columns of a projection, each set in random order.
+    """Draw positions with the measured shares of a projection's rows and columns, each set in random order.
 
     `mask_profile.json` has these shares, over their mean, of gradient masks of SmolLM2-135M at two densities.
     """
@@ -65,7 +65,7 @@ def concentrated(projection: str, rows: int, columns: int, density: float, devic
 
 
 def attach_lora(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
-    """PEFT's LoRA, injected in place, adapters in bf16 as QLoRA trains them."""
+    """Inject PEFT's LoRA in place, in bf16 as QLoRA trains it; return AdamW and the bytes of the adapters."""
     import peft
 
     options = dict(r=args.rank, lora_alpha=2 * args.rank, target_modules=PROJECTIONS)

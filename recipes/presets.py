@@ -1,4 +1,4 @@
-"""Defaults of known jobs, and the GPU that each of them fits."""
+"""Presets: the defaults of known jobs, and the GPU that each of them fits."""
 
 import argparse
 from collections.abc import Callable
@@ -18,7 +18,7 @@ PRESETS = {
         # steps of 8 problems.
         "lr": 1.5e-3,
         "train_limit": 4000,
-        # At most; a CPU without bf16 instructions gets through a quarter of them in these minutes.
+        # This is a limit; a CPU without bf16 instructions takes a quarter of these steps in the minutes below.
         "steps": 220,
         "train_minutes": 3.0,
         "batch_size": 4,
@@ -46,10 +46,10 @@ PAPER = {
 
 
 def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
-    """Expected peaks of the presets of known shape for three sizes of batch, and the smallest common card for each.
+    """Format the expected peaks of the presets for three sizes of batch, and the smallest common GPU for each.
 
     Args:
-        parse: reads a command line.
+        parse: the function that reads a command line.
     """
     lines = ["| preset | entries | batch | 16 bits | 8 bits | 4 bits |", "|---|---|---|---|---|---|"]
     for name in [name for name in PRESETS if name in shapes.SHAPES]:
@@ -58,14 +58,14 @@ def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
             for bits in (16, 8, 4):
                 args = parse(["--preset", name, "--base-bits", str(bits), *batch])
                 needed = memory.peak_bytes(expected_memory(args))
-                cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_card(needed)} GB")
+                cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_gpu(needed)} GB")
             size = f"{args.batch_size} x {args.max_length}"
             lines.append(f"| {name} | {args.budget:,} | {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Bytes by part at the moments that can set the peak of training (see `recipes.memory`), for the longest batch."""
+    """Estimate the memory of training with the longest batch, by moment and part; see `recipes.memory.estimate`."""
     if args.preset in shapes.SHAPES and args.model == PRESETS[args.preset]["model"]:
         config = shapes.configuration(args.preset)  # needs no network and no accepted licence
     else:

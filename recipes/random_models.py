@@ -9,7 +9,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def shaped(name: str, layers: int | None = None):
-    """The configuration of a shape, with fewer blocks where asked for."""
+    """Return the configuration of a shape, with fewer blocks if asked for."""
     config = configuration(name, max_position_embeddings=8192, use_cache=False)
     if layers:
         config.num_hidden_layers = layers
@@ -19,14 +19,14 @@ def shaped(name: str, layers: int | None = None):
 
 
 def build(name: str, precision: str, device: torch.device, layers: int | None = None) -> nn.Module:
-    """A random model of a shape, laid out without data and then made on the card one tensor at a time."""
+    """Build a random model of a shape: first without data, then one tensor at a time on the GPU."""
     import accelerate
     import transformers
 
     config = shaped(name, layers)
     # Gemma 2 caps its attention scores, which the fused kernels leave out.
     attention = "eager" if config.model_type == "gemma2" else "sdpa"
-    # Parameters without data, but buffers with it: tables and scales that only their constructors fill.
+    # Buffers keep their data, since only their constructors fill such tables and scales.
     with accelerate.init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
@@ -47,20 +47,20 @@ def build(name: str, precision: str, device: torch.device, layers: int | None = 
 
 
 def use_liger(model: nn.Module) -> None:
-    """Liger's kernels for what lies between the linear layers; the loss stays `loss_of`."""
+    """Use Liger's kernels for norms, rotary embedding and gated activation; the loss stays `loss_of`."""
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def random_parameter(shape: torch.Size, device: torch.device) -> nn.Parameter:
-    """Weights as initialised, norms at one."""
+    """Draw a matrix as at initialisation, or fill a vector with ones."""
     data = torch.empty(shape, dtype=torch.bfloat16, device=device)
     return nn.Parameter(data.normal_(0, 0.02) if len(shape) > 1 else data.fill_(1.0), requires_grad=False)
 
 
 def quantized_linear(plain: nn.Linear, precision: str, device: torch.device) -> nn.Module:
-    """A bitsandbytes layer with random weights of the plain one's shape."""
+    """Build a bitsandbytes layer with random weights, of the shape of a plain one."""
     import bitsandbytes as bnb
 
     weight = random_parameter(plain.weight.shape, device)

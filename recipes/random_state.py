@@ -7,7 +7,7 @@ import torch
 
 
 def random_state() -> dict:
-    """The states of all generators that training may draw from, as plain numbers and tensors."""
+    """Return the states of all generators that training may draw from, as plain numbers and tensors."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = numpy.random.get_state()
     return {
@@ -19,7 +19,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(state: dict) -> None:
-    """Put all generators back to a result of `random_state`."""
+    """Restore the states of all generators from a result of `random_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     keys, *rest = state["numpy"]

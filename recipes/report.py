@@ -1,7 +1,7 @@
-"""What a run leaves behind besides its weights: `run.json`, `report.png`, and a table for the person who waited.
+"""The report of a run: `run.json`, `report.png`, and a table.
 
-`run.json` is written after every stage, so that a run which is stopped still tells how far it came, and `--resume`
-finds there what need not be measured twice.
+`run.json` is written after every stage, so that a stopped run tells how far it came, and `--resume` measures nothing
+twice.
 """
 
 import platform
@@ -20,14 +20,14 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "num
 
 
 def machine() -> dict:
-    """Versions and hardware: what someone needs to judge whether their numbers should agree."""
+    """Return versions and hardware, on which the numbers of a run depend."""
     versions = {"python": platform.python_version(), "speft-optim": __version__}
     return {
         "versions": versions | {name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
@@ -40,16 +40,16 @@ def _processor() -> str:
 
 
 def peak_bytes() -> dict[str, int | None]:
-    """Most memory this process has held so far: resident on the host, allocated on the card."""
+    """Return the most bytes that this process has held so far: resident on the host, allocated on the GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "card": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> int:
-    """Bytes held beyond the weights: the optimizer's state and, for a mask, its fp32 values and positions."""
+    """Return the bytes held beyond the weights: the optimizer's state, and a mask's fp32 values and positions."""
     tensors = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
@@ -61,18 +61,18 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, masks: Masks | None) -> in
 
 
 def adamw_bytes(model: torch.nn.Module) -> int:
-    """Bytes of two fp32 moments for every weight of the model: what AdamW over all of them holds."""
+    """Return the bytes of AdamW's two fp32 moments for all weights of the model."""
     return 8 * sum(target.shape.numel() for target in base_weights(model))
 
 
 def base_weights(model: torch.nn.Module) -> list[Target]:
-    """The weights of the model itself, without those that an adapter has put beside them."""
+    """Return the weights of the model itself, without those that an adapter has put beside them."""
     with plain_layers(model):
         return list(find_targets(model, lambda name, parameter: True).values())
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """The file of each tensor in a checkpoint's folder, by the tensor's name."""
+    """Find the file of each tensor in a checkpoint's folder, by the tensor's name."""
     files: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -85,14 +85,13 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
 def moved_share(
     base: str | Path, tuned: str | Path, masks: Masks | None, model: torch.nn.Module
 ) -> dict[str, int | float]:
-    """How many entries of a saved checkpoint differ from its base, tensor by tensor from the files.
+    """Count the entries of a saved checkpoint that differ from its base, tensor by tensor from the files.
 
     Args:
         base: folder of the base checkpoint.
-        tuned: folder of the trained one. Where the dtypes differ, the base is rounded to this one's, as loading it
-            does.
+        tuned: folder of the trained checkpoint. If the dtypes differ, the base is rounded to the dtype of this one.
         masks: which entries were trained; None for all of them.
-        model: the trained model; the base of a weight that it holds quantised is the dequantised one.
+        model: the trained model; a quantised weight is compared with its own dequantised base.
 
     Returns:
         `entries` of the model, how many `moved`, how many of these lie outside the mask (`stray`, to be 0), the
@@ -126,7 +125,7 @@ def moved_share(
 
 
 def _relative_change(start: torch.Tensor, trained: torch.Tensor, kept: torch.Tensor) -> float:
-    """Mean change of the entries at `kept`, as a share of the mean magnitude of all of `start`."""
+    """Return the mean change of the entries at `kept`, as a share of the mean magnitude of all of `start`."""
     moved = (trained[kept].float() - start[kept].float()).abs().mean() if len(kept) else torch.zeros(())
     return float(moved / start.abs().mean(dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny))
 
@@ -163,7 +162,7 @@ def draw(
     curve.set_ylim(bottom=0)
     curve.legend()
     if rest:
-        # Not the density, which in local scope is the same everywhere.
+        # The density would be the same everywhere in local scope.
         masks.draw_means(rest[0], change, scale=100)
         rest[0].set_title("change of the trained entries, % of the mean weight")
         masks.draw_concentration(rest[1])
@@ -172,7 +171,7 @@ def draw(
 
 
 def table(record: dict) -> str:
-    """The result of a run, for people."""
+    """Format the result of a run, for people."""
     rows = [("model", record["base"]), ("trained", trained_line(record))]
     before, after = record["scores"]["before"], record["scores"]["after"]
     for task in after:
@@ -202,7 +201,7 @@ def table(record: dict) -> str:
 
 
 def trained_line(record: dict) -> str:
-    """What was trained and how, in one line."""
+    """Describe in one line what was trained, and how."""
     steps, rate = record["steps"], record["lr"]
     mask, adapter, what = record["mask"], record["adapter"], "all weights"
     if mask is not None:

@@ -1,4 +1,4 @@
-"""The folder of a run and its record, by which a run that was stopped goes on."""
+"""The folder of a run, and its record, from which a stopped run is resumed."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ MASKS = "masks.safetensors"
 
 
 def read_record(out: Path) -> dict:
-    """What the last run in this folder has written; empty where there was none."""
+    """Return the record of the last run in this folder; empty if there was none."""
     path = out / "run.json"
     if not path.is_file():
         return {}
@@ -23,22 +23,22 @@ def read_record(out: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, or choose another --out") from error
     if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
-        raise ValueError(f"{path} is no record of a run; delete it, or choose another --out")
+        raise ValueError(f"{path} is not the record of a run; delete it, or choose another --out")
     return record
 
 
 def is_trained(record: dict, out: Path) -> bool:
-    """Whether the run in this folder has taken its last step but not come to its end."""
+    """Tell whether the run in this folder has taken its last step but not written all its files."""
     state = newest_checkpoint(out / "resume")
     return state is not None and "files" not in record and step_of(state) == record.get("steps")
 
 
 def earlier_record(args: argparse.Namespace, out: Path) -> dict:
-    """What the run that this one continues has written; empty where this one begins anew.
+    """Return the record of the run that this one continues; empty if this one is new.
 
     Raises:
-        ValueError: the run in the folder has other arguments, so that this one can neither continue it nor, where it
-            is trained, take its place.
+        ValueError: the run in the folder has other arguments, so that this one can neither continue it nor, if training
+            is over there, replace it.
     """
     record = read_record(out)
     if not record or not (args.resume or is_trained(record, out)):
@@ -63,7 +63,7 @@ class Run:
     Attributes:
         args: the command line.
         out: the folder.
-        record: what is known so far.
+        record: the content of `run.json`.
         resumes: whether an earlier run in the folder is continued.
     """
 
@@ -76,7 +76,7 @@ class Run:
         if is_trained(earlier, self.out):
             print(f"training is over in {self.out}: only what comes after it is done again", flush=True)
         if not self.resumes:
-            # Of an earlier run, which a later --resume must not take for this one's.
+            # A later --resume must not take an earlier run's state for this one's.
             remove_checkpoints(self.out / "resume")
             (self.out / MASKS).unlink(missing_ok=True)
         self.record = {"scores": {}, "held_out_loss": {}, "seconds": {}} | earlier
@@ -94,13 +94,13 @@ class Run:
         write_json(self.record, self.out / "run.json")
 
     def score(self, when: str, checkpoint: Path, data_folder: str | None) -> None:
-        """Score before or after training, unless that is known."""
+        """Score before or after training, unless the record has it."""
         if when not in self.record["scores"]:
             with self.stage(f"score {when}"):
                 self.record["scores"][when] = run_scores(self.args, checkpoint, data_folder, when)
 
     def measure_loss(self, when: str, model, held_out: list[data.Sample], pad_id: int) -> None:
-        """Measure the held-out loss before or after training, unless that is known."""
+        """Measure the held-out loss before or after training, unless the record has it."""
         if when not in self.record["held_out_loss"]:
             with self.stage(f"held-out loss {when}"):
                 loss = batch_loss.evaluate(model, held_out, batch_size=self.args.batch_size, pad_id=pad_id)
@@ -108,9 +108,9 @@ class Run:
 
 
 def run_scores(args: argparse.Namespace, checkpoint: str | Path, data_folder: str | None, when: str) -> dict:
-    """Score a checkpoint with lm-eval, by task; empty where no task was asked for.
+    """Score a checkpoint with lm-eval; return the scores by task, empty if no task was asked for.
 
-    Each task's result is kept in `scores_WHEN.json` when the task ends, from where an interrupted run goes on.
+    Each task's result is written to `scores_WHEN.json` when the task ends, so that an interrupted run keeps it.
     """
     if not args.score:
         return {}

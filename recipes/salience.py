@@ -23,10 +23,10 @@ from speft_optim import MEASURES, Masks, select_masks
 
 
 class PeakMemory:
-    """Most memory in use while the context is open, beyond what was in use when it opened.
+    """Measures the most memory in use while the context lasts, beyond the memory in use when it began.
 
     Attributes:
-        bytes: of the accelerator's allocator where there is one, else of this process's resident memory, sampled.
+        bytes: bytes of the GPU's allocator on CUDA, else of this process's resident memory, sampled.
     """
 
     def __init__(self, device: torch.device):
@@ -84,7 +84,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(model, batches: list[dict], name: str, options: dict) -> tuple[Masks, dict]:
-    """Select masks by one measure; the masks, and its row of seconds and peak bytes."""
+    """Select masks by one measure; return them, and a row of seconds and peak bytes."""
     with PeakMemory(next(model.parameters()).device) as peak:
         begin = time.perf_counter()
         masks = select_masks(model, batches, salience=name, **options)
@@ -94,12 +94,12 @@ def measure(model, batches: list[dict], name: str, options: dict) -> tuple[Masks
 
 
 def overlaps(masks: dict[str, Masks]) -> dict[str, dict[str, float]]:
-    """The overlap of every two of the masks."""
+    """Return the overlap of each pair of masks."""
     return {a: {b: masks[a].overlap(masks[b]) for b in masks} for a in masks}
 
 
 def table(shared: dict[str, dict[str, float]]) -> str:
-    """The overlaps in percent, for people."""
+    """Format the overlaps in percent, for people."""
     width = max(len(name) for name in shared) + 1
     lines = ["overlap, %".ljust(width) + "".join(name.rjust(width) for name in shared)]
     for name, row in shared.items():
@@ -108,7 +108,7 @@ def table(shared: dict[str, dict[str, float]]) -> str:
 
 
 def draw(shared: dict[str, dict[str, float]], path: Path) -> None:
-    """Heat map of the overlaps."""
+    """Draw a heat map of the overlaps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -129,7 +129,7 @@ def draw(shared: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Load, select by every measure, compare; returns what it wrote to salience.json."""
+    """Load a model, select by every measure and compare; return the record in salience.json."""
     args = parse(argv)
     out = Path(args.out)
     ending.check_packages(scoring=False)
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> dict:
     record, masks = {"arguments": vars(args), "machine": report.machine(), "costs": []}, {}
     for name in args.measures:
         masks[name], row = measure(model, batches, name, options)
-        # Written before the next measure begins, which may take hours and fail.
+        # The record is written before the next measure begins, which may take hours and fail.
         record["costs"].append(row)
         record["overlaps"] = overlaps(masks)
         write_json(record, out / "salience.json")

@@ -1,4 +1,4 @@
-"""Sizes of models: of those that the benchmark builds, and of any decoder by its configuration, loading nothing."""
+"""Sizes of models: those that the benchmark builds, and any decoder's from its configuration, without weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def configuration(shape: str, **options) -> PretrainedConfig:
-    """The transformers configuration of a key of `SHAPES`."""
+    """Return the transformers configuration of a key of `SHAPES`."""
     family, sizes = SHAPES[shape]
     return AutoConfig.for_model(family, **sizes, **options)
 
@@ -49,7 +49,7 @@ class Shape:
         inner: width of the feed-forward part.
         heads: query width, heads times their size.
         keys: key (and value) width.
-        vocabulary: words.
+        vocabulary: number of tokens in the vocabulary.
         norms: norms over the width in a block: two, or four with norms behind attention and feed-forward too.
         head_norms: whether queries and keys have norms of their own.
         score_heads: query heads whose scores are formed whole, (batch, heads, length, length); 0 for fused attention.
@@ -73,10 +73,10 @@ class Shape:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Shape":
-        """The sizes behind a transformers configuration.
+        """Return the sizes of the model of a transformers configuration.
 
         Raises:
-            ValueError: the architecture is none of those that were counted.
+            ValueError: memory is not known for this architecture.
         """
         if config.model_type not in DECODERS:
             raise ValueError(
@@ -109,15 +109,15 @@ class Shape:
         )
 
     def targets(self, suffixes: Sequence[str] | None = None) -> list[tuple[int, int]]:
-        """(rows, columns) of the linear weights that end with one of `suffixes`, or of all of them.
+        """Return (rows, columns) of the linear weights whose names end with one of `suffixes`, or of all.
 
         Raises:
-            ValueError: a suffix matches none.
+            ValueError: a suffix matches no weight.
         """
         for suffix in suffixes or ():
             if not any(f".{name}".endswith(f".{suffix}") for name in self.linears):
                 raise ValueError(
-                    f"--targets {suffix} is no linear weight of the blocks, of which alone memory is known"
+                    f"--targets {suffix} is no linear weight of the blocks, and memory is known of these alone"
                 )
         return [
             shape

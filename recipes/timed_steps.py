@@ -17,7 +17,7 @@ from speft_optim import desparsify
 
 
 def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
-    """Build the model of a mode, take a few steps, and count."""
+    """Build the model of a mode, take a few steps, and return their times and memory."""
     torch.manual_seed(0)
     model = build(args.shape, precision, device, args.layers)
     if args.liger:
@@ -47,36 +47,36 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
     }
     del optimizer
     check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return row | check | {"card": card} | {name: package_version(name) for name in ("torch", "transformers")}
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return row | check | {"gpu": gpu} | {name: package_version(name) for name in ("torch", "transformers")}
 
 
 def memory_of(device: torch.device, weights: int, kind: str, held: int, state: int) -> dict:
-    """The peak so far, and its parts.
+    """Return the peak so far, and its parts.
 
     Args:
         device: a GPU; elsewhere the peak is not known.
         weights: bytes of the model.
-        kind: what is trained in it.
-        held: bytes of this.
+        kind: the name of the trained part.
+        held: bytes of the trained part.
         state: bytes of the optimizer's moments.
     """
-    on_card = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_card else 0
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     parts = {"weights": weights, kind: held, "moments": state}
     parts["activations and gradients"] = max(0, peak - sum(parts.values()))
     return {
-        "peak_gib": round(peak / GIB, 3) if on_card else None,
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_card else None,
+        "peak_gib": round(peak / GIB, 3) if on_gpu else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else None,
         "parts_gib": {name: round(size / GIB, 3) for name, size in parts.items()},
     }
 
 
 def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, device: torch.device) -> dict:
-    """Time and peak of the first step after `sparsify`, which compares each layer's gradient with autograd's.
+    """Measure the first step after `sparsify`, which compares each layer's gradient with autograd's.
 
-    Masks are attached anew for it, when nothing is compiled or tuned any more; the peak of the whole run covers its own
-    first step too.
+    Masks are attached again for it, after all kernels were compiled and tuned. The peak of the whole run includes its
+    own first step too.
     """
     desparsify(model)
     optimizer, _ = ATTACH["ours"](model, args)
@@ -88,9 +88,9 @@ def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, devic
 
 
 def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> tuple[float, float]:
-    """One training step; milliseconds of all of it, and between the end of backward and that of the optimizer's step.
+    """Take a training step; return milliseconds of all of it, and of the optimizer's part after backward.
 
-    As in a training loop nothing waits for the card between the two.
+    As in a training loop, the CPU does not wait for the GPU between the two.
     """
     settle(device)
     begin = time.perf_counter()
@@ -104,7 +104,7 @@ def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) ->
 
 
 def mark(device: torch.device) -> float | torch.cuda.Event:
-    """A point in time: on a card an event in its queue, elsewhere milliseconds."""
+    """Note a point in time: on a GPU an event in its queue, elsewhere milliseconds."""
     if device.type == "cpu":
         return 1e3 * time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -113,7 +113,7 @@ def mark(device: torch.device) -> float | torch.cuda.Event:
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean next-token loss, with the head's logits in chunks."""
+    """Return the mean next-token loss, with the head's logits in chunks."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     softcap = getattr(model.config, "final_logit_softcapping", None)
     flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
@@ -121,20 +121,20 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def limit_memory(most_bytes: float) -> None:
-    """Let this process use so many bytes of the card only; does nothing without a card."""
+    """Limit this process to so many bytes of GPU memory; do nothing without a GPU."""
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most_bytes / total))
 
 
 def settle(device: torch.device) -> None:
-    """Wait for the card."""
+    """Wait for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def allocated(device: torch.device, model: nn.Module) -> int:
-    """Bytes the model takes: measured on a card, counted elsewhere."""
+    """Return the bytes of the model: measured on a GPU, counted elsewhere."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a run trains: masks are chosen and attached, or an adapter, or all weights are taken."""
+"""The trained tensors of a run and their optimizer: masked entries, an adapter, or all weights."""
 
 import argparse
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from speft_optim import MEASURES, Masks, MaskSchedule, SparseAdamW, select_masks
 
 @dataclass
 class Trained:
-    """What a run trains in its model.
+    """The trained part of a run's model.
 
     Attributes:
-        optimizer: over the trained tensors.
-        masks: of the sparse method; of masks that move all entries that were ever trained.
-        schedule: of masks that move.
+        optimizer: the optimizer over the trained tensors.
+        masks: the masks of the sparse method; after training with moving masks, all entries that were ever trained.
+        schedule: the schedule of moving masks.
         adapter: peft's wrapper around the model.
     """
 
@@ -31,7 +31,7 @@ class Trained:
 
 
 def attach(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torch.dtype) -> Trained:
-    """Attach what is trained, and the optimizer over it."""
+    """Attach masks or an adapter, and build the optimizer."""
     args, record = run.args, run.record
     record["mask"] = record["adapter"] = None
     if args.method == "sparse":
@@ -49,14 +49,14 @@ def attach(run: Run, model, samples: list[data.Sample], pad_id: int, dtype: torc
 
 
 def rank_budget(args: argparse.Namespace, model) -> int | None:
-    """The values of LoRA of the rank that --budget-rank names, if it does."""
+    """Return how many values LoRA of the rank --budget-rank trains; None without that option."""
     if args.budget_rank is None:
         return None
     return baselines.trained_values(baselines.linear_layers(model, args.targets), args.budget_rank)
 
 
 def density_budget(args: argparse.Namespace, model) -> int:
-    """The number of values that --density asks for."""
+    """Return the number of values that --density asks for."""
     layers = baselines.linear_layers(model, args.targets).values()
     return round(args.density * sum(layer.weight.numel() for layer in layers))
 
@@ -70,7 +70,7 @@ def attach_masks(run: Run, model, samples: list[data.Sample], pad_id: int, dtype
         record["mask"] = {"count": masks.count, "density": masks.density, "fingerprint": masks.fingerprint()}
     kind = "moving" if args.moving else "sparse"
     record["lr"] = args.lr or default_rate(kind, masks.density, linear_weight_size(model))
-    # The loop looks at each gradient's norm, so the optimizer need not.
+    # The loop checks the norm of each gradient, so the optimizer need not.
     options = dict(lr=record["lr"], weight_decay=args.weight_decay, on_nonfinite="ignore", state_bits=args.state_bits)
     power = args.magnitude_power
     if args.moving:
@@ -82,7 +82,7 @@ def attach_masks(run: Run, model, samples: list[data.Sample], pad_id: int, dtype
 
 
 def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int, resumes: bool) -> Masks:
-    """Rank the entries over training samples drawn by the seed and keep the best; a resumed run keeps its own."""
+    """Select masks on training samples that are drawn by the seed; a resumed run loads its own."""
     path = Path(args.out) / MASKS
     if resumes and path.is_file():
         return Masks.load(path)
@@ -96,7 +96,7 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
         budget=args.budget or rank_budget(args, model),
         scope=args.scope,
         targets=args.targets,
-        # Second derivatives need the logits, which the model's own loss forms.
+        # Second derivatives need the model's own loss, which forms all logits.
         loss=None if MEASURES[args.salience].differentiates_twice else mean_loss,
         seed=args.seed,
     )

@@ -1,8 +1,8 @@
-"""The state of an unfinished training, in one file, which goes on bit for bit where it was written.
+"""The state of an unfinished training in one file, from which it continues bit for bit.
 
 It holds the trained tensors, the optimizer, the random generators and the history. It is a safetensors file, so reading
-it runs no code and takes no more memory than it has bytes; all that is no tensor is JSON in its metadata. A checksum
-over everything refuses a file that was damaged, and a refused file changes neither model nor optimizer.
+it runs no code and takes no more memory than its size; all that is not a tensor is JSON in its metadata. A checksum
+over everything detects a damaged file, which is refused before model or optimizer are changed.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from recipes.random_state import random_state, restore_random_state
 from speft_optim.files import write_safetensors
 
 FORMAT = "speft_optim.training_state/1"
-# What a damaged or foreign file can raise on its way to a state.
+# Reading a damaged or foreign file can raise these.
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 
 
 @dataclass
 class History:
-    """What happened, one entry a step, and the counts of what was left out."""
+    """Numbers of each training step, and the counts of skipped batches and steps."""
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
@@ -38,11 +38,11 @@ class History:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens through the model a second, prompts included and padding not."""
+        """Tokens per second, with prompts and without padding."""
         return self.tokens_per_second_after(0)
 
     def tokens_per_second_after(self, first: int) -> float:
-        """The same without the first steps, which pay for what is prepared once; of all where there are no others."""
+        """Return tokens per second without the first steps, which include one-time costs, if there are others."""
         first = first if first < len(self.tokens) else 0
         return sum(self.tokens[first:]) / max(sum(self.step_seconds[first:]), 1e-9)
 
@@ -52,7 +52,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step` steps, then remove older ones.
 
-    The file is written under another name and renamed, so a run that is killed at any moment leaves a complete one.
+    The file is written under another name and renamed, so that a run that is killed at any moment leaves a complete
+    one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,12 +75,12 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The latest complete state in `folder`, or None."""
+    """Return the latest complete state in `folder`, or None."""
     return max(Path(folder).glob("step-*.safetensors"), default=None)
 
 
 def step_of(path: Path) -> int:
-    """After how many steps a state was written, by its name."""
+    """Return the step after which a state was written, from its name."""
     return int(path.stem.removeprefix("step-"))
 
 
@@ -89,10 +90,10 @@ def remove_checkpoints(folder: str | Path) -> None:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[History, int]:
-    """Put model, optimizer and random generators back to a state; its history and step number.
+    """Restore model, optimizer and random generators from a state; return its history and step number.
 
     Raises:
-        ValueError: the file is damaged, no file of `save_checkpoint`, or of another run. Nothing is changed then.
+        ValueError: the file is damaged, not written by `save_checkpoint`, or of another run. Nothing is changed then.
     """
     state = _read(path)
     parameters = _trained(model)
@@ -114,12 +115,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def training_state_bytes(model: nn.Module, state_bits: int, *, masked: bool) -> int:
-    """Expected size of the file.
+    """Return the expected size of the file in bytes.
 
     Args:
-        model: with what is trained attached.
-        state_bits: of each of the two moments.
-        masked: whether a mask is trained, of which the optimizer keeps values and positions too.
+        model: the model, with its mask or adapter attached.
+        state_bits: bits of each of the two moments.
+        masked: whether a mask is trained, so that the optimizer saves values and positions too.
     """
     beside = 2 * state_bits // 8 + (8 if masked else 0)
     return sum(parameter.nbytes + beside * parameter.numel() for parameter in _trained(model).values())
@@ -130,7 +131,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _read(path: Path) -> dict:
-    """The checked content of a file."""
+    """Return the checked content of a file."""
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -174,7 +175,7 @@ def _check_same_run(path: Path, saved: dict[str, Tensor], parameters: dict[str, 
 
 
 def _check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse moments of other sizes, which torch's own optimizers take without a look."""
+    """Refuse moments of other sizes, which torch's own optimizers do not check."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not isinstance(optimizer, torch.optim.AdamW):
         return
@@ -190,7 +191,7 @@ def _check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _to_plan(value, tensors: dict[str, Tensor]):
-    """JSON that `_from_plan` turns back into `value`; its tensors go to `tensors`."""
+    """Return JSON from which `_from_plan` restores `value`, and add its tensors to `tensors`."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value

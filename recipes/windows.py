@@ -1,4 +1,4 @@
-"""What one optimizer step sees: a window of samples, cut into batches and sent to the device ahead of time."""
+"""The window of samples of one optimizer step, cut into batches and sent to the device ahead of time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class Window:
     """The batches of one optimizer step, on the device.
 
     Attributes:
-        batches: those with a label.
-        bare: number of batches without one.
-        labels: label tokens of all batches.
-        tokens: tokens of all batches, prompts included and padding not.
+        batches: the batches that have a label.
+        bare: the number of batches without one.
+        labels: the number of label tokens of all batches.
+        tokens: the number of tokens of all batches, with prompts and without padding.
     """
 
     batches: list[dict[str, Tensor | int]]
@@ -30,13 +30,13 @@ class Window:
 def prepare(
     window: Sequence[Sample], batch_size: int, *, pad_id: int, device: torch.device, multiple: int = 1
 ) -> Window:
-    """Cut a window into batches and send them to the device, which is not waited for.
+    """Cut a window into batches and send them to the device, without waiting for it.
 
     Args:
-        window: samples of one step.
+        window: the samples of one step.
         batch_size: samples in one forward pass.
         pad_id: token to pad with.
-        device: of the model.
+        device: the model's device.
         multiple: lengths are padded to a multiple of this, label tokens to one of eight times this.
     """
     # Similar lengths share a micro-batch: less padding, and the gradient of the window is the same in any order.

@@ -174,7 +174,7 @@ SPLITS = {"train": range(1, 4), "test": range(0, 1)}  # which quarters of the nu
 
 
 def _quarter(template: int, numbers: dict[str, int]) -> int:
-    """Which quarter of all number combinations this one belongs to: a stable hash, the same on every machine."""
+    """Return the quarter, 0 to 3, of all number combinations that this one is in, by a hash that is stable."""
     return zlib.crc32(f"{template}:{sorted(numbers.items())}".encode()) % 4
 
 
@@ -190,7 +190,7 @@ def _calculate(expression: str, values: dict[str, int]) -> tuple[str, int] | Non
 
 
 def _draw(generator: random.Random, split: str) -> Example | None:
-    """One attempt at a problem; None where the numbers belong to another split or do not divide evenly."""
+    """Draw a problem; None if the numbers belong to another split or do not divide evenly."""
     index = generator.randrange(len(TEMPLATES))
     template = TEMPLATES[index]
     numbers = {key: generator.randint(*limits) for key, limits in template.ranges.items()}
@@ -240,7 +240,7 @@ def write(folder: str | Path, *, train: int, test: int, seed: int = 0) -> Path:
     The folder appears complete or not at all.
 
     Args:
-        folder: where; an earlier folder of that name is replaced.
+        folder: the folder to write; an earlier one of that name is replaced.
         train: number of training problems.
         test: number of test problems.
         seed: see `generate`.

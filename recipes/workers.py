@@ -1,4 +1,4 @@
-"""Processes that share the cells of a comparison: each takes the next that nobody has trained or is at."""
+"""Processes that share the cells of a comparison: each takes the next cell that no other has taken."""
 
 import time
 import traceback
@@ -15,11 +15,11 @@ from recipes.claims import claimed
 
 
 class Worker:
-    """Takes cells until none is left.
+    """Trains cells until none is left.
 
     Args:
         args: the command line.
-        begin: when the command began, as `time.time()`.
+        begin: `time.time()` as the command began.
     """
 
     def __init__(self, args: Namespace, begin: float):
@@ -28,7 +28,7 @@ class Worker:
         self.longest, self.bench = 0.0, None
 
     def run(self, cells: list[Cell]) -> None:
-        """Train those that nobody has trained or is at."""
+        """Train the cells that have no result and that no other process has claimed."""
         for cell in tqdm(cells, desc="cells", disable=None):
             with claimed(self.out / "claims" / cell.name) as mine:
                 if not mine or result_of(cell, self.out).exists() or not self.has_time():
@@ -37,31 +37,31 @@ class Worker:
                 self.train(cell)
 
     def has_time(self) -> bool:
-        """Whether a cell that takes as long as the longest so far would end in time."""
+        """Tell whether a cell would end in time that takes as long as the longest so far."""
         return self.end is None or time.time() + self.longest <= self.end
 
     def train(self, cell: Cell) -> None:
-        """Train one cell and write its result; where it fails, what went wrong goes to a file beside."""
-        # Anew for an earlier failure of this very cell.
+        """Train one cell and write its result; if it fails, write the error to a file beside."""
+        # An earlier failure of this cell is forgotten.
         failure = result_of(cell, self.out).with_suffix(".error")
         failure.unlink(missing_ok=True)
         print(f"== {cell.name}", flush=True)
         begin = time.time()
         try:
             write_json(self.bench.run(cell), result_of(cell, self.out))
-        except Exception:  # whatever it is, the other cells can do without this one
+        except Exception:  # after any error the other cells can still be trained
             failure.write_text(traceback.format_exc(), encoding="utf-8")
             traceback.print_exc()
         self.longest = max(self.longest, time.time() - begin)
 
 
 def result_of(cell: Cell, out: Path) -> Path:
-    """The file of a cell's result."""
+    """Return the file of a cell's result."""
     return out / "cells" / f"{cell.name}.json"
 
 
 def work(args: Namespace, cells: list[Cell], begin: float, number: int) -> None:
-    """Be one of several workers; what it prints goes to a file."""
+    """Run as one of several workers, with its output in a log file."""
     with (Path(args.out) / f"worker-{number}.log").open("a", buffering=1) as log, redirect_stdout(log):
         with redirect_stderr(log):
             try:
@@ -72,7 +72,7 @@ def work(args: Namespace, cells: list[Cell], begin: float, number: int) -> None:
 
 
 def watch(processes: list, cells: list[Cell], out: Path) -> None:
-    """Show how many cells are there until all workers have ended."""
+    """Show how many cells have results, until all workers have ended."""
     bar = tqdm(total=len(cells), desc="cells", disable=None)
     while True:
         alive = any(process.is_alive() for process in processes)
@@ -85,10 +85,10 @@ def watch(processes: list, cells: list[Cell], out: Path) -> None:
 
 
 def check_ended(processes: list, out: Path) -> None:
-    """Say which workers did not come to their end, as one that was killed or could not load the model.
+    """Refuse to go on if a worker ended early, since it was killed or could not load the model.
 
     Raises:
-        ValueError: one did not; all cells that were trained are there.
+        ValueError: names the error of the first; the results of all trained cells are there.
     """
     if ended := [number for number, process in enumerate(processes) if process.exitcode]:
         number = ended[0]

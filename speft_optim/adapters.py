@@ -4,9 +4,9 @@ An entry under the masks of adapters with shares s_i and values v_i is
 
     w = base * (1 - sum s_i) + sum s_i * v_i
 
-over the adapters that have it: one adapter with share 1 is that adapter, and shares of zero are the base, bit for bit.
-What the base had there is kept on the CPU beside the adapters. Keeping differences instead was rejected, since adding
-and subtracting them rounds.
+over the adapters that have it: one adapter with share 1 gives its values, and shares of zero give the base, bit for
+bit. The base's own entries there are kept on the CPU beside the adapters. Keeping differences instead was rejected,
+since adding and subtracting them rounds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,20 +28,21 @@ from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 from speft_optim.weights.wrappers import unwrapped
 
-# Far beyond sense, and far from where base and shares would overflow.
+# No sensible share is as large, and the sum with the base cannot overflow.
 _LARGEST_SHARE = 1000
 
 
 @dataclass
 class Loaded:
-    """What a model with adapters remembers.
+    """The adapters of a model, and the base's entries under them.
 
     Attributes:
-        adapters: by name; tensors on the CPU.
-        base: for each weight that an adapter has entries of, the mask of all of them and the base's own entries.
-        shares: how much of each adapter the weights hold now.
-        fingerprint: of the model outside `base`.
-        saved: what is in a file of the entries under `base`, on the CPU: nothing else there may be written over.
+        adapters: the adapters by name, with tensors on the CPU.
+        base: by weight name, the union of the adapters' masks and the base's own entries there.
+        shares: the share of each adapter in the weights now.
+        fingerprint: the fingerprint of the model outside `base`.
+        saved: by weight name, the entries under `base` that are in a file, on the CPU. Other entries must not be
+            overwritten.
     """
 
     adapters: dict[str, AdapterFile]
@@ -51,14 +52,14 @@ class Loaded:
     saved: dict[str, Tensor] = field(default_factory=dict)
 
     def held(self, model: nn.Module) -> Iterator[tuple[str, tuple[Mask, Tensor]]]:
-        """What the weights hold under `base` now, one after the other."""
+        """Yield for each weight the mask of `base` and the weight's entries there now."""
         targets = all_targets(model)
         for name, (mask, _) in self.base.items():
             weight = frozen_weight(*targets[name].sites[0])
             yield name, (mask, weight.gather(mask.indices.to(weight.device)))
 
     def note_saved(self, model: nn.Module, masks: Mapping[str, Mask] | None = None) -> None:
-        """Note that files have what the weights hold now at `masks`; None for everywhere."""
+        """Note that the weights' entries at `masks` are now in a file; None for all entries."""
         for name, (mask, entries) in self.held(model):
             if masks is None:
                 self.saved[name] = entries.cpu()
@@ -67,15 +68,15 @@ class Loaded:
                 self.saved[name][place[inside]] = entries.cpu()[place[inside]]
 
     def check_saved(self, model: nn.Module) -> None:
-        """Refuse to lose what was trained.
+        """Refuse to overwrite entries that were trained and not saved.
 
         Raises:
-            ValueError: what the weights hold is in no file.
+            ValueError: the weights' entries are in no file.
         """
         if not all(torch.equal(self.saved[name], entries.cpu()) for name, (_, entries) in self.held(model)):
             raise ValueError(
-                "The adapters' entries were trained on and not saved, so that changing adapters would lose them; "
-                "sparsify again and save_adapter, or make them the model's own with merge_adapters(model)."
+                "The adapters' entries were trained further and not saved, so that changing adapters would lose them; "
+                "sparsify again and call save_adapter, or make them the model's own with merge_adapters(model)."
             )
 
 
@@ -85,21 +86,21 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     Of a model under `fully_shard` all processes call it, and so they do with the other functions for adapters.
 
     Args:
-        model: the base model. On a sparsified one, wrapped or not, the values follow, and the adapter cannot be
-            unloaded. On a quantised one the entries are laid over its codes from here on.
+        model: the base model. If it is sparsified, wrapped or not, its values get the entries too, and the adapter
+            cannot be unloaded. If it is quantised, the entries are an overlay on its quantised weights from here on.
         path: a file or folder of `save_adapter`.
-        name: what `use_adapters` and `unload_adapter` call it; an adapter of that name is replaced.
+        name: the adapter's name for `use_adapters` and `unload_adapter`; a loaded adapter of that name is replaced.
 
     Returns:
-        The adapter's masks, ready for `sparsify` to go on training. What was trained whole beside is loaded too and has
-        no mask; let it require gradients again to go on.
+        The adapter's masks, for `sparsify` if training goes on. Parameters that were trained as a whole are loaded too
+        and have no mask; let them require gradients again if training goes on.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or no adapter, belongs to another base (a name, a shape or any weight
-            outside the masks differs), or holds values too large for the weights' dtype, or an adapter loaded before
-            was trained on and not saved; the model is then as it was.
-        TypeError: `name` is no string, or a weight of the model is a quantiser's other than bitsandbytes'.
+        ValueError: the file is damaged or not an adapter, belongs to another base (a name, a shape or any weight
+            outside the masks differs), or holds values beyond the range of the weights' dtype; or an adapter loaded
+            before was trained further and not saved. The model is then as it was.
+        TypeError: `name` is not a string, or a weight of the model is of another quantiser than bitsandbytes.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string to call the adapter by.")
@@ -110,7 +111,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     _check_fits(model, adapter, path)
     if weights := sparse_weights(model):
         for weight in weights:
-            # Before and not after: values that are newer than the weight would win over the adapter's.
+            # Newer compact values must be written first, or they would overwrite the adapter's entries later.
             weight.synchronize()
         _check_base(model, adapter, path)
         _put(model, {key: (mask, adapter.values[key]) for key, mask in adapter.masks.items()})
@@ -119,7 +120,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         return adapter.sparse_masks
     before = model.__dict__.get(LOADED) or Loaded({}, {}, {}, "")
     before.check_saved(model)
-    # Not what the adapters' files hold: they may have been trained on.
+    # The weights' own entries are kept, not those of the adapters, which may have been trained further.
     held = dict(before.held(model))
     _restore_base(model, before)
     try:
@@ -137,13 +138,13 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
 
     Args:
         model: a model with loaded adapters.
-        shares: from an adapter's name to its share of the difference from the base; {"math": 1.0} is that adapter,
-            {"math": 0.5, "code": 0.5} half of each, {} the base.
+        shares: from an adapter's name to its share of the difference from the base: {"math": 1.0} is that adapter,
+            {"math": 0.5, "code": 0.5} is half of each, {} is the base.
 
     Raises:
-        ValueError: a name is not loaded, a share is beyond reason, or the model is sparsified, or was changed meanwhile
-            and not saved.
-        TypeError: `shares` is no mapping.
+        ValueError: a name is not loaded, a share is larger than 1000 in magnitude, or the model is sparsified, or was
+            changed meanwhile and not saved.
+        TypeError: `shares` is not a mapping.
     """
     model = unwrapped(model)
     loaded = _loaded(model)
@@ -151,7 +152,7 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
         raise TypeError(f"shares is a {type(shares).__name__}; pass a dict from names to shares, such as {{'a': 1.0}}.")
     for name, share in shares.items():
         if name not in loaded.adapters:
-            raise ValueError(f"No adapter {name!r} is loaded; there are {list(loaded.adapters)}.")
+            raise ValueError(f"No adapter {name!r} is loaded; loaded are {list(loaded.adapters)}.")
         if isinstance(share, bool) or not isinstance(share, int | float) or not abs(share) <= _LARGEST_SHARE:
             raise ValueError(
                 f"The share of {name!r} is {share!r}; pass a number of at most {_LARGEST_SHARE} in magnitude, 1.0 for "
@@ -162,11 +163,11 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
 
 
 def unload_adapter(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter off; with the last one gone the base is back, bit for bit.
+    """Unload an adapter; without any the model is the base again, bit for bit.
 
     Args:
         model: a model with loaded adapters.
-        name: which; None for all.
+        name: the adapter's name; None for all.
 
     Raises:
         ValueError: it is not loaded, or the model is sparsified, or was changed meanwhile and not saved.
@@ -174,7 +175,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
     model = unwrapped(model)
     loaded = _loaded(model)
     if name is not None and name not in loaded.adapters:
-        raise ValueError(f"No adapter {name!r} is loaded; there are {sorted(loaded.adapters)}.")
+        raise ValueError(f"No adapter {name!r} is loaded; loaded are {sorted(loaded.adapters)}.")
     _restore_base(model, loaded)
     _remember(model, {} if name is None else {key: part for key, part in loaded.adapters.items() if key != name})
     if LOADED in model.__dict__:
@@ -184,7 +185,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Make the weights as they are now the model's own and forget adapters and base.
+    """Keep the weights as they are now, and drop the adapters and the base's entries.
 
     Raises:
         ValueError: no adapter is loaded.
@@ -205,15 +206,15 @@ def _loaded(model: nn.Module) -> Loaded:
     loaded = model.__dict__[LOADED]
     if fingerprint(model, Masks({name: mask for name, (mask, _) in loaded.base.items()})) != loaded.fingerprint:
         raise ValueError(
-            "Weights outside the adapters' masks have changed since they were loaded, so that the base is gone; load "
-            "it anew, or keep the weights as they are with merge_adapters(model)."
+            "Weights outside the adapters' masks have changed since these were loaded, so that the base is lost; load "
+            "it again, or keep the weights as they are with merge_adapters(model)."
         )
     loaded.check_saved(model)
     return loaded
 
 
 def _remember(model: nn.Module, adapters: dict[str, AdapterFile]) -> None:
-    """Keep the entries that the model, which is the base now, has under the adapters."""
+    """Keep the adapters and the entries under them of the model, which is the plain base now."""
     model.__dict__.pop(LOADED, None)
     if not adapters:
         return
@@ -236,7 +237,7 @@ def _restore_base(model: nn.Module, loaded: Loaded) -> None:
 
 
 def _use(model: nn.Module, loaded: Loaded, shares: dict[str, float]) -> None:
-    """Mix adapters into the model, which is the base now."""
+    """Mix adapters into the model, which is the plain base now."""
     mixed = {}
     for name, (union, base) in loaded.base.items():
         rest, total = torch.ones(len(union)), torch.zeros(len(union))
@@ -281,12 +282,12 @@ def _check_fits(model: nn.Module, adapter: AdapterFile, path: str | Path) -> Non
 
 
 def _check_range(target: Target, values: Tensor, path: str | Path) -> None:
-    """Refuse values that the weight's dtype would turn into infinities."""
+    """Refuse values beyond the range of the weight's dtype, in which they would be inf."""
     dtype = target.dtype
     if not bool(values.to(dtype).isfinite().all()):
         raise ValueError(
             f"{path} holds values of {target.name} up to {float(values.abs().max()):.3g}, and the weight is in {dtype} "
-            f"here, which ends at {torch.finfo(dtype).max:.3g}; load the adapter on a base in {values.dtype}."
+            f"here, whose largest is {torch.finfo(dtype).max:.3g}; load the adapter on a base in {values.dtype}."
         )
 
 

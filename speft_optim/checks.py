@@ -1,4 +1,4 @@
-"""Checks of arguments that several functions take, each in one wording: the value, the limit, and what to pass."""
+"""Checks of arguments, with one wording of errors: the value, the limit, and what to pass instead."""
 
 import os
 from collections.abc import Sequence
@@ -7,21 +7,21 @@ from pathlib import Path
 
 
 def is_whole(number: object) -> bool:
-    """Whether it is a whole number of Python or numpy, and no truth value."""
+    """Tell whether an object is a whole number of Python or numpy; True and False are not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def check_whole(name: str, value: object, *, least: int | None = None, usual: int | str) -> None:
-    """Refuse what is no whole number, or less than `least`.
+    """Refuse a value that is not a whole number of at least `least`.
 
     Args:
-        name: of the argument.
+        name: the argument's name.
         value: what was passed.
         least: the smallest number allowed; None for any.
         usual: an example, for the message.
 
     Raises:
-        TypeError: it is no whole number.
+        TypeError: it is not a whole number.
         ValueError: it is too small.
     """
     if not is_whole(value):
@@ -31,15 +31,15 @@ def check_whole(name: str, value: object, *, least: int | None = None, usual: in
 
 
 def check_share(name: str, value: object, meaning: str) -> None:
-    """Refuse what is no number in (0, 1].
+    """Refuse a value that is not a number in (0, 1].
 
     Args:
-        name: of the argument.
+        name: the argument's name.
         value: what was passed.
-        meaning: an example and what it does, for the message.
+        meaning: an example and its effect, for the message.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is outside (0, 1], or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -49,10 +49,10 @@ def check_share(name: str, value: object, meaning: str) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse what is not among the choices.
+    """Refuse a value that is not among the choices.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is not one of them.
     """
     if not isinstance(value, str) or value not in choices:
         *first, last = (repr(choice) for choice in choices)
@@ -60,7 +60,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False.
+    """Refuse a value that is neither True nor False.
 
     Raises:
         TypeError: it is something else.
@@ -70,12 +70,12 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_callable(name: str, value: object, kind: str) -> None:
-    """Refuse what is neither None nor can be called.
+    """Refuse a value that is neither None nor callable.
 
     Args:
-        name: of the argument.
+        name: the argument's name.
         value: what was passed.
-        kind: what the function is of, for the message.
+        kind: the arguments of the function, for the message.
 
     Raises:
         TypeError: it is something else.
@@ -85,10 +85,10 @@ def check_callable(name: str, value: object, kind: str) -> None:
 
 
 def checked_path(path: object) -> Path:
-    """What a caller passed as a path.
+    """Return a path that a caller passed as a string or path.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is neither.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{path!r} is a {type(path).__name__}; pass a path as a string or a pathlib.Path.")

@@ -1,7 +1,7 @@
-"""Several processes: each sees its own batches, all end with the same averages and masks, and none waits for another.
+"""Exchange between the processes of a group: each sees its own batches, and all get the same averages and masks.
 
-A process that failed no longer takes part in exchanges, and the others would wait for it until a timeout ends them
-with a message about something else. So errors are exchanged too.
+A process that fails takes part in no further exchange, and the others would hang until a timeout ends them with a
+message that does not name the error. So errors are exchanged too.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from speft_optim.masks.mask import Mask
 
 
 def is_distributed() -> bool:
-    """Whether a process group of more than one process is initialised."""
+    """Tell whether a process group of more than one process is initialised."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -26,10 +26,12 @@ def world_size() -> int:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """An error inside, in one process, is an error in all. There must be no exchange inside.
+    """Re-raise an exception of any process in every process, so that none hangs.
+
+    The block inside must not exchange anything between processes.
 
     Raises:
-        RuntimeError: another process failed.
+        RuntimeError: another process failed; the message has its rank and its error.
     """
     error = None
     try:
@@ -46,15 +48,15 @@ def together() -> Iterator[None]:
 
 
 def check_equal(text: str, what: str, remedy: str) -> None:
-    """Refuse to go on with something that differs between processes.
+    """Refuse a text that differs between processes.
 
     Args:
-        text: what it is here.
-        what: what is compared, a plural.
-        remedy: what to do about it.
+        text: the text of this process.
+        what: what the text describes, for the message; a plural.
+        remedy: what to do about a difference, for the message.
 
     Raises:
-        ValueError: it differs.
+        ValueError: the texts of the processes differ.
     """
     texts = _by_rank(text)
     if len(set(texts)) > 1:
@@ -62,15 +64,14 @@ def check_equal(text: str, what: str, remedy: str) -> None:
 
 
 def check_equal_masks(masks: Mapping[str, Mask], *, may_be_divided: bool = False) -> None:
-    """Replicas whose masks differ would average gradients of different entries, and nothing would say so.
+    """Refuse masks that differ between processes, since their gradients would be averaged over different entries.
 
     Args:
-        masks: by weight.
-        may_be_divided: accept processes of which no two have a weight in common, as the shares that
-            `ZeroRedundancyOptimizer` gives to the optimizer of each.
+        masks: from weight names to masks.
+        may_be_divided: whether processes may also have no weight in common, as under `ZeroRedundancyOptimizer`.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the masks differ.
     """
     if may_be_divided and is_distributed():
         by_rank = _by_rank("\n".join(masks))
@@ -85,17 +86,17 @@ def check_equal_masks(masks: Mapping[str, Mask], *, may_be_divided: bool = False
 
 
 def smallest(number: int) -> int:
-    """The least of the processes' numbers."""
+    """Return the smallest of the processes' numbers."""
     return min(_by_rank(number))
 
 
 def largest(number: int) -> int:
-    """The greatest of the processes' numbers."""
+    """Return the largest of the processes' numbers."""
     return max(_by_rank(number))
 
 
 def total(number: int) -> int:
-    """The sum of the processes' numbers."""
+    """Return the sum of the processes' numbers."""
     return sum(_by_rank(number))
 
 
@@ -108,7 +109,7 @@ def average_(accumulators: Iterable[Tensor], count: int) -> None:
 
 
 def _by_rank(thing: int | str) -> list:
-    """What each process passed, by rank."""
+    """Return what each process passed, by rank."""
     if not is_distributed():
         return [thing]
     things: list = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What runs eagerly in front of a compiled model's graph."""
+"""Hooks that run eagerly, before the graph of a compiled model: they bring weights and values into step."""
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,8 @@ from speft_optim.weights.sparse_weight import attached
 
 @torch.compiler.disable(recursive=True)
 def refresh_all(model: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a sparsified model: bring weights and values into step."""
-    # Not by a search of the model, which each forward would pay for.
+    """Bring weights and values into step; a forward pre-hook of a sparsified model."""
+    # The weights are listed, since searching the model would cost time in each forward.
     for weight in attached(model):
         weight.refresh()
     if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, attached(model))):
@@ -19,27 +19,27 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
 
 
 class RefreshDecoder:
-    """Forward pre-hook of a decoder that is called without the model around it, as losses in chunks do.
+    """Forward pre-hook of a decoder, for losses that call it without the model around it.
 
-    A compiled block cannot see whether its values changed. An object and not a closure, so that a copy of the model
-    looks after its own weights.
+    A compiled block cannot see whether its values changed. This is an object and not a closure, so that a copy of the
+    model refreshes its own weights.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __call__(self, decoder: nn.Module, args: tuple) -> None:
-        """Bring weights and values into step, unless the call is part of a graph, in front of which this was done."""
+        """Bring weights and values into step; inside a graph there is nothing to do, since it was done before it."""
         if not torch.compiler.is_compiling():
             refresh_all(self.model, args)
 
 
 def refresh_before_forward(model: nn.Module, prepend: bool = False) -> list:
-    """Hook the model, and its decoder where it tells which that is; the handles of the hooks.
+    """Hook the model, and its decoder if it has `get_decoder`; return the handles of the hooks.
 
     Args:
         model: a sparsified model.
-        prepend: in front of hooks that are there already.
+        prepend: whether to place the hooks in front of existing ones.
     """
     hooks = [model.register_forward_pre_hook(refresh_all, prepend=prepend)]
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None

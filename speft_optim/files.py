@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed."""
+"""Files and folders that appear whole or not at all: written under a temporary name, then renamed."""
 
 import json
 import os
@@ -37,20 +37,20 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def whole_folder(out: str | Path, keep: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """A temporary folder that takes the place of `out` when the block ends; where it fails, `out` stays as it was.
+    """Yield a temporary folder that replaces `out` when the block ends; if the block fails, `out` stays as it was.
 
     A folder cannot be renamed over one that holds files, so the old one is first renamed to `.NAME.before` beside it,
-    and deleted last. A process killed just between these two renames leaves it there, whole; the next call for the
+    and deleted last. A process that is killed between these two renames leaves it there, whole; the next call for the
     same `out` renames it back before anything else.
 
     Args:
         out: the folder; its parent must exist.
-        keep: says by name which files and folders of the old folder the new one gets too, where it has none so called.
+        keep: tells by name which files and folders of the old folder are kept, unless the new one has one of that name.
 
     Raises:
         ValueError: `out` cannot be made or replaced.
     """
-    # Of a link, what it leads to is replaced.
+    # If `out` is a link, its target is replaced.
     out = checked_path(out).resolve()
     _check_replaceable(out)
     before = out.with_name(f".{out.name}.before")
@@ -90,7 +90,7 @@ def _carry_over(old: Path, new: Path, keep: Callable[[str], bool]) -> None:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """The same file under another name: takes no room, and a log that is open for writing goes on; else a copy."""
+    """Link a file under another name, so that a log that is open for writing goes on; copy it if links fail."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -101,7 +101,7 @@ def _replace_folder(out: Path, new: Path, before: Path) -> None:
     if not out.exists():
         os.replace(new, out)
         return
-    # Of a process that was killed while it deleted it.
+    # A process that was killed while it deleted the old folder has left some of it.
     shutil.rmtree(before, ignore_errors=True)
     try:
         os.replace(out, before)
@@ -114,10 +114,10 @@ def _replace_folder(out: Path, new: Path, before: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors and string metadata to a safetensors file, atomically; equal ones to equal bytes."""
+    """Write tensors and string metadata to a safetensors file, atomically; equal content gives equal bytes."""
     contiguous, memory = {}, set()
     for name, tensor in tensors.items():
-        # The format refuses tensors that share memory, as one mask used for several weights does.
+        # safetensors refuses tensors that share memory, as those of one mask for several weights do.
         shared = tensor.untyped_storage().data_ptr() in memory
         contiguous[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
         memory.add(contiguous[name].untyped_storage().data_ptr())
@@ -130,20 +130,20 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file, which the library writes in random order, in order of their names."""
+    """Sort the metadata of a safetensors file by name, since the library writes them in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        # The format pads with spaces.
+        # The format allows spaces after the header.
         if len(text) <= length:
             file.seek(8)
             file.write(text.ljust(length))
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """The file of each tensor in a folder's safetensors files, by the tensor's name.
+    """Find the file of each tensor in a folder's safetensors files, by the tensor's name.
 
     Raises:
         ValueError: the folder holds no safetensors file.

@@ -1,7 +1,7 @@
-"""What a sparsified model needs where transformers, trl, torch's data parallelism and activation checkpointing meet it.
+"""Patches for transformers, trl, torch's data parallelism and activation checkpointing.
 
-Quantised models are patched so that their layers compute as frozen ones, `save_pretrained` writes the merged
-weights, and flags that mean "nothing trains" are lowered.
+A quantised model is patched so that its layers compute as frozen linear layers, `save_pretrained` writes the merged
+weights, and the flag that means "this model cannot train" is lowered.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.quantized_linear import FrozenForward, forward_of
 from speft_optim.weights.storage import frozen_weight
 
-# transformers reads this as "a purely quantised model, which cannot train". The flags `is_loaded_in_8bit` and
-# `is_loaded_in_4bit` stay: by them peft chooses layers that know how to merge into quantised weights.
+# transformers reads this flag as "a quantised model, which cannot train". The flags `is_loaded_in_8bit` and
+# `is_loaded_in_4bit` stay: peft chooses by them layers that can merge into quantised weights.
 _FLAG = "is_quantized"
 _FLAG_BEFORE = "_is_quantized_before_sparsify"
 _REPLICA_HOOK = "_refuses_to_be_replicated"
 
 
 def patch_model(model: nn.Module) -> None:
-    """Compute every bitsandbytes linear layer as a frozen linear layer: dequantised, multiplied, and dropped.
+    """Let every bitsandbytes linear layer compute as a frozen linear layer: dequantise the weight, multiply, drop it.
 
-    `sparsify` and `load_adapter` do this by themselves. It is for a loss that is measured before them and compared with
-    one after training: bitsandbytes' own LLM.int8 layers quantise activations too and compute something else.
-    `save_pretrained` of the model then writes dequantised weights. A second call does nothing, as does one on a model
-    without such layers; `desparsify` undoes it.
+    `sparsify` and `load_adapter` call this. Call it yourself to measure a loss before training that can be compared
+    with one after: bitsandbytes' own LLM.int8 layers also quantise activations and so give other results. The model's
+    `save_pretrained` then writes dequantised weights. A second call does nothing, nor does one on a model without such
+    layers; `desparsify` undoes it.
 
     Args:
         model: a model in memory; changed in place.
@@ -40,18 +40,18 @@ def patch_model(model: nn.Module) -> None:
     if layers and _REPLICA_HOOK not in model.__dict__:
         model.__dict__[_REPLICA_HOOK] = model.register_forward_pre_hook(_refuse_replica, prepend=True)
     for part in model.modules():
-        # The model and those in it, as the one without its head.
+        # Models inside the model, such as the one without its head, can be saved by themselves.
         if hasattr(part, "save_pretrained") and next(quantized_linears(part), None) is not None:
             part.__dict__["save_pretrained"] = _SaveMerged(part)
     for quantizer, inner in _quantizers(model):
         quantizer.__dict__["is_serializable"] = _RefuseQuantized()
         for part in inner:
-            # The save that transformers defines asks the quantiser, which it finds on the whole model only.
+            # `save_pretrained` of transformers asks the quantiser, which is an attribute of the whole model only.
             part.__dict__.setdefault("hf_quantizer", quantizer)
 
 
 def _quantizers(model: nn.Module) -> Iterator[tuple[object, list[nn.Module]]]:
-    """Each quantiser of transformers' that the model holds, with the quantised models inside the one that holds it."""
+    """Yield each quantiser of transformers in the model, with the quantised models inside the one that holds it."""
     for outer in list(model.modules()):
         if (quantizer := outer.__dict__.get("hf_quantizer")) is not None:
             parts = [part for part in outer.modules() if part is not outer and hasattr(part, "save_pretrained")]
@@ -59,40 +59,41 @@ def _quantizers(model: nn.Module) -> Iterator[tuple[object, list[nn.Module]]]:
 
 
 class _RefuseQuantized:
-    """Answers for the quantiser whether the model can be saved as it is; picklable, so that the model can be copied."""
+    """Replaces the quantiser's `is_serializable`; picklable, so that the model can be copied."""
 
     def __call__(self, *args, **kwargs) -> bool:
-        """Refuse; transformers asks before it writes anything.
+        """Refuse to save; transformers asks before it writes anything.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "The quantised weights alone are not the trained model: its trained entries lie beside them. Save with "
+            "The quantised weights alone are not the trained model, whose trained entries are beside them. Save with "
             "model.save_pretrained(folder), called on the model itself, or export_merged(model, folder)."
         )
 
 
 def _refuse_replica(model: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of the whole model: a replica shares its layers' `forward`, which compute on the first GPU.
+    """Refuse a replica of nn.DataParallel; a forward pre-hook of the whole model.
 
-    These cannot tell, since they know the layer that they stand in for and not its replica; a hook is called with it.
+    The replaced `forward` of a layer is bound to the original layer, so a replica's would compute on the first GPU. It
+    cannot detect this itself, but a hook gets the replica.
     """
     if getattr(model, "_is_replica", False):
         raise ValueError(
             f"nn.DataParallel, which Trainer uses when one process sees several GPUs, cannot replicate the quantised "
-            f"layers of {type(model).__name__}; start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0."
+            f"layers of {type(model).__name__}; start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0."
         )
 
 
 def declare_trainable(model: nn.Module) -> None:
-    """Lower the flag by which transformers knows a model that cannot train; `unpatch_model` raises it again."""
+    """Lower the flag by which transformers takes the model for one that cannot train; `unpatch_model` raises it."""
     if _FLAG in model.__dict__:
         model.__dict__[_FLAG_BEFORE], model.__dict__[_FLAG] = model.__dict__[_FLAG], False
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undo these, but for layers that carry trained entries: these go on computing with them."""
+    """Undo `patch_model` and `declare_trainable`, except on layers whose overlay still holds trained entries."""
     kept = False
     for _, module in quantized_linears(model):
         if frozen_weight(module).overlays:
@@ -116,19 +117,19 @@ def unpatch_model(model: nn.Module) -> None:
 
 
 class _SaveMerged:
-    """Stands in for `save_pretrained`, which would write the codes alone: writes the merged model, as on a dense base.
+    """Replaces `save_pretrained`, which would write the quantised weights without the trained entries.
 
-    A picklable object rather than a closure, so that the model can be copied.
+    It is an object rather than a closure, so that it can be pickled and the model copied.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __call__(self, save_directory, is_main_process: bool = True, max_shard_size="5GB", **options) -> None:
-        """Write an ordinary checkpoint of the merged weights; a `state_dict` passed along is the model's and not used.
+        """Write an ordinary checkpoint of the merged weights; a `state_dict` that is passed is not used.
 
         Raises:
-            ValueError: an option asks for something else than writing a folder.
+            ValueError: an option asks for more than writing a folder.
         """
         if refused := [name for name, value in options.items() if value and name not in _HARMLESS]:
             raise ValueError(
@@ -143,7 +144,7 @@ _HARMLESS = ("state_dict", "safe_serialization", "save_function", "save_original
 
 
 def sharding_wrapper(model: nn.Module) -> str | None:
-    """What shards the model over processes, told by class names so that nothing is imported for the question."""
+    """Name the wrapper that shards the model over processes, or None; class names tell, so that nothing is imported."""
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     if "FSDPModule" in classes:
         return "fully_shard"
@@ -155,14 +156,16 @@ def sharding_wrapper(model: nn.Module) -> str | None:
 
 
 def let_checkpoints_see_gradients(model: nn.Module) -> list:
-    """Hook the input embeddings, of an encoder and a decoder both, if the model tells which they are.
+    """Let the outputs of input embeddings, of encoder and decoder, require gradients under checkpointing.
 
-    Reentrant checkpointing drops all gradients of a block whose inputs need none, as happens once embeddings are
-    frozen.
+    Reentrant checkpointing drops all gradients of a block whose inputs require none, as with frozen embeddings.
+
+    Returns:
+        The handles of the hooks.
     """
     found = []
     for part in model.modules():
-        # Some have the method only to say that they have no embeddings.
+        # Some models raise in this method since they have no embeddings.
         with contextlib.suppress(NotImplementedError, AttributeError):
             found.append(part.get_input_embeddings())
     unique = dict.fromkeys(module for module in found if isinstance(module, nn.Module))
@@ -171,7 +174,7 @@ def let_checkpoints_see_gradients(model: nn.Module) -> list:
 
 class _RequireGradient:
     def __init__(self, model: nn.Module):
-        # Not searched in each forward, which a small model would feel.
+        # These are listed once, since a search in each forward would slow a small model.
         self.parts = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:

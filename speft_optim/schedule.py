@@ -1,14 +1,14 @@
 """Dynamic masks: entries are chosen again during training (SPEFT, Section 3.3).
 
-A `MaskSchedule` hangs on the optimizer: it counts its steps, re-selects in between, and its state is saved in the
-optimizer's. So nothing is added to a training loop or a trainer, accumulation and skipped steps are counted as the
-optimizer sees them, and a resumed run restores masks and counter with the moments. Parameters stay the same objects,
-with other contents, so that schedulers and wrappers that hold them need not know.
+A `MaskSchedule` is a hook on the optimizer: it counts its steps and selects masks after some of them, and its state is
+saved in the optimizer's. So a training loop or trainer needs no change, steps are counted right under gradient
+accumulation, and a resumed run restores masks and counter together with the moments. Parameters stay the same objects,
+with other contents, so that learning rate schedulers and wrappers that hold them are not affected.
 
-With batches the masks are selected by `select_masks` at intervals; without, from the training's own backward passes,
-one group of weights after another (see `salience/streaming.py`).
+With batches `select_masks` selects the masks at intervals; without, they are selected from training's own backward
+passes, one group of weights after another (see `salience/streaming.py`).
 
-An entry that leaves keeps its trained value in the weight and never moves again.
+An entry that leaves the mask keeps its trained value in the weight, and is not trained unless it is selected again.
 """
 
 import itertools
@@ -41,55 +41,60 @@ _EVENT = ("step", "entries", "overlap")
 _KEPT_EVENTS = 256
 
 
-# Bytes of accumulators: with 2 GiB one group holds 512 million entries, a fourteenth of a model of 8 billion. Not a
-# share of the memory that is free now, since a resumed run must cut the weights into the same groups.
+# Bytes of accumulators: 2 GiB hold 512 million entries, a fourteenth of a model of 8 billion. A share of the free
+# memory would not do, since a resumed run must cut the weights into the same groups.
 _BUDGET = 2 * 2**30
 
 
 class MaskSchedule:
-    """Choose the masks of a sparsified model again while its optimizer trains it.
+    """Chooses the masks of a sparsified model again while its optimizer trains it.
 
-    Candidates are the weights that `sparsify` attached to. In global scope many may start with an empty mask: pass
-    them all on with `sparsify(model, masks, keep_empty=True)`.
+    The candidates are all entries of the weights that `sparsify` attached values to. In global scope many weights may
+    start with an empty mask; `sparsify(model, masks, keep_empty=True)` makes them candidates too.
 
     **With batches**, `select_masks` chooses all masks anew after every `interval` steps, as the paper does.
 
-    **Without batches** the training itself tells the salience, at no pass of its own. One group of weights at a time
-    adds up its gradients in the backward passes that train; after `window` optimizer steps its masks are chosen anew
-    and the next group's turn begins. A round of all groups takes at least `interval` steps. In local scope each weight
-    keeps its number of entries. In global scope the group's new scores compete with those by which the entries of other
-    groups were kept, so that entries move between weights and their sum stays; in the first round each group keeps its
-    number. This holds a group's accumulators, 4 bytes an entry within `memory_budget`, and a score for each trained
-    entry, and a checkpoint holds them too. Scores are of the raw gradients: before clipping, and with the constant
-    factors of a loss scaler and of accumulation. A step that is skipped because of inf or NaN lets the group's window
-    begin anew. Weights that get no gradient keep their masks. Of several processes each adds up its own gradients, and
-    a turn ends with one average over them; a checkpoint within a turn holds the sums of the process that saved it.
-    `magnitude`, `random` and `synflow` need no gradient, and without batches they are selected by at intervals too.
+    **Without batches** scores come from training itself, without extra passes. One group of weights at a time adds up
+    its gradients in the backward passes of training; after `window` optimizer steps its masks are chosen anew and the
+    next group's turn begins. A round of all groups takes at least `interval` steps. In local scope each weight keeps
+    its number of entries. In global scope the group's new scores compete with those by which the entries of other
+    groups were kept, so that entries move between weights and their total stays; in the first round each group keeps
+    its number.
+
+    Memory and checkpoints then also hold the group's accumulators, 4 bytes for each of its entries and at most
+    `memory_budget` in all, and a score for each trained entry. Scores are those of the raw gradients: before clipping,
+    and including the constant factors of a loss scaler and of gradient accumulation. A step that is skipped because of
+    inf or NaN lets the group's window begin again. Weights that get no gradient keep their masks. With several
+    processes each adds up its own gradients, and they are averaged at the end of a turn; a checkpoint within a turn
+    holds the sums of the process that saved it. `magnitude`, `random` and `synflow` need no gradient: with these
+    measures and no batches, `select_masks` selects at intervals too.
 
     Args:
         model: the sparsified model, or a wrapper around it.
         optimizer: its `SparseAdamW`, or accelerate's wrapper around it.
-        batches: calibration data as for `select_masks`, iterated afresh each time; None selects from the training.
-        interval: with batches, optimizer steps between selections; default 1000, the paper's. Without, the least
+        batches: calibration data as for `select_masks`, iterated again each time; None selects from training itself.
+        interval: with batches, optimizer steps between selections; default 1000, as in the paper. Without, the least
             number of steps in which each weight is selected once; default 50.
-        window: without batches, optimizer steps in a group's turn; default 8.
-        salience: the measure, as for `select_masks`; default "gradient" with batches. Without them "gradient", "snip"
-            (the default), "force" or "taylor_fo" of the summed gradient; "fisher" sums the squares of each backward
-            pass's gradient, of a whole micro-batch and not of an example; or a function from weight entries and their
-            summed gradients, fp32 of one shape, to fp32 scores of that shape, higher ones are kept.
-        scope: "local" keeps each weight's number of entries, "global" their sum.
-        density: from the number of steps taken to the share of all candidates to keep; None keeps the number that
-            `sparsify` got.
-        moments: "reset" all, as the paper does and the default with batches, or "carry" over those of entries that
-            stay, the default without: newcomers start from zero, under the step count of the others.
-        threshold: with batches, select only when the current masks and those that `probe` batches give overlap less
-            than this, 0 to 1; None selects every time.
-        probe: batches for that cheaper estimate; default 1.
-        memory_budget: with batches that of `select_masks`; without, bytes of a group's accumulators, default 2 GiB.
+        window: without batches, over how many optimizer steps a group adds up its gradients; default 8.
+        salience: the measure, as for `select_masks`; default "gradient" with batches. Without them it is "gradient",
+            "snip" (the default), "force" or "taylor_fo" of the summed gradients, or "fisher", which sums the squared
+            gradient of each backward pass, that is of a micro-batch and not of an example; or a function
+            `salience(weight, gradient)` of entries and their summed gradients, both fp32 of shape (entries,), that
+            returns floating scores of that shape, of which the highest are kept.
+        scope: "local" keeps the number of entries of each weight, "global" their total.
+        density: from the number of steps taken to the share of all candidates to keep, in (0, 1]; None keeps the number
+            of entries that `sparsify` got.
+        moments: "reset" drops all moments at a selection, as the paper does; the default with batches. "carry" keeps
+            those of entries that stay, and new entries start from zero under the same step count; the default without.
+        threshold: with batches, select only if the overlap of the current masks with those that `probe` batches give is
+            less than this number in (0, 1]; None selects every time.
+        probe: how many batches are read for that cheaper estimate; default 1.
+        memory_budget: with batches the `memory_budget` of `select_masks`; without, bytes of a group's accumulators,
+            default 2 GiB.
         **options: with batches, `loss`, `max_batches`, `seed` or `progress` of `select_masks`.
 
     Attributes:
-        steps: optimizer steps counted.
+        steps: how many optimizer steps were counted.
         history: for each selection or probe its `step`, `entries`, and `overlap` with the masks before.
 
     Raises:
@@ -145,18 +150,18 @@ class MaskSchedule:
         return 0 if self.training is None else self.training.bytes_held
 
     def reselect(self) -> Masks:
-        """Choose the masks again now, whatever interval and threshold say; call between steps.
+        """Choose the masks again now, regardless of interval and threshold; call it between steps.
 
         Returns:
             The new masks.
 
         Raises:
-            ValueError: masks are selected from the training, group by group.
+            ValueError: there are no batches, and masks are selected from training itself, group by group.
         """
         if self.training is not None:
             raise ValueError(
-                "This MaskSchedule selects from the training's own backward passes at the end of each window, so that "
-                "reselect() has nothing to select by; pass batches, or call select_masks with some."
+                "This MaskSchedule selects from training's own backward passes at the end of each window, so that "
+                "reselect() has no scores; pass batches to MaskSchedule."
             )
         masks = self._select(self.batches)
         self._note(masks)
@@ -164,11 +169,11 @@ class MaskSchedule:
         return masks
 
     def ever_trained(self) -> Masks:
-        """The entries that are or were trained, which are all that can differ from the base model."""
+        """Return the entries that are or were trained, which are all that can differ from the base model."""
         return Masks({weight.name: weight.ever_trained() for weight in self._weights()})
 
     def _change(self, masks: Mapping[str, Mask]) -> tuple[int, int]:
-        """Train other entries of these weights; how many there were before, and how many of them stay."""
+        """Change the masks of these weights; return how many entries they had before, and how many of these stay."""
         check_equal_masks(masks)
         before = kept = 0
         for weight in (weight for weight in self._weights() if weight.name in masks):
@@ -182,11 +187,11 @@ class MaskSchedule:
         return before, kept
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counter and latest events; the masks themselves are in the optimizer's state.
+        """Return the counter and the latest events; the masks themselves are in the optimizer's state.
 
         Returns:
             `schedule_steps`, an int64 scalar, and `schedule_history`, (256, 3) float64: step, entries and overlap of
-            the latest 256 events, and rows of -1 after the last. Its size must not change, see `state.py`.
+            the latest 256 events, followed by rows of -1. Its size is fixed, see `optim/state.py`.
         """
         history = torch.full((_KEPT_EVENTS, 3), -1.0, dtype=torch.float64)
         for row, event in zip(history, self.history[-_KEPT_EVENTS:], strict=False):
@@ -194,7 +199,11 @@ class MaskSchedule:
         return {"schedule_steps": torch.tensor(self.steps), "schedule_history": history}
 
     def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Raise a ValueError for what `state_dict` cannot have given."""
+        """Refuse a state that `state_dict` cannot have returned.
+
+        Raises:
+            ValueError: a tensor has another dtype, shape or content.
+        """
         steps, history = state_dict["schedule_steps"], state_dict["schedule_history"]
         if steps.dtype != torch.int64 or steps.dim() or int(steps) < 0:
             raise ValueError(f"The saved schedule_steps is {steps}, not a whole number as int64; load another state.")
@@ -206,30 +215,34 @@ class MaskSchedule:
             )
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave; the optimizer does so in its own."""
+        """Restore what `state_dict` returned; the optimizer's `load_state_dict` calls this."""
         self.steps = int(state_dict["schedule_steps"])
         rows = [row for row in state_dict["schedule_history"].tolist() if row[0] >= 0]
         self.history = [{"step": int(step), "entries": int(n), "overlap": overlap} for step, n, overlap in rows]
 
     def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """What is kept with a weight: nothing with batches, else see `TrainingSalience.state_of`."""
+        """Return the state that is saved with a weight: nothing with batches, else see `TrainingSalience.state_of`."""
         return {} if self.training is None else self.training.state_of(weight)
 
     def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Raise a ValueError for what `state_of` cannot have given."""
+        """Refuse a state that `state_of` cannot have returned.
+
+        Raises:
+            ValueError: a tensor has another dtype, shape or content, or the saved run selected in another way.
+        """
         if self.training is not None:
             self.training.check_state_of(weight, len(saved["values"]), saved)
         elif "schedule_turn" in saved:
             raise ValueError("The saved run's MaskSchedule had no batches; build this one without them too.")
 
     def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Restore what `state_of` gave."""
+        """Restore what `state_of` returned."""
         if self.training is not None:
             self.training.load_state_of(weight, saved)
             self._skipped = int(saved["skipped_steps"])
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
-        """Post-hook of the optimizer: count a step, and select when it is time."""
+        """Count a step, and select masks when it is time; a post-hook of the optimizer's step."""
         self.steps += 1
         if self.training is not None:
             self._after_step_of_turn(optimizer)
@@ -278,7 +291,7 @@ class MaskSchedule:
         return overlap
 
     def _wanted(self) -> int:
-        """Entries to keep now, over all weights."""
+        """Return how many entries to keep now, over all weights."""
         if self.density is None:
             return self.entries
         if self.scope == "local":
@@ -297,7 +310,7 @@ class MaskSchedule:
         return density
 
     def _count(self) -> int:
-        """Entries trained now, over all weights."""
+        """Return how many entries are trained now, over all weights."""
         return sum(len(weight.mask) for weight in self._weights())
 
     def _weights(self) -> list[SparseWeight]:
@@ -305,18 +318,18 @@ class MaskSchedule:
 
     def _check_owners(self) -> None:
         if not isinstance(self.optimizer, SparseAdamW):
-            raise TypeError(f"MaskSchedule needs a SparseAdamW, whose moments it knows; got {self.optimizer!r}.")
+            raise TypeError(f"MaskSchedule changes the moments of a SparseAdamW and needs one; got {self.optimizer!r}.")
         if self.optimizer.schedule is not None:
-            raise ValueError("The optimizer has a MaskSchedule already; two would overrule each other.")
+            raise ValueError("The optimizer has a MaskSchedule already; use one, since two would overrule each other.")
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if not self._weights() or any(id(weight.values) not in held for weight in self._weights()):
             raise ValueError("The optimizer does not train all of the model's values; build it from sparsify(...).")
 
     def _check_mode(self) -> Measure | None:
-        """Set the defaults of the mode and refuse the other's options.
+        """Set the defaults with or without batches, and refuse options that have no meaning there.
 
         Returns:
-            The measure, where masks are selected from the training.
+            The measure if masks are selected from training itself, else None.
         """
         if self.salience is None:
             self.salience = "snip" if self.batches is None else "gradient"
@@ -324,15 +337,15 @@ class MaskSchedule:
         if self.batches is None and measure.takes_batches:
             if measure.statistic not in ("gradient", "squared_gradient"):
                 raise ValueError(
-                    f"salience={self.salience!r} needs calibration batches, as no backward pass that trains can tell "
-                    "it; pass some, or choose gradient, snip, force, taylor_fo, fisher or a function."
+                    f"salience={self.salience!r} needs calibration batches, since backward passes of training do not "
+                    "give its statistic; pass some, or choose gradient, snip, force, taylor_fo, fisher or a function."
                 )
             given = {name: getattr(self, name) for name in ("threshold", "probe")} | self.options
             for name, value in given.items():
                 if value is not None and name in (*_OPTIONS, "threshold", "probe"):
                     raise ValueError(
-                        f"{name}={value!r} has no meaning without batches, where masks are selected from the training "
-                        f"itself, a group after every window; leave {name} out, or pass batches."
+                        f"{name}={value!r} has no meaning without batches, when masks are selected from training; "
+                        f"leave {name} out, or pass batches."
                     )
             self.window = 8 if self.window is None else self.window
             self.interval = 50 if self.interval is None else self.interval
@@ -340,8 +353,8 @@ class MaskSchedule:
             return measure
         if self.window is not None:
             raise ValueError(
-                f"window={self.window!r} has a meaning only where masks are selected from the training's own gradients;"
-                " leave batches out, or set interval."
+                f"window={self.window!r} has a meaning only where masks are selected from training's own gradients; "
+                "leave batches out, or set interval instead."
             )
         self.interval = 1000 if self.interval is None else self.interval
         self.probe = 1 if self.probe is None else self.probe
@@ -367,11 +380,13 @@ class MaskSchedule:
             check_whole("memory_budget", self.memory_budget, least=1, usual="2 * 2**30 bytes")
         check_max_batches(self.options.get("max_batches"))
         if isinstance(self.batches, Iterator):
-            raise ValueError("batches can be iterated once, but every selection needs them; pass a list or DataLoader.")
+            raise ValueError(
+                "batches can be iterated only once, but every selection reads them; pass a list or DataLoader."
+            )
         if not self.window and measure_of(self.salience).takes_batches:
             check_batches(self.batches, 1)
         if is_distributed() and (self.scope == "global" or self.density is not None):
             raise ValueError(
-                "Over several processes each weight must keep its number of entries, since DistributedDataParallel "
+                "With several processes each weight must keep its number of entries, since DistributedDataParallel "
                 "reduces buffers of fixed size; use scope='local' and density=None."
             )

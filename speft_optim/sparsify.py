@@ -1,14 +1,13 @@
-"""Compact values on a model: `sparsify` attaches them, `desparsify` takes them off and leaves plain weights.
+"""Compact values on a model: `sparsify` attaches them, `desparsify` removes them and leaves plain weights.
 
-For a masked weight W a `SparseWeight` is added as a submodule beside it (`q_proj.sparse_weight`). It holds the one
-trainable tensor there, `values`: the weight itself at the masked entries, 1-D, fp32. W stays the model's own tensor,
-frozen, and always holds the current values in its own dtype, so forward and checkpoints are the model's own. A W of
-bitsandbytes' codes cannot hold them: there the values are laid over what is dequantised (see
-`weights/quantized_linear.py`).
+For a masked weight W a `SparseWeight` is added as a submodule beside it (`q_proj.sparse_weight`). It holds one
+trainable tensor, `values`: the weight itself at the masked entries, 1-D, fp32. W stays the model's own tensor, frozen,
+and always holds the current values in its own dtype, so forward and checkpoints are the model's own. A quantised W
+cannot hold them: there the values are an overlay on the dequantised weight (see `weights/quantized_linear.py`).
 
-Memory at rest per masked entry beyond W: 4 bytes of values and 2 to 4 of positions. A submodule rather than a parameter
-of the layer, because a module can keep itself out of `state_dict()`, keep its values in fp32 under
-`model.to(bfloat16)`, and be copied and pickled with its model; a bare parameter needs a hook for each of these.
+Beyond W each masked entry takes 4 bytes of values and 2 to 4 of positions. They are in a submodule rather than a
+parameter of the layer, because a module can keep itself out of `state_dict()`, keep its values in fp32 under
+`model.to(bfloat16)`, and be copied and pickled with its model; a bare parameter would need a hook for each of these.
 """
 
 from collections.abc import Mapping
@@ -57,28 +56,26 @@ def sparsify(
 ) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
-    On a model that bitsandbytes quantised to 8 or 4 bits all its quantised linears are computed as frozen linear layers
-    from here on, with the values laid over (see `weights/quantized_linear.py`). transformers' flag `is_quantized` is
-    then False until `desparsify`: it means "its layers are the quantiser's and nothing trains", which is no longer so,
-    and Trainer and SFTTrainer take the model like any other. `save_pretrained` writes the merged weights, as
-    `export_merged` does.
+    If bitsandbytes quantised the model to 8 or 4 bits, all its quantised linear layers are computed as frozen linear
+    layers from here on, with the values as an overlay (see `weights/quantized_linear.py`). transformers' flag
+    `is_quantized`, by which it refuses to train a model, is then False until `desparsify`, so that Trainer and
+    SFTTrainer accept the model. `save_pretrained` writes the merged weights, as `export_merged` does.
 
     Under torch's `fully_shard`, called before this or after, the values stay whole on every process and their gradients
     are averaged at the end of each backward. All processes call this with the same masks.
 
     Args:
-        model: a model in memory; its weights are left in place and in their dtype (fp32, bf16, fp16 or quantised).
-        masks: from a parameter's full name to its mask.
-        base: None starts the values from the weight's own entries, on a quantised base the dequantised ones: the
-            model then computes what it did before. The folder of the checkpoint that the model was quantised from
-            starts them from the entries there, which takes the rounding error off the masked entries.
-        keep_empty: attach to weights with an empty mask too, so that a `MaskSchedule` can give them entries; else they
-            are left as they are.
-        verify: compare the gradient of each dense linear weight once, in its first backward, with autograd's own, and
-            look for uses of dense weights outside their modules (see `weights/verification.py`). Where they are used
-            otherwise than assumed the gradient is right all the same, and a warning names the weight. Costs one dense
-            gradient at a time in the first backward. With False only a weight's use in its module's own forward is
-            seen.
+        model: a model in memory; its weights stay in place and in their dtype (fp32, bf16, fp16 or quantised).
+        masks: from the full names of parameters to their masks.
+        base: None starts the values from the weight's own entries, dequantised if need be, so that the model computes
+            what it did before. The folder of the checkpoint that the model was quantised from starts them from the
+            entries there, which have no rounding error.
+        keep_empty: whether weights with an empty mask get (empty) values too, so that a `MaskSchedule` can give them
+            entries.
+        verify: whether to compare the gradient of each dense linear weight once, in its first backward, with autograd's
+            own, and to look for uses of dense weights outside their modules (see `weights/verification.py`). If there
+            are such uses, the gradient is right all the same, and a warning names the weight. This costs one dense
+            gradient at a time in the first backward. With False only the use in a weight's own module is seen.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -86,11 +83,11 @@ def sparsify(
     Raises:
         ValueError: a name or shape does not fit the model, the masks are empty or differ between processes, or the
             model is sparsified already; the model is then as it was.
-        TypeError: a masked weight is not floating, a weight is a quantiser's other than bitsandbytes', or `masks` is no
-            mapping to `Mask`.
+        TypeError: a masked weight is not floating-point, a weight is of another quantiser than bitsandbytes, or `masks`
+            is not a mapping to `Mask`.
         RuntimeError: another process of the group failed; the model is as it was.
     """
-    # Not at import: its decorator loads the compiler, and Triton with it.
+    # This import loads the compiler and Triton, which importing the package must not.
     from speft_optim.eager import refresh_before_forward
 
     wrapper, model = model, unwrapped(model)
@@ -133,9 +130,9 @@ def sparsify(
 
 
 def desparsify(model: nn.Module) -> None:
-    """Undo `sparsify`: plain weights with the trained values, each requiring gradients as it did before.
+    """Undo `sparsify`: leave plain weights with the trained values, each requiring gradients as it did before.
 
-    A quantised weight keeps its trained entries laid over, untrained from here on; without any it is bitsandbytes' own.
+    A quantised weight keeps its trained entries as a frozen overlay; without any, its layer is bitsandbytes' own again.
 
     Args:
         model: the model that was sparsified, or a wrapper around it.
@@ -150,7 +147,7 @@ def desparsify(model: nn.Module) -> None:
         weights, required_grad, hooks = root.__dict__.pop(BEFORE_SPARSIFY)
         for weight in weights:
             weight.detach_from_model()
-        # By plain names, since blocks may have been wrapped meanwhile.
+        # `all_targets` gives plain names, since blocks may have been wrapped meanwhile.
         for name, target in all_targets(root).items():
             target.parameter.requires_grad_(required_grad.get(name, target.parameter.requires_grad))
         for hook in hooks:
@@ -202,9 +199,9 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
 
 
 def _follow_optimizers() -> None:
-    """Write through after the step of *any* optimizer, once per process.
+    """Hook the steps of all optimizers, once per process: new values are written into the weights.
 
-    Version counters would do for torch's own, but not for optimizers that update through a pointer (bitsandbytes).
+    Version counters would do for torch's optimizers, but not for those that update through a pointer (bitsandbytes).
     """
     if not _following:
         _following.append(register_optimizer_step_post_hook(_write_after_step))
@@ -221,6 +218,6 @@ def _write_after_step(optimizer, args, kwargs) -> None:
             if (weight := linked(parameter)) is not None:
                 if not isinstance(optimizer, SparseAdamW):
                     weight.check()
-                    # Written without looking where it was trained: some optimizers write past the version counter.
+                    # Values with a gradient are written in any case: some optimizers bypass the version counter.
                     weight.synchronize() if parameter.grad is None else weight.write()
                 weight.after_step()

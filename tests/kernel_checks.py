@@ -1,4 +1,4 @@
-"""Each kernel against its plain PyTorch twin; run by test_triton.py under the interpreter, by test_gpu.py on a card."""
+"""Each kernel against its plain PyTorch twin; run by test_triton.py under the interpreter, by test_gpu.py on a GPU."""
 
 import copy
 
@@ -40,7 +40,7 @@ def mask_of(shape, share, seed=0):
 
 
 def assert_written(weight, expected):
-    """Equal; but the interpreter cuts bf16 off where a card rounds, so that there the last bit is not looked at."""
+    """Equal; but the interpreter cuts bf16 off where a GPU rounds, so that there the last bit is not looked at."""
     if weight.dtype == torch.bfloat16 and not weight.is_cuda:
         torch.testing.assert_close(weight, expected, rtol=2**-7, atol=0)
     else:

@@ -77,7 +77,7 @@ def test_all_ways_to_read_agree_with_the_definition(kind, shape):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_card_reads_what_the_definition_says(kind, shape):
+def test_a_gpu_reads_what_the_definition_says(kind, shape):
     module, _ = layer(kind, shape)
     expected = by_definition(module, kind).cuda()
     weight = frozen_weight(module.to("cuda"))

@@ -1,4 +1,4 @@
-"""What only a card can show: fp32 sums of 16-bit products, loss scaling, memory, streaming, quantised layers."""
+"""What only a GPU can show: fp32 sums of 16-bit products, loss scaling, memory, streaming, quantised layers."""
 
 import copy
 import gc
@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from conftest import random_masks, tiny_model, token_batch
-from kernel_checks import *  # noqa: F403 - each is run here too, on the card
+from kernel_checks import *  # noqa: F403 - each is run here too, on the GPU
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = "cuda"
 
 
-def on_card(batch):
+def on_gpu(batch):
     return {key: value.to(CUDA) for key, value in batch.items()}
 
 
@@ -75,7 +75,7 @@ def test_streamed_masks_equal_resident_ones(salience):
 
 
 @pytest.mark.parametrize("salience", ["gradient", "activation"])
-def test_two_blocks_are_on_the_card_and_the_model_stays_as_it_is(salience):
+def test_two_blocks_are_on_the_gpu_and_the_model_stays_as_it_is(salience):
     """Blocks so large that a copy takes longer than the work it runs beside: a lost wait would show in the masks."""
     sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12)
     model = tiny_model("llama", torch.bfloat16, **sizes)
@@ -107,7 +107,7 @@ def test_loss_scaling_skips_a_step_that_overflows():
         before = [value.detach().clone() for value in values]
         scale = scaler.get_scale()
         with torch.autocast(CUDA, torch.float16):
-            loss = model(**on_card(token_batch(step))).loss
+            loss = model(**on_gpu(token_batch(step))).loss
         scaler.scale(loss * (1e30 if step == 3 else 1.0)).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(values, 1.0)
@@ -193,7 +193,7 @@ def test_a_quantised_base_trains_and_its_codes_stay(tmp_path, kind):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         save_original(tmp_path), quantization_config=configuration(kind), device_map={"": 0}
     )
-    batches = [on_card(token_batch(seed)) for seed in range(2)]
+    batches = [on_gpu(token_batch(seed)) for seed in range(2)]
     masks = select_masks(model, batches, density=0.05, progress=False)
     before = stored(model)
     optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
@@ -245,7 +245,7 @@ def test_gradients_under_liger_are_those_of_transformers(monkeypatch):
         if liger:
             use_liger(model)
         values = sparsify(model, masks)
-        model(**on_card(token_batch(1))).loss.backward()
+        model(**on_gpu(token_batch(1))).loss.backward()
         gradients.append(torch.cat([value.grad for value in values]))
     assert relative(gradients[1], gradients[0]) < 0.03
 
@@ -258,7 +258,7 @@ def test_a_compiled_model_trains_as_an_eager_one():
         optimizer = SparseAdamW(values, lr=1e-3)
         called = torch.compile(model, backend="aot_eager") if compiled else model
         for step in range(3):
-            called(**on_card(token_batch(step))).loss.backward()
+            called(**on_gpu(token_batch(step))).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         results.append(torch.cat([value.detach() for value in values]))
@@ -284,7 +284,7 @@ def test_masks_chosen_from_the_training_are_those_of_the_cpu(scope):
             optimizer.step()
             optimizer.zero_grad()
         found.append(Masks({weight.name: weight.mask for weight in sparse_weights(model)}))
-        assert all(piece.accumulator.device.type == device for piece in schedule.training.group)
+        assert all(row_slice.accumulator.device.type == device for row_slice in schedule.training.group)
     # A rounding can make the difference between two entries.
     assert found[1].count == found[0].count and found[1].overlap(found[0]) > 0.99
 
@@ -301,7 +301,7 @@ def test_memory_grows_by_the_accumulators_while_masks_move():
         before = torch.cuda.memory_allocated()
         for step in range(6):
             # Enough activations that a selection, between steps, takes less than a backward.
-            model(**on_card(token_batch(step, batch=64, length=60))).loss.backward()
+            model(**on_gpu(token_batch(step, batch=64, length=60))).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if step == 1:
@@ -333,12 +333,12 @@ def on_one_device(folder, places):
     return load(folder, {"": 0})
 
 
-def over_two_cards(folder, places):
+def over_two_gpus(folder, places):
     return load(folder, places)
 
 
-def over_host_and_card(folder, places):
-    """By hand what a device_map does for two cards: it takes the CPU for a place to offload to."""
+def over_host_and_gpu(folder, places):
+    """By hand what a device_map does for two GPUs: it takes the CPU for a place to offload to."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     model = load(folder, None)
@@ -354,19 +354,19 @@ def load(folder, device_map):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device_map)
 
 
-two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-@pytest.mark.parametrize("spread", [over_host_and_card, pytest.param(over_two_cards, marks=two_cards)])
+@pytest.mark.parametrize("spread", [over_host_and_gpu, pytest.param(over_two_gpus, marks=two_gpus)])
 def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
-    """Global selection, five clipped steps, save and resume, as on one card; no whole weight moves between them."""
+    """Global selection, five clipped steps, save and resume, as on one GPU; no whole weight moves between them."""
     pytest.importorskip("accelerate")
     # Weights larger than what selection moves at a time: 2048 scores that may be among the best, at this budget.
     tiny_model(hidden_size=64, num_key_value_heads=4).save_pretrained(tmp_path)
     parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
     parts.update(dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1))
     # So few tokens that their logits, which accelerate brings back to the first device, are smaller than any weight.
-    batches = [on_card(token_batch(seed, batch=1, length=4)) for seed in range(5)]
+    batches = [on_gpu(token_batch(seed, batch=1, length=4)) for seed in range(5)]
 
     def train(model, optimizer, first, last):
         norms = []

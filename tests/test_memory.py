@@ -246,18 +246,14 @@ def test_estimate_of_head_norms_and_of_unknown_architectures():
         shape.targets(["q_proj", "lm_head"])
 
 
-def test_description_names_every_part_the_peak_and_a_card():
+def test_description_names_every_part_the_peak_and_a_gpu():
     moments = estimate(Shape.of(shapes.configuration("llama3-8b")), bits=8, entries=10**7, batch=1, length=2048)
     text = memory.describe(moments)
     assert all(part in text for parts in moments.values() for part in parts)
-    assert f"expected peak {peak_bytes(moments) / GIB:.2f} GiB" in text and "fits a card of 12 GB" in text
-    assert (
-        memory.smallest_card(memory.usable_bytes(16)) == 16 and memory.smallest_card(memory.usable_bytes(16) + 1) == 24
-    )
+    assert f"expected peak {peak_bytes(moments) / GIB:.2f} GiB" in text and "fits a GPU of 12 GB" in text
+    assert memory.smallest_gpu(memory.usable_bytes(16)) == 16 and memory.smallest_gpu(memory.usable_bytes(16) + 1) == 24
     huge = {"loss": {"weights": 10**12}}
-    assert memory.smallest_card(10**12) is None and "fits none of the common cards, up to 80 GB" in memory.describe(
-        huge
-    )
+    assert memory.smallest_gpu(10**12) is None and "fits none of the common GPUs, up to 80 GB" in memory.describe(huge)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -288,28 +284,28 @@ def test_benchmark_reports_every_mode_also_one_that_fails(tmp_path, capsys):
         benchmark.main(["memory", "--modes", "none"])
 
 
-def test_a_card_that_is_too_small_is_a_result(monkeypatch):
+def test_a_gpu_that_is_too_small_is_a_result(monkeypatch):
     def fill(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
     monkeypatch.setattr(timed_steps, "run_steps", fill)
     arguments = type("Arguments", (), dict(shape="tiny", layers=None, batch=1, seq=16, density=0.02, state_bits=8))
     arguments.masks = "uniform"
-    arguments.card = None
+    arguments.gpu_gb = None
     row = benchmark.measure("ours-int8", arguments)
     assert row["error"] == "out of memory" and row["estimate_gib"] > 0
     assert f"| ours-int8 | - | - | - | - | out of memory | {row['estimate_gib']:.2f} |" in benchmark_report.table([row])
     if not torch.cuda.is_available():
-        for option in (["--card", "12"], ["--liger"]):
+        for option in (["--gpu-gb", "12"], ["--liger"]):
             with pytest.raises(SystemExit):
                 benchmark.main(["memory", *option])
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="simulates a small card on a large one")
-def test_a_simulated_card_sets_the_limit(tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="simulates a small GPU on a large one")
+def test_a_simulated_gpu_sets_the_limit(tmp_path):
     pytest.importorskip("accelerate")
-    command = ["memory", "--shape", "llama3-8b", "--modes", "frozen-bf16", "--card", "12", "--out", str(tmp_path)]
+    command = ["memory", "--shape", "llama3-8b", "--modes", "frozen-bf16", "--gpu-gb", "12", "--out", str(tmp_path)]
     (row,) = benchmark.main(command)
     assert row["error"] == "out of memory" and row["simulated_gb"] == 12
 

@@ -220,7 +220,7 @@ def test_pages_that_cannot_be_locked_are_left_with_a_warning(monkeypatch, caplog
 
 
 @pytest.mark.parametrize("by_block", [True, False])
-def test_pages_are_locked_for_a_card_until_all_copies_are_over(monkeypatch, by_block):
+def test_pages_are_locked_for_a_gpu_until_all_copies_are_over(monkeypatch, by_block):
     """Also where no block goes on the prefetcher, as for `synflow`, which moves all weights several times a pass."""
     model, done = tiny_model("llama"), []
 
@@ -228,8 +228,8 @@ def test_pages_are_locked_for_a_card_until_all_copies_are_over(monkeypatch, by_b
         done.append(tensors)
         stack.callback(done.append, "unlocked")
 
-    card = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: done.append("synchronised"))
-    monkeypatch.setattr(torch, "get_device_module", lambda device: card)
+    gpu = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: done.append("synchronised"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
     monkeypatch.setattr("speft_optim.salience.prefetch._Buffer", lambda size, device: None)
     monkeypatch.setattr("speft_optim.salience.offload._device_of_tensors", torch.device)
     monkeypatch.setattr("speft_optim.salience.offload.lock_pages", lock)

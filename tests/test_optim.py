@@ -592,7 +592,7 @@ def test_a_state_of_an_older_version_is_refused(older):
     _, _, _, optimizer = attached()
     saved = optimizer.state_dict()
     saved["state"][0].update(older)
-    with pytest.raises(ValueError, match="older version of speft_optim; go on with that version"):
+    with pytest.raises(ValueError, match="older version of speft_optim; load it with that version"):
         optimizer.load_state_dict(saved)
 
 
@@ -604,7 +604,7 @@ def test_full_training_without_sparsify_is_told_once(caplog):
     optimizer = SparseAdamW(model.parameters())
     train(model, optimizer, 2)
     (record,) = caplog.records
-    assert "SparseAdamW trains 16 weights whole" in record.message and "sparsify(model, masks)" in record.message
+    assert "SparseAdamW trains 16 whole weights" in record.message and "sparsify(model, masks)" in record.message
 
 
 def test_a_head_beside_compact_values_is_nothing_to_tell(caplog):
@@ -745,7 +745,7 @@ def test_two_runs_from_one_seed_are_bit_equal():
         (dict(params=nn.Parameter(torch.ones(2))), TypeError, "params is a Parameter; pass the list sparsify"),
         (dict(params={nn.Parameter(torch.ones(2))}), TypeError, "params is a set; pass the list sparsify"),
         (dict(params={"params": [nn.Parameter(torch.ones(2))]}), TypeError, "params is a dict;.* a list of groups"),
-        (dict(params=[7]), TypeError, "got a int as a parameter; it trains tensors"),
+        (dict(params=[7]), TypeError, "got a int as a parameter; pass tensors"),
         (dict(params=[{"params": {nn.Parameter(torch.ones(1))}}]), TypeError, "are a set.*pass a list"),
         (dict(maximize="no"), TypeError, "maximize='no' is a str; pass True or False"),
         (dict(magnitude_power=2), ValueError, "magnitude_power=2; it is 0 for one rate, 0.5 or 1"),

@@ -752,7 +752,7 @@ def test_the_best_quantised_model_is_loaded_at_the_end(model, tmp_path):
 
 
 def test_replicas_of_data_parallel_are_refused(model, monkeypatch):
-    """By torch's own `replicate`, which asks for cards only where it copies tensors to them."""
+    """By torch's own `replicate`, which asks for GPUs only where it copies tensors to them."""
     replicating = sys.modules["torch.nn.parallel.replicate"]
     monkeypatch.setattr(replicating, "_get_device_index", lambda device, optional: device)
     monkeypatch.setattr(

@@ -375,7 +375,7 @@ def test_gradient_checkpointing_changes_nothing(method, samples):
 # --- models
 
 
-def test_gemma2_gets_plain_attention_and_others_the_fast_one_on_a_card():
+def test_gemma2_gets_plain_attention_and_others_the_fast_one_on_a_gpu():
     assert models.attention_backend(tiny("gemma2").config, "cuda") == "eager"
     assert models.attention_backend(tiny("llama").config, "cuda") is None
     assert models.attention_backend(tiny("llama").config, "cpu") == "eager"
@@ -824,7 +824,7 @@ def test_dry_run_of_presets_packages_and_unknown_names(tmp_path, monkeypatch):
     assert (config.model_type, config.hidden_size, list(tmp_path.iterdir())) == ("llama", 576, [])
 
 
-def test_presets_say_in_help_and_docs_which_card_they_fit(capsys):
+def test_presets_say_in_help_and_docs_which_gpu_they_fit(capsys):
     with pytest.raises(SystemExit) as end:
         gsm8k.main(["--list-presets"])
     printed = capsys.readouterr().out.strip()

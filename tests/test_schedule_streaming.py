@@ -184,17 +184,20 @@ class Plain:
             if has_moments(state) and "exp_avg_scale" not in state:
                 yield f"first moment of {name}", state["exp_avg"], self.first[name], indices
                 yield f"second moment of {name}", state["exp_avg_sq"], self.second[name], indices
-        for piece in schedule.training.group:
-            if piece.accumulator is not None:
-                name, places = piece.target.name, torch.arange(piece.first * piece.columns, piece.last * piece.columns)
-                yield f"sums of {name}", piece.accumulator.flatten(), self.sums[name], places
+        for row_slice in schedule.training.group:
+            if row_slice.accumulator is not None:
+                name, places = (
+                    row_slice.target.name,
+                    torch.arange(row_slice.first * row_slice.columns, row_slice.last * row_slice.columns),
+                )
+                yield f"sums of {name}", row_slice.accumulator.flatten(), self.sums[name], places
 
 
 def groups_of(schedule):
     """Names and rows of the groups; checked to be all entries, in order, and to fit the budget."""
     training, groups = schedule.training, []
     for group in training.groups:
-        groups.append([(piece.target.name, piece.first, piece.last) for piece in group])
+        groups.append([(row_slice.target.name, row_slice.first, row_slice.last) for row_slice in group])
     entries = [(name, row) for group in groups for name, first, last in group for row in range(first, last)]
     assert entries == [(w.name, row) for w in training.weights for row in range(w.mask.shape[0])]
     return groups
@@ -295,7 +298,7 @@ def test_recomputation_under_checkpointing_does_not_count_twice(reentrant, salie
         if checkpointed:
             model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
         train(model, optimizer, 9, parts=2)
-        sums = [piece.accumulator for piece in schedule.training.group]
+        sums = [row_slice.accumulator for row_slice in schedule.training.group]
         results.append((weights_of(model), sums, schedule.training.scores))
     assert schedule.training.turns == 4 and schedule.training.steps == 1
     for left, right in zip(*(result[1] for result in results), strict=True):
@@ -371,7 +374,7 @@ def test_weights_of_16_bits_train_with_sums_in_fp32(dtype, state_bits):
     model, optimizer, schedule = attach(tiny_model(dtype=dtype), budget=6_000, state_bits=state_bits)
     start = weights_of(model)
     train(model, optimizer, 7)
-    assert all(piece.accumulator.dtype == torch.float32 for piece in schedule.training.group)
+    assert all(row_slice.accumulator.dtype == torch.float32 for row_slice in schedule.training.group)
     assert schedule.training.turns == 3 and schedule.history[-1]["overlap"] < 1
     for weight in sparse_weights(model):
         outside = torch.ones(weight.mask.shape.numel(), dtype=torch.bool)
@@ -407,8 +410,8 @@ def test_memory_grows_by_the_accumulators_of_one_group_within_the_budget():
     assert stored_bytes == 4 * masks_of(model).count
     for step in range(1, 30):
         train(model, optimizer, 1, first=step)
-        pieces = [piece for group in schedule.training.groups for piece in group]
-        held = sum(piece.accumulator.nbytes for piece in pieces if piece.accumulator is not None)
+        row_slices = [row_slice for group in schedule.training.groups for row_slice in group]
+        held = sum(row_slice.accumulator.nbytes for row_slice in row_slices if row_slice.accumulator is not None)
         assert held == schedule.bytes_held - stored_bytes == optimizer.memory_summary()["salience"] - stored_bytes
         seen.append(held)
         assert all(
@@ -446,7 +449,7 @@ def test_bytes_alive_in_backward_are_those_of_a_static_run_and_the_budget(salien
 def test_gradients_of_replicas_on_other_devices_are_refused():
     model, optimizer, schedule = attach()
     (weight, *_) = sparse_weights(model)
-    with pytest.raises(ValueError, match="comes from meta, the weight lies on cpu: replicas of nn.DataParallel"):
+    with pytest.raises(ValueError, match="is on meta, but the weight is on cpu. The replicas of nn.DataParallel"):
         weight.accumulator.from_dense(weight.parameter.to("meta"))
 
 
@@ -539,7 +542,7 @@ def test_a_turn_waits_until_the_rounds_are_long_enough_and_sums_in_its_last_step
     assert len(schedule.training.groups) == 1 and schedule.training.period == 7
     start, held = masks_of(model), []
     for step in range(7):
-        held.append(sum(piece.accumulator is not None for piece in schedule.training.group))
+        held.append(sum(row_slice.accumulator is not None for row_slice in schedule.training.group))
         assert masks_of(model) == start and not schedule.history
         if step == 5:
             twin, twins = copy.deepcopy((model, optimizer))
@@ -726,7 +729,7 @@ def scores_as_one_of_two(rank, file):
             optimizer.zero_grad()
             if salience == "snip":
                 plain.step([token_batch(2 * step + part) for part in range(2)])
-        expected = [piece.entries for group in schedule.training.groups[:4] for piece in group]
+        expected = [row_slice.entries for group in schedule.training.groups[:4] for row_slice in group]
         assert sent == expected, (sent, expected)
         found = [None, None]
         sums = {name: part.double().sum().item() for name, part in weights_of(model).items()}

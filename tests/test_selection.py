@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from speft_optim import Mask, MaskSchedule, SparseAdamW, select_masks, sparsify
+from speft_optim.salience.amounts import share_out
 from speft_optim.salience.calibration import default_memory_budget
-from speft_optim.salience.selection import _shares
 from speft_optim.salience.topk import BestEntries, _kth_best
 from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.targets import all_targets, find_targets
@@ -77,7 +77,7 @@ def test_the_kth_best_of_any_bits(dtype):
 def test_a_budget_is_shared_out_by_size_and_used_up(sizes, data):
     sizes = {str(number): size for number, size in enumerate(sizes)}
     budget = data.draw(st.integers(1, sum(sizes.values())))
-    shares = _shares(sizes, None, budget)
+    shares = share_out(sizes, None, budget)
     assert sum(shares.values()) == budget
     for name, size in sizes.items():
         exact = budget * size / sum(sizes.values())
@@ -338,8 +338,8 @@ def test_a_batch_whose_only_labels_are_first_ones_is_skipped(salience, own, capl
     choose = dict(salience=salience, density=0.1, loss=loss, progress=False)
     masks = select_masks(model, batches, **choose)
     assert masks.overlap(select_masks(model, batches[::2], **choose)) > 0.99
-    assert "1 of 3 calibration batches have no label that counts" in caplog.text or salience == "fisher" and not own
-    with pytest.raises(ValueError, match="has a label that its loss counts|All labels of all 1 calibration batches"):
+    assert "1 of 3 calibration batches are left out" in caplog.text or salience == "fisher" and not own
+    with pytest.raises(ValueError, match="has a label that is in its loss|All labels of all 1 calibration batches"):
         select_masks(model, batches[1:2], **choose)
 
 
@@ -413,7 +413,7 @@ def test_a_batch_whose_labels_are_all_ignored_is_left_out_and_warned_of(caplog):
         actual = select_masks(model, [good[0], IGNORED, *good[1:]], memory_budget=20_000, **choose)
     assert actual == expected
     assert [record.message for record in caplog.records] == [
-        "1 of 8 calibration batches have no label that counts; left out."
+        "1 of 8 calibration batches are left out: no label of theirs enters the loss."
     ]
     seen = []
     for batches in (good, [good[0], IGNORED, *good[1:]]):
@@ -553,8 +553,8 @@ def test_a_loss_that_is_no_scalar_tensor_is_refused():
 def test_the_default_budget_is_half_of_what_this_process_may_use(monkeypatch, fraction, half):
     """Of 80 GiB 30 are free, 20 are the allocator's, 12 of them in use."""
     gib = 2**30
-    card = dict(memory_allocated=12 * gib, memory_reserved=20 * gib, mem_get_info=(30 * gib, 80 * gib))
-    for name, value in dict(card, get_per_process_memory_fraction=fraction).items():
+    gpu = dict(memory_allocated=12 * gib, memory_reserved=20 * gib, mem_get_info=(30 * gib, 80 * gib))
+    for name, value in dict(gpu, get_per_process_memory_fraction=fraction).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert default_memory_budget(torch.device("cuda")) == half * gib
 

@@ -1,7 +1,7 @@
 """Triton kernels under Triton's interpreter, against the plain PyTorch that defines them.
 
 The interpreter is chosen when Triton is first imported, so all of this runs in one process of its own; the same checks
-run on a card in test_gpu.py.
+run on a GPU in test_gpu.py.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Data of the local tasks: GSM8K's two files in a folder the user names.
+"""Data of the local tasks: GSM8K's two files in a folder that the user names.
 
 The folder reaches lm-eval as task metadata (`--metadata '{"data": "FOLDER"}'` on its own command line), so the task
-files stay free of paths. The rows go to memory at once and nothing enters the cache of `datasets`: two runs on an
-edited file can not see each other's rows.
+files hold no paths. The rows are read into memory and not into the cache of `datasets`, so that a run on an edited file
+cannot read earlier rows.
 """
 
 import json
@@ -14,7 +14,7 @@ SPLITS = ("train", "test")
 
 
 def read_folder(data: str | None = None, **_metadata) -> DatasetDict:
-    """Reads train.jsonl and test.jsonl, whose lines hold `question` and `answer`.
+    """Read train.jsonl and test.jsonl, whose lines hold `question` and `answer`.
 
     Args:
         data: the folder.
@@ -23,7 +23,7 @@ def read_folder(data: str | None = None, **_metadata) -> DatasetDict:
         The two splits with exactly these two columns.
 
     Raises:
-        ValueError: no folder, a missing file, or a line without the two fields.
+        ValueError: there is no folder, a file is missing, or a line lacks one of the two fields.
     """
     if data is None:
         raise ValueError(
@@ -33,7 +33,7 @@ def read_folder(data: str | None = None, **_metadata) -> DatasetDict:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads one file of problems, one JSON object a line."""
+    """Read one file of problems, one JSON object a line."""
     if not path.is_file():
         raise ValueError(f"no such file: {path}; the data folder must hold train.jsonl and test.jsonl")
     with path.open(encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_row(path: Path, number: int, line: str) -> dict[str, str]:
-    """Reads one problem; its `question` and `answer` must be strings."""
+    """Read one problem; its `question` and `answer` must be strings."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

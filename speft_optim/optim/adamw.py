@@ -1,7 +1,7 @@
 """SparseAdamW: AdamW over the compact values of masked entries.
 
 PyTorch's `SparseAdam` takes sparse *gradients* of a dense parameter and keeps dense moments. Here parameter, gradient
-and moments all have the length of the mask; the weight itself is written at the masked entries in the same step.
+and moments all have the length of the mask, and the step also writes the new values into the weight's masked entries.
 """
 
 import logging
@@ -37,37 +37,37 @@ logger = logging.getLogger(__name__)
 
 
 class SparseAdamW(SavedOptimizer):
-    """AdamW for `sparsify(model, masks)`; ordinary parameters among them get ordinary AdamW.
+    """AdamW for the compact values that `sparsify(model, masks)` returns; ordinary parameters get ordinary AdamW.
 
-    Unlike `torch.optim.SparseAdam` (sparse gradients, dense state) everything it holds is as long as the mask.
+    Unlike `torch.optim.SparseAdam` (sparse gradients, dense state) all state has the length of the mask.
 
     Args:
         params: parameters or parameter groups, as for `torch.optim.AdamW`.
         lr: learning rate, a float or a scalar tensor.
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay of the masked entries; the others never move. Compact values are 1-D, so a script
-            that decays only parameters with two or more dimensions (`p.ndim >= 2`) decays none of them. Write instead
-            `if p.ndim >= 2 or name.endswith(".values")`, over `model.named_parameters()`.
+        weight_decay: decoupled decay of the masked entries; other entries never change. Compact values are 1-D, so a
+            script that decays only parameters with two or more dimensions (`p.ndim >= 2`) decays none of them. Write
+            `if p.ndim >= 2 or name.endswith(".values")` over `model.named_parameters()` instead.
         maximize: ascend instead of descend.
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
-        magnitude_power: with 1 or 0.5 each masked entry has a rate of its own, `lr` times abs(entry)^magnitude_power
-            over its mean in the parameter group, cut to 0.1 to 5; 0 is one rate for all. It needs no state. Decay goes
-            by `lr`, and so do ordinary parameters. See docs/benchmarks.md for when it pays.
-        on_nonfinite: what a step does that meets a gradient with inf or NaN, in whatever parameter: "skip" it whole
-            and count it in `skipped_steps`, "raise" a FloatingPointError before anything changed, or "ignore" it, as
-            torch's AdamW does. The first two read one number back from the device per step; they also tell once of a
-            step whose gradients are all zero, as those of a batch without labels may be.
-        **others: options of `torch.optim.AdamW` that this optimizer lacks, taken only when None or False, so that a
+        magnitude_power: with 0.5 or 1 each masked entry has its own learning rate: `lr` times abs(entry)^power over the
+            mean of that in the parameter group, a factor that is clamped to [0.1, 5]. 0 is one rate for all. It needs
+            no state. Weight decay and ordinary parameters use `lr`. See docs/benchmarks.md for when it pays.
+        on_nonfinite: what a step does if any gradient holds inf or NaN: "skip" changes nothing and counts the step in
+            `skipped_steps`, "raise" raises a FloatingPointError before anything is changed, and "ignore" steps all the
+            same, as torch's AdamW does. The first two read one number back from the device in each step. They also warn
+            once of a step whose gradients are all zero, as those of a batch without labels are.
+        **others: options of `torch.optim.AdamW` that this optimizer lacks, accepted only if None or False, so that a
             script may keep writing `fused=False`.
 
     Attributes:
-        skipped_steps: steps left out because of a gradient that was not finite; saved in `state_dict()`.
-        schedule: the `MaskSchedule` that changes the masks, if any.
+        skipped_steps: how many steps were skipped since a gradient was not finite; saved in `state_dict()`.
+        schedule: the `MaskSchedule` that changes the masks, or None.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or there is no parameter.
-        TypeError: a parameter is not a floating tensor, or an option is not known.
+        TypeError: a parameter is not a floating-point tensor, or an option is not known.
     """
 
     _own_attributes = (*SavedOptimizer._own_attributes, "_on_nonfinite", "_told_of_zeros")
@@ -100,7 +100,15 @@ class SparseAdamW(SavedOptimizer):
         super().__init__(params, {**defaults, "state_bits": state_bits, "magnitude_power": magnitude_power})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; options it lacks are the constructor's."""
+        """Add a group of parameters.
+
+        Args:
+            param_group: a dict with `params` and any options; the constructor's are used for others.
+
+        Raises:
+            TypeError: it is no such dict, or a parameter is not a floating-point tensor.
+            ValueError: an option is out of range.
+        """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"A parameter group is a dict with params, got {param_group!r}; write dict(params=[...]).")
         check_options({**self.defaults, **param_group})
@@ -109,13 +117,13 @@ class SparseAdamW(SavedOptimizer):
             raise TypeError("The params of a group are a set, whose order changes between runs; pass a list.")
         params = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
         for parameter in params:
-            # With a name in front, as of `named_parameters()`.
+            # `named_parameters()` yields pairs of name and parameter.
             parameter = parameter[-1] if isinstance(parameter, tuple) and parameter else parameter
             if not isinstance(parameter, Tensor):
-                raise TypeError(f"SparseAdamW got a {type(parameter).__name__} as a parameter; it trains tensors.")
+                raise TypeError(f"SparseAdamW got a {type(parameter).__name__} as a parameter; pass tensors.")
             if not parameter.is_floating_point():
                 raise TypeError(
-                    f"SparseAdamW got a parameter of {parameter.dtype}; it trains floating tensors, fp32 best."
+                    f"SparseAdamW got a parameter of {parameter.dtype}; pass floating-point tensors, fp32 if possible."
                 )
             linked(parameter)
         super().add_param_group({**param_group, "params": params})
@@ -126,13 +134,13 @@ class SparseAdamW(SavedOptimizer):
         """Update every parameter that has a gradient, and write the new values into the weights.
 
         Args:
-            closure: re-evaluates the model with gradients enabled and returns the loss; called once.
+            closure: computes the loss and its gradients, with gradients enabled, and returns the loss; called once.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
-            ValueError: a masked weight was replaced, or at the first step the masks differ between processes or the
+            ValueError: a masked weight was replaced; or, at the first step, the masks differ between processes or the
                 values of all masked weights are frozen.
             FloatingPointError: a gradient is not finite, with `on_nonfinite="raise"`.
         """
@@ -142,22 +150,22 @@ class SparseAdamW(SavedOptimizer):
                 loss = closure()
         if not self._stepped:
             self._restore_past_loading()
-        # All of them before any update, and those without a gradient too: a weight that is gone never gets one.
+        # All weights are checked before any update, also those without a gradient: a replaced weight never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
-        # An error of one process alone, in its first step, would let the others wait in the exchange below.
+        # In the first step an error of one process alone would let the others hang in the exchange below.
         with nullcontext() if self._stepped else together():
             for weight in weights.values():
                 if weight is not None:
                     weight.synchronize()
         if not self._stepped:
-            # Not only in `sparsify`, which may have run before there were other processes: DistributedDataParallel lays
-            # the values of one over the positions of another.
+            # `sparsify` may have run before the process group was initialised, and DistributedDataParallel would copy
+            # the values of one process to the positions of another.
             masks = {weight.name: weight.mask for weight in weights.values() if weight is not None}
             check_equal_masks(masks, may_be_divided=True)
             check_gradients(weights)
             warn_of_dense_training(weights)
             self._stepped = True
-        # What the host does is done while the GPU is still at the gradients, of which one number is waited for.
+        # The steps are planned while the GPU still computes gradients; only then is their largest magnitude waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
         plans = [self._plan(group, weights) for group in self.param_groups]
         if largest and not self._may_step(largest):
@@ -167,7 +175,7 @@ class SparseAdamW(SavedOptimizer):
         return loss
 
     def _plan(self, group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> Callable[[], None]:
-        """What takes the step of the parameters of a group that have a gradient; until then none of them changes."""
+        """Return a function that takes the step of a group. Nothing changes before; a call costs only the launch."""
         options = dict(
             lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=float(group["betas"][0]),
@@ -194,7 +202,7 @@ class SparseAdamW(SavedOptimizer):
         return partial(self._take, prepared, options, launch)
 
     def _take(self, prepared: list["Prepared"], options: dict[str, Any], launch: Callable[[], None] | None) -> None:
-        """Take the step: together where kernels run, else one by one."""
+        """Take the step, in one launch for all parameters that kernels can update, and one by one for the others."""
         if launch is not None:
             launch()
         for one in prepared:
@@ -206,7 +214,7 @@ class SparseAdamW(SavedOptimizer):
                 exp_avg, exp_avg_sq = unpack_moments(one.state)
                 step, gradient = int(one.state["step"]), one.parameter.grad
                 if one.state["exp_avg"] is not exp_avg:
-                    # Decoded moments are fp32, whatever the parameter is.
+                    # Moments of 8 bits are dequantised to fp32, whatever the dtype of the parameter.
                     gradient = gradient.float()
                 adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, mean=one.mean, **options)
                 store_moments_(one.state, exp_avg, exp_avg_sq)
@@ -214,20 +222,22 @@ class SparseAdamW(SavedOptimizer):
                 one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
 
     def _largest_of_gradients(self) -> list[Tensor]:
-        """The largest magnitude in the gradients, one number for each device, which nothing has waited for yet."""
+        """Return the largest magnitude in the gradients of each device, as scalars that are not waited for yet."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]
         norms: dict[torch.device, list[Tensor]] = {}
-        # Not a sum of squares, which can overflow; NaN passes through a maximum.
+        # A sum of squares could overflow; the maximum does not, and it is NaN if any number is.
         for norm in torch._foreach_norm(gradients, float("inf")) if gradients else ():
             norms.setdefault(norm.device, []).append(norm)
         return [torch.stack(of_one).max() for of_one in norms.values()]
 
     def _may_step(self, largest: list[Tensor]) -> bool:
-        """Whether all gradients are finite; if not the step is counted, or refused."""
+        """Tell whether all gradients are finite; if not, count the skipped step or raise."""
         most = [float(one) for one in largest]
         if not any(most) and not self._told_of_zeros:
-            # What comes of a loss over no label: the loss is NaN, but its gradient is not.
-            logger.warning("All gradients of a step are zero: a batch whose labels are all ignored? Told of once.")
+            # The loss over no label is NaN, but its gradients are zero.
+            logger.warning(
+                "All gradients of a step are zero; are all labels of a batch ignored? This is not logged again."
+            )
             self._told_of_zeros = True
         if all(map(math.isfinite, most)):
             return True
@@ -238,15 +248,15 @@ class SparseAdamW(SavedOptimizer):
             )
         self.skipped_steps += 1
         if self.skipped_steps == 1:
-            logger.warning("A gradient holds inf or NaN: the step is skipped, like all such; see skipped_steps.")
+            logger.warning("A gradient holds inf or NaN, so the step is skipped; skipped_steps counts such steps.")
         return False
 
     def memory_summary(self) -> dict[str, int]:
-        """Bytes held now beyond the model's own weights, by kind.
+        """Return the bytes held now beyond the model's own weights, by kind.
 
         Returns:
-            Bytes of `values`, mask `positions`, `moments`, `gradients`, of the `salience` that a `MaskSchedule` gathers
-            from the training, and their `total`. Ordinary parameters count with moments and gradients only.
+            Bytes of `values`, mask `positions`, `moments`, `gradients`, `salience` (accumulators and scores of a
+            `MaskSchedule` without batches), and their `total`. Ordinary parameters have moments and gradients only.
         """
         parameters = self._parameters()
         held = [weight.bytes_held() for parameter in parameters if (weight := linked(parameter)) is not None]
@@ -260,15 +270,20 @@ class SparseAdamW(SavedOptimizer):
         return {**kinds, "total": sum(kinds.values())}
 
     def reset_moments(self, parameter: Tensor) -> None:
-        """Forget the moments and step count of a parameter, as before its first step."""
+        """Drop the moments and step count of a parameter, as before its first step."""
         for key in [key for key in self.state[parameter] if key == "step" or key.startswith("exp_avg")]:
             del self.state[parameter][key]
         self._reserve_state()
 
     def carry_moments(self, parameter: Tensor, places: Tensor, stays: Tensor) -> None:
-        """Let the moments of compact values follow a changed mask, see `carry_moments_`.
+        """Rearrange the moments of compact values for a changed mask, see `carry_moments_`.
 
-        Values that took no step yet, as those of a weight that had no entries, join at the step count of the others.
+        Values without moments, as those of a weight that had no entries, start at the step count of the others.
+
+        Args:
+            parameter: the (k,) compact values, after the change.
+            places: (k,) the place of each entry among the old ones.
+            stays: (k,) bool, whether the entry was among the old ones.
         """
         if has_moments(self.state[parameter]):
             carry_moments_(self.state[parameter], parameter.detach(), places, stays)

@@ -1,4 +1,4 @@
-"""What an optimizer refuses: options out of range, and a first step that cannot be meant."""
+"""Checks of an optimizer's options, and of what it trains at its first step."""
 
 import logging
 import sys
@@ -16,12 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 def check_gradients(weights: dict[Tensor, SparseWeight | None]) -> None:
-    """Say at the first step which values get no gradient and why, and refuse to step if all of them are frozen."""
+    """Warn at the first step of compact values without a gradient.
+
+    Args:
+        weights: from each parameter to the masked weight behind it, or None.
+
+    Raises:
+        ValueError: the values of all masked weights are frozen.
+    """
     compact = {parameter: weight.name for parameter, weight in weights.items() if weight is not None}
     frozen = [name for parameter, name in compact.items() if not parameter.requires_grad]
     remedy = (
         "were frozen after sparsify (requires_grad is False), as peft's get_peft_model and some trainers do with all "
-        "they do not know; call requires_grad_(True) on the values that sparsify returned, or sparsify after it."
+        "parameters but their own; call requires_grad_(True) on the values that sparsify returned, or sparsify later."
     )
     if frozen and len(frozen) == len(compact):
         raise ValueError(f"The values of all {len(frozen)} masked weights {remedy}")
@@ -33,26 +40,31 @@ def check_gradients(weights: dict[Tensor, SparseWeight | None]) -> None:
     if missing:
         logger.warning(
             "%d masked weights have no gradient at the first step, e.g. %s: they were not used (a branch that was not "
-            "taken, an expert without a token), or reentrant checkpointing of blocks whose inputs need none cut them "
-            "off (use_reentrant=False).",
+            "taken, an expert without a token), or are in blocks under reentrant checkpointing whose inputs require "
+            "no gradient (pass use_reentrant=False).",
             len(missing),
             missing[0],
         )
 
 
 def warn_of_dense_training(weights: dict[Tensor, SparseWeight | None]) -> None:
-    """Say that no masked weight is among what trains, where whole matrices are."""
+    """Warn if whole matrices are trained and no compact values are."""
     dense = [parameter for parameter in weights if parameter.ndim >= 2 and parameter.grad is not None]
     if dense and not any(weights.values()):
         logger.warning(
-            "SparseAdamW trains %d weights whole, as torch's AdamW does, and no compact values: to train masked "
+            "SparseAdamW trains %d whole weights, as torch's AdamW does, and no compact values; to train masked "
             "entries, build it from sparsify(model, masks) and not from model.parameters().",
             len(dense),
         )
 
 
 def check_others(options: dict[str, Any]) -> None:
-    """Take what a script for torch's AdamW may pass if it asks for nothing, else say why not."""
+    """Accept options that only torch's AdamW has if they are off, and refuse all others.
+
+    Raises:
+        TypeError: an option is known to neither optimizer.
+        ValueError: an option is on; the message says why it is not supported.
+    """
     for name, value in options.items():
         if name not in _LACKING:
             raise TypeError(
@@ -64,7 +76,7 @@ def check_others(options: dict[str, Any]) -> None:
 
 
 _LACKING = {
-    "fused": "SparseAdamW always takes the step of all parameters in fused kernels where there are kernels",
+    "fused": "SparseAdamW always uses fused kernels where they can run",
     "foreach": "SparseAdamW has one implementation, which does what foreach is for",
     "capturable": "SparseAdamW counts steps on the CPU and cannot be captured in a CUDA graph",
     "differentiable": "the step of SparseAdamW cannot be differentiated through",
@@ -73,7 +85,12 @@ _LACKING = {
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse a parameter group whose options are of a wrong type or out of range."""
+    """Refuse a parameter group whose options are out of range.
+
+    Raises:
+        TypeError: an option is of a wrong type.
+        ValueError: an option is out of range.
+    """
     lr, eps, decay = options["lr"], options["eps"], options["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of {lr.numel()} elements; pass a number or a tensor of one element.")
@@ -85,8 +102,8 @@ def check_options(options: dict[str, Any]) -> None:
     numbers = [("lr", lr, 1e-3), ("eps", eps, 1e-8), ("weight_decay", decay, 1e-2)]
     for name, value, usual in (*numbers, ("betas", betas[0], 0.9), ("betas", betas[1], 0.999)):
         if not isinstance(value, Real | Tensor) or isinstance(value, Tensor) and value.numel() != 1:
-            raise TypeError(f"{name}={value!r} is no number; pass a float.")
-        # Written so that NaN fails too, and an integer that no float can hold.
+            raise TypeError(f"{name}={value!r} is not a number; pass a float.")
+        # Written this way round, the comparison refuses NaN too, and integers beyond the range of floats.
         if not 0.0 <= (float(value) if isinstance(value, Tensor) else value) <= sys.float_info.max:
             raise ValueError(f"{name}={value} is not a finite number of at least 0, such as {usual}.")
     if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:

@@ -1,9 +1,9 @@
-"""Adam's two moments at rest: fp32, or eight bits an entry with one scale per block of 256.
+"""Adam's two moments between steps: fp32, or 8-bit codes with one scale per block of 256.
 
-The code book of the second moment has no zero: an entry with small gradients in a block with a large one then moves too
-little, where with bitsandbytes' zero it is divided by eps alone. Two alternatives were tried on tiny models: codes for
-the root of the second moment lost more than its wider range gained, and stochastic rounding gained a little for
-random numbers of which a resumed run would have to know.
+The code book of the second moment has no zero. An entry with small gradients in a block with a large one then moves too
+little; with a zero, as in bitsandbytes, its update would be divided by eps alone. Two alternatives were tried on tiny
+models: codes for the root of the second moment lost more precision than its wider range gained, and stochastic rounding
+gained a little, but a resumed run would need its random state.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ STATE_BITS = (8, 32)
 
 
 def new_moments_(state: dict[str, Any], parameter: Tensor, bits: int) -> None:
-    """Put zero moments of `parameter` in its optimizer state."""
+    """Put zero moments for `parameter` into its optimizer state."""
     zeros = torch.zeros_like(parameter, dtype=torch.float32 if bits == 8 else parameter.dtype)
     if bits == 8:
         _pack_(state, zeros, zeros)
@@ -26,7 +26,7 @@ def new_moments_(state: dict[str, Any], parameter: Tensor, bits: int) -> None:
 
 
 def unpack_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """First and second moment to update in place; `store_moments_` afterwards."""
+    """Return both moments, dequantised if need be, to update in place; `store_moments_` puts them back."""
     if "exp_avg_scale" not in state:
         return state["exp_avg"], state["exp_avg_sq"]
     shape = state["exp_avg"].shape
@@ -38,29 +38,29 @@ def unpack_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def stored_moments(state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """The two moments as they are kept, fp32 or codes, and the scales of the codes."""
+    """Return both moments as stored, fp32 or uint8 codes, and the scales of the codes (none for fp32)."""
     keys = ("exp_avg", "exp_avg_sq")
     return [state[key] for key in keys], [state[f"{key}_scale"] for key in keys if f"{key}_scale" in state]
 
 
 def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Put back what `unpack_moments` gave, in the form the state has."""
+    """Store updated moments of `unpack_moments` in the form that the state has."""
     if "exp_avg_scale" in state:
         _pack_(state, exp_avg, exp_avg_sq)
 
 
 def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, stays: Tensor) -> None:
-    """Follow a changed mask: survivors keep their moments, newcomers start from zero under the shared step count.
+    """Rearrange moments for a changed mask: entries that stay keep theirs, new ones start from zero.
 
-    With nothing left to correct its bias, a newcomer's first update is some three times the learning rate with the
-    usual betas, (1 - beta1) / sqrt(1 - beta2). It was measured to be the best of several rules all the same (see
-    docs/negative-results.md).
+    The step count is shared, so the bias of a new entry's moments is not corrected: with the usual betas its first
+    update is some three times the learning rate, (1 - beta1) / sqrt(1 - beta2). It was measured to be the best of
+    several rules all the same (see docs/negative-results.md).
 
     Args:
-        state: of the optimizer, with moments.
+        state: the parameter's optimizer state, with moments.
         parameter: the (k,) values after the change.
-        places: (k,) place of each new entry among the old ones.
-        stays: (k,) whether it was among them.
+        places: (k,) the place of each entry among the old ones.
+        stays: (k,) bool, whether the entry was among the old ones.
     """
     before, survivors = unpack_moments(state), places[stays]
     new_moments_(state, parameter, 8 if "exp_avg_scale" in state else 32)
@@ -71,12 +71,12 @@ def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, sta
 
 
 def moment_bytes(state: dict[str, Any]) -> int:
-    """Bytes the moments take at rest."""
+    """Return the bytes that the stored moments take."""
     return sum(part.nbytes for key, part in state.items() if key.startswith("exp_avg"))
 
 
 def moments_fit(saved: dict[str, Any], parameter: Tensor) -> bool:
-    """Whether a saved state holds no moments, or complete ones for `parameter` in either form."""
+    """Tell whether a saved state holds no moments, or complete ones for `parameter`, in fp32 or 8 bits."""
     parts = {key: part for key, part in saved.items() if key.startswith("exp_avg")}
     expected = {}
     if parts:

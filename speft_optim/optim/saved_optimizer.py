@@ -1,6 +1,6 @@
-"""What an optimizer over compact values saves and restores, beside its step.
+"""The saved state of an optimizer over compact values: saved, checked and restored.
 
-All of it is tensors under each parameter, of the keys and shapes that `state.py` tells.
+All of it is tensors under each parameter; `state.py` describes their keys and shapes.
 """
 
 import copy
@@ -34,78 +34,80 @@ from speft_optim.weights.sparse_weight import SparseWeight
 
 
 class Schedule(Protocol):
-    """What changes the masks during training; its state travels in the optimizer's.
+    """Changes the masks during training; its state is saved in the optimizer's.
 
     Attributes:
-        keys: of the tensors that it keeps with each weight.
-        bytes_held: bytes of what it gathers for the next masks.
+        keys: the keys of the tensors that it saves with each weight.
+        bytes_held: bytes of its accumulators and scores.
     """
 
     keys: tuple[str, ...]
     bytes_held: int
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Optimizer post-hook: a step was taken."""
+        """Count a step; a post-hook of the optimizer's step."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors of fixed shape under `SCHEDULE_KEYS`."""
+        """Return tensors of fixed shapes under `SCHEDULE_KEYS`."""
 
     def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Raise a ValueError if `load_state_dict` could not restore it."""
+        """Raise a ValueError if `load_state_dict` could not restore the state."""
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
     def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """What it keeps with one weight, under the rest of `keys`."""
+        """Return the tensors that are saved with one weight, under the other `keys`."""
 
     def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Raise a ValueError if `load_state_of` could not restore it."""
+        """Raise a ValueError if `load_state_of` could not restore the state."""
 
     def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Restore what `state_of` gave."""
+        """Restore what `state_of` returned."""
 
 
 class SavedOptimizer(Optimizer):
-    """An optimizer whose checkpoints hold values, masks and counters too.
+    """An optimizer whose saved state also holds values, masks and counters.
 
     Attributes:
-        skipped_steps: steps left out because of a gradient that was not finite; saved in `state_dict()`.
-        schedule: the `MaskSchedule` that changes the masks, if any.
+        skipped_steps: how many steps were skipped since a gradient was not finite; saved in `state_dict()`.
+        schedule: the `MaskSchedule` that changes the masks, or None.
     """
 
-    # Copied and pickled with groups and state.
+    # These attributes are copied and pickled beside groups and state.
     _own_attributes: tuple[str, ...] = ("_stepped", "skipped_steps", "schedule")
     _stepped = False
     skipped_steps = 0
     schedule: Schedule | None = None
 
     def follow(self, schedule: Schedule) -> None:
-        """Let a schedule change the masks from now on, after steps of this optimizer."""
+        """Let a schedule change the masks after steps of this optimizer, from now on."""
         self.schedule = schedule
         self.register_step_post_hook(schedule.after_step)
         self._reserve_state()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, a schedule and its model included: torch's own leaves out all but groups and state.
+        """Return the content of a copy or pickle; torch's own method leaves out all but groups and state.
 
-        A copy of the optimizer belongs to a copy of the model: copy both in one go, as `copy.deepcopy((model, o))`.
-        What the schedule was given must allow it too: a density that is a lambda cannot be pickled, a function can.
+        It includes a schedule and its model. Copy model and optimizer in one call, `copy.deepcopy((model, optimizer))`,
+        so that the copied optimizer trains the copied model. A schedule whose density is a lambda cannot be pickled;
+        one with a named function can.
         """
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own_attributes}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Also called by `load_state_dict`, on one that has its hook already.
+        # `load_state_dict` calls this too, on an optimizer that has its hook already.
         if "schedule" in state and self.schedule is not None:
-            # Not `follow`: the model of this copy may not be there yet.
+            # `follow` would read the copied model, which may not be complete yet.
             self.register_step_post_hook(self.schedule.after_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """For each parameter its moments, for each compact one also its values, mask and the weight's name and shape.
+        """Return the moments of each parameter, and of compact values also the values, the mask and the weight's name.
 
-        All of it is tensors under each parameter (see `state.py`), so that every tool for checkpoints carries it and
-        `torch.load(..., weights_only=True)` opens it. The counters of optimizer and schedule stand with each parameter.
+        All of it is tensors under each parameter (see `state.py`), so that any checkpoint tool can save it and
+        `torch.load(..., weights_only=True)` can load it. The counters of optimizer and schedule are saved with each
+        parameter.
         """
         live = self.state
         complete = {p: self._saved_state(p, bits) for p, bits in self._with_bits() if p in live or p.requires_grad}
@@ -116,9 +118,9 @@ class SavedOptimizer(Optimizer):
             self.state = live
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, dtypes kept, and write the values into the weights.
+        """Restore what `state_dict` returned, in the saved dtypes, and write the values into the weights.
 
-        With a `MaskSchedule` the saved masks are restored too; graphs from before cannot go backward after that.
+        With a `MaskSchedule` the saved masks are restored too; graphs of earlier forward passes then have no backward.
 
         Raises:
             ValueError: groups or parameters differ in number, a key is missing or damaged, or without a schedule a
@@ -135,7 +137,7 @@ class SavedOptimizer(Optimizer):
             raise ValueError(
                 f"The saved optimizer state is damaged ({type(error).__name__}: {error}); load another."
             ) from error
-        # Not by torch's own loader, which would cast the moments to the parameter's dtype.
+        # torch's own loader would cast the moments to the parameter's dtype.
         groups = [
             {**({"param_names": own["param_names"]} if "param_names" in own else {}), **saved, "params": own["params"]}
             for own, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True)
@@ -154,7 +156,7 @@ class SavedOptimizer(Optimizer):
             hook(self)
 
     def _saved_state(self, parameter: Tensor, state_bits: int) -> dict[str, Any]:
-        """What `state_dict` tells of a parameter."""
+        """Return the saved state of a parameter."""
         live, weight = self.state.get(parameter, {}), linked(parameter)
         saved = {"step": torch.zeros((), dtype=torch.float32)}
         if has_moments(live):
@@ -166,7 +168,7 @@ class SavedOptimizer(Optimizer):
             return saved
         weight.synchronize()
         mask, device = weight.mask, parameter.device
-        # Copies, since a tool may load into them: the mask must not change unseen, nor the values beside the old mask.
+        # A tool may load into these tensors, so they are copies: values and mask must change together.
         saved.update(
             values=parameter.detach().clone(),
             indices=mask.indices.to(device, copy=True),
@@ -183,7 +185,7 @@ class SavedOptimizer(Optimizer):
         return saved
 
     def _own_keys(self, weight: SparseWeight | None) -> list[str]:
-        """The keys of a saved state beside moments."""
+        """Return the keys of a saved state other than moments."""
         keys = ["skipped_steps"]
         if weight is not None:
             keys += MASK_KEYS
@@ -194,9 +196,9 @@ class SavedOptimizer(Optimizer):
         return keys
 
     def _reserve_state(self) -> None:
-        """Let each parameter's state have all its keys from the start, of which tools that load ask it.
+        """Give each parameter's state all its keys from the start, since tools that load take the keys from it.
 
-        What is computed only as the state is saved, and moments before the first step, are empty tensors meanwhile.
+        Empty tensors stand for moments before the first step, and for all that is computed when the state is saved.
         """
         for parameter, state_bits in self._with_bits():
             weight = linked(parameter)
@@ -209,8 +211,8 @@ class SavedOptimizer(Optimizer):
                     state[key] = torch.zeros(() if key == "step" else 0)
 
     def _checked_state(self, state_dict: dict[str, Any]) -> tuple[list, list]:
-        """Pairs of parameters with their saved state, and the saved groups."""
-        # States saved before there were rates by magnitude do not name a power.
+        """Check a saved state; return pairs of each parameter and its state, and the groups."""
+        # States that were saved before `magnitude_power` existed do not have it.
         groups = [{"magnitude_power": 0, **group} for group in state_dict["param_groups"]]
         states = [state_dict["state"].get(key) or {} for group in groups for key in group["params"]]
         self._check_origin(states)
@@ -232,16 +234,16 @@ class SavedOptimizer(Optimizer):
         return pairs, groups
 
     def _check_origin(self, states: list[dict[str, Any]]) -> None:
-        """Refuse what another optimizer saved."""
+        """Refuse a state that another optimizer saved."""
         names = [weight.name for parameter in self._parameters() if (weight := linked(parameter)) is not None]
         if names and not any("values" in saved for saved in states):
             raise ValueError(
-                f"The saved optimizer state knows no values of {names[0]}: the state of a dense run, or of another "
+                f"The saved optimizer state has no values of {names[0]}: the state of a dense run, or of another "
                 "optimizer, cannot be used; start without it."
             )
 
     def _check_saved(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        """Refuse the state of another mask, or with a schedule of another weight, before anything is changed."""
+        """Refuse the state of another weight or, without a schedule, of another mask."""
         weight = linked(parameter)
         if weight is None:
             if saved or parameter.requires_grad:
@@ -278,7 +280,7 @@ class SavedOptimizer(Optimizer):
     @torch.no_grad()
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
         if has_moments(saved):
-            # The step is read at each step, which on a GPU would wait for it.
+            # The step count is read in each step, and reading it from a GPU would wait for it.
             self.state[parameter] = {
                 key: part.detach().to("cpu" if key == "step" else parameter.device, copy=True)
                 for key, part in saved.items()
@@ -294,7 +296,7 @@ class SavedOptimizer(Optimizer):
             weight.write()
 
     def _restore_past_loading(self) -> None:
-        """Restore what was put straight into the live state, as `ZeroRedundancyOptimizer` does with a saved one."""
+        """Restore saved states that `ZeroRedundancyOptimizer` has put directly into `self.state`."""
         loaded = {p: state for p in self._parameters() if len((state := self.state.get(p, {})).get("values", ()))}
         for parameter, saved in loaded.items():
             self._check_saved(parameter, saved)
@@ -305,7 +307,7 @@ class SavedOptimizer(Optimizer):
         self._reserve_state()
 
     def _with_bits(self) -> list[tuple[Tensor, int]]:
-        """The parameters, each with the width of its group's moments."""
+        """Return the parameters, each with the `state_bits` of its group."""
         return [(parameter, group["state_bits"]) for group in self.param_groups for parameter in group["params"]]
 
     def _parameters(self) -> list[Tensor]:

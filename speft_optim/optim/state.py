@@ -1,10 +1,10 @@
 """The saved state of one parameter: tensors only, with the same keys at every step.
 
-Other tools decide what a state may look like. `torch.distributed.checkpoint` keeps nothing but the state of parameters
-and the options of their groups, flattens tensors only, asks the optimizer that loads which keys there are, and copies
-into tensors of that optimizer's sizes. So text and shapes are tensors, counters stand with every parameter, nothing is
-left out because it is still zero, and what grows during training (history, entries that left the mask) has a fixed
-size. `values`, `indices` and moments have the length of the mask.
+Other tools decide what a state may look like. `torch.distributed.checkpoint` saves only the state of parameters and the
+options of their groups, flattens tensors only, takes the keys from the optimizer that loads, and copies into tensors of
+that optimizer's sizes. So text and shapes are saved as tensors, counters are saved with every parameter, zeros are
+saved too, and what grows during training (history, entries that left the mask) has a fixed size. `values`, `indices`
+and moments have the length of the mask.
 """
 
 import math
@@ -26,55 +26,55 @@ PREVIOUS_KEYS = ("previously_trained", "previous_values")
 SCHEDULE_KEYS = ("schedule_steps", "schedule_history")
 
 
-# Of a schedule that selects from the training's own backward passes: where it is, and what it has gathered so far.
+# A schedule without batches also saves its turn, the stored scores and its accumulators.
 TURN_KEYS = ("schedule_turn", "schedule_scores", "schedule_accumulator")
 
 
 def moment_keys(bits: int) -> tuple[str, ...]:
-    """The keys of a parameter's moments and their step."""
+    """Return the keys of a parameter's step count and moments."""
     scales = ("exp_avg_scale", "exp_avg_sq_scale") if bits == 8 else ()
     return ("step", "exp_avg", "exp_avg_sq", *scales)
 
 
 def has_moments(state: dict[str, Any] | None) -> bool:
-    """Whether a parameter took a step since its moments were last reset."""
+    """Tell whether a parameter took a step since its moments were last reset."""
     return bool(state) and "step" in state and int(state["step"]) > 0
 
 
 def text_to_tensor(text: str, device: torch.device) -> Tensor:
-    """UTF-8 bytes, (n,) uint8."""
+    """Encode text as its UTF-8 bytes, (n,) uint8."""
     return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
 
 
 def text_of(tensor: Tensor) -> str:
-    """The text of `text_to_tensor`."""
+    """Decode the text in a tensor of `text_to_tensor`."""
     return bytes(tensor.tolist()).decode()
 
 
 def positions_to_bits(mask: Mask | None, count: int, device: torch.device) -> Tensor:
-    """One bit for each of `count` entries of a weight, (ceil(count / 8),) uint8: a size that no mask changes."""
+    """Encode a mask as one bit for each of `count` entries, (ceil(count / 8),) uint8: one size for all masks."""
     bits = torch.zeros(_bytes(count), dtype=torch.uint8, device=device)
     if mask is not None:
         positions = mask.indices.to(device).long()
-        # Positions are unique, so that a sum of bits is their union.
+        # Positions are unique, so the sum of their bits is the union.
         bits.index_add_(0, positions // 8, (1 << (positions % 8)).to(torch.uint8))
     return bits
 
 
 def positions_of(bits: Tensor) -> Tensor:
-    """The positions of `positions_to_bits`, int64."""
+    """Decode the positions in a tensor of `positions_to_bits`, (k,) int64."""
     filled, eight = bits.nonzero(), torch.arange(8, dtype=torch.uint8, device=bits.device)
-    # A bit beyond the last entry gives a position that `Mask` refuses.
+    # Bits beyond the last entry give positions that `Mask` refuses.
     return (filled * 8 + eight)[((bits[filled] >> eight) & 1).bool()]
 
 
 def mask_of(saved: dict[str, Any]) -> Mask:
-    """The saved mask."""
+    """Return the mask in a saved state."""
     return Mask(saved["indices"], saved["shape"].tolist())
 
 
 def previous_of(saved: dict[str, Any]) -> Mask | None:
-    """Return the entries that left the saved mask, or None if none did."""
+    """Return the entries that left the mask in a saved state, or None if none did."""
     if "previously_trained" not in saved:
         return None
     positions = positions_of(saved["previously_trained"])
@@ -82,22 +82,22 @@ def previous_of(saved: dict[str, Any]) -> Mask | None:
 
 
 def check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Iterable[str]) -> None:
-    """Refuse the state of a parameter if a key is missing or what it holds cannot be right.
+    """Refuse the saved state of a parameter if a key is missing or its tensor is damaged.
 
     Args:
         what: the parameter in words, for messages.
-        parameter: what the moments must fit: the parameter, or the saved values where the mask may differ.
-        saved: its saved state.
-        keys: what it must have.
+        parameter: the tensor that the moments must fit: the parameter, or the saved values if the mask may differ.
+        saved: the saved state.
+        keys: the keys that it must have.
 
     Raises:
-        ValueError: says which key is wrong.
+        ValueError: names the key that is wrong.
     """
     if isinstance(saved.get("name"), str) or "former" in saved:
         raise ValueError(
-            f"The saved state of {what} is in the format of an older version of speft_optim; go on with that version."
+            f"The saved state of {what} is in the format of an older version of speft_optim; load it with that version."
         )
-    # A tool that takes the keys from this optimizer passes an empty dict for one that the file lacks.
+    # A tool that takes the keys from this optimizer passes an empty dict for a key that the file lacks.
     if missing := sorted(key for key in keys if key not in saved or saved[key] == {}):
         raise ValueError(
             f"The saved state of {what} has no {' and no '.join(missing)}; load a state that SparseAdamW saved with "
@@ -120,12 +120,13 @@ def check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Itera
 
 
 def check_saved_mask(what: str, saved: dict[str, Any], weight_holds_entries: bool) -> Mask:
-    """The saved mask, once it and what goes with it were found whole.
+    """Check the mask in a saved state, with its values and the entries that left it, and return it.
 
     Args:
         what: the parameter in words, for messages.
-        saved: its state, which has passed `check_saved`.
-        weight_holds_entries: whether entries that left the mask stand in the weight and are not saved.
+        saved: the saved state, which has passed `check_saved`.
+        weight_holds_entries: whether the weight itself holds the entries that left the mask, so that they are not
+            saved.
 
     Raises:
         ValueError: says what is wrong.
@@ -166,7 +167,7 @@ def _check_number(what: str, saved: dict[str, Any], key: str) -> None:
 
 
 def check_common(key: str, parts: list[Tensor]) -> None:
-    """Refuse what belongs to the whole optimizer but differs between parameters.
+    """Refuse a number of the whole optimizer that differs between parameters.
 
     Raises:
         ValueError: it differs.
@@ -180,12 +181,12 @@ def _bytes(count: int) -> int:
 
 
 def _check_tensors(what: str, saved: dict[str, Any]) -> None:
-    """Refuse saved tensors that only claim their size, and numbers that would spread from one step to all weights."""
+    """Refuse tensors with less memory than their shape needs, and numbers that would make a step NaN."""
     for key, part in saved.items():
         if part.layout != torch.strided or part.untyped_storage().nbytes() < part.nbytes:
             raise ValueError(f"The saved {key} of {what} has fewer numbers than its shape {tuple(part.shape)} says.")
-        # A step takes the root of these; 8-bit codes are never negative.
+        # A step takes roots of these; 8-bit codes are unsigned anyway.
         negative = key in ("exp_avg_sq", "exp_avg_sq_scale", "step") and bool((part < 0).any())
-        # Sums of gradients may hold inf, as after a step that a loss scaler skipped: their window then begins anew.
+        # Accumulators may hold inf, as after a step that a loss scaler skipped; their window then begins again.
         if negative or key != "schedule_accumulator" and not bool(part.isfinite().all()):
             raise ValueError(f"The saved {key} of {what} holds numbers that are negative or not finite; load another.")

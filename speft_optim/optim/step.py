@@ -1,4 +1,4 @@
-"""The next step of each parameter, ready but for the word that its gradient is finite."""
+"""The next step of each parameter, prepared while it is not yet known whether all gradients are finite."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ from speft_optim.weights.sparse_weight import SparseWeight
 
 @dataclass
 class Prepared:
-    """A parameter's next step, ready but for the word that its gradient is finite.
+    """A parameter's next step, prepared and not taken.
 
     Attributes:
-        parameter: updated in place.
+        parameter: the parameter, which the step updates in place.
         weight: the masked weight behind it, or None.
-        state: the optimizer's for it, with moments.
-        update: what a kernel takes, or None where none can.
-        mean: of the magnitudes, for rates in proportion to them, or None.
+        state: its optimizer state, with moments.
+        update: the arguments of the kernel, or None if no kernel can update it.
+        mean: the mean of the entries' magnitudes, a scalar for learning rates in proportion to them, or None.
     """
 
     parameter: Tensor
@@ -41,7 +41,7 @@ class Prepared:
         state_bits: int,
         mean: Tensor | None,
     ) -> "Prepared":
-        """The next step of a parameter, with a new state where it has none."""
+        """Prepare the next step of a parameter, with zero moments if it has none."""
         if not has_moments(state):
             state = {**(state or {}), "step": torch.zeros((), dtype=torch.float32)}
             new_moments_(state, parameter, state_bits)
@@ -56,7 +56,15 @@ class Prepared:
 
 
 def mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> dict[torch.device, Tensor]:
-    """The mean magnitude of the group's masked entries to its power, on each of their devices; none for power 0."""
+    """Return the mean of abs(entry)^power over the masked entries of a group.
+
+    Args:
+        group: a parameter group, with its `magnitude_power`.
+        weights: from each parameter to the masked weight behind it, or None.
+
+    Returns:
+        The same scalar on each device that has masked entries; empty if the power is 0.
+    """
     power = float(group["magnitude_power"])
     values = [parameter.detach() for parameter in group["params"] if weights[parameter] is not None]
     if not power or not any(map(len, values)):
@@ -66,7 +74,7 @@ def mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None
 
 
 def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
-    """Whether a kernel, which gets addresses and looks at nothing, may step the parameter."""
+    """Tell whether the kernel, which gets bare addresses, may update the parameter: its tensors must fit."""
     if not launches(parameter):
         return False
     device, kind = parameter.device, torch.uint8 if scales else torch.float32

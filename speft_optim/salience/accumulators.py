@@ -1,9 +1,9 @@
-"""Weights cut into pieces whose accumulators fit a budget.
+"""Weights cut into row slices whose accumulators fit a budget.
 
-A piece is a whole weight, or a panel of rows of one that is larger than the budget. Pieces are grouped in the order
-of the weights, so that one pass over the calibration batches serves a group and the scores come out in order.
+A row slice is a whole weight, or some of its rows if the weight is larger than the budget. Row slices are grouped in
+the order of the weights: one pass over the calibration batches serves a group, and the scores come out in order.
 
-While a model trains, `GradientSum` and `SquareSum` fill accumulators from the backward passes of the training.
+While a model trains, `GradientSum` and `SquareSum` fill the accumulators from the backward passes of the training.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,15 @@ from speft_optim.weights.targets import Target
 
 
 @dataclass(eq=False)
-class Piece:
-    """Rows `first` to `last` (exclusive) of a weight seen as a matrix, and the signal accumulated for them.
+class RowSlice:
+    """Rows `first` to `last` (exclusive) of a weight seen as a matrix, and the statistic accumulated for them.
 
     Attributes:
-        accumulator: fp32 of shape (last - first, columns), or broadcast to it where entries share a signal; None where
-            the measure needs none.
+        target: the weight.
+        first: the first row.
+        last: the row after the last.
+        accumulator: fp32 of shape (last - first, columns), or of one that broadcasts to it if entries share a
+            statistic; None if the measure needs none.
     """
 
     target: Target
@@ -37,7 +40,7 @@ class Piece:
 
     @property
     def entries(self) -> int:
-        """Entries of the weight in this piece."""
+        """Entries of the weight in this row slice."""
         return (self.last - self.first) * self.columns
 
     def allocate(self) -> None:
@@ -46,91 +49,92 @@ class Piece:
         self.accumulator = torch.zeros(shape, dtype=torch.float32, device=self.target.device)
 
     def rows_of(self, dense: Tensor) -> Tensor:
-        """This piece's rows of a tensor of the weight's shape, as a matrix."""
+        """Return this slice's rows of a tensor of the weight's shape, as a matrix."""
         return dense.reshape(self.target.matrix_shape)[self.first : self.last]
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
-        """Add this piece's rows of `left.T @ right`, in fp32."""
+        """Add this slice's rows of `left.T @ right`, in fp32."""
         accumulate_product_(self.accumulator, left.flatten(0, -2)[:, self.first : self.last], right.flatten(0, -2))
 
     def from_dense(self, gradient: Tensor) -> None:
-        """Add this piece's rows of a dense gradient, in fp32."""
+        """Add this slice's rows of a dense gradient, in fp32."""
         self.accumulator += self.rows_of(gradient)
 
     def chunks(self, entries: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """The piece in runs of rows of about `entries` entries.
+        """Yield the row slice in runs of whole rows, of about `entries` entries each.
 
         Yields:
-            (first flat position in the weight, fp32 weight entries, fp32 signal entries or None), both 1-D.
+            (first flat position in the weight, fp32 weight entries, fp32 statistic entries or None), both 1-D.
         """
         step = max(1, entries // max(1, self.columns))
         for row in range(self.first, self.last, step):
             end = min(self.last, row + step)
             weight = self.target.rows(row, end).float().reshape(-1)
-            signal = None
+            statistic = None
             if self.accumulator is not None:
                 whole = self.accumulator.expand(self.last - self.first, self.columns)
-                signal = whole[row - self.first : end - self.first].reshape(-1)
-            yield row * self.columns, weight, signal
+                statistic = whole[row - self.first : end - self.first].reshape(-1)
+            yield row * self.columns, weight, statistic
 
 
-def cut_into_groups(targets: Iterable[Target], budget: int, entry_bytes: int) -> list[list[Piece]]:
-    """Pieces in the order of `targets`, grouped so that a group takes at most `budget` bytes.
+def cut_into_groups(targets: Iterable[Target], budget: int, entry_bytes: int) -> list[list[RowSlice]]:
+    """Cut weights into row slices, in their order, and group these so that a group takes at most `budget` bytes.
 
     Args:
         targets: the weights.
-        budget: bytes a group may take; a weight that needs more becomes panels of rows, of at least one row.
-        entry_bytes: bytes that the signal takes per entry; 0 puts all into one group.
+        budget: bytes that a group may take; a weight that needs more is cut into slices of at least one row.
+        entry_bytes: bytes that the statistic takes for each entry; 0 puts all weights into one group.
     """
-    groups: list[list[Piece]] = []
+    groups: list[list[RowSlice]] = []
     room = 0
     for target in targets:
         rows, columns = target.matrix_shape
         panel = max(1, min(rows, budget // max(1, entry_bytes * columns)))
         for first in range(0, rows, panel):
-            piece = Piece(target, first, min(rows, first + panel))
-            need = entry_bytes * piece.entries
+            row_slice = RowSlice(target, first, min(rows, first + panel))
+            need = entry_bytes * row_slice.entries
             if not groups or need > room:
                 groups.append([])
                 room = budget
-            groups[-1].append(piece)
+            groups[-1].append(row_slice)
             room -= need
     return groups
 
 
 class GradientSum:
-    """Adds up the gradients of a piece of a weight in the piece's accumulator, which the first gradient allocates."""
+    """Adds up gradients in the accumulator of a row slice, which the first gradient allocates."""
 
-    def __init__(self, piece: Piece):
-        self.piece = piece
+    def __init__(self, row_slice: RowSlice):
+        self.row_slice = row_slice
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
         """Add `left.T @ right`."""
-        placed(self.piece, left.device).from_product(left, right)
+        placed(self.row_slice, left.device).from_product(left, right)
 
     def from_dense(self, gradient: Tensor) -> None:
         """Add a dense gradient."""
-        placed(self.piece, gradient.device).from_dense(gradient)
+        placed(self.row_slice, gradient.device).from_dense(gradient)
 
     def end_pass(self) -> None:
-        """No more of the last backward pass will arrive."""
+        """Note that the last backward pass is over."""
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the accumulators."""
-        return _bytes(self.piece)
+        """Bytes of the accumulator."""
+        return _bytes(self.row_slice)
 
 
 class SquareSum(GradientSum):
     """Adds up the squares of the gradients of single backward passes.
 
-    All that arrives in one backward pass belongs to one gradient, as of a weight that is used several times. Reentrant
-    checkpointing makes each block a pass of its own, in which a weight that two blocks share counts as two.
+    A weight that is used several times gets its gradient in several parts; all parts that arrive in one backward pass
+    are added before they are squared. Reentrant checkpointing runs a backward pass for each block, so that the gradient
+    of a weight that two blocks share is squared in two parts.
     """
 
-    def __init__(self, piece: Piece):
-        super().__init__(piece)
-        self._gradient = Piece(piece.target, piece.first, piece.last)
+    def __init__(self, row_slice: RowSlice):
+        super().__init__(row_slice)
+        self._gradient = RowSlice(row_slice.target, row_slice.first, row_slice.last)
         self._pass: int | None = None
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
@@ -147,40 +151,41 @@ class SquareSum(GradientSum):
         """Square the gradient of the last pass."""
         if self._pass is not None:
             gradient = self._gradient.accumulator
-            placed(self.piece, gradient.device).accumulator.addcmul_(gradient, gradient)
+            placed(self.row_slice, gradient.device).accumulator.addcmul_(gradient, gradient)
             gradient.zero_()
             self._pass = None
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the accumulators."""
-        return _bytes(self.piece) + _bytes(self._gradient)
+        return _bytes(self.row_slice) + _bytes(self._gradient)
 
     def _begin_pass(self) -> None:
-        # The number that autograd gives to each call of backward.
+        # Autograd numbers the calls of backward.
         now = torch._C._current_graph_task_id()
         if now != self._pass:
             self.end_pass()
             self._pass = now
 
 
-def _bytes(piece: Piece) -> int:
-    return 0 if piece.accumulator is None else piece.accumulator.nbytes
+def _bytes(row_slice: RowSlice) -> int:
+    return 0 if row_slice.accumulator is None else row_slice.accumulator.nbytes
 
 
-def placed(piece: Piece, device: torch.device) -> Piece:
-    """The piece with an accumulator on `device`, where the model may have moved since the turn began.
+def placed(row_slice: RowSlice, device: torch.device) -> RowSlice:
+    """Return the row slice with its accumulator on `device`, to which the model may have moved meanwhile.
 
     Raises:
-        ValueError: the weight itself lies elsewhere.
+        ValueError: the weight itself is on another device.
     """
-    if piece.accumulator is None:
-        piece.allocate()
-    if piece.accumulator.device != device:
-        if piece.target.device != device:
+    if row_slice.accumulator is None:
+        row_slice.allocate()
+    if row_slice.accumulator.device != device:
+        if row_slice.target.device != device:
             raise ValueError(
-                f"A gradient of {piece.target.name} comes from {device}, the weight lies on {piece.target.device}: "
-                "replicas of nn.DataParallel cannot add up in one place; start one process a GPU with torchrun."
+                f"A gradient of {row_slice.target.name} is on {device}, but the weight is on "
+                f"{row_slice.target.device}. "
+                "The replicas of nn.DataParallel cannot share an accumulator; start one process per GPU with torchrun."
             )
-        piece.accumulator = piece.accumulator.to(device)
-    return piece
+        row_slice.accumulator = row_slice.accumulator.to(device)
+    return row_slice

@@ -1,4 +1,4 @@
-"""The squares of a layer's input features, summed over tokens in forward passes alone."""
+"""The statistic of `activation`: the squares of a layer's input features, summed over tokens in forward passes."""
 
 import contextlib
 from dataclasses import dataclass
@@ -7,58 +7,65 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together
-from speft_optim.salience.accumulators import Piece
-from speft_optim.salience.batches import BatchReader, LossFunction
+from speft_optim.salience.accumulators import RowSlice
+from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.losses import LossFunction
 from speft_optim.weights.gradient_hooks import input_of
 from speft_optim.weights.targets import is_product, is_transposed_linear
 
 
 @dataclass
 class _Attention:
-    """The attention mask of the present forward, for hooks."""
+    """The attention mask of the current forward pass, for the hooks on the layers."""
 
     mask: Tensor | None = None
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the model."""
+        """Note the mask; a forward pre-hook of the model."""
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) else None
 
 
-def squared_input(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
-    """Sum the squares of each input feature over all tokens that are no padding; forward only.
+def squared_input(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:
+    """Sum the squares of each input feature over all tokens but padding, in forward passes without gradients.
 
-    Which tokens are padding tells the attention mask that the model is called with, by whomever.
+    The attention mask that the model is called with, by us or by the user's loss, tells which tokens are padding.
+
+    Args:
+        model: the model.
+        reader: yields the calibration batches.
+        group: the row slices whose accumulators are filled.
+        loss: runs the model on a batch; None calls the model itself.
 
     Raises:
-        ValueError: a weight is no linear one, so that its entries have no input feature.
+        ValueError: a weight is not that of a linear layer, so that its entries have no input feature.
     """
     attention = _Attention()
     with contextlib.ExitStack() as stack, together(), torch.no_grad():
-        for piece in group:
-            _watch_inputs(piece, attention, stack)
-        # A loss of the user's may leave the head out and call what is below it.
+        for row_slice in group:
+            _watch_inputs(row_slice, attention, stack)
+        # The user's loss may call the model without its head.
         for part in {model, getattr(model, "base_model", model)}:
             stack.callback(part.register_forward_pre_hook(attention.see, with_kwargs=True).remove)
         for batch in reader:
             attention.mask = None
             model(**batch) if loss is None else loss(model, batch)
-    average_([piece.accumulator for piece in group], 1)
+    average_([row_slice.accumulator for row_slice in group], 1)
 
 
-def _watch_inputs(piece: Piece, attention: _Attention, stack: contextlib.ExitStack) -> None:
-    """Hook every use of the piece's weight: each forward adds to its accumulator, which columns or rows share."""
-    for module, attribute in piece.target.sites:
+def _watch_inputs(row_slice: RowSlice, attention: _Attention, stack: contextlib.ExitStack) -> None:
+    """Let each forward pass add to the accumulator, which has one number for each input feature."""
+    for module, attribute in row_slice.target.sites:
         if not is_product(module, attribute):
             raise ValueError(
-                f"salience='activation' needs linear weights, {piece.target.name} is none; choose targets=[...]."
+                f"salience='activation' needs linear weights, unlike {row_slice.target.name}; choose targets=[...]."
             )
-    # Of a transposed weight the rows are the input features, and the piece holds some of them.
+    # The rows of a transposed weight are its input features, and the slice holds some of them.
     transposed = is_transposed_linear(module, attribute)
-    features = slice(piece.first, piece.last) if transposed else slice(None)
-    count = piece.last - piece.first if transposed else piece.columns
-    sums = torch.zeros(count, dtype=torch.float32, device=piece.target.device)
-    piece.accumulator = sums[:, None] if transposed else sums[None]
+    features = slice(row_slice.first, row_slice.last) if transposed else slice(None)
+    count = row_slice.last - row_slice.first if transposed else row_slice.columns
+    sums = torch.zeros(count, dtype=torch.float32, device=row_slice.target.device)
+    row_slice.accumulator = sums[:, None] if transposed else sums[None]
 
     def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         x = input_of(args, kwargs).detach()[..., features].float()
@@ -66,5 +73,5 @@ def _watch_inputs(piece: Piece, attention: _Attention, stack: contextlib.ExitSta
             x = x * attention.mask.unsqueeze(-1)
         sums.add_(x.flatten(0, -2).square().sum(0))
 
-    for module, _ in piece.target.sites:
+    for module, _ in row_slice.target.sites:
         stack.callback(module.register_forward_hook(add, with_kwargs=True).remove)

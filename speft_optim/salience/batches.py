@@ -1,7 +1,4 @@
-"""Calibration batches: which of them count, their losses, and a model put in order for them and back.
-
-The model is in eval mode meanwhile, without dropout. Afterwards it is exactly as before.
-"""
+"""Calibration batches: checked, moved to the device, cut into examples, and the same ones in each pass."""
 
 import collections
 import copy
@@ -14,34 +11,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from speft_optim.checks import check_whole
 from speft_optim.distributed import together, total, world_size
+from speft_optim.salience.losses import IGNORED_LABEL, check_loss, is_nan, labelled_examples
 from speft_optim.salience.model_state import RandomState
 
 logger = logging.getLogger(__name__)
 
 
-# What the model takes by name, or with a loss function whatever that takes.
+# A batch is a dict of the model's arguments or, with a loss function of the user's, whatever that function takes.
 Batch = Any
-
-
 Batches = Iterable[Batch]
 
 
-LossFunction = Callable[[nn.Module, Batch], Tensor]
-
-
-IGNORED_LABEL = -100
-
-
 def check_batches(batches: Batches | None, passes: int) -> None:
-    """Refuse what cannot be iterated as often as needed.
+    """Refuse batches that cannot be iterated as often as needed.
+
+    Args:
+        batches: what the user passed.
+        passes: how often they will be iterated.
 
     Raises:
-        ValueError: there are none, or they can be iterated only once but `passes` are needed.
+        ValueError: batches are missing, or can be iterated only once though more passes are needed.
         TypeError: they cannot be iterated.
     """
     if batches is None:
@@ -50,16 +44,16 @@ def check_batches(batches: Batches | None, passes: int) -> None:
         raise TypeError(f"batches is a {type(batches).__name__}; pass a list of dicts or a DataLoader.")
     if isinstance(batches, Iterator) and passes > 1:
         raise ValueError(
-            f"batches is a {type(batches).__name__}, which can be iterated once, but {passes} passes are needed; "
+            f"batches is a {type(batches).__name__}, which can be iterated only once, but {passes} passes are needed; "
             "pass a list or a DataLoader, or a larger memory_budget."
         )
 
 
 def check_max_batches(max_batches: int | None) -> None:
-    """Refuse a limit that is none.
+    """Refuse a number of batches that is neither None nor at least 1.
 
     Raises:
-        TypeError: it is no whole number.
+        TypeError: it is not a whole number.
         ValueError: it is less than 1.
     """
     if max_batches is not None:
@@ -67,9 +61,9 @@ def check_max_batches(max_batches: int | None) -> None:
 
 
 def map_tensors(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """A copy of the batch with `change` applied to each of its tensors and other leaves, in the same containers.
+    """Return a copy of the batch with `change` applied to all that is not a container.
 
-    Containers are mappings, lists, tuples (named ones too), dataclasses and namespaces.
+    Containers are mappings, lists, tuples (also named ones), dataclasses and namespaces; they keep their kind.
     """
     again = functools.partial(map_tensors, change=change)
     if isinstance(batch, Mapping):
@@ -78,7 +72,7 @@ def map_tensors(batch: Batch, change: Callable[[Any], Any]) -> Batch:
             return parts
         if not hasattr(batch, "__setitem__"):
             return parts
-        # Not made anew, since a BatchEncoding or a defaultdict takes other arguments than a dict.
+        # The mapping is copied, since the constructor of a BatchEncoding or a defaultdict does not take a dict alone.
         other = copy.copy(batch)
         for key, part in parts.items():
             other[key] = part
@@ -86,30 +80,30 @@ def map_tensors(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(again, batch))
     if isinstance(batch, list | tuple):
-        # A subclass, as a PackedSequence's, may take other arguments.
+        # A subclass becomes a plain list or tuple, since its constructor may take other arguments.
         whole = map(again, batch)
         return list(whole) if isinstance(batch, list) else tuple(whole)
     if isinstance(batch, SimpleNamespace) or dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         other = copy.copy(batch)
         names = vars(batch) if isinstance(batch, SimpleNamespace) else [f.name for f in dataclasses.fields(batch)]
         for name in list(names):
-            # As a frozen dataclass does it itself.
+            # A frozen dataclass refuses ordinary assignment.
             object.__setattr__(other, name, again(getattr(batch, name)))
         return other
     return change(batch)
 
 
 def labels_of(batch: Batch) -> Tensor | None:
-    """The tensor of labels in a batch, if it has one under that name."""
+    """Return the tensor named `labels` in a batch, or None."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else getattr(batch, "labels", None)
     return labels if isinstance(labels, Tensor) and labels.dim() else None
 
 
 def examples_in(batch: Batch) -> int:
-    """How many examples a batch has: the length of its labels, else the leading size that most of its tensors have.
+    """Count the examples of a batch: the length of its labels, or else the leading size that most of its tensors have.
 
     Raises:
-        ValueError: it holds no tensor.
+        ValueError: the batch holds no tensor.
     """
     labels = labels_of(batch)
     if labels is not None:
@@ -118,14 +112,20 @@ def examples_in(batch: Batch) -> int:
     map_tensors(batch, lambda part: sizes.update([len(part)]) if isinstance(part, Tensor) and part.dim() else None)
     if not sizes:
         raise ValueError(
-            f"A calibration batch is a {type(batch).__name__} without a tensor, so that it cannot be cut into the "
-            "examples that this measure looks at; pass tensors, or choose another measure."
+            f"A calibration batch is a {type(batch).__name__} without a tensor, but this measure needs its single "
+            "examples; pass batches of tensors, or choose another measure."
         )
     return sizes.most_common(1)[0][0]
 
 
 def example_of(batch: Batch, row: int, examples: int) -> Batch:
-    """The batch of one example: `row` of each tensor that is as long as the batch, the others whole."""
+    """Return a batch of one example: one row of each tensor with as many rows as there are examples, all else whole.
+
+    Args:
+        batch: the batch.
+        row: number of the example.
+        examples: how many there are.
+    """
 
     def cut(part: Any) -> Any:
         whole = not isinstance(part, Tensor) or not part.dim() or len(part) != examples
@@ -135,31 +135,31 @@ def example_of(batch: Batch, row: int, examples: int) -> Batch:
 
 
 def _move(part: Any, device: torch.device) -> Any:
-    """A tensor, or what else moves as one, on the device."""
+    """Move a tensor, or another object that has a method `to`, to the device."""
     return part.to(device) if isinstance(part, Tensor) or callable(getattr(part, "to", None)) else part
 
 
 class BatchReader:
-    """Iterates the batches that count, on the device that computes.
+    """Iterates over the batches that can be used, moved to the device.
 
-    All iterations start from the same state of random numbers, so that a DataLoader that shuffles, or a collator that
-    draws, gives every pass the same batches.
+    Every iteration starts from the same random state, so that a DataLoader that shuffles, or a collator that draws
+    random numbers, yields the same batches in each pass.
 
     Args:
         batches: the user's batches.
-        device: where the model wants them.
-        bar: shows each batch read.
-        labelled: whether the model computes the loss, for which batches need labels; those with none that counts are
-            then left out.
-        keyed: whether the model takes the batches, by the names in them; else a loss function of the user's does.
-        most: read no more than so many of the batches; None for all.
-        in_step: whether all processes have to read the next batch together, as one that passes through a model whose
-            weights they gather together.
+        device: the device of the model's inputs.
+        bar: progress bar, advanced by each batch that is read.
+        labelled: whether the model computes the loss, for which batches need labels; batches whose labels are all
+            ignored are then left out.
+        keyed: whether batches are passed to the model as keyword arguments; else the user's loss function gets them.
+        most: the largest number of batches to read; None for all.
+        in_step: whether all processes have to read the next batch together, because they gather the weights of a
+            sharded model together.
 
     Attributes:
-        used: batches handed out in the last iteration.
+        used: how many batches were used in the last iteration.
         went_back: whether the loss of any batch so far could be differentiated.
-        used_otherwise: names of weights that were found to be used otherwise than as the products of their layers.
+        used_otherwise: names of weights that were found in use outside the forward pass of their layers.
     """
 
     def __init__(
@@ -179,12 +179,12 @@ class BatchReader:
         self.went_back = False
         self.used_otherwise: set[str] = set()
         self._warned = False
-        # Of the last batch.
+        # The labels of the last batch are kept to explain a loss that is NaN.
         self._labels: Tensor | None = None
         self._start: RandomState | None = None
 
     def _rewind(self) -> None:
-        """Let random numbers begin where they did in the first iteration."""
+        """Restore the random state of the first iteration."""
         if self._start is not None:
             self._start.restore()
             return
@@ -194,12 +194,12 @@ class BatchReader:
         self._start = RandomState([self.device] if self.device.type == "cuda" else [], generators)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches that count.
+        """Yield the batches that can be used.
 
         Raises:
-            ValueError: there is no batch, one has no labels, or no label of any counts; or processes that read in step
-                have different numbers of batches that count.
-            TypeError: the model takes the batches and one is no mapping, or labels are no tensor.
+            ValueError: there is no batch, one has no labels, or all labels are ignored; or processes that read in step
+                have different numbers of batches with labels.
+            TypeError: the model takes the batches and one is not a mapping, or labels are not a tensor.
         """
         batches = self._counting()
         if not self.in_step:
@@ -235,15 +235,17 @@ class BatchReader:
             raise ValueError("There are no calibration batches; pass at least one dict with input_ids and labels.")
         if not self.used:
             raise ValueError(
-                f"All labels of all {seen} calibration batches are {IGNORED_LABEL}, or first ones that a shifted loss "
-                "leaves out; are prompts cut too short?"
+                f"All labels of all {seen} calibration batches are {IGNORED_LABEL}, or stand at the first position, "
+                "which a causal model's loss leaves out; check whether the texts are cut before their answers."
             )
         if self.used < seen and not self._warned:
             self._warned = True
-            logger.warning("%d of %d calibration batches have no label that counts; left out.", seen - self.used, seen)
+            logger.warning(
+                "%d of %d calibration batches are left out: no label of theirs is in the loss.", seen - self.used, seen
+            )
 
     def _check(self, batch: Batch, number: int) -> None:
-        """Refuse what the model cannot take, or give a loss for."""
+        """Refuse a batch that the model cannot take, or cannot compute a loss for."""
         if self.keyed and not isinstance(batch, Mapping):
             raise TypeError(
                 f"Calibration batch {number} is a {type(batch).__name__}; pass dicts that the model takes, or "
@@ -267,60 +269,16 @@ class BatchReader:
         """Check the loss of the last batch.
 
         Returns:
-            Whether the batch counts: it does not where the loss is a mean over no label.
+            Whether the batch can be used: False if its loss is the mean over no labels.
 
         Raises:
-            ValueError: it is not finite, or not a single number.
-            TypeError: it is no tensor.
+            ValueError: the loss is not finite, or not a single number.
+            TypeError: the loss is not a tensor.
         """
         if is_nan(loss) and self._labels is not None:
             labelled, by_first_only = labelled_examples(self._labels)
             if torch.equal(labelled, by_first_only):
                 self.used -= 1
                 return False
-        _check_loss(loss, self.used)
+        check_loss(loss, self.used)
         return True
-
-
-def labelled_examples(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which examples have a label that counts, and which of them none but the first; both (batch,) bool.
-
-    For the latter a shifted loss, as of causal models, is a mean over no label, and NaN.
-    """
-    counted = (labels != IGNORED_LABEL).reshape(len(labels), -1)
-    labelled = counted.any(1)
-    # Of a single label none can be shifted away.
-    by_first_only = labelled & ~counted[:, 1:].any(1) if counted.shape[1] > 1 else torch.zeros_like(labelled)
-    return labelled, by_first_only
-
-
-def is_nan(loss: Any) -> bool:
-    """Whether a loss is a tensor of nothing but NaN."""
-    return isinstance(loss, Tensor) and bool(loss.detach().isnan().all())
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that the model itself returns for a batch.
-
-    Raises:
-        ValueError: it returns none.
-    """
-    return loss_of(model(**batch), model)
-
-
-def loss_of(output: Any, model: nn.Module) -> Tensor:
-    """The loss in a model's output."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(f"{type(model).__name__} returns no loss for its batch; pass loss=function of (model, batch).")
-    return loss
-
-
-def _check_loss(value: Any, number: int) -> None:
-    """Refuse a loss that would make every score NaN, or that is none."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"The loss of calibration batch {number} is a {type(value).__name__}; return a scalar tensor.")
-    if value.numel() != 1:
-        raise ValueError(f"The loss of calibration batch {number} has shape {tuple(value.shape)}; return its mean.")
-    if not bool(torch.isfinite(value.detach())):
-        raise ValueError(f"The loss of calibration batch {number} is {value.item()}; look for a bad sample or weight.")

@@ -1,13 +1,13 @@
 """Streaming estimation: scores of every targeted entry, in order and in bounded memory.
 
-The targeted weights are cut into pieces and the pieces into groups whose accumulators fit the budget, beside the
-temporaries of one chunk of scores and the best entries that the caller keeps. A group costs one pass over the batches.
-Only the group's weights are observed, so backward stops below the lowest of them; when a group is done its scores are
-handed on in chunks and its accumulators freed. Holding all gradients at once, the obvious way, takes twice the memory
-of a bf16 model on top of it.
+The targeted weights are cut into row slices, and these are put into groups. The budget has to hold the accumulators of
+one group, the temporaries of one chunk of scores, and the best entries that the caller keeps. Each group costs one pass
+over the batches, in which only its weights are observed, so that backward stops below the lowest of them. After the
+pass the scores of the group are yielded in chunks and its accumulators are freed. To hold all gradients at once in
+fp32, the obvious way, would take twice the memory of a bf16 model beside it.
 
-What a pass holds besides is one batch's, whatever the budget: its activations, a dense gradient or product at a time,
-and the operands of such a product in fp32 where no kernel multiplies them as they are.
+Beyond the budget a pass holds what one batch needs: its activations, one dense gradient or product at a time, and fp32
+copies of that product's operands if no kernel multiplies them in their own dtype.
 """
 
 import contextlib
@@ -21,19 +21,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from speft_optim.distributed import together
-from speft_optim.salience.accumulators import Piece, cut_into_groups
+from speft_optim.salience.accumulators import RowSlice, cut_into_groups
 from speft_optim.salience.activation import squared_input
-from speft_optim.salience.batches import Batches, BatchReader, LossFunction, check_batches
+from speft_optim.salience.batches import Batches, BatchReader, check_batches
 from speft_optim.salience.first_order import gradient
 from speft_optim.salience.fisher import squared_gradient
 from speft_optim.salience.grasp import GradientStore, hessian_gradient, warn_of_plain_attention
+from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import MEASURES, Measure
 from speft_optim.salience.model_state import calibrating
 from speft_optim.salience.synflow import flow
 from speft_optim.weights.mesh import is_fully_sharded, reshard
 from speft_optim.weights.targets import Target
 
-# What fills the accumulators of a group; the other statistics need none.
+# The functions that fill the accumulators of a group; other statistics need none.
 _FILLS = {
     "gradient": gradient,
     "squared_gradient": squared_gradient,
@@ -43,18 +44,17 @@ _FILLS = {
 }
 
 
-# What an entry of a chunk takes at most, from its weight to its place among the best: the weight in fp32 (4 bytes), the
-# score in fp64 (8), the place of one that may enter (8), the buffer's end beyond the best, which `BestEntries.bytes`
-# leaves out (16), and a cut (32), with a few comparisons of a byte each. Before that come 36: the drawing of random
-# numbers (24) beside the weight and the scores of the chunk before; of a first-order score in fp64, it is 28.
+# The most bytes that each entry of a chunk takes. The peak is its selection: the weight in fp32 (4), the score in fp64
+# (8), the position of a candidate (8), its place in the buffer that `BestEntries.bytes` does not count (16), and a cut
+# of the buffer (32) with a few comparisons of a byte each. Scoring itself takes less, 28 to 36.
 _CHUNK_ENTRY_BYTES = 72
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Half of the memory that is free on `device` now, in bytes; of what this process may use of it."""
+    """Return half of the memory that this process can still allocate on `device`, in bytes."""
     if device.type == "cuda":
         used, (free, total) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
-        # What the allocator holds but nobody uses is as good as free.
+        # The allocator keeps freed memory for later tensors, so it counts as free.
         free += torch.cuda.memory_reserved(device) - used
         free = min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - used)
     else:
@@ -75,34 +75,33 @@ def stream_scores(
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Score every entry of the targets.
+    """Score every entry of the targeted weights.
 
     Args:
-        model: the model; left as it was, also when the iteration is broken off.
-        batches: an iterable of the dicts that the model takes, or of what `loss` takes, iterated once per group.
+        model: the model; afterwards as before, also if the caller stops iterating early.
+        batches: an iterable of dicts of the model's arguments, or of what `loss` takes; iterated once for each group.
         targets: the weights to score.
         measure: the salience measure.
-        memory_budget: bytes for accumulators, chunks and what the caller keeps of them.
-        candidates: bytes of the latter.
+        memory_budget: bytes for accumulators, chunks and candidates.
+        candidates: bytes of the scores and positions that the caller keeps.
         loss: from model and batch to a scalar; None for the `loss` of the model's own output.
-        max_batches: how many of the batches to read in each iteration; None for all.
-        seed: of the `random` measure.
+        max_batches: the largest number of batches to read in each iteration; None for all.
+        seed: seed of the `random` measure.
         progress: whether to show a progress bar on a terminal.
 
     Yields:
-        (name, first flat position, 1-D scores of consecutive positions), positions rising within a weight and weights
-        in the order of `targets`.
+        (name, first flat position, 1-D fp32 or fp64 scores of the positions from there on). Positions rise within a
+        weight, and weights come in the order of `targets`.
 
     Raises:
-        ValueError: batches are missing, hold no usable labels, or are an iterator needed more than once; a loss is not
-            finite, or none can be differentiated.
+        ValueError: batches are missing, hold no usable labels, or cannot be iterated again; a loss is not finite, or no
+            loss depends on a targeted weight.
     """
     second_order = measure.differentiates_twice
     fill, entry_bytes = _FILLS.get(measure.statistic), measure.entry_bytes
-    # Long enough to keep a device busy; a short one takes a seventh of the budget.
+    # A chunk is long enough to keep a device busy. With a small budget its temporaries take a seventh of it.
     chunk = max(1, min(2**22, memory_budget // 512))
-    # The accumulators get what a chunk and the candidates leave, and at least an eighth: where candidates need nearly
-    # all of the budget, ever more passes would not make them fewer.
+    # Accumulators get at least an eighth, since more passes do not shrink the candidates.
     room = max(memory_budget - _CHUNK_ENTRY_BYTES * chunk - candidates, memory_budget // 8)
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
@@ -126,9 +125,9 @@ def stream_scores(
             warn_of_plain_attention(model)
             for group in gradient_groups:
                 gradient(model, reader, group, loss)
-                for piece in group:
-                    store.put(piece)
-                    piece.accumulator = None
+                for row_slice in group:
+                    store.put(row_slice)
+                    row_slice.accumulator = None
             with together():
                 _check_differentiated(reader)
             fill = functools.partial(hessian_gradient, targets=targets, store=store, dense=reader.used_otherwise)
@@ -144,28 +143,39 @@ def stream_scores(
 
 
 def _check_differentiated(reader: BatchReader) -> None:
-    """Refuse scores that are all zero since no loss led back to a weight: the mask would be of the first positions.
+    """Refuse scores that are all zero because no loss depends on a weight: a mask would keep the first positions.
 
-    Asked of all groups together, as one of them may hold an expert that got no token, and nothing else.
+    This is checked after all groups, since a single group may hold nothing but an expert that got no token.
     """
     if not reader.went_back:
         raise ValueError(
-            "No calibration loss depends on a targeted weight, as far as autograd knows: made under torch.no_grad(), "
-            "detached, or without these weights? Return the loss with its graph."
+            "No calibration loss depends on a targeted weight, as far as autograd knows: it was computed under "
+            "torch.no_grad(), detached, or without these weights. Return the loss with its graph."
         )
 
 
-def _score(piece: Piece, measure: Measure, chunk: int, seed: int) -> Iterator[tuple[str, int, Tensor]]:
-    for first, weight, signal in piece.chunks(chunk):
+def _score(row_slice: RowSlice, measure: Measure, chunk: int, seed: int) -> Iterator[tuple[str, int, Tensor]]:
+    for first, weight, statistic in row_slice.chunks(chunk):
         if measure.statistic == "random":
-            signal = random_draws(piece.target.name, first, weight.numel(), seed, weight.device)
-        yield piece.target.name, first, measure.scores(piece.target.name, weight, signal)
+            statistic = random_draws(row_slice.target.name, first, weight.numel(), seed, weight.device)
+        yield row_slice.target.name, first, measure.scores(row_slice.target.name, weight, statistic)
 
 
 def random_draws(name: str, start: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """Uniform fp64 numbers in [0, 1) for `count` positions of a weight: the same on every device and in any cut."""
+    """Draw uniform numbers in [0, 1), each by weight, position and seed alone: the same on any device, in any chunks.
+
+    Args:
+        name: the weight's name.
+        start: the first flat position.
+        count: how many positions.
+        seed: the seed.
+        device: the device of the result.
+
+    Returns:
+        (count,) fp64.
+    """
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little", signed=True)
-    # SplitMix64 of (key + position), in wrapping int64 arithmetic; the masks make the shifts logical ones.
+    # This is SplitMix64 of (key + position) in wrapping int64 arithmetic; the masks make the shifts logical.
     state = torch.arange(start, start + count, dtype=torch.int64, device=device)
     state = state.mul_(-7046029254386353131).add_(key)
     state = (state ^ ((state >> 30) & (2**34 - 1))).mul_(-4658895280553007687)

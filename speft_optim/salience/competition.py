@@ -1,8 +1,8 @@
-"""Entries that compete for the places of a mask: those with new scores against those that are trained already.
+"""Competition for the places of a mask: entries with new scores against those that are trained already.
 
-Candidates are numbered in the order of weights and positions, so that one running selection of the best serves weights
-with new scores for all their entries beside weights with a stored score for each trained one. Of equals the earlier
-stays, as in `select_masks`.
+A weight with new scores has all its entries as candidates; any other weight has its trained entries, each with the
+score that is stored for it. All candidates are numbered in the order of weights and positions, so that one running
+selection of the best serves both kinds. If two scores are equal the earlier candidate wins, as in `select_masks`.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speft_optim.salience.accumulators import Piece
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.measures import Measure
 from speft_optim.salience.topk import BestEntries
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -19,45 +19,45 @@ from speft_optim.weights.sparse_weight import SparseWeight
 
 @dataclass(eq=False)
 class Candidates:
-    """Candidates of one weight in the order of their positions: trained entries, or all entries of a piece.
+    """Candidates of one weight in the order of their positions: trained entries, or all entries of a row slice.
 
     Attributes:
         weight: the weight.
-        positions: of the trained entries, (k,).
-        scores: by which these were kept, (k,).
-        piece: the piece, whose entries have new scores; the other two are None then.
+        positions: (k,) flat positions of the trained entries; None if there is a row slice.
+        scores: (k,) the stored scores of these; None if there is a row slice.
+        row_slice: the row slice whose entries have new scores; None for trained entries.
     """
 
     weight: SparseWeight
     positions: Tensor | None = None
     scores: Tensor | None = None
-    piece: Piece | None = None
+    row_slice: RowSlice | None = None
 
     def __len__(self) -> int:
-        return len(self.positions) if self.piece is None else self.piece.entries
+        return len(self.positions) if self.row_slice is None else self.row_slice.entries
 
     def positions_at(self, places: Tensor) -> Tensor:
         """Flat positions in the weight of the candidates at `places`, int64."""
-        if self.piece is None:
+        if self.row_slice is None:
             return self.positions[places.long().to(self.positions.device)].long()
-        return places.long() + self.piece.first * self.piece.columns
+        return places.long() + self.row_slice.first * self.row_slice.columns
 
     def scored(self, measure: Measure, chunk: int) -> Iterator[tuple[int, Tensor]]:
-        """The scores, each run of them with the place of its first candidate.
+        """Yield runs of scores, each with the place of its first candidate.
 
         Raises:
             ValueError: a new score is not finite.
         """
-        if self.piece is None:
+        if self.row_slice is None:
             yield 0, self.scores
             return
-        offset = self.piece.first * self.piece.columns
-        for first, weight, signal in self.piece.chunks(chunk):
-            scores = measure.scores(self.weight.name, weight, signal)
+        offset = self.row_slice.first * self.row_slice.columns
+        for first, weight, statistic in self.row_slice.chunks(chunk):
+            scores = measure.scores(self.weight.name, weight, statistic)
             if not bool(scores.isfinite().all()):
                 raise ValueError(
-                    f"Scores of {self.weight.name} are not finite though its gradients are; look at its entries for "
-                    "NaN or inf, and at the salience function."
+                    f"Scores of {self.weight.name} are not finite though its gradients are; look for NaN or inf in its "
+                    "entries, and at the salience function."
                 )
             yield first - offset, scores
 
@@ -68,17 +68,18 @@ def keep_best(
     """Keep the best `count` candidates, or all if there are fewer.
 
     Args:
-        runs: in the order of weights and positions.
+        runs: the candidates, in the order of weights and positions.
         count: how many to keep.
-        all_compete: whether trained entries without a new score compete by their stored ones; else all are kept, and
-            what is left of `count` goes to the others.
-        measure: makes the new scores.
-        chunk: entries to score at a time.
+        all_compete: whether trained entries without a new score compete by their stored ones. If not, all of these are
+            kept, and the other candidates compete for the rest of `count`.
+        measure: the measure that gives the new scores.
+        chunk: how many entries to score at a time.
 
     Returns:
-        For each weight the positions that are kept, (k,) int64 and rising, and their scores, on the weight's device.
+        For each weight the positions that are kept, (k,) int64 in rising order, and their scores, (k,), both on the
+        device of its values.
     """
-    competing = [run for run in runs if all_compete or run.piece is not None]
+    competing = [run for run in runs if all_compete or run.row_slice is not None]
     count -= sum(len(run) for run in runs) - sum(len(run) for run in competing)
     size = sum(len(run) for run in competing)
     best, starts = BestEntries(min(max(count, 0), size), size, chunk), [0]

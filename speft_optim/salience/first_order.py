@@ -1,4 +1,4 @@
-"""The gradient of the loss, averaged over the calibration batches in one pass for a group of pieces."""
+"""The statistic of first-order measures: the gradient of the loss, averaged over the calibration batches."""
 
 import contextlib
 import logging
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together, total
-from speft_optim.salience.accumulators import Piece
-from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
+from speft_optim.salience.accumulators import RowSlice
+from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.losses import LossFunction, model_loss
 from speft_optim.weights.gradient_hooks import GradientHook, settle
 from speft_optim.weights.gradient_nodes import Accumulator
 from speft_optim.weights.observation import observe_gradient
@@ -21,25 +22,35 @@ from speft_optim.weights.verification import DenseGradient
 logger = logging.getLogger(__name__)
 
 
-def gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
-    """Average the gradient of the loss over the batches, with its sign."""
-    for piece in group:
-        piece.allocate()
+def gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:
+    """Fill the accumulators of a group with the gradient of the loss, with its sign, averaged over the batches.
 
-    with observing(group, {piece: piece for piece in group}, reader.used_otherwise) as observed, together():
+    Args:
+        model: the model.
+        reader: yields the calibration batches.
+        group: the row slices.
+        loss: from model and batch to a scalar; None for the model's own loss.
+
+    Raises:
+        ValueError: a loss is missing or not finite.
+    """
+    for row_slice in group:
+        row_slice.allocate()
+
+    with observing(group, {row_slice: row_slice for row_slice in group}, reader.used_otherwise) as observed, together():
         for batch in reader:
             observed.promote()
             backward_of((loss or model_loss)(model, batch), reader, observed)
-    average_([piece.accumulator for piece in group], total(reader.used))
+    average_([row_slice.accumulator for row_slice in group], total(reader.used))
 
 
 class Observed:
     """The weights of a group while their gradients go to accumulators.
 
     Attributes:
-        gradient_hooks: those on the modules that hold them.
-        pending: products that wait for the dense gradient that they were compared with to be freed.
-        used_outside: names of weights whose gradient came past the hooks.
+        gradient_hooks: the hooks on the modules that hold the weights.
+        pending: products that are accumulated once the dense gradient that they were compared with is freed.
+        used_outside: names of weights that got a gradient which the hooks did not see.
     """
 
     def __init__(self):
@@ -48,27 +59,27 @@ class Observed:
         self.used_outside: set[str] = set()
 
     def promote(self) -> None:
-        """Trust the hooks that backward verified; call between backwards."""
+        """Trust the hooks that the last backward pass verified; call between two passes."""
         for hook in self.gradient_hooks:
             hook.promote()
 
     @property
     def used_otherwise(self) -> set[str]:
-        """Names of weights whose gradient is not, or not only, that of their layers' products."""
+        """Names of weights that are used in other ways than in their layers' products."""
         return self.used_outside | {hook.name for hook in self.gradient_hooks if hook.warned}
 
-    def watch(self, piece: Piece, accumulator: Accumulator, stack: contextlib.ExitStack) -> None:
-        """Give the accumulator the dense gradient of uses outside the modules too, while the stack is open."""
-        parameter = piece.target.parameter
+    def watch(self, row_slice: RowSlice, accumulator: Accumulator, stack: contextlib.ExitStack) -> None:
+        """Accumulate the gradients of uses outside the weight's modules too, until the stack closes."""
+        parameter = row_slice.target.parameter
 
         def take(dense: Tensor) -> None:
-            if piece.target.name not in self.used_otherwise:
+            if row_slice.target.name not in self.used_otherwise:
                 logger.warning(
-                    "%s is used outside its module's forward, where no hook sees it: it is scored by the dense "
-                    "gradient of these uses, one weight at a time.",
-                    piece.target.name,
+                    "%s is also used outside its module's forward, where hooks do not see it; its scores include the "
+                    "dense gradient of these uses, formed for one weight at a time.",
+                    row_slice.target.name,
                 )
-            self.used_outside.add(piece.target.name)
+            self.used_outside.add(row_slice.target.name)
             accumulator.from_dense(dense)
 
         leaf = DenseGradient(take)
@@ -78,23 +89,23 @@ class Observed:
 
 @contextlib.contextmanager
 def observing(
-    group: list[Piece], accumulators: Mapping[Piece, Accumulator], used_otherwise: set[str]
+    group: list[RowSlice], accumulators: Mapping[RowSlice, Accumulator], used_otherwise: set[str]
 ) -> Iterator[Observed]:
-    """Let the gradient of each piece's weight go to its accumulator while this lasts.
+    """Accumulate the gradients of the row slices' weights while the context lasts.
 
     Args:
-        group: the pieces.
-        accumulators: where their gradients go.
-        used_otherwise: names of weights that were found to be used otherwise than as the products of their layers, so
-            that each is told of once; gets those that are found now.
+        group: the row slices.
+        accumulators: the accumulator of each.
+        used_otherwise: names of weights known to be used in other ways than in their layers' products, about which
+            the user was warned; names found now are added.
     """
     grad_anchor, observed = torch.zeros((), requires_grad=True), Observed()
     with contextlib.ExitStack() as stack, torch.enable_grad():
-        for piece in group:
-            to = accumulators[piece]
-            observed.gradient_hooks += observe_gradient(piece.target, grad_anchor, to, True, observed.pending)
-            if _may_be_leaf(piece.target):
-                observed.watch(piece, to, stack)
+        for row_slice in group:
+            to = accumulators[row_slice]
+            observed.gradient_hooks += observe_gradient(row_slice.target, grad_anchor, to, True, observed.pending)
+            if _may_be_leaf(row_slice.target):
+                observed.watch(row_slice, to, stack)
         for hook in observed.gradient_hooks:
             hook.warned = hook.name in used_otherwise
             stack.callback(hook.remove)
@@ -103,15 +114,14 @@ def observing(
 
 
 def _may_be_leaf(target: Target) -> bool:
-    """Whether autograd can give the dense gradient of the weight itself: not of codes, or where it is streamed."""
+    """Tell whether the weight can require a gradient itself: a quantised or streamed one cannot."""
     return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
 
 
 def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
-    """Check the loss of the reader's last batch and go back from it."""
-    counts = reader.takes(value)
-    # Where none of the observed weights is used, as an expert without tokens, there is nothing to go back to.
-    if counts and value.requires_grad:
+    """Check the loss of the reader's last batch and run its backward pass."""
+    # The loss requires no gradient if it uses no observed weight, such as that of an expert without tokens.
+    if reader.takes(value) and value.requires_grad:
         reader.went_back = True
         value.backward()
         settle(observed.pending)

@@ -1,4 +1,4 @@
-"""The mean over examples of the squared gradient of each example's own loss."""
+"""The statistic of `fisher`: the mean over examples of the squared gradient of each example's own loss."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -8,129 +8,135 @@ from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
-from speft_optim.salience.accumulators import Piece
-from speft_optim.salience.batches import (
-    IGNORED_LABEL,
-    Batch,
-    BatchReader,
-    LossFunction,
-    example_of,
-    examples_in,
-    is_nan,
-    labelled_examples,
-    labels_of,
-    loss_of,
-    model_loss,
-)
+from speft_optim.salience.accumulators import RowSlice
+from speft_optim.salience.batches import Batch, BatchReader, example_of, examples_in, labels_of
 from speft_optim.salience.first_order import Observed, backward_of, observing
+from speft_optim.salience.losses import LossFunction, example_losses, is_nan, labelled_examples, loss_of, model_loss
 from speft_optim.weights.gradient_hooks import settle
 from speft_optim.weights.targets import is_product
 
 
-def squared_gradient(model: nn.Module, reader: BatchReader, group: list[Piece], loss: LossFunction | None) -> None:
-    """Average over examples the square of the gradient of the example's own mean loss.
+def squared_gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:
+    """Average over examples the squared gradient of each example's own mean loss.
 
-    One backward of the summed example losses serves all linear weights used once: their example gradients are
-    `left[b].T @ right[b]`, formed one at a time. Weights used several times or otherwise (tied or stacked ones,
-    norms, and
-    all weights under a loss that is no mean over labels) have their gradients added up per example, in a backward of
-    their own; at no time is there a copy of the gradients per example.
+    One backward pass of the summed example losses serves every linear weight that is used once: `left[b].T @ right[b]`
+    is the gradient of example b, and these are formed one at a time. Weights that are used several times or in other
+    ways (tied or stacked ones, norms, and all weights if the loss is not a mean over labels) need a backward pass for
+    each example. Gradients of several examples never exist at once.
+
+    Args:
+        model: the model.
+        reader: yields the calibration batches.
+        group: the row slices whose accumulators are filled.
+        loss: from model and batch to a scalar; None for the model's own loss.
+
+    Raises:
+        ValueError: no example has a label in the loss, a loss is not finite, or a weight is suddenly used in another
+            way.
     """
-    sinks = {piece: _ExampleSquares(piece) for piece in group}
+    squares = {row_slice: _ExampleSquares(row_slice) for row_slice in group}
     examples = 0
-    with observing(group, sinks, reader.used_otherwise) as observed, _counted_uses(sinks.values()), together():
+    with observing(group, squares, reader.used_otherwise) as observed, _counted_uses(squares.values()), together():
         for batch in reader:
             done, counting = [], None
             observed.promote()
             if loss is None:
-                done, counting = _split_backward(model, batch, list(sinks.values()), reader, observed)
-            rest = [sink for sink in sinks.values() if sink not in done]
+                done, counting = _split_backward(model, batch, list(squares.values()), reader, observed)
+            rest = [each for each in squares.values() if each not in done]
             if rest:
                 counting = _backward_by_example(model, batch, counting, rest, loss or model_loss, reader, observed)
             examples += len(counting)
     examples = total(examples)
     if not examples:
-        raise ValueError("No example of the calibration batches has a label that its loss counts; look at the labels.")
-    average_([piece.accumulator for piece in group], examples)
+        raise ValueError("No example of the calibration batches has a label that is in its loss; look at the labels.")
+    average_([row_slice.accumulator for row_slice in group], examples)
 
 
 class _ExampleSquares:
-    """Sink of one piece: squares example gradients as they come, or adds up one example's over several uses."""
+    """Accumulator of one row slice, which squares the gradient of each example.
 
-    def __init__(self, piece: Piece):
-        self.piece = piece
+    In the mode "split" a product that arrives holds all examples of the batch, and the gradient of each is squared at
+    once. In the mode "example" all that arrives is added to the gradient of one example, which `close_example` squares.
+    The mode "off" ignores gradients.
+
+    Attributes:
+        uses: the output shape of each use of the weight in the last forward pass; None if the use is not a product.
+    """
+
+    def __init__(self, row_slice: RowSlice):
+        self.row_slice = row_slice
         self.kinds: set[str] = set()
-        # The squares of the first batch that is split, until it is known that products are all there is.
+        # Squares of the first split batch are kept apart until all its gradients were seen to be products.
         self.first: Tensor | None = None
         self.is_proven = False
         self.uses: list[torch.Size | None] = []
         self.mode = "off"
         self.example: Tensor | None = None
-        piece.allocate()
+        row_slice.allocate()
 
     def splits(self, examples: int) -> bool:
-        """Whether this batch's use of the weight, just seen in forward, has one run of rows per example."""
+        """Tell whether the last forward pass used the weight once, in a product with examples as first dimension."""
         if not self.uses:
             return True
         (shape, *others), products_only = self.uses, "dense" not in self.kinds
         return products_only and not others and shape is not None and len(shape) > 2 and shape[0] == examples
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
-        """Square per example, or add to the present example's gradient."""
-        piece = self.piece
+        """Square `left[b].T @ right[b]` for each example b, or add `left.T @ right` to the current example."""
+        row_slice = self.row_slice
         self.kinds.add("product")
         if self.mode == "example":
-            self.example += product(left.flatten(0, -2)[:, piece.first : piece.last], right.flatten(0, -2))
+            self.example += product(left.flatten(0, -2)[:, row_slice.first : row_slice.last], right.flatten(0, -2))
         elif self.mode == "split":
             for one_left, one_right in zip(left.flatten(1, -2), right.flatten(1, -2), strict=True):
-                gradient = product(one_left[:, piece.first : piece.last], one_right)
-                (piece.accumulator if self.is_proven else self.first).addcmul_(gradient, gradient)
+                gradient = product(one_left[:, row_slice.first : row_slice.last], one_right)
+                (row_slice.accumulator if self.is_proven else self.first).addcmul_(gradient, gradient)
 
     def from_dense(self, gradient: Tensor) -> None:
-        """Add to the present example's gradient.
+        """Add a dense gradient to the current example's.
 
         Raises:
-            ValueError: the examples of the batch were to be told apart by products.
+            ValueError: the batch is split, but a dense gradient is the sum over its examples.
         """
         self.kinds.add("dense")
         if self.mode == "example":
-            self.example += self.piece.rows_of(gradient)
+            self.example += self.row_slice.rows_of(gradient)
         elif self.mode == "split" and self.is_proven:
             raise ValueError(
-                f"{self.piece.target.name} is used in another way than in the first calibration batch, so that "
-                "salience='fisher' cannot tell its examples apart; pass batches of one example, or leave it out."
+                f"{self.row_slice.target.name} is used in another way than in the first calibration batch, so that "
+                "salience='fisher' cannot separate the examples; pass batches of one example, or leave the weight out."
             )
 
     def open_split(self) -> None:
-        """From now on square each example's product."""
+        """Square the gradient of each example in the products that arrive from now on."""
         self.mode = "split"
         if not self.is_proven:
-            self.first = torch.zeros_like(self.piece.accumulator)
+            self.first = torch.zeros_like(self.row_slice.accumulator)
 
     def close_split(self) -> bool:
-        """Whether the products were the whole gradients; if not, their squares are forgotten."""
+        """End the backward pass; tell whether products were the whole gradient. If not, the squares are dropped."""
         self.mode = "off"
         if not self.is_proven and "dense" not in self.kinds:
-            self.piece.accumulator += self.first
+            self.row_slice.accumulator += self.first
             self.is_proven = "product" in self.kinds
         self.first = None
         return "dense" not in self.kinds
 
     def close_example(self) -> None:
-        """Square the example's whole gradient into the total."""
-        self.piece.accumulator.addcmul_(self.example, self.example)
+        """Add the square of the current example's gradient, and start the next one's at zero."""
+        self.row_slice.accumulator.addcmul_(self.example, self.example)
         self.example.zero_()
 
 
 @contextlib.contextmanager
-def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
-    """Note in each sink the leading shape of every use of its weight in forward; None where it is no linear one."""
+def _counted_uses(squares: Iterable[_ExampleSquares]) -> Iterator[None]:
+    """Note in `uses` every use of the weights in forward passes while the context lasts."""
     with contextlib.ExitStack() as stack:
-        for sink in sinks:
-            for module, attribute in sink.piece.target.sites:
+        for each in squares:
+            for module, attribute in each.row_slice.target.sites:
                 linear = is_product(module, attribute)
 
-                def note(module, args, kwargs, output, uses=sink.uses, linear=linear):
+                def note(module, args, kwargs, output, uses=each.uses, linear=linear):
                     uses.append(output.shape if linear else None)
 
                 stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
@@ -138,15 +144,16 @@ def _counted_uses(sinks: Iterable[_ExampleSquares]) -> Iterator[None]:
 
 
 def _split_backward(
-    model: nn.Module, batch: Batch, sinks: list[_ExampleSquares], reader: BatchReader, observed: Observed
+    model: nn.Module, batch: Batch, squares: list[_ExampleSquares], reader: BatchReader, observed: Observed
 ) -> tuple[list[_ExampleSquares], list[int] | None]:
-    """Square the example gradients of the weights that one backward can tell apart.
+    """Square the example gradients of those weights for which one backward pass separates the examples.
 
     Returns:
-        The sinks that are done, and the rows of the batch that count; None where the loss does not tell.
+        The accumulators that have their squares, and the rows of the batch with labels in the loss; None for the rows
+        if the model's loss does not tell them.
     """
-    for sink in sinks:
-        sink.uses.clear()
+    for each in squares:
+        each.uses.clear()
     output = model(**batch)
     value = loss_of(output, model)
     if not reader.takes(value):
@@ -155,17 +162,17 @@ def _split_backward(
     if found is None:
         return [], None
     losses, counted = found
-    # Asked before backward, where recomputed blocks are seen once more.
-    able = [sink for sink in sinks if sink.splits(len(batch["labels"]))]
-    # An example without a label that counts adds nothing.
+    # Backward may recompute blocks and so count uses twice.
+    able = [each for each in squares if each.splits(len(batch["labels"]))]
+    # The loss of an example without labels is 0 here and adds nothing.
     total = losses.sum() if able else None
     if able and total.requires_grad:
-        for sink in able:
-            sink.open_split()
+        for each in able:
+            each.open_split()
         reader.went_back = True
         total.backward()
         settle(observed.pending)
-        able = [sink for sink in able if sink.close_split()]
+        able = [each for each in able if each.close_split()]
     return able, counted.nonzero().squeeze(1).tolist()
 
 
@@ -178,19 +185,19 @@ def _backward_by_example(
     reader: BatchReader,
     observed: Observed,
 ) -> list[int]:
-    """One backward per example; the pieces in `rest` square the whole gradient of each.
+    """Run a backward pass for each example, and square the whole gradient of each.
 
     Args:
         model: the model.
         batch: the examples.
-        counting: rows that count, None where that is not known.
-        rest: sinks of the pieces.
+        counting: rows of the examples with labels in the loss; None if that is not known.
+        rest: the accumulators that take part.
         loss: from model and batch to a scalar.
-        reader: whose last batch it is.
-        observed: what feeds the sinks.
+        reader: the reader that yielded the batch.
+        observed: the hooks that fill the accumulators.
 
     Returns:
-        The rows that counted.
+        The rows of the examples whose gradients were squared.
     """
     size, labels = examples_in(batch), labels_of(batch)
     rows, unsure = counting, []
@@ -198,67 +205,21 @@ def _backward_by_example(
         rows = range(size)
     elif counting is None:
         labelled, by_first_only = labelled_examples(labels)
-        # The user's loss may count an example for other things than labels.
+        # The user's loss may use examples without labels.
         rows = labelled.nonzero().squeeze(1).tolist() if loss is model_loss else range(size)
         unsure = (by_first_only if loss is model_loss else ~labelled | by_first_only).nonzero().squeeze(1).tolist()
     counted = []
-    for sink in rest:
-        sink.mode, sink.example = "example", torch.zeros_like(sink.piece.accumulator)
+    for each in rest:
+        each.mode, each.example = "example", torch.zeros_like(each.row_slice.accumulator)
     for row in rows:
         value = loss(model, example_of(batch, row, size))
         if row in unsure and is_nan(value):
-            # A mean over no label: the loss is a shifted one, for which this example has none.
+            # The loss shifts labels, and the only label of this example is the first.
             continue
         backward_of(value, reader, observed)
         counted.append(row)
-        for sink in rest:
-            sink.close_example()
-    for sink in rest:
-        sink.mode, sink.example = "off", None
+        for each in rest:
+            each.close_example()
+    for each in rest:
+        each.mode, each.example = "off", None
     return counted
-
-
-def example_losses(logits: Tensor | None, labels: Tensor, loss: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The mean loss of each example, if the model's loss is a mean of cross-entropies over labels.
-
-    Whether labels are shifted by one (causal models) is told from which way comes nearer to the model's own loss. Where
-    logits are nearly uniform both come near it, and a loss rounded to bf16 cannot tell them apart.
-
-    Args:
-        logits: (batch, length, classes) or (batch, classes).
-        labels: (batch, length) or (batch,), ignored ones -100.
-        loss: the model's own loss of the batch.
-
-    Returns:
-        The losses, (batch,) fp32 with a graph to the logits, 0 for examples without labels; and which have labels that
-        count, (batch,) bool. None where neither way gives the model's loss, or both do.
-    """
-    if logits is None or logits.dim() != labels.dim() + 1 or logits.shape[: labels.dim()] != labels.shape:
-        return None
-    if labels.is_floating_point() or not bool(((labels < logits.shape[-1]) & (labels >= 0) | _ignored(labels)).all()):
-        return None
-    candidates = [labels]
-    if labels.dim() > 1:
-        candidates.append(nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:])
-    own = loss.detach().float()
-    log_probabilities = nn.functional.log_softmax(logits.flatten(0, -2).float(), -1)
-    found = []
-    for candidate in candidates:
-        each = nn.functional.nll_loss(
-            log_probabilities, candidate.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-        ).view(labels.shape)
-        mean = each.detach().sum() / (~_ignored(candidate)).sum()
-        # NaN where no label is left.
-        found.append(((mean - own).abs().nan_to_num(torch.inf).item(), candidate, each))
-    (off, candidate, each), *other = sorted(found, key=lambda one: one[0])
-    if off > 1e-5 + 1e-3 * own.abs().item():
-        return None
-    # What the rounding of the model's own loss may come to.
-    if other and other[0][0] <= max(1e-5, torch.finfo(loss.dtype).eps) * own.abs().item():
-        return None
-    counts = (~_ignored(candidate)).view(len(labels), -1).sum(1)
-    return each.view(len(labels), -1).sum(1) / counts.clamp(min=1), counts > 0
-
-
-def _ignored(labels: Tensor) -> Tensor:
-    return labels == IGNORED_LABEL

@@ -1,12 +1,12 @@
-"""The signal of `grasp`: H g, the Hessian of the averaged loss times its gradient, both over all targeted weights.
+"""The statistic of `grasp`: H g, the Hessian of the averaged loss times its gradient, over all targeted weights.
 
 Weights moved along g by a scalar step t make the loss a function of t. Its derivative at 0 is the inner product of g
 with the gradient, and the gradient of *that* is H g exactly. So a linear layer returns `x @ W.T + t * (x @ G.T)`, the
-derivative by t costs one backward that keeps its graph, and a second backward leaves H g in the weights of the group.
-No product of the size of all weights is ever formed; the only thing of that size is g itself, in the dtype that it is
-used in. It is kept beside the accumulators if it takes no more than these, and in a file on disk otherwise.
+derivative by t costs one backward that keeps its graph, and a second backward gives H g for the weights of the group.
+Only g itself is as large as all targeted weights together, in the dtype of their products. It is kept in memory if it
+takes no more than half of the budget for accumulators, and otherwise in a temporary file.
 
-Fused attention cannot be differentiated twice, so this pass uses PyTorch's plain one, and a warning says so.
+Fused attention cannot be differentiated twice, so this pass uses PyTorch's plain attention, and a warning says so.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speft_optim.distributed import average_, together, total
-from speft_optim.salience.accumulators import Piece
-from speft_optim.salience.batches import BatchReader, LossFunction, model_loss
+from speft_optim.salience.accumulators import RowSlice
+from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.losses import LossFunction, model_loss
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import input_of
 from speft_optim.weights.observation import differentiable
@@ -39,7 +40,7 @@ class GradientStore:
         memory_budget: bytes up to which the gradients stay in memory, each on its weight's device.
 
     Attributes:
-        memory_bytes: what they take there; 0 where they are in a file.
+        memory_bytes: bytes that they take in memory; 0 if they are in a file.
     """
 
     def __init__(self, targets: Mapping[str, Target], memory_budget: int):
@@ -56,13 +57,13 @@ class GradientStore:
             everything = torch.from_file(path, shared=True, size=size, dtype=dtype)
             self._flat = dict(zip(sizes, everything.split(list(sizes.values())), strict=True))
 
-    def put(self, piece: Piece) -> None:
-        """Take over a piece's accumulator, rounded."""
-        start = piece.first * piece.columns
-        self._flat[piece.target.name][start : start + piece.entries] = piece.accumulator.view(-1)
+    def put(self, row_slice: RowSlice) -> None:
+        """Copy the accumulator of a row slice, rounded to the dtype of the store."""
+        start = row_slice.first * row_slice.columns
+        self._flat[row_slice.target.name][start : start + row_slice.entries] = row_slice.accumulator.view(-1)
 
     def get(self, target: Target, dtype: torch.dtype) -> Tensor:
-        """A target's gradient in the weight's shape, on its device."""
+        """Return a weight's gradient, in its shape and on its device."""
         return self._flat[target.name].view(target.shape).to(target.device, dtype)
 
     def __enter__(self) -> "GradientStore":
@@ -76,11 +77,11 @@ class GradientStore:
 
 
 def _dtype_of_use(targets: Mapping[str, Target]) -> torch.dtype:
-    """bf16 or fp16 if all gradients are used in it, and so may be rounded to it once and for all; else fp32.
+    """Return bf16 or fp16 if all gradients are used in it, so that they may be stored in it; else fp32.
 
-    A layer's product with its gradient has the dtype of the layer's output: that of a dense weight, unless autocast
-    asks for another, and of a quantised one that of the input, which only a pass shows. An autocast inside the user's
-    loss is not seen; there the gradient is in the weight's dtype, as autograd's own would be.
+    The product `x @ G.T` has the dtype of the layer's output: for a dense weight the weight's own, or that of autocast;
+    for a quantised one that of its input, which only a forward pass shows. Autocast inside the user's loss is not seen;
+    the gradient is then stored in the weight's dtype, in which autograd would give it too.
     """
     devices = {target.device.type for target in targets.values()}
     dtypes = {target.dtype for target in targets.values()}
@@ -90,12 +91,12 @@ def _dtype_of_use(targets: Mapping[str, Target]) -> torch.dtype:
 
 
 def warn_of_plain_attention(model: nn.Module) -> None:
-    """Say that passes take longer, and more memory at long contexts, than fused attention would."""
+    """Warn that passes without fused attention take longer, and more memory for long texts."""
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention != "eager":
         logger.warning(
-            "salience='grasp' differentiates attention twice, which no fused one allows: it runs plain instead of %s, "
-            "with a matrix of length by length; shorten the calibration batches if memory runs out.",
+            "salience='grasp' differentiates attention twice, so it runs plain attention instead of %s, with a "
+            "matrix of length by length; shorten the calibration batches if memory runs out.",
             attention or "fused",
         )
 
@@ -103,20 +104,27 @@ def warn_of_plain_attention(model: nn.Module) -> None:
 def hessian_gradient(
     model: nn.Module,
     reader: BatchReader,
-    group: list[Piece],
+    group: list[RowSlice],
     loss: LossFunction | None,
     targets: Mapping[str, Target],
     store: GradientStore,
     dense: Collection[str] = (),
 ) -> None:
-    """Average H g over the batches for the weights of the group, with the g of all targets in `store`.
+    """Fill the accumulators of a group with H g, averaged over the batches.
 
-    Weights named in `dense` are used otherwise than as products of their layers. These are not moved: the inner product
-    with g is taken of autograd's own gradient of them.
+    Args:
+        model: the model.
+        reader: yields the calibration batches.
+        group: the row slices.
+        loss: from model and batch to a scalar; None for the model's own loss.
+        targets: all targeted weights.
+        store: holds g of all of them.
+        dense: names of weights that are used in other ways than in their layers' products. These are not moved along g;
+            the inner product is taken with autograd's own gradient of them.
     """
     step = torch.zeros((), requires_grad=True)
-    for piece in group:
-        piece.allocate()
+    for row_slice in group:
+        row_slice.allocate()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_implementation(model, attention=True))
@@ -125,13 +133,13 @@ def hessian_gradient(
         for name, target in targets.items():
             for module, attribute in target.sites if name not in dense else ():
                 _move_along(target, module, attribute, step, store, stack)
-        known = {piece.target.name for piece in group}
+        known = {row_slice.target.name for row_slice in group}
         others = {name: targets[name] for name in sorted(dense)}
         for name, target in others.items():
             if name not in known:
-                # Nothing asks for the gradient of these leaves, so none is formed.
+                # The second backward does not ask for their gradients, so none is formed.
                 stack.enter_context(differentiable(target, lambda gradient: None))
-        leaves = [stack.enter_context(differentiable(piece.target, piece.from_dense)) for piece in group]
+        leaves = [stack.enter_context(differentiable(row_slice.target, row_slice.from_dense)) for row_slice in group]
         stack.enter_context(together())
         for batch in reader:
             value = (loss or model_loss)(model, batch)
@@ -140,11 +148,11 @@ def hessian_gradient(
             along = _derivative_along(value, step, others, store)
             if along is not None and along.requires_grad:
                 along.backward(inputs=leaves)
-    average_([piece.accumulator for piece in group], total(reader.used))
+    average_([row_slice.accumulator for row_slice in group], total(reader.used))
 
 
 def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore) -> Tensor | None:
-    """The inner product of g with the gradient of the loss, with a graph; None where the loss knows no weight."""
+    """Return the inner product of g with the gradient of the loss, with its graph; None if no weight is used."""
     inputs = [step, *(target.parameter for target in dense.values())]
     along, *gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
     parts = [] if along is None else [along]
@@ -155,7 +163,7 @@ def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], 
 
 
 class _Times(torch.autograd.Function):
-    """`x @ V` or `x @ V.T` for a stored V that is fetched for each use and never kept in the graph."""
+    """`x @ V` or `x @ V.T` for a stored V, which is fetched for each use and never kept in the graph."""
 
     @staticmethod
     def forward(ctx, x: Tensor, fetch: Callable[[], Tensor], transposed: bool) -> Tensor:
@@ -171,7 +179,7 @@ class _Times(torch.autograd.Function):
 def _move_along(
     target: Target, module: nn.Module, attribute: str, step: Tensor, store: GradientStore, stack: contextlib.ExitStack
 ) -> None:
-    """Let the module compute with its weight moved by `step` times the stored gradient, while the stack is open."""
+    """Let the module compute with its weight moved by `step` times the stored gradient, until the stack closes."""
     if is_product(module, attribute):
 
         def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:

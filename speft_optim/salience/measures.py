@@ -1,19 +1,19 @@
 """Salience measures: how much each entry of a weight matters for training it (SPEFT, Section 3.2 and Table 1).
 
 A measure is a statistic that calibration accumulates per weight, and a small function from weight and statistic to
-scores; higher scores are kept. With g the gradient of the loss averaged over the calibration batches with its sign, H
-its Hessian:
+scores; the highest scores are kept. With w the weight, g the gradient of the loss averaged over the calibration batches
+with its sign, and H the Hessian of that loss:
 
     magnitude   abs(w)                        gradient   abs(g)
     snip        abs(g * w)                    force      -(g * w), signed
     taylor_fo   (g * w)^2                     grasp      -(H g) * w
     fisher      mean over examples of the squared gradient of that example's own mean loss
     synflow     abs(w * dR/dw), R the sum of the logits of the linearised network of absolute weights
-    activation  abs(w) * norm of the weight's input feature: ours, not the paper's; for text without labels
-    random      uniform: the control
+    activation  abs(w) * norm of the weight's input feature: not the paper's; for text without labels
+    random      uniform numbers, as a control
 
-All that the library knows about a measure is its row in `MEASURES`. A function of a user's own is a measure of the
-gradient, see `measure_of`.
+All that the library knows about a measure is its row in `MEASURES`. A user's function of weight and gradient is a
+measure too, see `measure_of`.
 """
 
 import inspect
@@ -32,15 +32,15 @@ class Measure:
     """A salience measure.
 
     Attributes:
-        score: from a 1-D run of a weight's entries and the same run of its statistic, both fp32 (of `random` fp64), to
-            scores of that shape; must not change its arguments.
+        score: from a 1-D run of a weight's entries and the same run of its statistic, both fp32 (the statistic of
+            `random` is fp64), to scores of that shape; must not change its arguments.
         statistic: what calibration accumulates for each weight.
-        entry_bytes: bytes that the accumulator takes for each entry. Those of `grasp` get beside it the part of H g
-            from the first backward, in the weight's dtype, which waits for the part from forward.
-        score_bytes: bytes of one score, at most.
-        passes: passes over the calibration batches that one group of weights takes.
-        labels: whether a loss is differentiated, which takes batches with labels or a loss function.
-        checked: whether each result of `score` is checked, as of a function that is not our own.
+        entry_bytes: bytes that the accumulator takes for each entry. `grasp` needs more for a moment: a part of H g in
+            the weight's dtype, see `stream_scores`.
+        score_bytes: the most bytes that a score takes.
+        passes: passes over the calibration batches for each group of weights; 0 if no batches are needed.
+        labels: whether a loss is differentiated, which needs batches with labels or a loss function.
+        checked: whether each result of `score` is checked, since the function is a user's.
     """
 
     score: Callable[[Tensor, Tensor], Tensor]
@@ -53,17 +53,17 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """The name of the score function, by which `select_masks` knows a measure of the table."""
+        """The name of the score function: the key of the measure in `MEASURES`, or the name of a user's function."""
         return getattr(self.score, "__name__", type(self.score).__name__)
 
     @property
     def takes_batches(self) -> bool:
-        """Whether the statistic comes of passes over calibration batches."""
+        """Whether the statistic needs calibration batches."""
         return self.passes > 0
 
     @property
     def differentiates_twice(self) -> bool:
-        """Whether the loss is differentiated twice, which the fused attention and losses do not support."""
+        """Whether the loss is differentiated twice, which fused attention and fused losses do not support."""
         return self.statistic == "hessian_gradient"
 
     def scores(self, name: str, weight: Tensor, statistic: Tensor | None) -> Tensor:
@@ -72,19 +72,19 @@ class Measure:
         Args:
             name: the weight's name, for errors.
             weight: (entries,) fp32.
-            statistic: (entries,) fp32 or fp64; None where the measure needs none.
+            statistic: (entries,) fp32 or fp64; None if the measure needs none.
 
         Returns:
             (entries,) fp32 or fp64.
 
         Raises:
-            TypeError: a function that is not our own returned no floating tensor.
-            ValueError: it returned another shape or NaN.
+            TypeError: a user's function did not return a floating tensor.
+            ValueError: it returned scores of another shape, or NaN.
         """
         if not self.checked:
             return self.score(weight, statistic)
         with torch.no_grad():
-            # The run of an fp32 weight is a view of it, which a function that works in place would change.
+            # A run of an fp32 weight is a view of it, and a function that works in place would change the weight.
             scores = self.score(weight.clone(), statistic)
         self._check(name, weight, scores)
         return scores.to(weight.device, torch.promote_types(scores.dtype, torch.float32))
@@ -106,56 +106,56 @@ class Measure:
 
 
 def magnitude(w: Tensor, _: Tensor) -> Tensor:
-    """abs(w)."""
+    """Return abs(w)."""
     return w.abs()
 
 
 def gradient(_: Tensor, g: Tensor) -> Tensor:
-    """abs(g), the paper's choice."""
+    """Return abs(g), the paper's choice."""
     return g.abs()
 
 
 def snip(w: Tensor, g: Tensor) -> Tensor:
-    """abs(g * w): first-order change of the loss when the entry is removed."""
+    """Return abs(g * w): the first-order change of the loss when the entry is removed."""
     return (g * w).abs()
 
 
 def force(w: Tensor, g: Tensor) -> Tensor:
-    """-(g * w), with its sign."""
+    """Return -(g * w), with its sign."""
     return -(g * w)
 
 
 def taylor_fo(w: Tensor, g: Tensor) -> Tensor:
-    """(g * w)^2, which ranks as snip does; in fp64, where the square of a small fp32 number does not vanish."""
+    """Return (g * w)^2, which ranks as snip does; fp64, in which the square of a small fp32 number is not 0."""
     return (g * w).double().square()
 
 
 def grasp(w: Tensor, hessian_gradient: Tensor) -> Tensor:
-    """-(H g) * w: first-order change of the gradient's norm when the entry is removed."""
+    """Return -(H g) * w: the first-order change of the gradient's norm when the entry is removed."""
     return -(hessian_gradient * w)
 
 
 def fisher(_: Tensor, squared: Tensor) -> Tensor:
-    """Mean over examples of the squared per-example gradient, the diagonal of the empirical Fisher information."""
+    """Return the mean squared gradient of single examples, the diagonal of the empirical Fisher information."""
     return squared
 
 
 def synflow(w: Tensor, flow: Tensor) -> Tensor:
-    """abs(w * dR/dw)."""
+    """Return abs(w * dR/dw)."""
     return (w * flow).abs()
 
 
 def activation(w: Tensor, squares: Tensor) -> Tensor:
-    """abs(w) times the norm of the entry's input feature over all tokens."""
+    """Return abs(w) times the norm of the entry's input feature over all tokens."""
     return w.abs() * squares.sqrt()
 
 
 def random(_: Tensor, draws: Tensor) -> Tensor:
-    """The draws themselves."""
+    """Return the drawn numbers themselves."""
     return draws
 
 
-# The measures that `select_masks` and `MaskSchedule` know by name.
+# The measures that `select_masks` and `MaskSchedule` take by name.
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
@@ -174,12 +174,12 @@ MEASURES: dict[str, Measure] = {
 
 
 def measure_of(salience: str | Callable[[Tensor, Tensor], Tensor]) -> Measure:
-    """The measure behind the argument `salience` of `select_masks`.
+    """Return the measure for the argument `salience` of `select_masks`.
 
     Args:
         salience: a name in `MEASURES`, or a function `salience(weight, gradient) -> scores`. It is called under
             `torch.no_grad()` with fp32 runs of a weight's entries and of their gradient, both of shape (entries,) and
-            on one device; the gradient is the mean over the calibration batches, with its sign. It returns floating
+            on one device; the gradient is the mean over the calibration batches, with its sign. It must return floating
             scores of that shape, of which the highest are kept. How a weight is cut into runs depends on the memory
             budget, so each score must depend on its own entry alone.
 
@@ -205,7 +205,7 @@ def _check_arguments(measure: Measure) -> None:
     try:
         signature = inspect.signature(measure.score)
     except ValueError:
-        return  # Functions written in C may not tell their arguments.
+        return  # A function written in C may have no signature.
     try:
         signature.bind(None, None)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""A model put in order for calibration and back: evaluation mode, nothing that requires gradients, random numbers."""
+"""A model's state around calibration: evaluation mode, frozen parameters and random numbers, restored afterwards."""
 
 import contextlib
 import functools
@@ -16,16 +16,16 @@ from speft_optim.weights.verification import is_recorded, pause
 
 
 class RandomState:
-    """What torch, Python and numpy draw next: on the CPU, on CUDA devices and from the generators given.
+    """A copy of the random states of torch, Python and numpy.
 
     Args:
-        devices: CUDA devices.
-        generators: further ones, as those of a DataLoader.
+        devices: CUDA devices whose states are copied too.
+        generators: further generators whose states are copied, such as that of a DataLoader.
     """
 
     def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[torch.Generator] = ()):
         self._python = random.getstate()
-        # A numpy that nobody imported draws nothing.
+        # If numpy was not imported, nothing draws from it.
         self._numpy = sys.modules.get("numpy")
         self._numpy_state = None if self._numpy is None else self._numpy.random.get_state()
         self._torch = torch.get_rng_state()
@@ -33,7 +33,7 @@ class RandomState:
         self._generators = [(generator, generator.get_state()) for generator in generators]
 
     def restore(self) -> None:
-        """Draw from here again."""
+        """Put all generators back to the copied states."""
         random.setstate(self._python)
         if self._numpy is not None:
             self._numpy.random.set_state(self._numpy_state)
@@ -46,9 +46,10 @@ class RandomState:
 
 @contextlib.contextmanager
 def plain_implementation(model: nn.Module, attention: bool) -> Iterator[None]:
-    """Stacked experts, and attention if asked for, in plain operations that any dtype and second derivatives allow.
+    """Let transformers compute stacked experts, and attention if asked to, with plain PyTorch while the context lasts.
 
-    Scaled dot-product attention stays, for `sdpa_kernel` to choose its plain form.
+    Plain operations work in any dtype and can be differentiated twice. Scaled dot-product attention stays:
+    `sdpa_kernel` chooses its plain form.
     """
     config = getattr(model, "config", None)
     settings = {"_experts_implementation": ("eager",)}
@@ -66,15 +67,16 @@ def plain_implementation(model: nn.Module, attention: bool) -> Iterator[None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled in place or is the wrapper of `torch.compile`."""
+    """Tell whether a module was compiled, in place or as the wrapper that `torch.compile` returns."""
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 @contextlib.contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without cache and with nothing that requires gradients; all as before afterwards.
+    """Put the model in eval mode, without cache and without gradients of parameters, and restore all of it afterwards.
 
-    Blocks whose activations transformers checkpoints in training, and in training only, are checkpointed here too.
+    transformers checkpoints activations in training mode alone; here blocks that it would checkpoint are checkpointed
+    in eval mode too.
     """
     training = [module for module in model.modules() if module.training]
     required = [parameter for parameter in model.parameters() if is_recorded(parameter)]
@@ -85,11 +87,11 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         stack.callback(RandomState(devices).restore)
         stack.enter_context(frozen_forwards(model))
         if any(is_compiled(module) for module in model.modules()):
-            # A graph that is there already would not call the hooks of the measures.
+            # An existing graph would not call the hooks of the measures.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
             if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
-                # What stands in for a block's call streams its weights, and recomputes it already.
+                # A block with a replaced call is streamed (see `offload.py`) and recomputed already.
                 if module.gradient_checkpointing and module._compiled_call_impl is None:
                     again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
                     replace_method(module, "forward", again, stack)

@@ -1,15 +1,15 @@
-"""Weights of a model's blocks on their way to the device: one block's at work there, the next one's under way.
+"""A prefetcher of blocks' weights: while one block is computed, the weights of the next are copied to the device.
 
-Two buffers on the device hold them in turn, so that no more than two blocks' weights are ever there. A side stream
-fills one buffer while work reads the other, straight from the host memory where the weights lie: its pages are locked
-meanwhile, without which a copy neither runs beside the work nor reaches the bus's speed. Locking them in place leaves
-every storage of the model as it is. A pinned copy of the model was rejected for it takes the host memory twice or puts
-other storages into the model, and pinned staging buffers because the CPU would move every byte once more, at less than
-the bus's speed.
+Two buffers on the device hold the weights in turn, so that no more than two blocks' are ever there. A side stream fills
+one buffer while the device computes with the other. It reads host memory directly: the pages of the weights are locked
+meanwhile, without which a copy would neither overlap with computation nor reach the bus's full speed. Locking leaves
+every storage of the model as it is. A pinned copy of the model was rejected since it takes the host memory twice or
+puts other storages into the model; pinned staging buffers since the CPU would copy every byte once more, slower than
+the bus.
 
-Several batches for each visit of a block, with what lies between blocks kept on the host, would move less still. It
-was rejected: batches that wait for each other need their forwards suspended at every block and autograd's backward cut
-there, which no longer runs the user's model and loss as they are. Larger batches move less, too.
+Passing several batches through a block each time that it is on the device would copy less. It was rejected: every
+batch's forward would have to stop at every block and autograd's backward be cut there, so that the user's model and
+loss would no longer run as they are. Larger batches save as much.
 """
 
 import contextlib
@@ -27,22 +27,28 @@ logger = logging.getLogger(__name__)
 Site = tuple[nn.Module, str]
 
 
-# So that every weight in a buffer starts where an allocation of its own could.
+# Every weight starts at a multiple of this many bytes in a buffer, as an allocation of its own would.
 _ALIGNMENT = 256
 
 
 class HostWeight(Protocol):
-    """A weight that lies elsewhere."""
+    """A weight that can be read in host memory."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     def source(self) -> Tensor:
-        """The weight in host memory, in any dtype."""
+        """Return the weight in host memory, in any dtype."""
 
 
 class _Buffer:
-    """Room on the device for one block's weights, and those that are in it, or will be once `filled` has passed."""
+    """Memory on the device for the weights of one block.
+
+    Attributes:
+        block: number of the block whose weights it holds.
+        weights: views of the memory, by module and attribute.
+        filled: the event after which they are complete.
+    """
 
     def __init__(self, size: int, device: torch.device):
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -52,50 +58,50 @@ class _Buffer:
 
 
 class Prefetcher:
-    """Brings the weights of a model's blocks to the device, each while its block is at work.
+    """Copies the weights of a model's blocks to the device, each before its block is computed.
 
     Args:
         blocks: the weights of each block, by the (module, attribute) that holds them.
-        device: where they are wanted.
-        stack: takes the buffers away, once all work on them is done.
+        device: the device that computes.
+        stack: frees the buffers as it closes, after all work on them is done.
 
     Attributes:
-        at_hand: the weights on the device of the block that is being visited.
+        resident: the weights on the device of the block that is being computed.
     """
 
     def __init__(self, blocks: list[Mapping[Site, HostWeight]], device: torch.device, stack: contextlib.ExitStack):
-        self.at_hand: dict[Site, Tensor] = {}
+        self.resident: dict[Site, Tensor] = {}
         self._blocks, self._device = blocks, device
-        # `torch.cpu` has streams as well, whose methods do nothing: there a copy is over when the call returns.
+        # `torch.cpu` has streams too, whose methods do nothing, since copies there end before the call returns.
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
         size = max((sum(_aligned(_bytes(weight)) for weight in weights.values()) for weights in blocks), default=0)
-        # The one at work last.
+        # The buffer in use comes last.
         self._buffers = [_Buffer(size, device) for _ in blocks[:2]]
         stack.callback(self._buffers.clear)
         stack.callback(self._backend.synchronize, device)
 
     @contextlib.contextmanager
-    def visit(self, block: int, following: int) -> Iterator[None]:
-        """Have a block's weights at hand while its work is queued, and send for those of the block that follows.
+    def holding(self, block: int, following: int) -> Iterator[None]:
+        """Hold a block's weights in `resident` while the context lasts, and start to copy those of the next block.
 
         Args:
             block: number of the block.
-            following: number of the block that will be visited next, as far as one can tell; a wrong guess costs time.
+            following: number of the block that is expected next; a wrong guess costs time only.
         """
-        assert not self.at_hand, "a block is visited inside another block"
+        assert not self.resident, "a block is computed inside another block"
         buffer = self._fetch(block)
         self._backend.current_stream(self._device).wait_event(buffer.filled)
         self._buffers.sort(key=lambda other: other is buffer)
         self._fetch(following)
-        self.at_hand = buffer.weights
+        self.resident = buffer.weights
         try:
             yield
         finally:
-            self.at_hand = {}
+            self.resident = {}
 
     def _fetch(self, block: int) -> _Buffer:
-        """The buffer that holds the block, or the one not at work, which will."""
+        """Return the buffer with the block, which is the free one after a new copy if neither has it."""
         for buffer in self._buffers:
             if buffer.block == block:
                 return buffer
@@ -104,8 +110,8 @@ class Prefetcher:
 
     @torch.no_grad()
     def _fill(self, buffer: _Buffer, block: int) -> None:
-        # All work that reads what is in the buffer now was queued before this, in backward too: there autograd takes
-        # the youngest node that is ready, so it is through with one block before the one below is computed again.
+        # All work that reads the buffer was queued before this. That holds in backward too: autograd runs the youngest
+        # node that is ready, so it has queued one block's backward before it recomputes the block below.
         self._stream.wait_stream(self._backend.current_stream(self._device))
         buffer.block, buffer.weights, start = None, {}, 0
         with self._backend.stream(self._stream):
@@ -118,20 +124,25 @@ class Prefetcher:
 
 
 def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextlib.ExitStack) -> None:
-    """Let a CUDA device read the host memory of `tensors` by itself, until the stack closes; it stays where it is.
+    """Lock the host memory of `tensors` in place until the stack closes, so that a CUDA device can read it directly.
 
-    Only pages that lie whole inside a tensor's storage: CUDA refuses a copy that runs over the edge of what is locked,
-    so that none may be locked that holds a piece of something else, and `copy_pages_` stops at such edges. Where the
-    system refuses, copies are as right and slower, and one warning says so.
+    CUDA refuses a copy that crosses the edge of locked memory. So only pages that lie wholly inside a storage are
+    locked, and `copy_pages_` copies the rest apart. If the system refuses to lock, copies are slower, and one warning
+    says so.
+
+    Args:
+        tensors: tensors in CPU memory.
+        device: a CUDA device.
+        stack: unlocks the pages.
     """
     cudart = torch.cuda.cudart()
     for first, last in _whole_pages(tensors):
         code = int(cudart.cudaHostRegister(first, last - first, 0))
         if code:
             logger.warning(
-                "CUDA error %d: host memory cannot be locked (%d bytes); offload is slow.", code, last - first
+                "CUDA error %d: %d bytes of host memory cannot be locked, so that offload is slow.", code, last - first
             )
-            # The runtime hands its last error to the next launch, so let one be spent on it.
+            # The runtime reports its last error at the next launch, so this launch takes it.
             with contextlib.suppress(RuntimeError):
                 torch.zeros((), device=device)
             return
@@ -139,12 +150,12 @@ def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextli
 
 
 def copy_pages_(out: Tensor, source: Tensor) -> None:
-    """Copy host memory to contiguous `out`: the part before its first whole page, whole pages, and the rest."""
+    """Copy host memory to contiguous `out` in three parts: before its first whole page, whole pages, and the rest."""
     source = source.contiguous().view(-1)
     before, pages = _pages(source.data_ptr(), source.nbytes)
     size = source.element_size()
     if before % size:
-        # An element lies over the edge of a page, as in views of foreign buffers: by way of a copy.
+        # An element crosses the edge of a page, as it may in views of other libraries' buffers, so copy it first.
         return copy_pages_(out, source.clone())
     cuts = [before // size, pages // size]
     cuts.append(source.numel() - sum(cuts))
@@ -153,7 +164,7 @@ def copy_pages_(out: Tensor, source: Tensor) -> None:
 
 
 def _whole_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Address ranges of the pages that lie whole inside the storages of `tensors`."""
+    """Return the address ranges of the pages that lie whole inside the storages of `tensors`."""
     storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -168,7 +179,7 @@ def _whole_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def _pages(address: int, size: int) -> tuple[int, int]:
-    """Of `size` bytes from `address`: how many lie before the first page that is whole inside, and in whole pages."""
+    """Return how many of `size` bytes from `address` lie before the first whole page, and how many in whole pages."""
     page = os.sysconf("SC_PAGE_SIZE")
     before = min(size, -address % page)
     return before, (size - before) // page * page

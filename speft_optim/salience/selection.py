@@ -1,8 +1,8 @@
 """From scores and a budget to masks.
 
-Local scope keeps a share of every weight, global scope the best entries over all weights together. Both use one running
-selection of the best k that sees scores in chunks: no tensor of all scores exists at any time, and the outcome equals
-that of one `topk` over everything. Ties go to the earlier position, and to the earlier weight.
+Local scope keeps a share of every weight, global scope the best entries of all weights together. Both use a running
+selection of the best k that gets scores in chunks: no tensor of all scores exists at any time, and the result equals
+that of one `topk` over all of them. Of equal scores the earlier weight and position is kept.
 """
 
 import contextlib
@@ -15,12 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from speft_optim.checks import check_callable, check_choice, check_flag, check_share, check_whole, is_whole
+from speft_optim.checks import check_callable, check_choice, check_flag, check_whole, is_whole
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
-from speft_optim.salience.batches import Batches, LossFunction, check_max_batches
+from speft_optim.salience.amounts import candidate_bytes, check_amount, check_shares, share_out
+from speft_optim.salience.batches import Batches, check_max_batches
 from speft_optim.salience.calibration import default_memory_budget, stream_scores
+from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.offload import streaming
 from speft_optim.salience.topk import BestEntries
@@ -52,19 +54,19 @@ def select_masks(
 ) -> Masks:
     """Choose which entries to train (SPEFT, Sections 3.1 to 3.3).
 
-    Of several processes each passes its own batches, and all get the masks of one process with all of them. Under
-    `fully_shard` they go through their batches in step and need equally many.
+    Each of several processes passes its own batches, and all get the masks that one process would select with all of
+    them. Under `fully_shard` they read their batches in step and need the same number.
 
-    Load the weights first: masks chosen on others fit them no better than random ones. A pass takes the memory of a
-    forward and backward as the model is set up now. Trainers turn activation checkpointing on only when they begin to
-    train, so where memory is short call `model.gradient_checkpointing_enable()` before; and autocast, which a trainer
-    adds too, takes effect with `with torch.autocast("cuda", torch.bfloat16):` around this call.
+    Load the weights first: masks chosen on other weights fit these no better than random masks. A pass takes the memory
+    of a forward and backward pass of the model as it is set up now. Trainers turn activation checkpointing on only when
+    training begins, so call `model.gradient_checkpointing_enable()` before if memory is short. The same holds for
+    autocast: put `with torch.autocast("cuda", torch.bfloat16):` around this call.
 
     Args:
         model: the model; exactly as before afterwards, also after an error.
-        batches: calibration data: an iterable of the dicts the model takes, with labels, or of whatever `loss` takes (a
-            list or a DataLoader; the paper uses 64 batches of 16 examples). Not needed by `magnitude`, `random` and
-            `synflow`. The data that is trained on, since the entries are chosen for it.
+        batches: calibration data: a list, DataLoader or other iterable of dicts of the model's arguments, with labels,
+            or of whatever `loss` takes. Take it from the training data, since the entries are chosen for it; the paper
+            uses 64 batches of 16 examples. `magnitude`, `random` and `synflow` need none.
         salience: name of the measure, see `speft_optim.salience.measures`; or a function `salience(weight, gradient)`
             that scores runs of a weight's entries and must not mix them. Both arguments are fp32 of shape (entries,),
             the gradient being the mean over the batches with its sign; it returns floating scores of that shape, of
@@ -73,28 +75,29 @@ def select_masks(
         budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or
             takes a number for each target by name.
         scope: "local" keeps a share of each weight, "global" the best entries over all weights.
-        targets: which weights; see `find_targets`. Default: the linear weights of the decoder blocks.
+        targets: which weights are targeted; see `find_targets`. Default: the linear weights of the decoder blocks.
         memory_budget: bytes that estimation may hold beyond the model and one batch; default half of the free memory.
-            Less memory costs more passes over the batches, never another mask. The candidates for the masks count in
-            it: about 10 bytes an entry that is kept, over all targets in global scope. However many these are, an
-            eighth of the budget goes to what a pass accumulates, and at least one row of a weight, so that a budget
-            too small for the candidates is exceeded by them.
-        loss: from (model, batch) to a scalar; default the loss that the model returns. With it a batch may be of any
-            kind, without labels too: its tensors are moved to the model's device wherever they stand in dicts, lists,
-            tuples and dataclasses. It gets the model without wrappers, so that none exchanges gradients. `fisher`
-            calls it with one example at a time: one row of each tensor that is as long as the labels, or without
-            labels as most tensors of the batch are.
-        max_batches: how many of the batches to read, the same ones in each pass; None for all. A DataLoader would else
-            be read whole.
-        offload: device to compute on while the weights stay in CPU memory and visit it block by block, for a model that
-            does not fit there; the masks are those of a resident model. Not for `grasp`.
-        base: with `offload`, folder of the checkpoint whose safetensors hold the weights of a model on the meta device.
-        seed: of the `random` measure.
-        progress: show a progress bar (on terminals only).
+            Less memory costs more passes over the batches and gives the same masks. It includes the candidates for the
+            masks: about 10 bytes for each entry that is kept, over all targets in global scope. At least an eighth of
+            the budget, and one row of a weight, goes to the accumulators of a pass; a budget that is too small for this
+            and the candidates is exceeded.
+        loss: from (model, batch) to a scalar tensor; default the loss that the model returns. With it a batch may be of
+            any kind, also without labels: tensors in dicts, lists, tuples and dataclasses are moved to the model's
+            device. It gets the model without its wrappers, so that none exchanges gradients. `fisher` calls it with
+            single examples: one row of each tensor that is as long as the labels or, without labels, as long as most
+            tensors of the batch.
+        max_batches: the largest number of batches to read, the same ones in each pass; None for all, which is the whole
+            data set of a DataLoader.
+        offload: device to compute on while the weights stay in CPU memory and are copied to it block by block, for a
+            model that does not fit there; the masks are the same. Not for `grasp`.
+        base: with `offload`, the checkpoint folder whose safetensors files hold the weights of a model on the meta
+            device.
+        seed: seed of the `random` measure.
+        progress: whether to show a progress bar (on terminals only).
 
     Returns:
         The masks by parameter name, in the model's order. A weight whose share rounds to nothing has an empty mask.
-        They remember a few entries of the weights: a warning tells where training begins with others.
+        The masks remember a few entries of the weights, so that a warning can tell if training begins with others.
 
     Raises:
         ValueError: an argument is out of range, the data cannot be used, or scores are not finite.
@@ -109,7 +112,7 @@ def select_masks(
             check_max_batches(max_batches)
             check_callable("loss", loss, "(model, batch)")
             if offload is not None:
-                # The graph of `synflow` keeps no weights, and its mode does not reach into a recomputation.
+                # The graph of `synflow` keeps no weights, and its torch function mode would be off in a recomputation.
                 stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
             settle_storage(model)
             if is_fully_sharded(model):
@@ -119,32 +122,32 @@ def select_masks(
             check_divisions(model)
             sizes = {name: target.shape.numel() for name, target in found.items()}
             if isinstance(budget, Mapping):
-                _check_shares(budget, sizes, scope, density)
+                check_shares(budget, sizes, scope, density)
             else:
-                _check_amount(density, budget, sum(sizes.values()))
+                check_amount(density, budget, sum(sizes.values()))
             if memory_budget is None:
                 memory_budget = default_memory_budget(next(iter(found.values())).device)
             check_whole("memory_budget", memory_budget, least=1, usual="2 * 2**30 bytes")
             check_whole("seed", seed, usual=0)
             check_flag("progress", progress)
-        # What numpy counted may be of a width in which its products overflow.
+        # Products of numpy integers can overflow, those of Python integers cannot.
         memory_budget = int(memory_budget)
         budget = int(budget) if is_whole(budget) else budget
         density = None if density is None else float(density)
-        # Processes that measure other things, or cut the weights into other groups, would exchange what does not match.
+        # Processes with other arguments would average accumulators of other weights.
         choice = f"{measure.name} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
         memory_budget = smallest(memory_budget)
-        shares = _shares(sizes, density, budget) if scope == "local" else None
+        shares = share_out(sizes, density, budget) if scope == "local" else None
         total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
-        # All cut the weights alike, even if some were asked for other numbers of entries.
-        candidates = largest(_candidate_bytes(sizes, shares, total, measure.score_bytes))
+        # All processes must cut the weights into the same groups, whatever number of entries each keeps.
+        candidates = largest(candidate_bytes(sizes, shares, total, measure.score_bytes))
         options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, max_batches=max_batches)
         options.update(seed=seed, progress=progress)
         scores = stream_scores(model, batches, found, measure, **options)
-        # Closed here and not by the garbage collector: an error's traceback would keep it open, and the model changed.
+        # The traceback of an error would keep the generator open, and with it the model changed, so it is closed here.
         stack.enter_context(contextlib.closing(scores))
-        # Runs long enough to keep a device busy, and short enough that their temporaries are few.
+        # Runs are long enough to keep a device busy, and short enough that their temporaries are small.
         longest = 2**22 if next(iter(found.values())).device.type == "cuda" else 2**20
         step = max(2**10, min(longest, memory_budget // 512))
         if scope == "local":
@@ -162,14 +165,14 @@ def check_together(
     offload: str | torch.device | None = None,
     base: str | Path | None = None,
 ) -> Measure:
-    """Refuse what `select_masks` does not know, or not together.
+    """Refuse a measure or scope that is not known, and arguments that exclude each other.
 
     Returns:
         The measure.
 
     Raises:
         ValueError: a name is not known, or two arguments exclude each other.
-        TypeError: the measure is neither a name nor a function.
+        TypeError: `salience` is neither a name nor a function.
     """
     measure = measure_of(salience)
     check_choice("scope", scope, ("local", "global"))
@@ -199,7 +202,7 @@ def _check_sharded(measure: Measure, offload: str | torch.device | None) -> None
 def _select_local(
     scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], shares: Mapping[str, int], step: int
 ) -> Masks:
-    # A weight without entries has no scores either, but a mask as in global scope.
+    # A weight of size 0 gets no scores, but it has a mask as in global scope.
     masks = Masks({name: Mask(torch.empty(0, dtype=torch.int32), target.shape) for name, target in targets.items()})
     best, ranges = None, _Ranges()
     for name, first, chunk in scores:
@@ -209,7 +212,7 @@ def _select_local(
         best.update(chunk, first)
         if first + chunk.numel() == targets[name].shape.numel():
             masks[name] = Mask(best.positions, targets[name].shape)
-            # Not held on to while the next group is accumulated.
+            # The buffer is freed before the next group is accumulated.
             best = None
     ranges.warn_of_ties(masks)
     return masks
@@ -228,7 +231,7 @@ def _select_global(
         best.update(chunk, starts[name] + first)
     masks = Masks()
     kept = best.positions
-    # Their scores are not needed any more.
+    # This frees the scores.
     del best
     bounds = torch.tensor([*starts.values(), start], dtype=kept.dtype, device=kept.device)
     cuts = torch.searchsorted(kept, bounds).tolist()
@@ -239,66 +242,21 @@ def _select_global(
     return masks
 
 
-def _candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None, total: int, score_bytes: int) -> int:
-    """What the best entries so far take at most: of one weight and finished masks (`shares`), or of all together."""
-    if shares is None:
-        return BestEntries.bytes(total, sum(sizes.values()), score_bytes)
-    return max(BestEntries.bytes(shares[name], size, score_bytes) for name, size in sizes.items()) + 4 * total
-
-
-def _shares(sizes: dict[str, int], density: float | None, budget: int | Mapping[str, int] | None) -> Mapping[str, int]:
-    """Entries to keep of each weight: its density rounded, or its part of the budget by largest remainder."""
-    if isinstance(budget, Mapping):
-        return {name: int(budget[name]) for name in sizes}
-    if density is not None:
-        return {name: round(density * size) for name, size in sizes.items()}
-    total = sum(sizes.values())
-    shares = {name: budget * size // total for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
-    for name in by_remainder[: budget - sum(shares.values())]:
-        shares[name] += 1
-    return shares
-
-
-def _check_amount(density: float | None, budget: int | None, total: int) -> None:
-    if (density is None) == (budget is None):
-        raise ValueError(f"Give exactly one of density and budget; got density={density}, budget={budget}.")
-    if density is not None:
-        check_share("density", density, "0.01 keeps one entry in a hundred")
-    else:
-        check_whole("budget", budget, usual=f"{max(1, total // 100)} entries")
-        if not 1 <= budget <= total:
-            raise ValueError(
-                f"budget={budget:,} is outside 1..{total:,}, the number of targeted entries; choose one of these."
-            )
-
-
-def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, density: float | None) -> None:
-    if scope != "local" or density is not None:
-        raise ValueError(f"A budget for each weight needs scope='local' and no density; got {scope!r} and {density}.")
-    if budget.keys() != sizes.keys():
-        odd = sorted(budget.keys() ^ sizes.keys())[0]
-        raise ValueError(f"budget must name exactly the targeted weights; {odd} is on one side only.")
-    for name, count in budget.items():
-        if not is_whole(count) or not 0 <= count <= sizes[name]:
-            raise ValueError(f"budget of {name} is {count!r}; pass a whole number of entries in 0..{sizes[name]:,}.")
-
-
 class _Ranges:
-    """Smallest and largest score of each weight."""
+    """The smallest and largest score of each weight."""
 
     def __init__(self):
         self._of: dict[str, tuple[float, float]] = {}
 
     def see(self, name: str, scores: Tensor) -> None:
-        """Take in some scores of a weight.
+        """Note the range of some scores of a weight.
 
         Raises:
-            ValueError: one is not finite.
+            ValueError: a score is not finite.
         """
         if not scores.numel():
             return
-        # NaN passes through both ends.
+        # If a score is NaN, both ends are.
         low, high = torch.stack(torch.aminmax(scores)).tolist()
         if not math.isfinite(low) or not math.isfinite(high):
             bad = scores.numel() - int(torch.isfinite(scores).sum())
@@ -309,13 +267,13 @@ class _Ranges:
         self._of[name] = min(before[0], low), max(before[1], high)
 
     def warn_of_ties(self, masks: Masks) -> None:
-        """Tell of weights that were chosen from without a reason."""
+        """Warn of weights whose scores are all equal, so that the choice among their entries has no reason."""
         tied = [name for name, (low, high) in self._of.items() if low == high]
         tied = [name for name in tied if 0 < len(masks[name]) < masks[name].shape.numel()]
         if tied:
             logger.warning(
                 "All scores of %d weights are equal, e.g. of %s, so that their first entries are kept: no batch uses "
-                "them, or all their entries are alike. Leave them out of targets, or look at the batches.",
+                "these weights, or their entries are all alike. Leave them out of targets, or look at the batches.",
                 len(tied),
                 tied[0],
             )

@@ -1,22 +1,22 @@
-"""Salience from the backward passes that train: no batches and no passes of its own.
+"""Salience from the backward passes of training itself, without calibration batches or extra passes.
 
-At any time one group of weights, as many as have fp32 accumulators within a budget, adds up the gradients of the very
-backward passes that train. After `window` optimizer steps the group's entries are scored and its accumulators freed,
-and the next group's turn begins; a round is one turn of each group. A weight too large for the budget takes several
-turns, a panel of rows each. Where few groups would make a round too short, each turn begins with steps of waiting: a
-mask that changes too often leaves its newcomers no time to train.
+At any time one group of weights, whose fp32 accumulators fit a budget, adds up its gradients from these passes. After
+`window` optimizer steps the group's entries are scored and its accumulators are freed, and the next group's turn
+begins; a round is one turn of each group. A weight that is larger than the budget takes several turns, one for each row
+slice. If few groups would make a round too short, each turn begins with steps of waiting, since entries that are
+replaced too often have no time to train.
 
-In one turn a part of the entries has new scores, all others have those by which they were kept. Both compete for the
-places: the best of the new and the stored ones are trained, exactly as many as wanted. In the first round, while some
-trained entries have no score yet, each group keeps its number of them. What is stored is one score for each trained
-entry. The alternative, one threshold over the latest scores of all groups, does not give an exact number.
+In a turn the entries of one group have new scores; all other trained entries have the scores by which they were kept.
+Both compete, and the best are trained, exactly as many as wanted. In the first round, while some trained entries have
+no score yet, each group keeps its number of them. Stored is one score for each trained entry. The alternative, one
+threshold for the latest scores of all groups, does not give an exact number.
 
-Scores are of the raw gradients as the backward passes give them: not clipped, and with the factors of a loss scaler
-and of the division by accumulation steps. A constant factor changes no choice; one that changes weighs stored scores
-against new ones until a round has passed.
+Scores are those of the raw gradients: not clipped, and including the factors of a loss scaler and of gradient
+accumulation. A constant factor changes no choice. One that changes favours stored or new scores until a round has
+passed.
 
-Beside the accumulators a selection takes some ten bytes for each entry that competes for its places and is kept, for a
-moment between two steps, when there are no activations.
+Beside the accumulators a selection takes some ten bytes for each candidate that is kept, for a moment between two steps
+in which no activations are held.
 """
 
 import logging
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from speft_optim.distributed import average_, is_distributed, total
 from speft_optim.masks.mask import Mask
-from speft_optim.salience.accumulators import GradientSum, Piece, SquareSum, cut_into_groups, placed
+from speft_optim.salience.accumulators import GradientSum, RowSlice, SquareSum, cut_into_groups, placed
 from speft_optim.salience.competition import Candidates, keep_best
 from speft_optim.salience.measures import Measure
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -36,21 +36,21 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingSalience:
-    """Scores of one group of weights after another, from the backward passes that train.
+    """Scores one group of weights after another by gradients from the backward passes of training.
 
     Args:
         weights: the sparsified weights, in the model's order.
-        measure: of the statistic "gradient" or "squared_gradient".
+        measure: a measure with the statistic "gradient" or "squared_gradient".
         scope: whether entries compete within their weight ("local") or over all weights ("global").
-        window: optimizer steps that are summed in a turn.
-        interval: least number of steps in a round.
+        window: over how many optimizer steps gradients are summed in a turn.
+        interval: the least number of steps in a round.
         memory_budget: bytes for the accumulators of a group.
 
     Attributes:
-        turns: how many turns ended so far.
-        steps: optimizer steps taken in the present turn.
-        groups: the pieces of weights that have a turn together.
-        scores: by weight, (k,) the score by which each trained entry was kept; only where later turns need it.
+        turns: how many turns have ended.
+        steps: how many optimizer steps of the current turn were taken.
+        groups: the row slices that have a turn together.
+        scores: by weight name, (k,) the score by which each trained entry was kept, if later turns need it.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class TrainingSalience:
         self.weights, self.measure, self.scope, self.window = weights, measure, scope, window
         self._sum_of = SquareSum if measure.statistic == "squared_gradient" else GradientSum
         self.groups = cut_into_groups((w.target for w in weights), memory_budget, measure.entry_bytes)
-        # Steps of a turn.
+        # The number of steps in a turn.
         self.period = max(window, -(-interval // len(self.groups)))
-        # Long enough to keep a device busy, and short enough that temporaries of a selection are few.
+        # Chunks are long enough to keep a device busy, and short enough that their temporaries are small.
         longest = 2**22 if weights[0].values.is_cuda else 2**20
         self._chunk = max(2**10, min(longest, memory_budget // 512))
         self._groups_of: dict[str, list[int]] = {weight.name: [] for weight in weights}
         for number, group in enumerate(self.groups):
-            for piece in group:
-                self._groups_of[piece.target.name].append(number)
+            for row_slice in group:
+                self._groups_of[row_slice.target.name].append(number)
         self.turns = self.steps = 0
         self._told: set[str] = set()
         dtype = measure.scores(weights[0].name, torch.ones(2), torch.ones(2)).dtype
@@ -83,8 +83,8 @@ class TrainingSalience:
         self._begin_turn()
 
     @property
-    def group(self) -> list[Piece]:
-        """The pieces whose turn it is."""
+    def group(self) -> list[RowSlice]:
+        """The row slices whose turn it is now."""
         return self.groups[self.turns % len(self.groups)]
 
     @property
@@ -94,7 +94,7 @@ class TrainingSalience:
         return stored + sum(accumulated.bytes_held for accumulated in self._sums.values())
 
     def end_step(self) -> bool:
-        """Count an optimizer step; whether the turn is over."""
+        """Count an optimizer step, and tell whether the turn is over."""
         self._end_passes()
         self.steps += 1
         if self.steps == self.period - self.window:
@@ -102,7 +102,7 @@ class TrainingSalience:
         return self.steps >= self.period
 
     def start_anew(self) -> None:
-        """Begin the window again, as after a step whose gradients were not finite; changes nothing before it."""
+        """Begin the window again, as after a step whose gradients were not finite; while waiting, do nothing."""
         if self._sums:
             self._begin_window()
 
@@ -110,19 +110,21 @@ class TrainingSalience:
         """End the turn and choose the entries of its group.
 
         Args:
-            wanted: entries to keep, by weight in local scope and over all weights in global scope. Where the group is
-                too small to make up for a changed number, later turns do.
+            wanted: how many entries to keep: for each weight in local scope, over all weights in global scope. If that
+                number changed by more than the group has entries, later turns make up for it.
 
         Returns:
             The new masks of the weights whose entries change; None if a gradient of the window was not finite, so that
-            it begins anew.
+            the window begins again.
 
         Raises:
-            ValueError: scores of finite gradients are not finite.
+            ValueError: a score is not finite though the gradients are.
         """
         is_used = self._gather()
         if is_used is None:
-            self._warn_once("A gradient of the last %d steps was not finite: their window begins anew.", self.window)
+            self._warn_once(
+                "A gradient of the last %d steps was not finite, so that their window begins again.", self.window
+            )
             self._begin_window()
             return None
         chosen = {}
@@ -133,43 +135,47 @@ class TrainingSalience:
                 chosen.update(self._compete([weight], wanted[weight.name]))
         if unused := [name for name, used in is_used.items() if not used]:
             self._warn_once(
-                "%d weights got no gradient in %d steps, e.g. %s (an expert without a token, a frozen part): where "
-                "there is nothing to choose by, masks stay as they are.",
+                "%d weights got no gradient in %d steps, e.g. %s (an expert without a token, a frozen part), so that "
+                "their masks stay as they are.",
                 len(unused),
                 self.window,
                 unused[0],
             )
-        for piece in self.group:
-            piece.accumulator = None
+        for row_slice in self.group:
+            row_slice.accumulator = None
         self.turns += 1
         self._begin_turn()
         return chosen
 
     def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """What a checkpoint keeps with a weight.
+        """Return the state that a checkpoint saves with a weight.
 
         Returns:
-            `schedule_turn`, (5,) int64: turns, steps, number of groups, window and steps of a turn. `schedule_scores`,
-            (k,), or (0,) where they are not stored. `schedule_accumulator`, with the first weight fp32 in CPU memory,
-            as long as the largest group whatever the turn, with others (0,).
+            `schedule_turn`, (5,) int64: turns, steps, number of groups, window, and steps of a turn. `schedule_scores`:
+            the stored scores, (k,), or (0,) if there are none. `schedule_accumulator`, fp32 in CPU memory: with the
+            first weight the accumulators of the group, padded to the length of the largest group, so that the size does
+            not depend on the turn; with other weights (0,).
         """
         self._end_passes()
         counters = torch.tensor([self.turns, self.steps, *self._counts])
         scores = self.scores.get(weight.name, torch.zeros(0, device=weight.values.device))
         accumulator = torch.zeros(self._accumulated_by(weight))
         if len(accumulator):
-            for piece, part in self._parts(accumulator):
-                if piece.accumulator is not None:
-                    part.copy_(piece.accumulator)
+            for row_slice, part in self._parts(accumulator):
+                if row_slice.accumulator is not None:
+                    part.copy_(row_slice.accumulator)
         return dict(schedule_turn=counters, schedule_scores=scores, schedule_accumulator=accumulator)
 
     def check_state_of(self, weight: SparseWeight, entries: int, saved: Mapping[str, Tensor]) -> None:
-        """Raise a ValueError for what `state_of` cannot have given.
+        """Refuse a saved state that `state_of` cannot have returned in a run with the same options.
 
         Args:
             weight: the weight.
-            entries: of the saved mask.
+            entries: the number of entries of the saved mask.
             saved: the saved state of the weight.
+
+        Raises:
+            ValueError: a tensor has another dtype, shape or content.
         """
         turn = saved["schedule_turn"]
         if turn.dtype != torch.int64 or turn.shape != (5,) or int(turn.min()) < 0:
@@ -193,51 +199,53 @@ class TrainingSalience:
                 )
 
     def load_state_of(self, weight: SparseWeight, saved: Mapping[str, Tensor]) -> None:
-        """Restore what `state_of` gave, after the weight's mask."""
+        """Restore what `state_of` returned, after the weight's mask was restored."""
         turns, steps, *_ = saved["schedule_turn"].tolist()
         if weight.name in self.scores:
             self.scores[weight.name] = saved["schedule_scores"].detach().to(weight.values.device, copy=True)
         if weight is self.weights[0]:
-            for piece in self.group:
-                piece.accumulator = None
+            for row_slice in self.group:
+                row_slice.accumulator = None
             self.turns = turns
             self._begin_turn()
             self.steps, waiting = steps, self.period - self.window
             if steps >= waiting:
                 self._begin_window()
                 self.steps = steps
-            for piece, part in self._parts(saved["schedule_accumulator"].detach()) if steps > waiting else ():
-                piece.accumulator = part.to(piece.target.device, copy=True)
+            for row_slice, part in self._parts(saved["schedule_accumulator"].detach()) if steps > waiting else ():
+                row_slice.accumulator = part.to(row_slice.target.device, copy=True)
 
     def _accumulated_by(self, weight: SparseWeight) -> int:
-        """How many sums a checkpoint keeps with a weight."""
-        largest = max(sum(piece.entries for piece in group) for group in self.groups)
+        """Return the length of `schedule_accumulator` in the state of a weight."""
+        largest = max(sum(row_slice.entries for row_slice in group) for group in self.groups)
         return largest if weight is self.weights[0] else 0
 
-    def _parts(self, accumulator: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-        """The pieces of the group, each with its part of a flat tensor, of its accumulator's shape."""
-        parts = accumulator[: sum(piece.entries for piece in self.group)].split([piece.entries for piece in self.group])
-        for piece, part in zip(self.group, parts, strict=True):
-            yield piece, part.view(piece.last - piece.first, piece.columns)
+    def _parts(self, accumulator: Tensor) -> Iterator[tuple[RowSlice, Tensor]]:
+        """Yield the row slices of the group, each with its part of a flat tensor in its accumulator's shape."""
+        parts = accumulator[: sum(row_slice.entries for row_slice in self.group)].split(
+            [row_slice.entries for row_slice in self.group]
+        )
+        for row_slice, part in zip(self.group, parts, strict=True):
+            yield row_slice, part.view(row_slice.last - row_slice.first, row_slice.columns)
 
     @property
     def _counts(self) -> list[int]:
-        """What must be equal in a run that is resumed."""
+        """Numbers that must be the same in a run that is resumed: groups, window, and steps of a turn."""
         return [len(self.groups), self.window, self.period]
 
     def _begin_turn(self) -> None:
-        """Wait for the window, which may begin at once."""
+        """Begin a turn: wait for the window, or begin it at once."""
         self.steps, self._sums = 0, {}
         self._attach()
         if self.period == self.window:
             self._begin_window()
 
     def _begin_window(self) -> None:
-        """Sum gradients from the next backward pass on."""
+        """Sum the gradients of the group from the next backward pass on."""
         self.steps = self.period - self.window
-        for piece in self.group:
-            piece.accumulator = None
-        self._sums = {piece.target.name: self._sum_of(piece) for piece in self.group}
+        for row_slice in self.group:
+            row_slice.accumulator = None
+        self._sums = {row_slice.target.name: self._sum_of(row_slice) for row_slice in self.group}
         self._attach()
 
     def _end_passes(self) -> None:
@@ -249,20 +257,20 @@ class TrainingSalience:
             weight.accumulator = self._sums.get(weight.name)
 
     def _gather(self) -> dict[str, bool] | None:
-        """Average over processes; tell which weights of the group got a gradient, None if one is not finite."""
+        """Average the sums over processes and tell by weight whether it got a gradient; None if one is not finite."""
         self._end_passes()
-        for piece in self.group:
-            placed(piece, piece.target.device)
+        for row_slice in self.group:
+            placed(row_slice, row_slice.target.device)
         if is_distributed():
-            average_([piece.accumulator for piece in self.group], total(1))
-        ends = [torch.stack(torch.aminmax(piece.accumulator)).tolist() for piece in self.group]
+            average_([row_slice.accumulator for row_slice in self.group], total(1))
+        ends = [torch.stack(torch.aminmax(row_slice.accumulator)).tolist() for row_slice in self.group]
         if not torch.tensor(ends).isfinite().all():
             return None
-        # Where no gradient arrives, as at an expert without tokens, a choice would be of the first positions.
-        return {piece.target.name: any(both) for piece, both in zip(self.group, ends, strict=True)}
+        # Without a gradient, as in an expert without tokens, the first positions would be chosen.
+        return {row_slice.target.name: any(both) for row_slice, both in zip(self.group, ends, strict=True)}
 
     def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Mask]:
-        """Let entries compete for `count` places; the masks that change. Stores the scores of those that are kept."""
+        """Keep the best `count` entries, store their scores, and return the masks that change."""
         runs = [run for weight in weights for run in self._runs(weight)]
         kept = keep_best(runs, count, self._are_scored(weights), self.measure, self._chunk)
         changed = {}
@@ -275,38 +283,38 @@ class TrainingSalience:
         return changed
 
     def _runs(self, weight: SparseWeight) -> Iterator[Candidates]:
-        """What of a weight can be kept, in the order of positions."""
-        # The model may have moved since its masks were made.
+        """Yield the candidates of a weight in the order of positions."""
+        # The model may have moved to another device since its masks were made.
         indices, scores = weight.mask.indices.to(weight.values.device), self.scores.get(weight.name)
-        piece = self._sums[weight.name].piece if weight.name in self._sums else None
+        row_slice = self._sums[weight.name].row_slice if weight.name in self._sums else None
         if scores is None:
-            # Where no scores are stored the piece is the whole weight.
-            yield Candidates(weight, piece=piece)
+            # If no scores are stored, the row slice is the whole weight.
+            yield Candidates(weight, row_slice=row_slice)
             return
         scores = scores.to(indices.device)
-        if piece is None:
+        if row_slice is None:
             yield Candidates(weight, indices, scores)
             return
-        ends = [piece.first * piece.columns, piece.last * piece.columns]
+        ends = [row_slice.first * row_slice.columns, row_slice.last * row_slice.columns]
         low, high = torch.searchsorted(indices, torch.tensor(ends, dtype=indices.dtype, device=indices.device)).tolist()
         yield Candidates(weight, indices[:low], scores[:low])
-        yield Candidates(weight, piece=piece)
+        yield Candidates(weight, row_slice=row_slice)
         yield Candidates(weight, indices[high:], scores[high:])
 
     def _is_cut(self, weight: SparseWeight) -> bool:
         return len(self._groups_of[weight.name]) > 1
 
     def _are_scored(self, weights: list[SparseWeight]) -> bool:
-        """Whether all trained entries of the weights outside the group were kept by a score."""
+        """Tell whether all trained entries outside the current group have a stored score."""
         now = self.turns % len(self.groups)
         return all(g < self.turns or g == now for weight in weights for g in self._groups_of[weight.name])
 
     def _warn_once(self, message: str, *details: object) -> None:
         if message not in self._told:
             self._told.add(message)
-            logger.warning(message + " Told of once.", *details)
+            logger.warning(message + " This is not logged again.", *details)
 
     def __setstate__(self, state: dict) -> None:
-        """A copied schedule observes the weights of the copied model."""
+        """Attach a copied schedule to the weights of the copied model."""
         self.__dict__.update(state)
         self._attach()

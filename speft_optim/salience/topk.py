@@ -1,7 +1,7 @@
 """The best k of scores that come in chunks.
 
-No tensor of all scores exists at any time, and the outcome equals that of one `topk` over everything: ties go to the
-earlier position.
+No tensor of all scores exists at any time. The result equals that of one `topk` over all of them, and of equal scores
+the one at the earlier position is kept.
 """
 
 import torch
@@ -11,20 +11,21 @@ _INT32_LIMIT = 2**31 - 1
 
 
 class BestEntries:
-    """The best k of the scores seen so far, exactly k of them and the earlier of equals.
+    """The best k of the scores seen so far; of equal ones the earliest.
 
-    Candidates gather in one buffer, somewhat longer than k. Whenever it is full, it is cut back to the best k in place:
-    a k-th best found by halving and a pass over short runs, where a sort would take several times the buffer.
+    Candidates are kept in one buffer that is somewhat longer than k. Whenever it is full, it is cut back to the best k
+    in place: the k-th best score is found by halving, and one pass over short runs keeps what is better. Sorting would
+    take several times the memory of the buffer.
 
     Args:
         k: how many to keep, at least 0.
-        entries: how many scores there are in all; at least k.
-        step: entries to work on at a time.
+        entries: how many scores there are in all, at least k.
+        step: how many entries to work on at a time.
     """
 
     def __init__(self, k: int, entries: int, step: int = 2**20):
         self.k = k
-        # Short runs of a long buffer would be many; a 64th of it adds little.
+        # A long buffer is worked on in 64 runs: their temporaries are small beside it, and their number is too.
         self.step = max(step, k // 64)
         self.capacity = min(entries, k + max(k // 8, self.step)) if k else 0
         self.count = 0
@@ -35,9 +36,15 @@ class BestEntries:
 
     @staticmethod
     def bytes(k: int, entries: int, score_bytes: int) -> int:
-        """About what keeping the best k of so many entries takes, beside temporaries of one step."""
+        """Estimate the bytes that keeping the best k takes, beside temporaries of one step.
+
+        Args:
+            k: how many are kept.
+            entries: how many scores there are in all.
+            score_bytes: bytes of a score.
+        """
         buffer = min(entries, k + k // 8) * (score_bytes + (4 if entries <= _INT32_LIMIT else 8))
-        # Of a run of a 64th of the buffer a cut takes some 40 bytes an entry.
+        # Cutting takes some 40 bytes for each entry of a run, which is a 64th of the buffer.
         return buffer + 40 * (k // 64)
 
     @property
@@ -46,18 +53,23 @@ class BestEntries:
 
     @property
     def scores(self) -> Tensor:
-        """The scores kept, in the order of their positions."""
+        """The scores kept, (k,), in the order of their positions."""
         self._cut()
         return self._scores[: self.count]
 
     @property
     def positions(self) -> Tensor:
-        """The positions kept, rising; int32 where all positions fit."""
+        """The positions kept, (k,) in rising order; int32 if all positions fit, else int64."""
         self._cut()
         return self._positions[: self.count]
 
     def update(self, scores: Tensor, first: int) -> None:
-        """Take in 1-D `scores` of the consecutive positions from `first` on, which follow all positions seen before."""
+        """Add the scores of consecutive positions that follow all positions seen before.
+
+        Args:
+            scores: (n,) fp32 or fp64.
+            first: the position of the first.
+        """
         if self._scores is None:
             self._scores = torch.empty(self.capacity, dtype=scores.dtype, device=scores.device)
             self._positions = torch.empty(self.capacity, dtype=self._position_dtype, device=scores.device)
@@ -75,10 +87,10 @@ class BestEntries:
             first += part.numel()
 
     def _eligible(self, part: Tensor) -> Tensor:
-        """Places of those scores that can be among the best k."""
+        """Return the places of those scores that can still be among the best k."""
         if self._worst is None:
             return torch.arange(part.numel(), device=part.device)
-        # Only what beats the worst of k entries can enter, since of equals the earlier stays.
+        # A score equal to the worst of the k kept comes later, so it does not enter.
         return (part > self._worst).nonzero().squeeze(1)
 
     def _cut(self) -> None:
@@ -96,18 +108,23 @@ class BestEntries:
             kept[tied] = True
             kept = kept.nonzero().squeeze(1)
             end = self.count + kept.numel()
-            # Indexing copies, so that the run may be overwritten.
+            # Indexing has made copies, so the run may be overwritten.
             self._scores[self.count : end] = scores[kept]
             self._positions[self.count : end] = self._positions[run][kept]
             self.count = end
 
 
 def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
-    """The k-th best score, and how many equal to it are among the best k; about `step` entries are copied at most.
+    """Find the k-th best score, and count the scores equal to it that are among the best k.
 
-    The range that holds it is halved until so few scores lie in it that one `topk` over them tells.
+    The range that contains it is halved until at most `step` scores lie in it, which one `topk` then orders.
+
+    Args:
+        scores: (n,) fp32 or fp64, n at least k.
+        k: at least 1.
+        step: about how many entries are copied at a time.
     """
-    # By their bits and not their values, so that a range can be halved until nothing is left between its ends.
+    # The bits of the scores are halved as integers, so that a range ends at two neighbouring numbers.
     low, high = (int(_ordered(bound.add(0.0).reshape(1))) for bound in torch.aminmax(scores))
     high += 1
     above, inside = 0, scores.numel()
@@ -115,7 +132,7 @@ def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
         middle = (low + high) // 2
         bound = _score_of(middle, scores)
         count = sum((part >= bound).sum() for part in scores.split(step)).item()
-        # At least k scores are not below `low`, fewer than k are not below `high`.
+        # Invariant: at least k scores are at or above `low`, fewer than k at or above `high`.
         if count >= k:
             low, inside = middle, count - above
         else:
@@ -131,14 +148,14 @@ def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
 
 
 def _score_of(key: int, like: Tensor) -> Tensor:
-    """The score with a key of `_ordered`, beside `like` and of its dtype."""
+    """Return the score that has this key in `_ordered`, on the device and of the dtype of `like`."""
     dtype = torch.int32 if like.dtype == torch.float32 else torch.int64
     return _ordered(torch.tensor([key], dtype=dtype).view(like.dtype)).view(like.dtype)[0].to(like.device)
 
 
 def _ordered(scores: Tensor) -> Tensor:
-    """Integers in the order of fp32 or fp64 scores without negative zeros, in their place; its own inverse."""
+    """Turn fp32 or fp64 scores in place into integers of the same order; its own inverse. No score may be -0."""
     keys = scores.view(torch.int32 if scores.dtype == torch.float32 else torch.int64)
-    # A negative number's other bits count downwards.
+    # The magnitude bits of negative floats order them backwards, so these are inverted.
     mask = torch.iinfo(keys.dtype).max
     return keys.bitwise_xor_((keys >> (8 * keys.element_size() - 1)).bitwise_and_(mask))
