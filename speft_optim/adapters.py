@@ -266,7 +266,7 @@ def _put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:
 
 
 def _check_fits(model: nn.Module, adapter: AdapterFile, path: str | Path) -> None:
-    check_parameters(model, may_be_sharded=True)
+    check_parameters(model)
     check_divisions(model)
     targets = all_targets(model)
     for name, mask in adapter.masks.items():

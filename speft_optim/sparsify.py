@@ -168,7 +168,7 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
         check_divisions(model)
     if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
         raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
-    check_parameters(model, may_be_sharded=True)
+    check_parameters(model)
     for name, mask in masks.items():
         if name not in targets:
             check_layers(model, str(name).removesuffix(".weight"))

@@ -251,6 +251,8 @@ class BytesSince:
     """
 
     def __init__(self):
+        # What another of these froze and did not give free yet is not new.
+        gc.unfreeze()
         self.before = live_tensors()
         # Frozen objects are left out of later walks, which take a second each through all that is imported.
         gc.freeze()

@@ -1,7 +1,5 @@
 """Bases of quantisers that cannot be trained: refused by name, with the remedy, and left as they were."""
 
-import types
-
 import pytest
 import torch
 from conftest import random_masks, tiny_model, token_batch
@@ -147,13 +145,6 @@ def test_embeddings_of_bitsandbytes_stay_beside_what_is_trained(name, tmp_path):
     load_adapter(make(), tmp_path / "adapter.safetensors")
     with pytest.raises(TypeError, match="embed_tokens.weight has dtype torch.u?int8"):
         select_masks(make(), salience="random", density=0.1, targets=["embed_tokens"])
-
-
-def test_a_sharded_weight_has_its_own_message():
-    model = tiny_model()
-    model.model.layers[0].mlp.up_proj.weight.device_mesh = types.SimpleNamespace()
-    with pytest.raises(ValueError, match="up_proj.weight is sharded over a device mesh.*DistributedDataParallel"):
-        select_masks(model, [token_batch()], density=0.1)
 
 
 def test_tables_of_indices_are_no_quantised_weights():

@@ -118,7 +118,7 @@ def select_masks(
             if is_fully_sharded(model):
                 _check_sharded(measure, offload)
                 prepare_calibration(model)
-            found = find_targets(model, targets, may_be_sharded=True)
+            found = find_targets(model, targets)
             check_divisions(model)
             sizes = {name: target.shape.numel() for name, target in found.items()}
             if isinstance(budget, Mapping):

@@ -58,30 +58,17 @@ def foreign_layer(module: nn.Module) -> str | None:
     return None
 
 
-def check_parameters(model: nn.Module, *, may_be_sharded: bool = False) -> None:
-    """Refuse a model with parameters that are stored by a foreign quantiser or sharded.
-
-    Args:
-        model: the model.
-        may_be_sharded: whether parameters may be DTensors.
+def check_parameters(model: nn.Module) -> None:
+    """Refuse a model with parameters that are stored by a foreign quantiser.
 
     Raises:
         TypeError: a parameter is quantised otherwise than by bitsandbytes.
-        ValueError: a parameter is sharded.
     """
     for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
-            if parameter is None:
-                continue
-            if how := foreign_parameter(module, attribute):
+            if parameter is not None and (how := foreign_parameter(module, attribute)):
                 raise TypeError(f"{name} has dtype {parameter.dtype} and is {how}, which cannot be trained. {_REMEDY}")
-            if hasattr(parameter, "device_mesh") and not may_be_sharded:
-                raise ValueError(
-                    f"{name} is sharded over a device mesh (a {type(parameter).__name__}): a rank holds a piece of it, "
-                    "to which masks do not apply. Use DistributedDataParallel; gradients and optimizer state are no "
-                    "longer than the masks."
-                )
 
 
 def check_layers(model: nn.Module, name: str | None = None) -> None:

@@ -92,7 +92,7 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
     return {name: Target(name, tuple(sites[key])) for key, name in names.items()}
 
 
-def find_targets(model: nn.Module, targets: Targets = None, *, may_be_sharded: bool = False) -> dict[str, Target]:
+def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
     """Return the weights that `targets` names, for which `select_masks` and `MaskSchedule` would choose entries.
 
     Use it to make your own masks (`masks = Masks({name: Mask(positions, target.shape)})`), or to see which weights an
@@ -103,7 +103,6 @@ def find_targets(model: nn.Module, targets: Targets = None, *, may_be_sharded: b
         targets: None for the linear weights of the blocks (stacked expert weights included; no embeddings, head, norms,
             biases); or suffixes of module names, whose `weight` is meant (`"q_proj"`), or of parameter names
             (`"q_proj.bias"`); or a predicate of a parameter's full name and the parameter.
-        may_be_sharded: whether parameters may be DTensors.
 
     Returns:
         Each weight by its full parameter name, in the model's order; a shared weight once, under its first name.
@@ -114,7 +113,7 @@ def find_targets(model: nn.Module, targets: Targets = None, *, may_be_sharded: b
             used where no hook can observe its gradient.
     """
     # This check comes first, since a foreign quantiser's tensors may lack the operations that follow.
-    check_parameters(model, may_be_sharded=may_be_sharded)
+    check_parameters(model)
     known = all_targets(model)
     if targets is None:
         check_layers(model)
