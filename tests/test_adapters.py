@@ -550,7 +550,7 @@ def test_training_goes_on_from_an_adapter_and_is_never_written_over_unsaved(path
         lambda: use_adapters(model, {}),
         lambda: load_adapter(model, paths[0]),
     ):
-        with pytest.raises(ValueError, match="trained on and not saved.*save_adapter.*merge_adapters"):
+        with pytest.raises(ValueError, match="trained further and not saved.*save_adapter.*merge_adapters"):
             change()
         assert equal_states(weights_of(model), trained)
     sparsify(model, masks)
@@ -580,7 +580,7 @@ def test_saving_one_adapter_says_nothing_of_what_another_was_trained_to(paths):
     sparsify(model, second)
     load_adapter(model, paths[1])
     desparsify(model)
-    with pytest.raises(ValueError, match="trained on and not saved"):
+    with pytest.raises(ValueError, match="trained further and not saved"):
         unload_adapter(model)
     assert equal_states(weights_of(model), trained)
     sparsify(model, first)
