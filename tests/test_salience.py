@@ -310,7 +310,7 @@ def test_grasp_warns_once_that_attention_runs_plain(attention, warnings, caplog)
     # Several groups, of which each has its pass.
     select_masks(model, ragged_batches(1), salience="grasp", density=0.1, memory_budget=20_000, progress=False)
     messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(messages) == warnings and all("runs plain instead of sdpa" in message for message in messages)
+    assert len(messages) == warnings and all("runs plain attention instead of sdpa" in message for message in messages)
 
 
 def test_hessian_gradient_equals_torch_hvp():
@@ -450,7 +450,7 @@ def test_activation_is_weight_times_input_norm_of_real_tokens(kind):
 
 
 def test_activation_refuses_weights_without_input_features():
-    with pytest.raises(ValueError, match="embed_tokens.weight is none"):
+    with pytest.raises(ValueError, match="needs linear weights, unlike model.embed_tokens.weight"):
         select_masks(tiny_model(), ragged_batches(), salience="activation", density=0.1, targets=["embed_tokens"])
 
 

@@ -413,7 +413,7 @@ def test_a_batch_whose_labels_are_all_ignored_is_left_out_and_warned_of(caplog):
         actual = select_masks(model, [good[0], IGNORED, *good[1:]], memory_budget=20_000, **choose)
     assert actual == expected
     assert [record.message for record in caplog.records] == [
-        "1 of 8 calibration batches are left out: no label of theirs enters the loss."
+        "1 of 8 calibration batches are left out: no label of theirs is in the loss."
     ]
     seen = []
     for batches in (good, [good[0], IGNORED, *good[1:]]):
