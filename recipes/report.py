@@ -15,6 +15,7 @@ from safetensors import safe_open
 from eval.records import package_version, save_figure
 from recipes.baselines import plain_layers
 from speft_optim import Masks, Target, __version__, find_targets
+from speft_optim.files import tensor_files
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "datasets", "lm-eval")
 
@@ -69,17 +70,6 @@ def base_weights(model: torch.nn.Module) -> list[Target]:
     """Return the weights of the model itself, without those that an adapter has put beside them."""
     with plain_layers(model):
         return list(find_targets(model, lambda name, parameter: True).values())
-
-
-def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """Find the file of each tensor in a checkpoint's folder, by the tensor's name."""
-    files: dict[str, Path] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    if not files:
-        raise ValueError(f"{folder} holds no safetensors file; save the checkpoint as safetensors")
-    return files
 
 
 def moved_share(
