@@ -1,6 +1,6 @@
 # make demo | venv | test | test-fast | lint | test-gpu | clean. Nothing is fetched but Python packages.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
-# `make test CONSTRAINTS=constraints-lowest.txt` runs on the lowest versions, in a virtual environment of their own.
+# `make test-fast CONSTRAINTS=constraints-lowest.txt` runs on the lowest versions, in a virtual environment of their own.
 CONSTRAINTS ?= constraints.txt
 VENV ?= .venv$(CONSTRAINTS:constraints%.txt=%)
 BIN = $(VENV)/bin
