@@ -7,7 +7,7 @@ from torch import nn
 
 from speft_optim.distributed import together
 from speft_optim.weights.bnb import is_quantized_linear
-from speft_optim.weights.sharded import is_sharded
+from speft_optim.weights.sharded import is_managed, is_sharded
 from speft_optim.weights.wrappers import plain_modules
 
 
@@ -51,7 +51,7 @@ def _other_division(module: nn.Module, parameter: nn.Parameter) -> str | None:
         return f"divided as {parameter.placements} on a mesh of {mesh.ndim} dimensions, as of tensor parallelism"
     if mesh.size() != dist.get_world_size():
         return f"on {mesh.size()} of {dist.get_world_size()} processes, as of pipeline or tensor parallelism"
-    if not getattr(module, "_is_fsdp_managed_module", False):
+    if not is_managed(module):
         return "a DTensor that no fully_shard made, as of tensor parallelism"
     return None if placement.is_shard(0) else f"divided as {placement}"
 
@@ -133,7 +133,7 @@ def sharded_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module])
     """
     module, attribute = site
     now = module._parameters.get(attribute)
-    if is_sharded(now) or not getattr(module, "_is_fsdp_managed_module", False):
+    if is_sharded(now) or not is_managed(module):
         return now if is_sharded(now) else None
     if not (found := list(parameter_groups(parents))):
         raise ValueError(

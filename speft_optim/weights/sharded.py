@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from speft_optim.kernels.entries import gather_entries
 from speft_optim.kernels.overlay import overlay_
 from speft_optim.masks.mask import Mask
+from speft_optim.weights.floating import FloatingWeight
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
     """Whether a parameter is a DTensor; told without importing what defines it."""
     return hasattr(tensor, "device_mesh")
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether `fully_shard` looks after the module's own parameters."""
+    # A module's attribute that is missing is looked for at length, and this is asked in each forward.
+    return "_is_fsdp_managed_module" in module.__dict__
 
 
 @torch.no_grad()
@@ -26,7 +33,7 @@ def local_rows(parameter: Tensor) -> Tensor:
     return parameter.to_local()
 
 
-class ShardedWeight:
+class ShardedWeight(FloatingWeight):
     """A floating parameter of a module, of which this process holds some rows.
 
     Args:
@@ -38,9 +45,6 @@ class ShardedWeight:
         parameter: the DTensor, also while the module holds the gathered weight.
         device: where the weight is computed with; under an offload policy its rows lie on the CPU.
     """
-
-    # It holds its trained entries itself.
-    overlays: tuple[()] = ()
 
     def __init__(self, module: nn.Module, attribute: str, parameter: nn.Parameter | None = None):
         self._site = module, attribute
@@ -127,16 +131,6 @@ class ShardedWeight:
         dist.all_reduce(entries.view(torch.int32), group=self.parameter.device_mesh.get_group(self._dimension))
         return entries.to(self.dtype)
 
-    def gather_base(self, indices: Tensor) -> Tensor:
-        """Entries at flat positions (k,) as the base has them, trained ones aside."""
-        return self.gather(indices)
-
-    def attach(self, mask: Mask, values: Tensor) -> None:
-        """From now on `values`, which may change in place, are the weight's entries at `mask`."""
-
-    def release(self, values: Tensor) -> None:
-        """`values` will change no more and may be forgotten, the weight keeps what they are now."""
-
     @torch.no_grad()
     def write(self, mask: Mask, values: Tensor) -> None:
         """Bring the process's own rows at `mask` up to the attached `values`.
@@ -150,25 +144,12 @@ class ShardedWeight:
         if (gathered := self._gathered()) is not None:
             overlay_(gathered.detach(), mask.positions, values.detach())
 
-    def read(self, indices: Tensor, values: Tensor) -> Tensor:
-        """What attached `values` have to be, given what the weight holds: where it is their rounding, they stand."""
-        entries = self.gather(indices)
-        return torch.where(entries == values.to(entries.dtype), values, entries.to(values.dtype))
-
-    def put(self, mask: Mask, values: Tensor) -> None:
-        """Set entries for good, from outside."""
-        self.write(mask.to(self.device), values.to(self.device))
-
-    def entries(self, mask: Mask) -> tuple[Mask, Tensor]:
-        """What an adapter must hold for this weight when `mask` is trained."""
-        return mask, self.gather(mask.indices.to(self.device))
-
     def _gathered(self) -> Tensor | None:
         """The weight of all rows that FSDP put into the module for a pass, or None between passes."""
         module, attribute = self._site
         now = module._parameters.get(attribute)
         fits = now is not None and not is_sharded(now) and now.shape == self.shape
-        return now if fits and getattr(module, "_is_fsdp_managed_module", False) else None
+        return now if fits and is_managed(module) else None
 
     def _range(self, rows: Tensor) -> tuple[int, int]:
         """The flat positions of the process's own rows, first and last (exclusive)."""

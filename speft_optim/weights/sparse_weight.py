@@ -17,11 +17,12 @@ from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link, unlink
+from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.gradient_nodes import Accumulator
 from speft_optim.weights.mesh import check_division, gathered_parameter, keep_whole, sharded_parameter
 from speft_optim.weights.observation import observe_gradient
-from speft_optim.weights.sharded import ShardedWeight
-from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
+from speft_optim.weights.sharded import ShardedWeight, is_managed
+from speft_optim.weights.storage import FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
 from speft_optim.weights.verification import DenseGradient
 from speft_optim.weights.wrappers import steps_to
@@ -61,7 +62,7 @@ class SparseWeight(AddedModule):
         self._path = steps_to(model, self.name.rpartition(".")[0])
         self._shards = base if isinstance(base, ShardedWeight) else None
         # A quantised weight may be stored under a floating dtype, so the dtype does not decide this.
-        self._dense = isinstance(base, DenseWeight | ShardedWeight)
+        self._dense = isinstance(base, FloatingWeight)
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
@@ -304,7 +305,7 @@ class SparseWeight(AddedModule):
             ValueError: the model is divided in a way that masked weights cannot be.
         """
         module, attribute = self._places[1].sites[0]
-        if self._shards is not None or not getattr(module, "_is_fsdp_managed_module", False):
+        if self._shards is not None or not is_managed(module):
             return
         if (parameter := sharded_parameter((module, attribute), self.parents())) is None:
             return

@@ -7,6 +7,7 @@ from speft_optim.kernels.entries import gather_entries
 from speft_optim.kernels.overlay import overlay_
 from speft_optim.masks.mask import Mask
 from speft_optim.weights.bnb import FourBitWeight, Int8Weight, QuantizedWeight, is_quantized_linear, layer_kind
+from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.scales import trained_entries
 from speft_optim.weights.sharded import ShardedWeight, is_sharded
 
@@ -14,16 +15,13 @@ from speft_optim.weights.sharded import ShardedWeight, is_sharded
 STREAMED = "_streamed_weights"
 
 
-class DenseWeight:
+class DenseWeight(FloatingWeight):
     """A floating parameter of a module.
 
     Args:
         module: the module.
         attribute: the parameter's name in it.
     """
-
-    # A dense weight holds its trained entries itself.
-    overlays: tuple[()] = ()
 
     def __init__(self, module: nn.Module, attribute: str):
         self.tensor = module._parameters[attribute].detach()
@@ -42,37 +40,9 @@ class DenseWeight:
         """Return the entries at flat positions (k,), (k,) in the weight's dtype."""
         return gather_entries(self.tensor, indices)
 
-    def gather_base(self, indices: Tensor) -> Tensor:
-        """Return the entries at flat positions (k,), as `gather`: what they were before training is not stored."""
-        return self.gather(indices)
-
-    def attach(self, mask: Mask, values: Tensor) -> None:
-        """Do nothing: a dense weight gets new values by `write`."""
-
-    def release(self, values: Tensor) -> None:
-        """Do nothing: a dense weight has the values already."""
-
     def write(self, mask: Mask, values: Tensor) -> None:
         """Write `values` (k,) fp32 into the weight at `mask`, rounded to its dtype."""
         overlay_(self.tensor, mask.positions, values)
-
-    def read(self, indices: Tensor, values: Tensor) -> Tensor:
-        """Return the values that fit the weight's entries: an fp32 value that still rounds to the entry stays exact.
-
-        Args:
-            indices: (k,) flat positions.
-            values: (k,) fp32, the values so far.
-        """
-        entries = self.gather(indices)
-        return torch.where(entries == values.to(entries.dtype), values, entries.to(values.dtype))
-
-    def put(self, mask: Mask, values: Tensor) -> None:
-        """Set the entries at `mask` to `values` (k,)."""
-        self.write(mask.to(self.device), values.to(self.device))
-
-    def entries(self, mask: Mask) -> tuple[Mask, Tensor]:
-        """Return what an adapter must hold for this weight when `mask` is trained: the mask, and the entries, (k,)."""
-        return mask, self.gather(mask.indices.to(self.device))
 
 
 FrozenWeight = DenseWeight | ShardedWeight | QuantizedWeight
