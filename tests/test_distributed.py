@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import datetime
-import socket
-import traceback
 
 import pytest
 import torch
@@ -21,13 +18,12 @@ from conftest import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from two_processes import FOLDER, failures_of
 
 from speft_optim import Mask, SparseAdamW, distributed, select_masks, sparsify
 from speft_optim.optim.state import has_moments
 
 STEPS = 5
-# Where both processes find the same files, once they run.
-FOLDER: list[str] = []
 
 
 def halves(batch, parts=2):
@@ -267,7 +263,7 @@ def sparsify_that_fails_in_one_process_ends_all(rank):
     model = tiny_model()
     masks = random_masks(model, density=0.05)
     name = next(iter(masks))
-    folder = f"{FOLDER[0]}/original"
+    folder = f"{FOLDER[-1]}/original"
     if rank == 0:
         model.save_pretrained(folder)
     dist.barrier()
@@ -275,7 +271,7 @@ def sparsify_that_fails_in_one_process_ends_all(rank):
         ({**masks, name: Mask(torch.tensor([0]), (3, 3))}, {}, "is for shape"),
         ({}, {}, "hold no entry"),
         ([], {}, "a dict from parameter names"),
-        (masks, {"base": f"{FOLDER[0]}/nowhere"}, "holds no safetensors"),
+        (masks, {"base": f"{FOLDER[-1]}/nowhere"}, "holds no safetensors"),
     ):
         before = copy.deepcopy(dict(model.state_dict()))
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message if rank else "Process 1 failed"):
@@ -342,36 +338,9 @@ SCENARIOS = [
 ]
 
 
-def run_all(rank, port, folder):
-    """Run every scenario in one of two processes and leave what went wrong in a file."""
-    import os
-
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(1)
-    # A process that waits for another in vain is a failure and not a test that never ends.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    FOLDER.append(folder)
-    failures = {}
-    for scenario in SCENARIOS:
-        try:
-            scenario(rank)
-        except BaseException:
-            failures[scenario.__name__] = traceback.format_exc()
-    torch.save(failures, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(run_all, (port, str(folder)), nprocs=2, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return failures_of(SCENARIOS, tmp_path_factory.mktemp("ranks"), "forkserver")
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])

@@ -1,9 +1,6 @@
 """Models under torch's `fully_shard`, over two processes with gloo: equal to one process with all batches."""
 
 import contextlib
-import datetime
-import socket
-import traceback
 import weakref
 
 import pytest
@@ -12,6 +9,7 @@ import torch.distributed as dist
 from conftest import Reference, assert_close, equal_states, masks_of, tiny_model, token_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
+from two_processes import FOLDER, failures_of
 
 from speft_optim import (
     MaskSchedule,
@@ -33,8 +31,6 @@ OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 3
 # A number of rows that two processes do not divide, in a block and, with the vocabulary of 61, in embeddings and head.
 UNEVEN = dict(intermediate_size=41)
-# Where both processes find the same files, once they run.
-FOLDER: list[str] = []
 
 
 def mesh(*shape):
@@ -437,7 +433,7 @@ def quantised_weights_that_are_left_whole(rank):
 
     from speft_optim.weights.bnb import quantized_linears
 
-    folder = save_original(f"{FOLDER[0]}/original")
+    folder = save_original(f"{FOLDER[-1]}/original")
     # The first process alone writes it.
     dist.barrier()
     for kind, first in (("nf4", "sparsify"), ("int8", "shard")):
@@ -466,7 +462,7 @@ def quantised_weights_that_would_be_sharded(rank):
     pytest.importorskip("bitsandbytes")
     from quantized_models import load_quantized, save_original
 
-    folder = save_original(f"{FOLDER[0]}/stored")
+    folder = save_original(f"{FOLDER[-1]}/stored")
     dist.barrier()
     model = load_quantized(folder, "nf4", bnb_4bit_quant_storage=torch.float32)
     masks = select_masks(model, salience="random", density=0.05, progress=False)
@@ -566,10 +562,10 @@ def accelerate_of_version_2(rank):
                 reference.model(**token_batch(step, batch=8)).loss.backward()
                 assert_close(norm, reference.step(clip=0.05), rtol=1e-5)
             assert_equals(reference, model, values)
-            accelerator.save_state(f"{FOLDER[0]}/accelerate{read_by_first}")
+            accelerator.save_state(f"{FOLDER[-1]}/accelerate{read_by_first}")
             accumulate(STEPS)
             expected = whole(model)
-            accelerator.load_state(f"{FOLDER[0]}/accelerate{read_by_first}")
+            accelerator.load_state(f"{FOLDER[-1]}/accelerate{read_by_first}")
             accumulate(STEPS)
             assert equal_states(whole(model), expected)
 
@@ -591,7 +587,7 @@ def trainer_of_transformers(rank):
     def run(kind, resume=None):
         model = tiny_model(**UNEVEN)
         sparsify(model, select_masks(model, salience="random", density=0.05, targets=everything, progress=False))
-        folder = f"{FOLDER[0]}/{kind.__name__}"
+        folder = f"{FOLDER[-1]}/{kind.__name__}"
         options = dict(use_cpu=True, report_to=[], disable_tqdm=True, save_steps=2, logging_strategy="no", max_steps=3)
         options.update(per_device_train_batch_size=2, learning_rate=1e-2, max_grad_norm=0.05)
         built = (SparseAdamW, dict(lr=1e-2, weight_decay=0.1))
@@ -693,7 +689,7 @@ def saved_by_the_first_process_and_loaded_by_one(rank):
     train(rank, model, optimizer, reference)
     # What FSDP keeps gathered after a forward is not taken for the rows.
     model(**token_batch(0))
-    adapter, folder = f"{FOLDER[0]}/adapter", f"{FOLDER[0]}/merged"
+    adapter, folder = f"{FOLDER[-1]}/adapter", f"{FOLDER[-1]}/merged"
     save_adapter(model, adapter)
     export_merged(model, folder, dtype=torch.float32, max_shard_size="10KB")
     with pytest.raises((ValueError, RuntimeError), match="not empty"):
@@ -712,7 +708,7 @@ def saved_by_the_first_process_and_loaded_by_one(rank):
 def adapters_loaded_on_a_sharded_model(rank):
     model, values, optimizer, reference = start()
     train(rank, model, optimizer, steps=1)
-    adapter = f"{FOLDER[0]}/of_one_step"
+    adapter = f"{FOLDER[-1]}/of_one_step"
     save_adapter(model, adapter)
     other = shard(tiny_model(**UNEVEN))
     before = whole(other)
@@ -763,18 +759,18 @@ def checkpoints_resumed_by_two_processes_and_by_one(rank):
     model, values, optimizer, reference = start()
     train(rank, model, optimizer, reference, steps=2)
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint")
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[-1]}/checkpoint")
     train(rank, model, optimizer, reference, first=2, steps=2)
     other, other_values, other_optimizer, _ = start(first="shard")
     weights, state = get_state_dict(other, other_optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint")
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[-1]}/checkpoint")
     set_state_dict(other, other_optimizer, model_state_dict=weights, optim_state_dict=state)
     train(rank, other, other_optimizer, first=2, steps=2)
     assert all(map(torch.equal, values, other_values))
     expected = whole(model)
     assert equal_states(expected, whole(other))
     if rank == 0:
-        torch.save(expected, f"{FOLDER[0]}/resumed.pt")
+        torch.save(expected, f"{FOLDER[-1]}/resumed.pt")
     dist.barrier()
 
 
@@ -814,37 +810,9 @@ SCENARIOS = [
 ]
 
 
-def run_all(rank, port, folder):
-    """Run every scenario in one of two processes and leave what went wrong in a file."""
-    import os
-
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(1)
-    # A process that waits for another in vain is a failure and not a test that never ends.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    FOLDER.append(folder)
-    failures = {}
-    for scenario in SCENARIOS:
-        try:
-            scenario(rank)
-        except BaseException:
-            failures[scenario.__name__] = traceback.format_exc()
-    torch.save(failures, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_all, (port, str(folder)), nprocs=2)
-    FOLDER.append(str(folder))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return failures_of(SCENARIOS, tmp_path_factory.mktemp("ranks"), "spawn")
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
@@ -862,13 +830,13 @@ def test_one_process_resumes_what_two_saved(failures):
     masks = select_masks(model, salience="random", density=0.05, targets=everything, progress=False)
     optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
     weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[0]}/checkpoint", no_dist=True)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[-1]}/checkpoint", no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     for step in range(2, 4):
         model(**token_batch(step, batch=4)).loss.backward()
         clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
         optimizer.zero_grad()
-    expected = torch.load(f"{FOLDER[0]}/resumed.pt")
+    expected = torch.load(f"{FOLDER[-1]}/resumed.pt")
     for name, part in model.state_dict().items():
         assert_close(part, expected[name], atol=1e-6, rtol=0)
