@@ -27,6 +27,7 @@ from speft_optim.integrations import (
     unpatch_model,
 )
 from speft_optim.masks.mask import Mask
+from speft_optim.offload.training import OffloadedBase, check_offload
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.weights.averaging import average_gradients
 from speft_optim.weights.bnb import is_quantized_linear, settle_storage
@@ -53,6 +54,7 @@ def sparsify(
     base: str | Path | None = None,
     keep_empty: bool = False,
     verify: bool = True,
+    offload: str | torch.device | None = None,
 ) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
@@ -76,6 +78,11 @@ def sparsify(
             own, and to look for uses of dense weights outside their modules (see `weights/verification.py`). If there
             are such uses, the gradient is right all the same, and a warning names the weight. This costs one dense
             gradient at a time in the first backward. With False only the use in a weight's own module is seen.
+        offload: device to compute on while the frozen weights of a model in CPU memory stay there, for a model that
+            does not fit on the device: they are copied to it block by block, in forward and again in backward, where
+            each block is recomputed. The inputs of blocks are kept in CPU memory. Values, moments and gradients are on
+            the device. `model.to(device)` moves nothing from here on, and weights in CPU memory get the trained values
+            when they are read or saved. One process only; not for quantised or compiled models.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -102,6 +109,8 @@ def sparsify(
             raise ValueError(
                 "base= is for a quantised model, and this one is sharded in its own precision; leave it out."
             )
+        if offload is not None:
+            offload = check_offload(model, offload)
         found = {name: mask for name, mask in masks.items() if len(mask)}
         entries = {} if base is None else original_entries(base, found, targets)
     check_equal_masks(masks)
@@ -110,6 +119,7 @@ def sparsify(
     model.requires_grad_(False)
     patch_model(model)
     declare_trainable(model)
+    offloaded = [] if offload is None else [OffloadedBase(model, offload)]
     weights = []
     for name, target in targets.items():
         if name in masks and (keep_empty or len(masks[name])):
@@ -121,7 +131,7 @@ def sparsify(
             weights.append(weight)
     is_sharded = is_fully_sharded(model)
     # In front of the hook that gathers the weights, which takes them as they are then.
-    hooks = [*refresh_before_forward(model, prepend=is_sharded), *let_checkpoints_see_gradients(model)]
+    hooks = [*refresh_before_forward(model, prepend=is_sharded), *let_checkpoints_see_gradients(model), *offloaded]
     model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks)
     if is_sharded:
         average_gradients(model)

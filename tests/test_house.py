@@ -73,6 +73,7 @@ ORDER = [
     {"masks"},
     {"distributed"},
     {"weights"},
+    {"offload"},
     {"optim", "salience", "checkpoint"},
     {"schedule", "integrations", "eager"},
     {"sparsify", "adapters"},

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import select_masks, sparsify
+from speft_optim.offload.engine import streaming
+from speft_optim.offload.pages import copy_pages_, lock_pages
+from speft_optim.offload.prefetch import Prefetcher
 from speft_optim.salience.measures import MEASURES
-from speft_optim.salience.offload import streaming
-from speft_optim.salience.prefetch import Prefetcher, copy_pages_, lock_pages
 
 STREAMED = sorted(name for name, measure in MEASURES.items() if not measure.differentiates_twice)
 
@@ -140,9 +141,9 @@ def test_a_batch_moves_each_block_at_most_twice(monkeypatch):
     model = tiny_model("llama", num_hidden_layers=5)
     moved, fill = [], Prefetcher._fill
 
-    def note(prefetcher, buffer, block):
+    def note(prefetcher, buffer, block, states):
         moved.append(block)
-        fill(prefetcher, buffer, block)
+        fill(prefetcher, buffer, block, states)
 
     monkeypatch.setattr(Prefetcher, "_fill", note)
     choose = dict(density=0.1, offload="cpu", progress=False)
@@ -230,9 +231,9 @@ def test_pages_are_locked_for_a_gpu_until_all_copies_are_over(monkeypatch, by_bl
 
     gpu = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: done.append("synchronised"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
-    monkeypatch.setattr("speft_optim.salience.prefetch._Buffer", lambda size, device: None)
-    monkeypatch.setattr("speft_optim.salience.offload._device_of_tensors", torch.device)
-    monkeypatch.setattr("speft_optim.salience.offload.lock_pages", lock)
+    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: None)
+    monkeypatch.setattr("speft_optim.offload.engine.device_of_tensors", torch.device)
+    monkeypatch.setattr("speft_optim.offload.engine.lock_pages", lock)
     with streaming(model, "cuda:0", by_block=by_block):
         (locked,) = done
         assert [id(parameter) for parameter in locked] == [id(parameter) for parameter in model.parameters()]

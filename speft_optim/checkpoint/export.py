@@ -29,8 +29,9 @@ from speft_optim.files import tensor_files, whole_folder
 from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.compact_values import linked
+from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import is_fully_sharded, once, reshard
-from speft_optim.weights.storage import DenseWeight, as_stored, frozen_weight
+from speft_optim.weights.storage import as_stored, frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 from speft_optim.weights.wrappers import plain_modules, unwrapped
 
@@ -216,7 +217,7 @@ def _merge(name: str, file: Path, dtype: torch.dtype, target: Target | None) -> 
         return tensor
     weight, module = frozen_weight(*target.sites[0]), target.sites[0][0]
     check_same_model(name, as_stored(module, stored), weight, file.parent)
-    if isinstance(weight, DenseWeight):
+    if isinstance(weight, FloatingWeight):
         # An untrained entry equals the original's, rounded to the model's dtype.
         own = weight.tensor.cpu()
         return torch.where(stored.to(own.dtype) == own, tensor, own.to(dtype))

@@ -91,7 +91,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
             if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
-                # A block with a replaced call is streamed (see `offload.py`) and recomputed already.
+                # A block with a replaced call is offloaded (see `offload/engine.py`) and recomputed already.
                 if module.gradient_checkpointing and module._compiled_call_impl is None:
                     again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
                     replace_method(module, "forward", again, stack)

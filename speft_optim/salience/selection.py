@@ -19,12 +19,12 @@ from speft_optim.checks import check_callable, check_choice, check_flag, check_w
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
+from speft_optim.offload.engine import streaming
 from speft_optim.salience.amounts import candidate_bytes, check_amount, check_shares, share_out
 from speft_optim.salience.batches import Batches, check_max_batches
 from speft_optim.salience.calibration import default_memory_budget, stream_scores
 from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import Measure, measure_of
-from speft_optim.salience.offload import streaming
 from speft_optim.salience.topk import BestEntries
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.mesh import check_divisions, is_fully_sharded, prepare_calibration

@@ -42,6 +42,9 @@ class FloatingWeight:
         entries = self.gather(indices)
         return torch.where(entries == values.to(entries.dtype), values, entries.to(values.dtype))
 
+    def settle(self) -> None:
+        """Do nothing: the weight has the newest values, but for one in host memory, which may fall behind."""
+
     def put(self, mask: Mask, values: Tensor) -> None:
         """Set the entries at `mask` to `values` (k,)."""
         self.write(mask.to(self.device), values.to(self.device))

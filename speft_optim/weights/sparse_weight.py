@@ -22,7 +22,7 @@ from speft_optim.weights.gradient_nodes import Accumulator
 from speft_optim.weights.mesh import check_division, gathered_parameter, keep_whole, sharded_parameter
 from speft_optim.weights.observation import observe_gradient
 from speft_optim.weights.sharded import ShardedWeight, is_managed
-from speft_optim.weights.storage import FrozenWeight, frozen_weight, keep_attached
+from speft_optim.weights.storage import DenseWeight, FrozenWeight, frozen_weight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
 from speft_optim.weights.verification import DenseGradient
 from speft_optim.weights.wrappers import steps_to
@@ -161,7 +161,7 @@ class SparseWeight(AddedModule):
         A kernel needs a dense, contiguous weight on the values' device, and a mask in row form.
         """
         weight = self._places[1].parameter
-        writable = self._dense and self._shards is None and weight.device == self.values.device and launches(weight)
+        writable = isinstance(self.base, DenseWeight) and weight.device == self.values.device and launches(weight)
         return weight.detach() if writable and isinstance(self._placed_mask().positions, CSR) else None
 
     def written(self) -> None:
@@ -347,6 +347,8 @@ class SparseWeight(AddedModule):
 
     def from_dense(self, gradient: Tensor) -> Tensor:
         """Return the masked entries of a dense gradient, (k,) fp32, after passing it to `accumulator`."""
+        # A weight in host memory may be used there, outside its module.
+        gradient = gradient.to(self.values.device)
         if self.accumulator is not None:
             leave_graph()
             self.accumulator.from_dense(gradient)
@@ -435,6 +437,8 @@ class SparseWeight(AddedModule):
         if self._shards is None or not self._shards.parameter.is_meta:
             # The state dict's entry of the weight shares its memory, so a write now still reaches it.
             self.synchronize()
+            if self._dense:
+                self.base.settle()
 
     def _load_from_state_dict(self, *args) -> None:
         self._follow_sharding()

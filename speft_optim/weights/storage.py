@@ -11,7 +11,7 @@ from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.scales import trained_entries
 from speft_optim.weights.sharded import ShardedWeight, is_sharded
 
-# While a model is streamed, a module's offloaded weights are in this attribute (see `salience/offload.py`).
+# While a model is offloaded, a module's weights in host memory are in this attribute (see `offload/engine.py`).
 STREAMED = "_streamed_weights"
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.weights.bnb import is_quantized_linear
+from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.foreign import check_layers, check_parameters
-from speft_optim.weights.storage import DenseWeight, frozen_weight
+from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.wrappers import plain_modules, steps_to
 
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
@@ -72,7 +73,7 @@ class Target:
         A dense weight holds its trained entries itself, so its entries from before training are only in its checkpoint.
         """
         weight = frozen_weight(*self.sites[0])
-        return None if isinstance(weight, DenseWeight) else weight.dense_base(dtype)
+        return None if isinstance(weight, FloatingWeight) else weight.dense_base(dtype)
 
 
 def all_targets(model: nn.Module) -> dict[str, Target]:

@@ -13,16 +13,13 @@ loss would no longer run as they are. Larger batches save as much.
 """
 
 import contextlib
-import logging
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
-
+from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.pages import copy_pages_
 
 Site = tuple[nn.Module, str]
 
@@ -31,22 +28,13 @@ Site = tuple[nn.Module, str]
 _ALIGNMENT = 256
 
 
-class HostWeight(Protocol):
-    """A weight that can be read in host memory."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def source(self) -> Tensor:
-        """Return the weight in host memory, in any dtype."""
-
-
 class _Buffer:
     """Memory on the device for the weights of one block.
 
     Attributes:
         block: number of the block whose weights it holds.
         weights: views of the memory, by module and attribute.
+        states: the states of the weights in host memory that were copied, see `HostWeight.state`.
         filled: the event after which they are complete.
     """
 
@@ -54,6 +42,7 @@ class _Buffer:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.block: int | None = None
         self.weights: dict[Site, Tensor] = {}
+        self.states: list[tuple] = []
         self.filled = None
 
 
@@ -67,6 +56,7 @@ class Prefetcher:
 
     Attributes:
         resident: the weights on the device of the block that is being computed.
+        nbytes: the bytes of device memory that the buffers take.
     """
 
     def __init__(self, blocks: list[Mapping[Site, HostWeight]], device: torch.device, stack: contextlib.ExitStack):
@@ -78,6 +68,7 @@ class Prefetcher:
         size = max((sum(_aligned(_bytes(weight)) for weight in weights.values()) for weights in blocks), default=0)
         # The buffer in use comes last.
         self._buffers = [_Buffer(size, device) for _ in blocks[:2]]
+        self.nbytes = size * len(self._buffers)
         stack.callback(self._buffers.clear)
         stack.callback(self._backend.synchronize, device)
 
@@ -89,11 +80,13 @@ class Prefetcher:
             block: number of the block.
             following: number of the block that is expected next; a wrong guess costs time only.
         """
-        assert not self.resident, "a block is computed inside another block"
         buffer = self._fetch(block)
         self._backend.current_stream(self._device).wait_event(buffer.filled)
         self._buffers.sort(key=lambda other: other is buffer)
         self._fetch(following)
+        # The trained entries come last: an optimizer may have stepped since the block was copied.
+        for site, weight in self._blocks[block].items():
+            weight.overlay_(buffer.weights[site])
         self.resident = buffer.weights
         try:
             yield
@@ -101,15 +94,18 @@ class Prefetcher:
             self.resident = {}
 
     def _fetch(self, block: int) -> _Buffer:
-        """Return the buffer with the block, which is the free one after a new copy if neither has it."""
+        """Return the buffer with the block, which is the free one after a new copy if neither has it as it is now."""
+        states = [weight.state() for weight in self._blocks[block].values()]
         for buffer in self._buffers:
-            if buffer.block == block:
+            if buffer.block == block and buffer.states == states:
                 return buffer
-        self._fill(self._buffers[0], block)
-        return self._buffers[0]
+        # A block that changed in host memory is copied into its own buffer again.
+        buffer = next((buffer for buffer in self._buffers if buffer.block == block), self._buffers[0])
+        self._fill(buffer, block, states)
+        return buffer
 
     @torch.no_grad()
-    def _fill(self, buffer: _Buffer, block: int) -> None:
+    def _fill(self, buffer: _Buffer, block: int, states: list[tuple]) -> None:
         # All work that reads the buffer was queued before this. That holds in backward too: autograd runs the youngest
         # node that is ready, so it has queued one block's backward before it recomputes the block below.
         self._stream.wait_stream(self._backend.current_stream(self._device))
@@ -120,69 +116,7 @@ class Prefetcher:
                 buffer.weights[site] = room.view(weight.dtype).view(weight.shape)
                 copy_pages_(buffer.weights[site], weight.source())
                 start += _aligned(_bytes(weight))
-        buffer.block, buffer.filled = block, self._stream.record_event()
-
-
-def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextlib.ExitStack) -> None:
-    """Lock the host memory of `tensors` in place until the stack closes, so that a CUDA device can read it directly.
-
-    CUDA refuses a copy that crosses the edge of locked memory. So only pages that lie wholly inside a storage are
-    locked, and `copy_pages_` copies the rest apart. If the system refuses to lock, copies are slower, and one warning
-    says so.
-
-    Args:
-        tensors: tensors in CPU memory.
-        device: a CUDA device.
-        stack: unlocks the pages.
-    """
-    cudart = torch.cuda.cudart()
-    for first, last in _whole_pages(tensors):
-        code = int(cudart.cudaHostRegister(first, last - first, 0))
-        if code:
-            logger.warning(
-                "CUDA error %d: %d bytes of host memory cannot be locked, so that offload is slow.", code, last - first
-            )
-            # The runtime reports its last error at the next launch, so this launch takes it.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros((), device=device)
-            return
-        stack.callback(cudart.cudaHostUnregister, first)
-
-
-def copy_pages_(out: Tensor, source: Tensor) -> None:
-    """Copy host memory to contiguous `out` in three parts: before its first whole page, whole pages, and the rest."""
-    source = source.contiguous().view(-1)
-    before, pages = _pages(source.data_ptr(), source.nbytes)
-    size = source.element_size()
-    if before % size:
-        # An element crosses the edge of a page, as it may in views of other libraries' buffers, so copy it first.
-        return copy_pages_(out, source.clone())
-    cuts = [before // size, pages // size]
-    cuts.append(source.numel() - sum(cuts))
-    for part, piece in zip(out.view(-1).split(cuts), source.split(cuts), strict=True):
-        part.copy_(piece, non_blocking=True)
-
-
-def _whole_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Return the address ranges of the pages that lie whole inside the storages of `tensors`."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if not tensor.is_pinned():
-            storages[storage.data_ptr()] = storage.nbytes()
-    ranges = []
-    for address, size in storages.items():
-        before, pages = _pages(address, size)
-        if pages:
-            ranges.append((address + before, address + before + pages))
-    return ranges
-
-
-def _pages(address: int, size: int) -> tuple[int, int]:
-    """Return how many of `size` bytes from `address` lie before the first whole page, and how many in whole pages."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    before = min(size, -address % page)
-    return before, (size - before) // page * page
+        buffer.block, buffer.states, buffer.filled = block, states, self._stream.record_event()
 
 
 def _bytes(weight: HostWeight) -> int:

@@ -1,0 +1,300 @@
+"""Computing on a device with weights that stay in host memory, or on disk, and are copied to the device as needed.
+
+Each block of the model (an element of an `nn.ModuleList`) is checkpointed, so that its weights are needed only while it
+is computed, in forward and again in backward; its inputs are kept in CPU memory meanwhile. A prefetcher
+(`offload/prefetch.py`) copies the weights, of at most two blocks at a time. A module outside the blocks gets copies of
+its parameters for its own forward, but an embedding only the rows that are looked up. The copies are instance
+attributes that shadow the parameters. A pass thus needs GPU memory for the weights of two blocks, the activations of
+one, the head and, in estimation, the accumulators. For each batch a block is copied once in forward and, down to the
+lowest one with a weight whose gradient is needed, once in backward.
+
+Modules get their copies from a replaced call rather than from hooks: it surrounds all hooks, also those registered
+later, and ends with any exception, KeyboardInterrupt included, which hooks do not.
+
+Estimation also takes weights from disk: the model is then on the meta device, and its tensors are read from a
+checkpoint's safetensors files as they are needed. accelerate's hooks, which move whole modules, were rejected: they
+drop their copies before backward, where the weights are needed again.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from speft_optim.offload.caches import without_caches
+from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.lookup import HostTable
+from speft_optim.offload.pages import lock_pages
+from speft_optim.offload.prefetch import Prefetcher, Site
+from speft_optim.offload.shards import Shards
+from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.replacement import replace_method
+from speft_optim.weights.storage import STREAMED
+from speft_optim.weights.targets import AddedModule, all_targets
+
+# A model that is offloaded has its device in this attribute.
+_DEVICE = "_offloaded_to"
+
+
+@contextlib.contextmanager
+def streaming(
+    model: nn.Module, device: str | torch.device, folder: str | Path | None = None, *, by_block: bool = True
+) -> Iterator[None]:
+    """Let the model compute on `device` with copies of its weights and buffers while the context lasts.
+
+    For a CUDA device the pages of weights in CPU memory are locked meanwhile, so that copies reach the bus's full
+    speed. A model that `sparsify` offloaded to this device stays as it is.
+
+    Args:
+        model: a model in CPU memory or, with `folder`, on the meta device (but its buffers in memory).
+        device: the device that computes.
+        folder: the checkpoint with the parameters that are on the meta device.
+        by_block: whether blocks are prefetched and recomputed in backward, for passes over batches. If not, each
+            module's weights are copied for its own forward, and stay for as long as a graph keeps them.
+
+    Raises:
+        ValueError: there is no such device, a parameter on the meta device has no tensor in `folder`, a buffer is on
+            the meta device, the model is quantised, or it is offloaded to another device.
+    """
+    device = device_of_tensors(device)
+    with contextlib.ExitStack() as stack:
+        if (present := offloaded_to(model)) is None:
+            weights = _weights(model, device, folder)
+            if device.type == "cuda":
+                # This comes before the prefetcher, which waits for all copies as it ends; only then are pages unlocked.
+                lock_pages([p for p in model.parameters() if p.device.type == "cpu"], device, stack)
+            compute_on(model, device, weights, stack, by_block=by_block)
+        elif present != device:
+            raise ValueError(f"The model is offloaded to {present} by sparsify, not to {device}; leave offload out.")
+        yield
+
+
+def offloaded_to(model: nn.Module) -> torch.device | None:
+    """Return the device that the model is offloaded to, or None."""
+    return model.__dict__.get(_DEVICE)
+
+
+def device_of_tensors(device: str | torch.device) -> torch.device:
+    """Return the device with its index, as tensors have it: "cuda:0" for "cuda".
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"offload={device!r} is no device to compute on ({reason}); pass one like 'cuda'.") from error
+    if device.type == "meta":
+        raise ValueError("offload='meta' is no device to compute on; pass one like 'cuda'.")
+    return device
+
+
+def _weights(model: nn.Module, device: torch.device, folder: str | Path | None) -> dict[Site, HostWeight]:
+    """Return the model's weights by the places that hold them, after the checks that `streaming` names."""
+    shards = Shards(folder) if folder is not None else None
+    for target in all_targets(model).values():
+        if target.parameter.is_meta:
+            if shards is None:
+                raise ValueError(f"{target.name} is on the meta device; pass base=folder with its safetensors.")
+            shards.check(target)
+    if next(quantized_linears(model), None) is not None:
+        raise ValueError(
+            "A quantised model cannot be offloaded during estimation; move it to the GPU and leave offload out."
+        )
+    _check_buffers(model)
+    return host_weights(model, device, shards)
+
+
+def host_weights(model: nn.Module, device: torch.device, shards: Shards | None = None) -> dict[Site, HostWeight]:
+    """Return the model's weights by the places that hold them; a shared one has several."""
+    weights = {}
+    for target in all_targets(model).values():
+        weights.update(dict.fromkeys(target.sites, HostWeight(target, device, shards)))
+    return weights
+
+
+def compute_on(
+    model: nn.Module,
+    device: torch.device,
+    weights: Mapping[Site, HostWeight],
+    stack: contextlib.ExitStack,
+    *,
+    by_block: bool = True,
+) -> Prefetcher:
+    """Replace the calls of the model's modules by calls on `device` with copies of the weights.
+
+    Args:
+        model: the model.
+        device: the device that computes.
+        weights: its weights, see `host_weights`.
+        stack: undoes it, and frees all that is on the device.
+        by_block: see `streaming`.
+    """
+    blocks = blocks_of(model) if by_block else []
+    by_blocks = [{site: weights[site] for part in block.modules() for site in _sites(part)} for block in blocks]
+    prefetcher = Prefetcher(by_blocks, device, stack)
+    for module in model.modules():
+        own = {name: weights[module, name] for _, name in _sites(module)}
+        _compute_with_copies(module, own, prefetcher, device, stack)
+    for number, block in enumerate(blocks):
+        _run_by_block(prefetcher, block, number, len(blocks), device, stack)
+    _take_inputs(model, device, stack)
+    model.__dict__[_DEVICE] = device
+    stack.callback(model.__dict__.pop, _DEVICE)
+    return prefetcher
+
+
+def _sites(module: nn.Module) -> list[Site]:
+    if isinstance(module, AddedModule):
+        return []  # No forward reads compact values, so they stay where they are.
+    return [(module, name) for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def replace_call(module: nn.Module, make: Callable[[Callable], Callable], stack: contextlib.ExitStack) -> None:
+    """Replace what a call of a module does, its hooks included, as `Module.compile` does it, until the stack closes.
+
+    Args:
+        module: the module.
+        make: returns the new call for the present one.
+        stack: undoes it.
+    """
+    present = module.__dict__.get("_compiled_call_impl") or module._call_impl
+    replace_method(module, "_compiled_call_impl", make(present), stack)
+
+
+def _compute_with_copies(
+    module: nn.Module,
+    own: dict[str, HostWeight],
+    prefetcher: Prefetcher,
+    device: torch.device,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Shadow the module's parameters and buffers by copies on the device during each of its calls."""
+    buffers = [name for name, buffer in module._buffers.items() if buffer is not None]
+    if not own and not buffers:
+        return
+
+    def copy(name: str) -> Tensor:
+        # A module of a block may also be called from outside, while the prefetcher holds another block's weights.
+        weight, here = own[name], prefetcher.resident.get((module, name))
+        if here is not None:
+            return here
+        is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and not weight.parameter.is_meta
+        return HostTable.of(weight) if is_table else weight.whole()
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            copies = {name: copy(name) for name in own}
+            copies.update((name, module._buffers[name].to(device)) for name in buffers)
+            covered = {name: module.__dict__.get(name) for name in copies}
+            try:
+                module.__dict__.update(copies)
+                return present(*args, **kwargs)
+            finally:
+                for name, tensor in covered.items():
+                    module.__dict__.pop(name, None)
+                    if tensor is not None:
+                        module.__dict__[name] = tensor
+
+        return call
+
+    module.__dict__[STREAMED] = own
+    stack.callback(module.__dict__.pop, STREAMED)
+    replace_call(module, make, stack)
+
+
+def _run_by_block(
+    prefetcher: Prefetcher, block: nn.Module, number: int, count: int, device: torch.device, stack: contextlib.ExitStack
+) -> None:
+    """Replace the block's call: prefetched weights, checkpointed, its inputs kept in CPU memory.
+
+    Args:
+        prefetcher: brings the weights.
+        block: the block.
+        number: its number.
+        count: the number of blocks.
+        device: the device that computes.
+        stack: undoes it.
+    """
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if prefetcher.resident:
+                # A block that another one calls is a part of that.
+                return present(*args, **kwargs)
+            recorded = torch.is_grad_enabled()
+            # The first call is in forward, later ones are recomputations in backward, which begins with the last block.
+            above = min(number + 1, count - 1) if recorded else (number + 1) % count
+            # If no input requires a gradient, backward ends here, and block 0 of the next batch comes next.
+            goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+            following = itertools.chain([above], itertools.repeat(max(0, number - 1) if goes_on else 0))
+
+            def work(_, *args, **kwargs):
+                with prefetcher.holding(number, next(following)), _without_checkpoints(block):
+                    return present(*args, **kwargs)
+
+            if not recorded:
+                return work(None, *args, **kwargs)
+            args, kwargs = without_caches(number, args, kwargs)
+            # A checkpoint keeps the random state of the devices of its positional arguments.
+            on_device = torch.empty(0, device=device)
+            with save_on_cpu(pin_memory=device.type == "cuda"):
+                return checkpoint(work, on_device, *args, use_reentrant=False, **kwargs)
+
+        return call
+
+    replace_call(block, make, stack)
+
+
+@contextlib.contextmanager
+def _without_checkpoints(block: nn.Module) -> Iterator[None]:
+    """Keep transformers from checkpointing a block that is checkpointed already."""
+    before = block.__dict__.get("gradient_checkpointing")
+    if not before:
+        yield
+        return
+    block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        block.gradient_checkpointing = before
+
+
+def _take_inputs(model: nn.Module, device: torch.device, stack: contextlib.ExitStack) -> None:
+    """Move the tensors among the model's arguments to the device, wherever they are."""
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+            return present(*args, **kwargs)
+
+        return call
+
+    replace_call(model, make, stack)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the elements of the model's outermost module lists that have weights."""
+    inside: set[int] = set()
+    blocks: dict[nn.Module, None] = {}
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in inside:
+            inside.update(id(part) for part in module.modules())
+            blocks.update(dict.fromkeys(module))
+    return [block for block in blocks if any(_sites(part) for part in block.modules())]
+
+
+def _check_buffers(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(
+                f"Buffer {name} is on the meta device and in no checkpoint; build the model under "
+                "accelerate's init_empty_weights(include_buffers=False)."
+            )

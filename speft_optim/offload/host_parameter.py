@@ -1,0 +1,74 @@
+"""A parameter in host memory that is brought up to date before it is used.
+
+While a model is trained with its base in host memory, the newest values of masked entries are on the device, and
+writing them into the host's weight at each step would cost more than the step. So the weight falls behind, and catches
+up when somebody uses it: `state_dict()`, `save_pretrained`, `copy_`, a metric, a look at its entries. All of these pass
+`__torch_function__`, which is why no list of such places is needed. What reads a weight's form alone leaves it behind.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from speft_optim.offload.host_weight import HostWeight
+
+_GETTERS = (
+    "shape dtype device layout grad requires_grad is_leaf grad_fn _version is_meta is_cpu is_cuda is_sparse is_nested "
+    "is_quantized itemsize nbytes ndim"
+).split()
+_METHODS = (
+    "size dim numel nelement element_size stride storage_offset is_contiguous is_floating_point is_complex is_pinned "
+    "is_inference data_ptr requires_grad_ __len__ __hash__ register_hook register_post_accumulate_grad_hook"
+).split()
+# These read no entry of a weight. `data_ptr` is among them, since version counters are compared beside it.
+OF_FORM = frozenset(
+    [getattr(Tensor, name).__get__ for name in _GETTERS]
+    + [getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")]
+    + [getattr(Tensor, name) for name in _METHODS]
+    + [torch.is_floating_point, torch.is_complex, torch.numel]
+)
+
+
+class HostParameter(nn.Parameter):
+    """A frozen weight in host memory whose trained entries are on a device.
+
+    The class of a parameter is changed to this one in place, and back; copies are plain parameters.
+
+    Attributes:
+        behind: what brings it up to date.
+    """
+
+    behind: "HostWeight"
+
+    def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:
+        """Return an ordinary parameter, for tools that make a parameter of an old one's class."""
+        return nn.Parameter(data, requires_grad)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Bring the weights among the arguments up to date, and call the function on them as on plain parameters."""
+        kwargs = kwargs or {}
+        if function not in OF_FORM:
+            for argument in tree_leaves((args, kwargs)):
+                if isinstance(argument, HostParameter):
+                    argument.behind.settle()
+        return plainly(function, *args, **kwargs)
+
+
+def plainly(function, *args, **kwargs):
+    """Call a function of torch on parameters as they are, up to date or not."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
+
+
+@functools.cache
+def host_class(kind: type) -> type:
+    """Return the class in host memory of a parameter of class `kind`."""
+    return HostParameter if kind is nn.Parameter else type(kind.__name__, (HostParameter, kind), {})

@@ -1,0 +1,57 @@
+"""An embedding in host memory of which only the rows that a batch needs travel to the device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from speft_optim.offload.host_parameter import OF_FORM
+from speft_optim.offload.host_weight import HostWeight
+
+
+class HostTable(Tensor):
+    """Stands for the copy of an embedding's weight: rows are looked up in host memory, all else is done with a copy.
+
+    Embeddings of many classes call `F.embedding` somewhere in their forward, so that is what is replaced.
+
+    Attributes:
+        host: the weight.
+    """
+
+    host: HostWeight
+
+    @staticmethod
+    def of(host: HostWeight) -> "HostTable":
+        """Return the table of a weight in memory."""
+        table = host.source().as_subclass(HostTable)
+        table.host = host
+        return table
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the rows."""
+        return self.host.device
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Look rows up, or call the function on a copy of the whole weight."""
+        kwargs = kwargs or {}
+        # A largest norm would be enforced on the weight itself.
+        if function is F.embedding and isinstance(args[1], cls) and kwargs.get("max_norm") is None:
+            return _rows(args[1].host, args[0])
+        if function in OF_FORM:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        args, kwargs = tree_map_only(HostTable, lambda table: table.host.whole(), (args, kwargs))
+        return function(*args, **kwargs)
+
+
+@torch.no_grad()
+def _rows(host: HostWeight, ids: Tensor) -> Tensor:
+    """Return (*ids.shape, width) rows on the device, in the weight's dtype."""
+    source, places = host.source(), ids.reshape(-1).cpu()
+    out = torch.empty(
+        len(places), source.shape[1], dtype=source.dtype, pin_memory=host.device.type == "cuda", device=source.device
+    )
+    torch.index_select(source, 0, places, out=out)
+    return out.to(host.device, host.dtype, non_blocking=True).view(*ids.shape, -1)

@@ -1,0 +1,157 @@
+"""Training with the frozen base in host memory, from `sparsify(..., offload=...)` until `desparsify`."""
+
+import contextlib
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from speft_optim.distributed import is_distributed
+from speft_optim.offload.engine import blocks_of, compute_on, device_of_tensors, host_weights, replace_call
+from speft_optim.offload.pages import lock_pages
+from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.mesh import is_fully_sharded
+from speft_optim.weights.replacement import replace_method
+from speft_optim.weights.storage import STREAMED
+from speft_optim.weights.targets import all_targets
+
+
+def check_offload(model: nn.Module, device: str | torch.device) -> torch.device:
+    """Refuse a model that cannot be trained with its base in host memory.
+
+    Args:
+        model: the model, not sparsified yet.
+        device: the device that is to compute.
+
+    Returns:
+        The device with its index.
+
+    Raises:
+        ValueError: there is no such device; the model is not wholly in CPU memory, or something else moves its weights;
+            it has no list of blocks; it is quantised, compiled or sharded; or several processes train.
+    """
+    device = device_of_tensors(device)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {tensor.device}, and offload={str(device)!r} needs the whole model in CPU memory; load "
+                "it without device_map, do not move it, and leave moving to offload."
+            )
+    if any("_hf_hook" in module.__dict__ for module in model.modules()):
+        raise ValueError("accelerate's hooks move this model's weights; load it without device_map to use offload=.")
+    if next(quantized_linears(model), None) is not None:
+        raise ValueError("A quantised model cannot be offloaded yet; move it to the GPU and leave offload= out.")
+    if is_fully_sharded(model) or is_distributed():
+        raise ValueError("offload= trains on one device in one process; leave it out, or start one process only.")
+    if any(module.__dict__.get("_compiled_call_impl") or hasattr(module, "_orig_mod") for module in model.modules()):
+        raise ValueError("The model is compiled, which offload= does not support; build it without torch.compile.")
+    if not blocks_of(model):
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of blocks, by which offload= copies weights; leave it out."
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None:
+            raise ValueError(f"{name} keeps running statistics, which offload= would lose; leave offload= out.")
+    return device
+
+
+class OffloadedBase:
+    """A model's frozen base in host memory, and all that lets a device compute with it.
+
+    Args:
+        model: the model, after `check_offload`.
+        device: the device that computes.
+
+    Attributes:
+        prefetcher: what brings the weights of blocks.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        weights = host_weights(model, device)
+        pages = contextlib.ExitStack()
+        # Memory must not be freed while its pages are locked, so they are unlocked as soon as the model is gone.
+        self._unlock = weakref.finalize(model, pages.close)
+        # The end of the process unlocks all pages.
+        self._unlock.atexit = False
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._unlock)
+            if device.type == "cuda":
+                lock_pages(model.parameters(), device, pages)
+                pages.callback(torch.cuda.synchronize, device)
+            for weight in dict.fromkeys(weights.values()):
+                stack.callback(weight.close)
+            self.prefetcher = compute_on(model, device, weights, stack)
+            _call_eagerly(model, stack)
+            _refuse_dense_training(model, stack)
+            for module in model.modules():
+                if STREAMED in module.__dict__:
+                    replace_method(module, "_apply", _Stay(module, device), stack)
+            self._patches = stack.pop_all()
+
+    def remove(self) -> None:
+        """Leave the model as it was, on the CPU."""
+        self._patches.close()
+
+
+def _call_eagerly(model: nn.Module, stack: contextlib.ExitStack) -> None:
+    """Keep a compiler out of replaced calls, which it could not trace."""
+    for module in model.modules():
+        if "_compiled_call_impl" in module.__dict__:
+            replace_call(module, torch.compiler.disable, stack)
+
+
+def _refuse_dense_training(model: nn.Module, stack: contextlib.ExitStack) -> None:
+    """Refuse a forward that should give whole weights a gradient, which their copies would not pass on."""
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if torch.is_grad_enabled():
+                _check_frozen(model)
+            return present(*args, **kwargs)
+
+        return call
+
+    replace_call(model, make, stack)
+
+
+def _check_frozen(model: nn.Module) -> None:
+    for name, target in all_targets(model).items():
+        if target.parameter.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, but a weight that stays in host memory gets none; freeze it with "
+                "requires_grad_(False), and give it a mask of all its entries if it should train."
+            )
+
+
+class _Stay:
+    """Replaces a module's `_apply`, by which `model.to`, `model.cuda` and trainers move it: the weights stay.
+
+    Args:
+        module: the module.
+        device: the device that computes.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.module, self.device = module, device
+
+    def __call__(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """Do nothing for a move to the CPU or to the device that computes.
+
+        Raises:
+            ValueError: it is another device, or another dtype.
+        """
+        tensors = [*self.module._parameters.values(), *self.module._buffers.values()]
+        for dtype in {tensor.dtype for tensor in tensors if tensor is not None}:
+            moved = fn(torch.empty(0, dtype=dtype))
+            if moved.dtype != dtype:
+                raise ValueError(
+                    f"The model's weights stay in host memory in {dtype} while it is offloaded; cast the model to "
+                    f"{moved.dtype} before sparsify."
+                )
+            if moved.device.type != "cpu" and moved.device != self.device:
+                raise ValueError(
+                    f"The model is offloaded to {self.device} and cannot move to {moved.device}; sparsify it with "
+                    f"offload={str(moved.device)!r}."
+                )
+        return self.module

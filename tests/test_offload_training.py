@@ -1,0 +1,473 @@
+"""Training with the base in host memory gives what a resident model gives, bit for bit, and leaves the model whole."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import (
+    OPTIONS,
+    Setup,
+    attach,
+    equal_states,
+    every,
+    random_masks,
+    some_entries,
+    tiny_model,
+    token_batch,
+    train,
+    weights_of,
+)
+from torch import nn
+
+from speft_optim import (
+    MaskSchedule,
+    SparseAdamW,
+    desparsify,
+    export_merged,
+    load_adapter,
+    save_adapter,
+    select_masks,
+    sparsify,
+)
+from speft_optim.offload.host_parameter import HostParameter
+from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.prefetch import Prefetcher
+from speft_optim.weights.sparse_weight import sparse_weights
+
+KINDS = ["llama", "qwen2", "gemma2", "gpt2"]
+
+
+def offloaded(model="llama", dtype=torch.float32, targets=None, masks=None, **options):
+    """What `attach` gives, of a model that stays in host memory."""
+    model = tiny_model(model, dtype) if isinstance(model, str) else model
+    masks = random_masks(model, targets) if masks is None else masks
+    values = sparsify(model, masks, offload="cpu")
+    return Setup(model, masks, values, SparseAdamW(values, **{**OPTIONS, **options}))
+
+
+def state(model):
+    """All that `sparsify` and a device may change in a model but its weights."""
+    hooks = [len(getattr(m, kind)) for m in model.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    return hooks, attributes, [(id(p), type(p), p.requires_grad, sorted(vars(p))) for p in model.parameters()]
+
+
+def assert_equal(one, other):
+    """Weights, values and optimizer states are equal."""
+    assert equal_states(one.model.state_dict(), other.model.state_dict())
+    assert equal_states(one.optimizer.state_dict(), other.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_equals_that_of_a_resident_model(kind, dtype):
+    """With weight decay, accumulation and 8-bit moments."""
+    resident, host = attach(kind, dtype, state_bits=8), offloaded(kind, dtype, state_bits=8)
+    assert train(host.model, host.optimizer, 3, parts=2) == train(resident.model, resident.optimizer, 3, parts=2)
+    assert_equal(resident, host)
+    assert not equal_states(host.model.state_dict(), tiny_model(kind, dtype).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_weights_of_every_kind_may_be_masked(kind):
+    """Embeddings, tied or not, norms and biases."""
+    resident, host = attach(kind, targets=every), offloaded(kind, targets=every)
+    assert train(host.model, host.optimizer, 3) == train(resident.model, resident.optimizer, 3)
+    assert_equal(resident, host)
+
+
+def test_other_optimizers_and_clipping_train_as_on_a_resident_model():
+    results = []
+    for setup in (attach(), offloaded()):
+        optimizer = torch.optim.SGD(setup.values, lr=0.5, momentum=0.9)
+        for step in range(3):
+            setup.model(**token_batch(step)).loss.backward()
+            norm = nn.utils.clip_grad_norm_(setup.model.parameters(), 0.1)
+            optimizer.step()
+            setup.model.zero_grad()
+        results.append((norm, weights_of(setup.model)))
+    assert torch.equal(results[0][0], results[1][0]) and equal_states(results[0][1], results[1][1])
+
+
+def test_dropout_is_the_same_in_the_recomputation():
+    results = []
+    for make in (attach, offloaded):
+        setup = make(tiny_model("llama", attention_dropout=0.4).train())
+        torch.manual_seed(0)
+        losses = train(setup.model, setup.optimizer, 3)
+        results.append((losses, weights_of(setup.model)))
+    # The state after a step goes on from that of the forward.
+    assert results[0][0] == results[1][0] and equal_states(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_transformers_changes_nothing(reentrant):
+    calls, results = [], []
+    for make in (attach, offloaded):
+        setup = make(tiny_model("llama").train())
+        setup.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        setup.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+        losses = train(setup.model, setup.optimizer, 2)
+        results.append((losses, weights_of(setup.model), setup.model.model.layers[0].gradient_checkpointing))
+    assert results[0][0] == results[1][0] and equal_states(results[0][1], results[1][1]) and results[1][2]
+    assert len(calls) == 8, "twice a step"
+
+
+@pytest.mark.parametrize("source", ["batches", "training"])
+def test_masks_move_as_on_a_resident_model(source):
+    data = [token_batch(seed) for seed in range(2)] if source == "batches" else None
+    options = dict(progress=False, interval=2) if source == "batches" else dict(window=1, interval=2)
+    results = []
+    for setup in (attach(), offloaded()):
+        MaskSchedule(setup.model, setup.optimizer, data, **options)
+        losses = train(setup.model, setup.optimizer, 7)
+        moved = {weight.name: weight.mask for weight in sparse_weights(setup.model)}
+        results.append((losses, weights_of(setup.model), setup.optimizer.state_dict()))
+        assert any(moved[name] != setup.masks[name] for name in moved)
+    assert equal_states(*results)
+
+
+def test_a_model_can_be_selected_and_trained_without_ever_being_moved():
+    """All addresses of its weights stay, from selection to the end."""
+    model = tiny_model("gemma2")
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    batches = [token_batch(seed) for seed in range(2)]
+    masks = select_masks(model, batches, density=0.1, offload="cpu", progress=False)
+    setup = offloaded(model, masks=masks)
+    train(model, setup.optimizer)
+    again = select_masks(model, batches, density=0.1, progress=False)
+    assert select_masks(model, batches, density=0.1, offload="cpu", progress=False) == again
+    train(model, setup.optimizer)
+    desparsify(model)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+def test_host_weights_fall_behind_and_catch_up_when_they_are_used():
+    resident, host = attach(), offloaded()
+    for setup in (resident, host):
+        train(setup.model, setup.optimizer)
+    (name, *_), weight = host.masks, host.model.get_parameter(next(iter(host.masks)))
+    memory = torch.frombuffer((weight_memory(host, name)), dtype=torch.float32).view(weight.shape)
+    expected, before = resident.model.get_parameter(name).detach(), tiny_model().get_parameter(name).detach()
+    assert torch.equal(memory, before) and weight.shape == before.shape
+    model = host.model
+    model.zero_grad()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == sum(
+        map(len, host.values)
+    )
+    model.train().eval()
+    assert torch.equal(memory, before), "these read no entry"
+    assert torch.equal(weight.sum().detach(), expected.sum())
+    assert torch.equal(memory, expected)
+
+
+def weight_memory(setup, name):
+    """The bytes of a weight, looked at past the parameter."""
+    import ctypes
+
+    weight = setup.model.get_parameter(name)
+    return (ctypes.c_char * (weight.numel() * weight.element_size())).from_address(weight.data_ptr())
+
+
+READERS = {
+    "state_dict": lambda model: model.state_dict(),
+    "its entries": lambda model: {name: parameter.detach() for name, parameter in model.named_parameters()},
+    "a copied weight": lambda model: {name: copy.deepcopy(parameter) for name, parameter in model.named_parameters()},
+    "a pickled weight": lambda model: {n: pickle.loads(pickle.dumps(p)) for n, p in model.named_parameters()},
+    "a block's state": lambda model: model.model.layers[1].state_dict(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("verify", [True, False])
+def test_all_ways_to_read_the_weights_give_the_newest(reader, verify):
+    results = []
+    for offload in (None, "cpu"):
+        model = tiny_model()
+        values = sparsify(model, random_masks(model), verify=verify, offload=offload)
+        train(model, SparseAdamW(values, **OPTIONS))
+        results.append({key: part.detach().clone() for key, part in READERS[reader](model).items()})
+    assert equal_states(*results)
+
+
+def test_saved_models_and_adapters_equal_those_of_a_resident_model(tmp_path):
+    for name, setup in (("resident", attach("qwen2")), ("host", offloaded("qwen2"))):
+        train(setup.model, setup.optimizer)
+        setup.model.save_pretrained(tmp_path / name / "model")
+        train(setup.model, setup.optimizer, first=2)
+        save_adapter(setup.model, tmp_path / name / "adapter")
+        train(setup.model, setup.optimizer, first=4)
+        export_merged(setup.model, tmp_path / name / "merged")
+    for part in ("model/model.safetensors", "adapter/adapter.safetensors", "merged/model.safetensors"):
+        assert (tmp_path / "host" / part).read_bytes() == (tmp_path / "resident" / part).read_bytes()
+
+
+def test_an_adapter_is_loaded_onto_a_model_in_host_memory(tmp_path):
+    resident = attach()
+    train(resident.model, resident.optimizer)
+    save_adapter(resident.model, tmp_path)
+    host = offloaded()
+    train(host.model, host.optimizer, first=5)
+    load_adapter(host.model, tmp_path)
+    assert equal_states(host.model.state_dict(), resident.model.state_dict())
+    batch = token_batch(9)
+    assert torch.equal(host.model(**batch).logits, resident.model(**batch).logits)
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
+    whole = offloaded()
+    train(whole.model, whole.optimizer, 2)
+    saved = copy.deepcopy((whole.model.state_dict(), whole.optimizer.state_dict()))
+    losses = train(whole.model, whole.optimizer, 2, first=2)
+    resumed = offloaded(tiny_model())
+    train(resumed.model, resumed.optimizer, 1, first=7)
+    resumed.model.load_state_dict(saved[0])
+    resumed.optimizer.load_state_dict(saved[1])
+    assert train(resumed.model, resumed.optimizer, 2, first=2) == losses
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("change", ["load", "assign", "copy", "entry"])
+def test_changes_from_outside_win_as_on_a_resident_model(change):
+    results = []
+    for setup in (attach(), offloaded()):
+        train(setup.model, setup.optimizer)
+        weight = setup.model.model.layers[1].mlp.up_proj.weight
+        if change in ("load", "assign"):
+            setup.model.load_state_dict(tiny_model(seed=change == "assign").state_dict(), assign=change == "assign")
+        with torch.no_grad():
+            if change == "copy":
+                weight.copy_(tiny_model().model.layers[1].mlp.up_proj.weight)
+            elif change == "entry":
+                weight[3:5] = 0.25
+        losses = train(setup.model, setup.optimizer, 2, first=2)
+        results.append((losses, weights_of(setup.model)))
+        desparsify(setup.model)
+        results[-1] += (weights_of(setup.model),)
+    assert results[0][0] == results[1][0]
+    assert equal_states(results[0], results[1])
+
+
+def test_a_change_through_memory_shared_before_the_last_step_is_refused():
+    setup = offloaded()
+    name = next(iter(setup.masks))
+    shared = setup.model.state_dict()[name]
+    train(setup.model, setup.optimizer)
+    shared.zero_()
+    with pytest.raises(ValueError, match=rf"{name} was changed through a tensor that shared its memory"):
+        setup.model(**token_batch())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_desparsify_leaves_the_model_as_it_was(kind):
+    model = tiny_model(kind)
+    for parameter in list(model.parameters())[::3]:
+        parameter.requires_grad_(False)
+    before = state(model)
+    setup = offloaded(model)
+    train(model, setup.optimizer)
+    trained = {name: part.clone() for name, part in model.state_dict().items()}
+    desparsify(model)
+    assert state(model) == before
+    assert equal_states(model.state_dict(), trained)
+    resident = attach(kind)
+    train(resident.model, resident.optimizer)
+    assert equal_states(model.state_dict(), resident.model.state_dict())
+
+
+def test_evaluation_and_generation_equal_those_of_a_resident_model():
+    resident, host = attach("qwen2"), offloaded("qwen2")
+    batch = token_batch(3)
+    for setup in (resident, host):
+        train(setup.model, setup.optimizer)
+    with torch.no_grad():
+        assert torch.equal(host.model(**batch).logits, resident.model(**batch).logits)
+    choose = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = resident.model.generate(ids, attention_mask=mask, **choose)
+    assert torch.equal(host.model.generate(ids, attention_mask=mask, **choose), expected)
+    assert train(host.model, host.optimizer, first=2) == train(resident.model, resident.optimizer, first=2)
+
+
+def test_decoding_while_gradients_are_recorded_is_refused_instead_of_wrong():
+    model = offloaded().model
+    ids = token_batch()["input_ids"]
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="fills no cache. Decode under torch.no_grad"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="fills no cache. Decode under torch.no_grad"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+class Stop(BaseException):
+    """As KeyboardInterrupt is, no Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Stop])
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_an_exception_anywhere_leaves_the_model_usable(error, passes):
+    """In the forward of either block, and in the recomputation of either."""
+    model, left = tiny_model(), [passes]
+    before = state(model)
+
+    def fail(*_):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+
+    hooks = [layer.self_attn.q_proj.register_forward_hook(fail) for layer in model.model.layers]
+    setup = offloaded(model)
+    with pytest.raises(error):
+        train(model, setup.optimizer, 1)
+    for hook in hooks:
+        hook.remove()
+    assert not any("weight" in vars(module) for module in model.modules())
+    resident = attach()
+    setup.optimizer.zero_grad()
+    assert train(model, setup.optimizer, 3) == train(resident.model, resident.optimizer, 3)
+    assert_equal(resident, setup)
+    desparsify(model)
+    assert state(model) == before
+
+
+def test_a_block_is_moved_twice_a_step_and_two_blocks_are_held_at_most(monkeypatch):
+    model = tiny_model("llama", num_hidden_layers=5)
+    moved, fill = [], Prefetcher._fill
+
+    def note(prefetcher, buffer, block, states):
+        moved.append(block)
+        fill(prefetcher, buffer, block, states)
+
+    monkeypatch.setattr(Prefetcher, "_fill", note)
+    setup = offloaded(model)
+    hooks = setup.model.__dict__["_before_sparsify"][2]
+    (prefetcher,) = (hook.prefetcher for hook in hooks if hasattr(hook, "prefetcher"))
+    block = sum(256 * -(-parameter.nbytes // 256) for parameter in model.model.layers[0].parameters())
+    values = sum(256 * -(-weight.values.nbytes // 256) for weight in sparse_weights(model.model.layers[0]))
+    assert prefetcher.nbytes == 2 * (block - values)
+    train(model, setup.optimizer, 2)
+    # The newest values are laid over the two blocks that are still there; no weight in host memory has changed.
+    assert moved == [0, 1, 2, 3, 4, 2, 1, 0, 2, 3, 4, 2, 1, 0]
+    moved.clear()
+    with torch.no_grad():
+        model(**token_batch())
+        model(**token_batch())
+    assert moved == [2, 3, 4, 0, 1, 2, 3, 4, 0], "the next forward begins with the first block"
+
+
+def test_only_the_rows_that_a_batch_needs_are_looked_up(monkeypatch):
+    setup = offloaded("gemma2")
+    copied, whole = [], HostWeight.whole
+    monkeypatch.setattr(HostWeight, "whole", lambda weight: copied.append(weight.name) or whole(weight))
+    losses = train(setup.model, setup.optimizer, 1)
+    # The head, which is tied to the embedding, needs all of them, once.
+    assert copied == ["model.norm.weight", "model.embed_tokens.weight"]
+    resident = attach("gemma2")
+    assert train(resident.model, resident.optimizer, 1) == losses
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: nn.ModuleList([m]).to("cpu")])
+def test_the_base_stays_where_it_is_when_a_trainer_moves_the_model(move):
+    setup = offloaded()
+    before = [parameter.data_ptr() for parameter in setup.model.parameters()]
+    move(setup.model)
+    assert [parameter.data_ptr() for parameter in setup.model.parameters()] == before
+
+
+def test_moves_and_casts_that_cannot_be_are_refused():
+    model = offloaded().model
+    with pytest.raises(ValueError, match=r"in torch\.float32 while it is offloaded; cast the model to torch\.bfloat16"):
+        model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="is offloaded to cpu and cannot move to meta"):
+        model.to("meta")
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="cannot be copied or pickled"):
+            copied(model)
+        with pytest.raises(ValueError, match="cannot be copied or pickled"):
+            copied(model.model.layers[0])
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"lm_head\.weight requires a gradient"):
+        model(**token_batch())
+
+
+class WithoutBlocks(nn.Module):
+    """A model that lists no blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def hooked(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(model.model.layers[0], ModelHook())
+    return model
+
+
+def compiled(model):
+    model.model.layers[0].compile()
+    return model
+
+
+def without_head(model):
+    model.lm_head.to("meta")
+    return model
+
+
+REFUSED = {
+    "no nn.ModuleList": WithoutBlocks,
+    "head.weight is on meta, and offload='cpu' needs the whole model in CPU memory": lambda: without_head(tiny_model()),
+    "accelerate's hooks": lambda: hooked(tiny_model()),
+    "is compiled": lambda: compiled(tiny_model()),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_models_that_cannot_be_offloaded_are_refused_before_anything_changes(reason):
+    model = REFUSED[reason]()
+    name = next(name for name, parameter in model.named_parameters() if parameter.dim() == 2)
+    masks = some_entries(model, [name])
+    before = state(model)
+    with pytest.raises(ValueError, match=reason):
+        sparsify(model, masks, offload="cpu")
+    assert state(model) == before
+
+
+def test_devices_that_there_are_not_are_refused():
+    model = tiny_model()
+    before = state(model)
+    for device in ("tpu9", "meta", 3.5):
+        with pytest.raises(ValueError, match="is no device to compute on"):
+            sparsify(model, random_masks(model), offload=device)
+    assert state(model) == before
+
+
+def test_a_use_outside_the_module_is_seen_in_host_memory():
+    """The gradient of a penalty on the weights themselves."""
+    results = []
+    for setup in (attach(), offloaded()):
+        weight = setup.model.model.layers[0].mlp.up_proj.weight
+        for step in range(2):
+            loss = setup.model(**token_batch(step)).loss + weight.square().sum()
+            loss.backward()
+            setup.optimizer.step()
+            setup.optimizer.zero_grad()
+        results.append((weights_of(setup.model), setup.optimizer.state_dict()))
+    assert equal_states(*results)
+
+
+def test_parameters_have_their_own_class_again_after_training():
+    setup = offloaded()
+    train(setup.model, setup.optimizer)
+    masked = [setup.model.get_parameter(name) for name in setup.masks]
+    assert all(isinstance(parameter, HostParameter) for parameter in masked)
+    desparsify(setup.model)
+    assert {type(parameter) for parameter in masked} == {nn.Parameter}
