@@ -17,10 +17,10 @@ failed, the same command repeats that alone.
 **The learning rate decides**, and no one rate fits every method or model. Best ones of a sweep on SmolLM2-135M and
 GSM8K: 7e-4 with 9 % of the target weights masked and 2.5e-3 with 1 %; for masks that stay 1e-3, and 3e-3 to 1e-2; 1e-4
 for all weights. A step of Adam moves each entry by about the rate, whatever the gradient, so the default scales these
-rates with the size of the model's weights: entries move by the same share. Gemma 3 270M, whose weights are a fifth as large, shows the need: at SmolLM2's
-2.7e-3 its loss on GSM8K rises from 1.6 to 2.6 in ten steps, at 1e-3 it falls to 1.39, at 3e-4 to 1.05, at 1e-4 to 1.03.
-Larger models have not been measured: watch the first steps, or sweep. `--paper` sets the rate and recipe of the SPEFT
-paper instead.
+rates with the size of the model's weights: entries move by the same share. Gemma 3 270M, whose weights are a fifth as
+large, shows the need: at SmolLM2's 2.7e-3 its loss on GSM8K rises from 1.6 to 2.6 in ten steps, at 1e-3 it falls to
+1.39, at 3e-4 to 1.05, at 1e-4 to 1.03. Larger models have not been measured: watch the first steps, or sweep. `--paper`
+sets the rate and recipe of the SPEFT paper instead.
 """
 
 import argparse
