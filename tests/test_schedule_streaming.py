@@ -450,7 +450,7 @@ def test_gradients_of_replicas_on_other_devices_are_refused():
     model, optimizer, schedule = attach()
     (weight, *_) = sparse_weights(model)
     with pytest.raises(ValueError, match="is on meta, but the weight is on cpu. The replicas of nn.DataParallel"):
-        weight.accumulator.from_dense(weight.parameter.to("meta"))
+        weight.accumulator.from_dense(weight.weight.to("meta"))
 
 
 def test_weights_that_join_share_the_step_count_of_the_others():
