@@ -214,4 +214,4 @@ def _write_after_step(optimizer, args, kwargs) -> None:
                     weight.check()
                     # Values with a gradient are written in any case: some optimizers bypass the version counter.
                     weight.synchronize() if parameter.grad is None else weight.write()
-                weight.after_step()
+                weight.uses.promote()

@@ -36,7 +36,7 @@ from speft_optim import (
     sparsify,
 )
 from speft_optim.optim.state import has_moments
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 
 # The accumulators of the tiny model take 36,864 bytes in one group; a matrix 1,152 to 3,840.
 # Roundings of gradients that nearly vanish grow in the steps of Adam, which are of the size of the rate.

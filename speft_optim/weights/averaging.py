@@ -45,7 +45,7 @@ class GradientAverage:
             return
         # After FSDP's own hook: what it keeps gathered for the whole forward may be used without a call of its module.
         for weight in self._weights:
-            weight.watch_gathered()
+            weight.uses.watch_gathered()
 
     def _watch(self, model: nn.Module, args: tuple, output: object) -> None:
         # Of a compiled forward the values' own hooks queue the average.

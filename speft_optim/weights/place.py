@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
+from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import check_division, gathered_parameter, sharded_parameter
 from speft_optim.weights.sharded import ShardedWeight, is_managed
 from speft_optim.weights.storage import FrozenWeight, frozen_weight
@@ -21,12 +23,15 @@ class Place:
     Attributes:
         model: as given.
         target: as given.
+        is_dense: whether the weight is floating, and not quantised.
         shards: the rows of the weight in this process, if `fully_shard` divided it; None for a whole weight.
     """
 
     def __init__(self, model: nn.Module, target: Target):
         self.model, self.target = model, target
         base = frozen_weight(*target.sites[0])
+        # A quantised weight may be stored under a floating dtype, so the dtype does not decide this.
+        self.is_dense, self._shape = isinstance(base, FloatingWeight), base.shape
         self.shards = base if isinstance(base, ShardedWeight) else None
         self._path = target.name.rpartition(".")[0]
         self._steps = steps_to(model, self._path)
@@ -42,6 +47,33 @@ class Place:
         module, attribute = self.target.sites[0]
         return module._parameters.get(attribute) if self.shards is None else self.shards.held()
 
+    def change(self, seen: Tensor | None) -> str | None:
+        """Return what happened to the weight since `sparsify` if it can no longer be trained here, else None.
+
+        Args:
+            seen: the parameter at the last look.
+        """
+        weight = self.weight
+        if weight is None or not self.is_in_model():
+            return "is no longer in the model"
+        if weight is not seen and (other := self._other_owner(weight)):
+            return f"was tied to {other}, which is sparsified too"
+        for module, attribute in self.target.sites[1:]:
+            if module._parameters.get(attribute) is not self.target.parameter:
+                return "is no longer shared by the modules that shared it"
+        if weight.is_meta:
+            return "was moved to the meta device (offloaded to CPU or disk?)"
+        # The shape of a quantised weight comes from its quantisation state, so it is looked up for a new tensor only.
+        known = not self.is_dense and weight is seen
+        if not known and (shape := weight.shape if self.is_dense else self.target.shape) != self._shape:
+            return f"has shape {tuple(shape)}"
+        return None
+
+    def _other_owner(self, weight: Tensor) -> str | None:
+        """Return the name of another masked weight that is the same tensor, or None."""
+        others = (other.place for other in sparse_weights(self.model) if other.place is not self)
+        return next((other.target.name for other in others if other.weight is weight), None)
+
     def is_in_model(self) -> bool:
         """Return whether the module is still found under its name; the path found before is tried first."""
         for parent, name, child in self._steps:
@@ -54,11 +86,6 @@ class Place:
             return self.model.get_submodule(self._path) is self.target.sites[0][0]
         except AttributeError:
             return False
-
-    def is_shared_as_before(self) -> bool:
-        """Return whether the modules that shared the weight hold the same one still."""
-        _, *others = self.target.sites
-        return all(module._parameters.get(attribute) is self.target.parameter for module, attribute in others)
 
     def parents(self) -> Iterator[nn.Module]:
         """The modules around the weight, the innermost first."""

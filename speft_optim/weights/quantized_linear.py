@@ -178,9 +178,6 @@ class ProductHook:
     def promote(self) -> None:
         """Do nothing: there is no verification whose verdict could be adopted."""
 
-    def verify_again(self) -> None:
-        """Do nothing: there is nothing to verify."""
-
 
 @contextmanager
 def frozen_forwards(model: nn.Module) -> Iterator[None]:

@@ -4,7 +4,6 @@
 hooks, and writes the values into the weight, or reads them from it, whichever of the two changed last.
 """
 
-import logging
 from weakref import ref
 
 import torch
@@ -14,19 +13,13 @@ from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
-from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link, unlink, version
-from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.gradient_nodes import Accumulator
 from speft_optim.weights.mesh import keep_whole
-from speft_optim.weights.observation import observe_gradient
-from speft_optim.weights.other_uses import OtherUses
 from speft_optim.weights.place import Place
 from speft_optim.weights.storage import FrozenWeight, keep_attached
 from speft_optim.weights.targets import AddedModule, Target
-
-logger = logging.getLogger(__name__)
-
+from speft_optim.weights.uses import Uses
 
 _REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
 
@@ -37,6 +30,7 @@ class SparseWeight(AddedModule):
     Attributes:
         name: the weight's full parameter name.
         place: where the weight is in its model.
+        uses: what passes the gradient of each use of the weight to the values.
         holds_entries: whether the weight itself holds its trained entries: a dense one does, a quantised one cannot.
         mask: which entries are trained.
         previously_trained: the entries that were trained before the mask changed and are not now; they keep what they
@@ -47,23 +41,19 @@ class SparseWeight(AddedModule):
 
     previously_trained: Mask | None = None
     accumulator: Accumulator | None = None
-    # Whether it was warned that something set the weights to require gradients.
-    _warned_of_thaw = False
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         super().__init__()
         self.name, self.place = target.name, Place(model, target)
         base = self.place.base
         self.mask = mask.to(base.device)
-        # A quantised weight may be stored under a floating dtype, so the dtype does not decide this.
-        self.holds_entries = isinstance(base, FloatingWeight)
+        self.holds_entries = self.place.is_dense
         self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
         base.attach(self.mask, self.values)
         self._link()
         modules = {module for module, _ in target.sites} if self.holds_entries else ()
         self._hooks = [module.register_forward_pre_hook(self._before_forward) for module in modules]
-        self._gradient_hooks = observe_gradient(target, self.values, self, verify)
-        self._other_uses = OtherUses(self, self._gradient_hooks) if self.holds_entries and verify else None
+        self.uses = Uses(self, verify)
         self._remember()
 
     def check(self) -> None:
@@ -78,7 +68,7 @@ class SparseWeight(AddedModule):
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
                 f"module, one sharded by FSDP version 1, or offloaded?); {_REMEDY}"
             )
-        if self._other_uses is not None and self._other_uses.is_unreduced:
+        if self.uses.is_unreduced:
             raise ValueError(
                 f"{self.name} is used outside its module's forward, where DistributedDataParallel does not average its "
                 "gradient over processes; leave it out of targets, or call its module instead of reading its weight."
@@ -96,27 +86,11 @@ class SparseWeight(AddedModule):
 
     def _change(self) -> str | None:
         """Return what happened to the weight since `sparsify` if it can no longer be trained, else None."""
-        place, weight = self.place, self.weight
-        if weight is None or not place.is_in_model():
-            return "is no longer in the model"
-        if weight is not self._seen[0]() and (other := self._other_owner(weight)):
-            return f"was tied to {other}, which is sparsified too"
-        if not place.is_shared_as_before():
-            return "is no longer shared by the modules that shared it"
-        if weight.is_meta:
-            return "was moved to the meta device (offloaded to CPU or disk?)"
-        # The shape of a quantised weight comes from its quantisation state, so it is looked up for a new tensor only.
-        known = not self.holds_entries and weight is self._seen[0]()
-        if not known and (shape := weight.shape if self.holds_entries else place.target.shape) != self.mask.shape:
-            return f"has shape {tuple(shape)}"
+        if change := self.place.change(self._seen[0]()):
+            return change
         if not self.holds_entries and not self._is_attached():
             return "was quantised anew, its trained entries with it,"
         return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
-
-    def _other_owner(self, weight: Tensor) -> str | None:
-        """Return the name of another masked weight that is the same tensor, or None."""
-        others = (other for other in sparse_weights(self.place.model) if other is not self)
-        return next((other.name for other in others if other.weight is weight), None)
 
     def synchronize(self) -> None:
         """Make weight and values equal: write the values if they changed, else read the entries if the weight changed.
@@ -237,9 +211,9 @@ class SparseWeight(AddedModule):
         weight = self.weight
         if self.place.shards is not None:
             self.place.shards.remember_rows()
-        elif self._other_uses is not None:
+        else:
             # The weight may be another tensor now, as after `load_state_dict(assign=True)`.
-            self._other_uses.watch(weight)
+            self.uses.watch(weight)
         # A weak reference keeps no weight alive that was replaced, as the whole one is by its rows in `fully_shard`.
         self._seen = ref(weight), self._weight_version(weight), version(self._parameters["values"])
 
@@ -254,12 +228,7 @@ class SparseWeight(AddedModule):
         # A compiled graph cannot read version counters; `refresh_all` does this before the graph.
         if not torch.compiler.is_compiling():
             self.refresh()
-            self.watch_gathered()
-
-    def watch_gathered(self) -> None:
-        """See uses of a sharded weight outside its module: they are of the gathered one, which FSDP keeps for good."""
-        if self._other_uses is not None:
-            self._other_uses.watch_gathered()
+            self.uses.watch_gathered()
 
     def refresh(self) -> None:
         """Synchronize if weight or values changed; costs next to nothing if not."""
@@ -272,7 +241,7 @@ class SparseWeight(AddedModule):
             shards.check_rows(self.name, self._placed_mask(), self.values)
         if shards is not None and shards.parameter.requires_grad:
             shards.parameter.requires_grad_(False)
-            self.warn_of_thaw()
+            self.uses.warn_of_thaw()
 
     def _follow_sharding(self) -> None:
         """Write into the process's own rows from now on, if `fully_shard` was called since.
@@ -281,8 +250,7 @@ class SparseWeight(AddedModule):
             ValueError: the model is divided in a way that masked weights cannot be.
         """
         if self.place.follow_sharding():
-            if self._other_uses is not None:
-                self._other_uses.close()
+            self.uses.leave()
             # It moves what it divides to the GPU itself.
             self.values.data = self.values.data.to(self.place.shards.device)
 
@@ -321,42 +289,18 @@ class SparseWeight(AddedModule):
             self.accumulator.from_dense(gradient)
         return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
 
-    def verify_again(self) -> None:
-        """Compare the gradient of the next backward with autograd's own, as in the first."""
-        for hook in self._gradient_hooks:
-            hook.verify_again()
-
-    def after_step(self) -> None:
-        """Adopt what the last backward verified; called after each optimizer step."""
-        for hook in self._gradient_hooks:
-            hook.promote()
-
-    def warn_of_thaw(self) -> None:
-        """Warn once for a model that its masked weights stay frozen."""
-        if self._warned_of_thaw:
-            return
-        for weight in sparse_weights(self.place.model):
-            weight._warned_of_thaw = True
-        logger.warning(
-            "%s was set to require gradients after sparsify, as model.requires_grad_(True) does with all parameters. "
-            "Masked weights stay frozen, since their masked entries train as values; freeze the other parameters "
-            "again if they should not train.",
-            self.name,
-        )
-
     def detach_from_model(self) -> None:
         """Remove all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
         if self._change() is None:
             self.synchronize()
             self.base.release(self.values)
-        for hook in self._hooks + self._gradient_hooks:
+        for hook in self._hooks:
             hook.remove()
-        if self._other_uses is not None:
-            self._other_uses.close()
+        self.uses.remove()
         self.place.remove()
         unlink(self.values)
-        self._hooks, self._gradient_hooks, self._other_uses, self.accumulator = [], [], None, None
-        self.place, self._seen, self._linked = None, (), ()
+        self._hooks, self.accumulator = [], None
+        self.place, self.uses, self._seen, self._linked = None, None, (), ()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         self._follow_sharding()
@@ -374,7 +318,7 @@ class SparseWeight(AddedModule):
             self.read()
 
     def _weight_is_as_seen(self) -> bool:
-        weight, (seen, weight_seen, _) = self.weight, self._seen
+        weight, (seen, weight_seen, _) = self.place.weight, self._seen
         return weight is seen() and self._weight_version(weight) == weight_seen
 
     def _apply(self, fn, recurse=True):
@@ -415,8 +359,7 @@ class SparseWeight(AddedModule):
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
         else:
             keep_attached(weight, self.mask, self.values)
-        if self._other_uses is not None:
-            self._other_uses.watch(weight)
+        self.uses.watch(weight)
         self._seen = ref(weight), self._weight_version(weight), version(self.values)
 
     def extra_repr(self) -> str:
