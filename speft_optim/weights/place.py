@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.compact_values import version
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import check_division, gathered_parameter, sharded_parameter
 from speft_optim.weights.sharded import ShardedWeight, is_managed
@@ -46,6 +47,12 @@ class Place:
         """The parameter as the model holds it now, in its quantised storage if it is quantised; None if it is gone."""
         module, attribute = self.target.sites[0]
         return module._parameters.get(attribute) if self.shards is None else self.shards.held()
+
+    def version(self, weight: Tensor) -> tuple | None:
+        """Return what changes with each write into a dense weight; None for a quantised one, which is only read."""
+        if self.shards is not None:
+            return self.shards.state()
+        return version(weight) if self.is_dense else None
 
     def change(self, seen: Tensor | None) -> str | None:
         """Return what happened to the weight since `sparsify` if it can no longer be trained here, else None.

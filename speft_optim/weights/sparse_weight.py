@@ -10,47 +10,42 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.kernels.csr import CSR
-from speft_optim.kernels.entries import gather_entries, scatter_entries_
+from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
-from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link, unlink, version
-from speft_optim.weights.gradient_nodes import Accumulator
+from speft_optim.weights.compact_entries import CompactEntries
+from speft_optim.weights.compact_values import unlink, version
 from speft_optim.weights.mesh import keep_whole
 from speft_optim.weights.place import Place
 from speft_optim.weights.storage import FrozenWeight, keep_attached
-from speft_optim.weights.targets import AddedModule, Target
+from speft_optim.weights.targets import Target
 from speft_optim.weights.uses import Uses
 
 _REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
 
 
-class SparseWeight(AddedModule):
+class SparseWeight(CompactEntries):
     """The trained entries of one weight, kept equal to the weight.
 
+    Args:
+        model: the module that `sparsify` was called on.
+        target: the weight.
+        mask: which entries are trained.
+        verify: see `sparsify`.
+
     Attributes:
-        name: the weight's full parameter name.
         place: where the weight is in its model.
         uses: what passes the gradient of each use of the weight to the values.
         holds_entries: whether the weight itself holds its trained entries: a dense one does, a quantised one cannot.
-        mask: which entries are trained.
-        previously_trained: the entries that were trained before the mask changed and are not now; they keep what they
-            learned. None while the mask has never changed.
-        values: (k,) fp32 parameter, the weight's masked entries.
-        accumulator: receives the weight's whole gradient in training too, as a `MaskSchedule` needs; None without one.
     """
 
-    previously_trained: Mask | None = None
-    accumulator: Accumulator | None = None
-
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
-        super().__init__()
-        self.name, self.place = target.name, Place(model, target)
-        base = self.place.base
-        self.mask = mask.to(base.device)
-        self.holds_entries = self.place.is_dense
-        self.values = CompactValues(base.gather(self.mask.indices).to(torch.float32))
+        place = Place(model, target)
+        base = place.base
+        mask = mask.to(base.device)
+        super().__init__(target.name, mask, base.gather(mask.indices))
+        self.place, self.holds_entries = place, place.is_dense
         base.attach(self.mask, self.values)
-        self._link()
         modules = {module for module, _ in target.sites} if self.holds_entries else ()
         self._hooks = [module.register_forward_pre_hook(self._before_forward) for module in modules]
         self.uses = Uses(self, verify)
@@ -109,7 +104,7 @@ class SparseWeight(AddedModule):
     def write(self) -> None:
         """Write the values into a dense weight, rounded to its dtype; a quantised weight reads them as an overlay."""
         if self.holds_entries:
-            self.base.write(self._placed_mask(), self.values)
+            self.base.write(self.placed_mask(), self.values)
         self._remember()
 
     def writable(self) -> Tensor | None:
@@ -117,14 +112,9 @@ class SparseWeight(AddedModule):
 
         A kernel needs a dense, contiguous weight on the values' device, and a mask in row form.
         """
-        weight = self.weight
-        writable = (
-            self.holds_entries
-            and self.place.shards is None
-            and weight.device == self.values.device
-            and launches(weight)
-        )
-        return weight.detach() if writable and isinstance(self._placed_mask().positions, CSR) else None
+        weight, is_whole = self.weight, self.holds_entries and self.place.shards is None
+        writable = is_whole and weight.device == self.values.device and launches(weight)
+        return weight.detach() if writable and isinstance(self.placed_mask().positions, CSR) else None
 
     def written(self) -> None:
         """Note that a kernel wrote the values into `writable()`."""
@@ -133,7 +123,7 @@ class SparseWeight(AddedModule):
     @torch.no_grad()
     def read(self) -> None:
         """Read the entries that differ in the weight; a value that still rounds to the weight's entry stays exact."""
-        self.values.copy_(self.base.read(self._placed_mask().indices, self.values))
+        self.values.copy_(self.base.read(self.placed_mask().indices, self.values))
         self._remember()
 
     @torch.no_grad()
@@ -153,34 +143,21 @@ class SparseWeight(AddedModule):
         mask = mask.to(self.values.device)
         if mask.shape != self.mask.shape:
             raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
-        indices, base = mask.indices, self.base
-        places, stays = find(self._placed_mask().indices, indices)
-        entries = base.gather(indices).to(torch.float32)
+        base = self.base
+        places, stays = find(self.placed_mask().indices, mask.indices)
+        entries = base.gather(mask.indices).to(torch.float32)
         entries[stays] = self.values[places[stays]]
-        ever = self.ever_trained().to(self.values.device).indices
-        previous = ever[~torch.isin(ever, indices, assume_unique=True)]
         base.release(self.values)
-        exchange(self.values, entries)
-        self.mask, self.previously_trained = mask, Mask(previous, mask.shape)
+        self._exchange(mask, entries)
         base.attach(mask, self.values)
         self._remember()
         return places, stays
 
-    def ever_trained(self) -> Mask:
-        """Return the mask of all entries that are or were trained."""
-        if self.previously_trained is None or not len(self.previously_trained):
-            return self.mask
-        both = [mask.to(self.values.device).indices for mask in (self.mask, self.previously_trained)]
-        return Mask(torch.cat(both), self.mask.shape)
-
     def bytes_held(self) -> tuple[int, int]:
         """Return the bytes of values and of positions, those of untrained overlays of a quantised weight included."""
         beside = [(mask, values) for mask, values in self.base.overlays if values is not self.values]
-        masks = [
-            self.mask,
-            *(mask for mask, _ in beside),
-            *([] if self.previously_trained is None else [self.previously_trained]),
-        ]
+        masks = [self.mask, *(mask for mask, _ in beside)]
+        masks += [] if self.previously_trained is None else [self.previously_trained]
         return sum(v.nbytes for v in [self.values, *(v for _, v in beside)]), sum(mask.nbytes for mask in masks)
 
     def previous_entries(self) -> Tensor:
@@ -193,19 +170,6 @@ class SparseWeight(AddedModule):
         if previous is not None and not self.holds_entries:
             self.base.put(self.previously_trained, entries)
 
-    def _placed_mask(self) -> Mask:
-        """Return the mask on the device of the values."""
-        # The attribute is set only if the device changed: inside a compiled graph an assignment breaks the graph.
-        if self.mask.device != self.values.device:
-            self.mask = self.mask.to(self.values.device)
-        return self.mask
-
-    def _link(self) -> None:
-        """Link the values to this weight, for optimizers."""
-        link(self.values, self)
-        # The values are in a tuple: as a plain attribute they would be replaced along with the parameter.
-        self._linked = (self.values,)
-
     def _remember(self) -> None:
         """Note the present state of weight and values, as equal."""
         weight = self.weight
@@ -215,13 +179,7 @@ class SparseWeight(AddedModule):
             # The weight may be another tensor now, as after `load_state_dict(assign=True)`.
             self.uses.watch(weight)
         # A weak reference keeps no weight alive that was replaced, as the whole one is by its rows in `fully_shard`.
-        self._seen = ref(weight), self._weight_version(weight), version(self._parameters["values"])
-
-    def _weight_version(self, weight: Tensor) -> tuple | None:
-        """Return the state of a dense weight; None for a quantised one, which holds no trained entries."""
-        if self.place.shards is not None:
-            return self.place.shards.state()
-        return version(weight) if self.holds_entries else None
+        self._seen = ref(weight), self.place.version(weight), version(self._parameters["values"])
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # This is done before forward, since a weight that autograd saved for backward must not be written.
@@ -238,7 +196,7 @@ class SparseWeight(AddedModule):
             if not self._was_merged():
                 self.synchronize()
         elif shards is not None:
-            shards.check_rows(self.name, self._placed_mask(), self.values)
+            shards.check_rows(self.name, self.placed_mask(), self.values)
         if shards is not None and shards.parameter.requires_grad:
             shards.parameter.requires_grad_(False)
             self.uses.warn_of_thaw()
@@ -254,6 +212,11 @@ class SparseWeight(AddedModule):
             # It moves what it divides to the GPU itself.
             self.values.data = self.values.data.to(self.place.shards.device)
 
+    def _weight_is_as_seen(self) -> bool:
+        place, (seen, weight_seen, _) = self.place, self._seen
+        weight = place.weight
+        return weight is seen() and place.version(weight) == weight_seen
+
     def _was_merged(self) -> bool:
         """Return whether a quantised weight was replaced by one that contains the trained entries, as merging does.
 
@@ -264,30 +227,6 @@ class SparseWeight(AddedModule):
     def _is_attached(self) -> bool:
         """Return whether the values are an overlay of the quantised weight."""
         return any(values is self._linked[0] for _, values in self.base.overlays)
-
-    def from_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the sampled gradient of a linear weight, (k,) fp32, after `accumulate`; see `Accumulator`."""
-        self.accumulate(left, right)
-        return self.sample(left, right)
-
-    def sample(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the sampled gradient of a linear weight, (k,) fp32, which need not be verified yet."""
-        if not len(self.mask):
-            return torch.zeros_like(self.values)
-        return self._placed_mask().sampled_gradient(left.flatten(0, -2), right.flatten(0, -2))
-
-    def accumulate(self, left: Tensor, right: Tensor) -> None:
-        """Pass the whole gradient, as two factors, to `accumulator`."""
-        if self.accumulator is not None:
-            leave_graph()
-            self.accumulator.from_product(left, right)
-
-    def from_dense(self, gradient: Tensor) -> Tensor:
-        """Return the masked entries of a dense gradient, (k,) fp32, after passing it to `accumulator`."""
-        if self.accumulator is not None:
-            leave_graph()
-            self.accumulator.from_dense(gradient)
-        return gather_entries(gradient, self._placed_mask().indices).to(torch.float32)
 
     def detach_from_model(self) -> None:
         """Remove all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
@@ -317,23 +256,14 @@ class SparseWeight(AddedModule):
         else:
             self.read()
 
-    def _weight_is_as_seen(self) -> bool:
-        weight, (seen, weight_seen, _) = self.place.weight, self._seen
-        return weight is seen() and self._weight_version(weight) == weight_seen
-
     def _apply(self, fn, recurse=True):
         """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
         if self._change() is None:
             self.synchronize()
-        exact = self.values.detach()
-        if fn(exact[:0]).is_meta:
+        if fn(self.values.detach()[:0]).is_meta:
             # They could not come back from there, as a sharded weight can, whose rows are loaded afterwards.
             return self
         super()._apply(fn, recurse)
-        if self.values.dtype != torch.float32:
-            self.values.data = exact.to(self.values.device)
-        if self.values.grad is not None and self.values.grad.dtype != torch.float32:
-            self.values.grad.data = self.values.grad.data.to(torch.float32)
         # The values are written again at the next use: a weight cast up from 16 bits holds only their rounding.
         self._seen = *self._seen[:2], None
         return self
@@ -341,17 +271,12 @@ class SparseWeight(AddedModule):
     def __getstate__(self):
         """Return the state for copies and pickle, with equal weight and values: a copy cannot tell which is newer."""
         self.refresh()
-        state = self.__dict__.copy()
+        state = super().__getstate__()
         state["_seen"] = self._seen and (self._seen[0](), *self._seen[1:])
-        # The accumulator belongs to a schedule, whose copy sets it in the weights of a copied model.
-        state.pop("accumulator", None)
         return state
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        # Pickle restores the values as a plain Parameter.
-        self.values.__class__ = CompactValues
-        self._link()
         # The weight is reached without the model, which may be copied later. A dense weight is written, since it may
         # have been copied before `__getstate__` wrote into it.
         weight = self._seen[0]
@@ -360,11 +285,7 @@ class SparseWeight(AddedModule):
         else:
             keep_attached(weight, self.mask, self.values)
         self.uses.watch(weight)
-        self._seen = ref(weight), self._weight_version(weight), version(self.values)
-
-    def extra_repr(self) -> str:
-        """Return number of entries and density, for printed models."""
-        return f"entries={len(self.mask):,}, density={self.mask.density:.3%}"
+        self._seen = ref(weight), self.place.version(weight), version(self.values)
 
 
 keep_whole(SparseWeight)
