@@ -53,8 +53,8 @@ from recipes import (
 from recipes.loss import frozen_head
 from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
 from speft_optim.optim.state import has_moments
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import quantized_linears
-from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 
 ROOT = Path(__file__).parent.parent
