@@ -2,8 +2,8 @@
 
     python docs/figures.py
 
-Writes `docs/cost_llama3-8b.png`, `docs/quality_smollm2.png` and `docs/concentration.png`. The numbers' conditions stand
-in the data files; `recipes/mask_profile.json` tells where a mask lies.
+Writes `cost_llama3-8b.png`, `quality_smollm2.png`, `forgetting_smollm2.png` and `concentration.png` into `docs`. The
+numbers' conditions stand in the data files; `recipes/mask_profile.json` tells where a mask lies.
 """
 
 import json
@@ -27,6 +27,15 @@ STYLES = {
     "static gradient": ("#56B4E9", "s", "-"),
     "static snip": ("#009E73", "^", "-"),
     "moving snip": ("#0072B2", "D", ":"),
+}
+COMPARED = {
+    "moving-snip": ("moving snip", "#0072B2", "D"),
+    "lora": ("LoRA", "#E69F00", "o"),
+    "rslora": ("rsLoRA", "#CC79A7", "v"),
+    "pissa": ("PiSSA", "#D55E00", "P"),
+    "shira": ("SHiRA", "#56B4E9", "X"),
+    "static-magnitude": ("static magnitude", "#009E73", "s"),
+    "static-random": ("static random", "#888888", "s"),
 }
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0A0C0", "#0072B2", "#D55E00")
 BASES = ("bf16", "int8", "NF4")
@@ -98,6 +107,37 @@ def draw_quality() -> Figure:
     return figure
 
 
+def draw_forgetting() -> Figure:
+    """Draw the test loss against forgetting: a point for each learning rate, its mean over the seeds."""
+    data = read("rates.json")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, rank in zip(figure.subplots(1, 2), (4, 32), strict=True):
+        cells = [cell for cell in data["cells"] if cell["budget_rank"] == rank]
+        for method, (name, colour, marker) in COMPARED.items():
+            rates = sorted({cell["rate"] for cell in cells if cell["method"] == method})
+            runs = [[cell for cell in cells if cell["method"] == method and cell["rate"] == rate] for rate in rates]
+            places = [[mean(cell[key] for cell in run) for run in runs] for key in ("own", "loss")]
+            axes.plot(*places, color=colour, marker=marker, label=name)
+            for rate, run, x, y in zip(rates, runs, *places, strict=True):
+                seeds = f" (n={len(run)})" if len(run) > 1 else ""
+                offset = dict(
+                    xytext=(5, -12 if method == "moving-snip" else 5),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color="#555555",
+                )
+                axes.annotate(f"{rate:g}{seeds}", (x, y), **offset)
+        share = {4: "1.15 %", 32: "9.2 %"}[rank]
+        axes.set(title=f"{share} trained at a time (LoRA r={rank})", xlabel="rise of the loss on the base's own texts")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#EEEEEE", zorder=0)
+        axes.margins(x=0.12)
+    figure.axes[0].set(ylabel="test loss (lower is better)", ylim=(0.604, 0.627))
+    figure.axes[0].legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.75))
+    figure.suptitle(data["title"])
+    return figure
+
+
 def draw_concentration() -> Figure:
     """Draw how many masked entries the rows and columns of each projection hold, from the emptiest to the fullest."""
     profile = json.loads((DOCS.parent / "recipes" / "mask_profile.json").read_text())["quantiles"]["0.01"]
@@ -126,6 +166,7 @@ def main(folder: Path = DOCS) -> None:
     pictures = {
         "cost_llama3-8b.png": draw_cost,
         "quality_smollm2.png": draw_quality,
+        "forgetting_smollm2.png": draw_forgetting,
         "concentration.png": draw_concentration,
     }
     for name, draw in pictures.items():

@@ -1,7 +1,8 @@
-"""Pictures of a comparison of methods: loss against rate, budget and peak memory."""
+"""Pictures of a comparison of methods: loss against rate, forgetting, budget and peak memory."""
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from eval.entries import Entry, best_of, sweeps
@@ -9,12 +10,16 @@ from eval.records import save_figure
 
 
 def draw(entries: list[Entry], folder: Path) -> list[Path]:
-    """Draw loss against rate, and the best loss against budget and against peak memory.
+    """Draw loss against rate and against forgetting, and the best loss against budget and against peak memory.
 
     Returns:
         The PNGs; the last is missing where no cell ran on a GPU.
     """
-    paths = [draw_rates(entries, folder / "rates.png"), draw_budgets(entries, folder / "budgets.png")]
+    paths = [
+        draw_rates(entries, folder / "rates.png"),
+        draw_forgetting(entries, folder / "forgetting.png"),
+        draw_budgets(entries, folder / "budgets.png"),
+    ]
     if any(cell["peak_bytes"] is not None for entry in entries for cell in entry.cells):
         paths.append(draw_memory(entries, folder / "memory.png"))
     return paths
@@ -37,6 +42,23 @@ def _figure(panels: int):
 
 def draw_rates(entries: list[Entry], path: Path) -> Path:
     """Draw the loss against the learning rate, a panel for each budget."""
+    return _draw_sweeps(entries, path, lambda entry: entry.rate, xscale="log", xlabel="peak learning rate")
+
+
+def draw_forgetting(entries: list[Entry], path: Path) -> Path:
+    """Draw the loss against forgetting for all learning rates, a panel for each budget.
+
+    A higher rate learns more and forgets more, up to a point, so that methods compare fairly as whole curves: the lower
+    one is better whatever rate is chosen.
+    """
+    label = "rise of the loss on the base's own texts"
+    return _draw_sweeps(
+        entries, path, lambda entry: entry.mean_of(lambda cell: cell["forgetting"]["own"]), xlabel=label
+    )
+
+
+def _draw_sweeps(entries: list[Entry], path: Path, place: Callable[[Entry], float], **settings) -> Path:
+    """Draw each method's losses at its learning rates, in their order, a panel for each budget."""
     colours, found = _colours(entries), sweeps(entries)
     budgets = list(dict.fromkeys(entry.budget_rank for entry in entries))
     figure, axes = _figure(len(budgets))
@@ -45,7 +67,7 @@ def draw_rates(entries: list[Entry], path: Path) -> Path:
             if rank == budget:
                 errors = [entry.deviation or 0.0 for entry in sweep]
                 axis.errorbar(
-                    [entry.rate for entry in sweep],
+                    [place(entry) for entry in sweep],
                     [entry.mean if math.isfinite(entry.mean) else math.nan for entry in sweep],
                     errors,
                     marker="o",
@@ -54,7 +76,7 @@ def draw_rates(entries: list[Entry], path: Path) -> Path:
                     color=colours[method],
                 )
         title = "all weights" if budget is None else f"values of LoRA rank {budget}"
-        axis.set(xscale="log", xlabel="peak learning rate", title=title)
+        axis.set(title=title, **settings)
         axis.legend(frameon=False, fontsize="small")
     save_figure(figure, path)
     return path

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.methods", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="--out of recipes.compare")
     parser.add_argument("--markdown", action="store_true", help="print the table in markdown")
-    parser.add_argument("--plots", help="folder for three PNGs")
+    parser.add_argument("--plots", help="folder for four PNGs")
     options = parser.parse_args(arguments)
     try:
         entries = read_entries(Path(options.folder))

@@ -12,6 +12,8 @@ for every mode alike.
     frozen-bf16, -int8, -nf4   forward and input gradients only: the floor that no method can beat; the quantised ones
                                through speft_optim's layer
     ours-bf16, -int8, -nf4     SparseAdamW on the seven projections of each block at --density
+    moving-bf16, -nf4          the same with masks that move: a group of weights sums its gradients (see
+                               `recipes.moving`), and every few steps a selection adds `selection_ms` to the step
     lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
 
 `--liger` puts Liger's kernels for norms, rotary embedding and gated activation into every mode alike
@@ -35,7 +37,7 @@ if __package__ in (None, ""):  # started as `python recipes/benchmark.py`
 import torch
 
 from eval.records import write_json
-from recipes import salience_cost, timed_steps
+from recipes import moving, salience_cost, timed_steps
 from recipes.benchmark_report import draw, table
 from recipes.memory import GIB, GPU_SIZES, estimate, let_segments_grow, peak_bytes, usable_bytes
 from recipes.random_models import build, shaped
@@ -44,11 +46,13 @@ from recipes.shapes import SHAPES, Shape
 MODES = [
     "frozen-bf16",
     "ours-bf16",
+    "moving-bf16",
     "lora-bf16",
     "frozen-int8",
     "ours-int8",
     "frozen-nf4",
     "ours-nf4",
+    "moving-nf4",
     "qlora-nf4",
 ]
 BITS = {"bf16": 16, "int8": 8, "nf4": 4}
@@ -136,13 +140,15 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
     method, precision = mode.split("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
-    if method == "ours":
+    if method in ("ours", "moving"):
         row["masks"] = args.masks
-    if method in ("ours", "frozen"):
+    if method in ("ours", "moving", "frozen"):
         shape = Shape.of(shaped(args.shape, args.layers))
-        entries = round(args.density * sum(rows * columns for rows, columns in shape.linears.values()))
-        sizes = dict(batch=args.batch, length=args.seq, state_bits=args.state_bits)
-        moments = estimate(shape, bits=BITS[precision], entries=entries if method == "ours" else 0, **sizes)
+        total = sum(rows * columns for rows, columns in shape.targets())
+        entries = 0 if method == "frozen" else round(args.density * total)
+        sums = moving.sum_bytes(total) if method == "moving" else 0
+        sizes = dict(batch=args.batch, length=args.seq, state_bits=args.state_bits, sums=sums)
+        moments = estimate(shape, bits=BITS[precision], entries=entries, **sizes)
         row["estimate_gib"] = round(peak_bytes(moments) / GIB, 3)
     if args.gpu_gb:
         timed_steps.limit_memory(usable_bytes(args.gpu_gb))

@@ -31,7 +31,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = ["weights", "values and positions", "adapters", "moments", "activations and gradients"]
+    names = ["weights", "values and positions", "adapters", "moments", "sums of gradients", "activations and gradients"]
     bottom = [0.0] * len(rows)
     for number, name in enumerate(names):
         sizes = [row["parts_gib"].get(name, 0.0) for row in rows]

@@ -31,7 +31,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.lr = chosen.lr
     fill_in(args)
     check(parser, args)
-    fill_in_mask(args)
     return args
 
 
@@ -104,12 +103,16 @@ def fill_in(args: argparse.Namespace) -> None:
         args.density = 0.01
     if args.steps is None and args.epochs is None:
         args.epochs = 3.0
+    fill_in_mask(args)
 
 
 def fill_in_mask(args: argparse.Namespace) -> None:
-    """Set the options of the mask, which differ for one that moves."""
+    """Set the options of the mask, which moves unless an option says otherwise."""
+    if args.moving is None:
+        args.moving = args.method == "sparse" and args.scope != "local" and args.salience in (None, *moving.MEASURES)
     if args.moving:
-        args.interval, args.window = args.interval or moving.INTERVAL, args.window or moving.WINDOW
+        args.interval = moving.INTERVAL if args.interval is None else args.interval
+        args.window = moving.WINDOW if args.window is None else args.window
     args.salience = args.salience or ("snip" if args.moving else "gradient")
     args.scope = args.scope or ("global" if args.moving else "local")
 
@@ -141,8 +144,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         check_adapter(parser, args)
     if args.moving and (args.method != "sparse" or args.scope == "local"):
         parser.error("--moving is for --method sparse in --scope global")
+    if args.moving and args.salience not in moving.MEASURES:
+        parser.error(f"--salience {args.salience} cannot move a mask; {' and '.join(moving.MEASURES)} can")
     if not args.moving and (args.interval or args.window):
-        parser.error("--interval and --window are for masks that move; add --moving")
+        parser.error("--interval and --window are for masks that move; leave out what keeps this one where it is")
     if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
         parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
     if args.dry_run and (args.method != "sparse" or args.dtype == "float32"):

@@ -14,7 +14,7 @@ def default_rate(method: str, density: float, weight_size: float) -> float:
         weight_size: root mean square of the model's linear weights; 0.19 in the model that was measured.
     """
     if method == "moving":
-        measured = min(6e-3, 3e-3 * (0.0115 / density) ** 0.7)
+        measured = min(6e-3, 2.5e-3 * (0.0115 / density) ** 0.61)
     else:
         measured = 1e-4 if method == "full" else min(1e-2, 1e-3 * (0.09 / density) ** 0.5)
     return measured * weight_size / 0.19

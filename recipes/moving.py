@@ -11,6 +11,8 @@ from torch import nn
 
 from speft_optim import Mask, MaskSchedule, SparseAdamW, sparsify
 
+# Measures of the gradients of training that were tried; the first is the best.
+MEASURES = ("snip", "gradient")
 INTERVAL, WINDOW = 50, 8
 # Bytes of the sums of gradients; weights that do not fit together take turns.
 BUDGET = 2 * 2**30

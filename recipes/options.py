@@ -63,12 +63,12 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--salience",
         choices=sorted(MEASURES),
         metavar="MEASURE",
-        help="measure that ranks the entries (default gradient, with --moving snip)",
+        help="measure that ranks the entries (default snip, without --moving gradient)",
     )
     group.add_argument(
         "--scope",
         choices=["local", "global"],
-        help="rank per weight or over all of them (default local, with --moving global)",
+        help="rank per weight or over all of them (default global, without --moving local)",
     )
     group.add_argument(
         "--targets", nargs="+", help="module names, such as q_proj (default all linear weights of the blocks)"
@@ -83,8 +83,9 @@ def _add_moving(group) -> None:
     """Add the options of masks that move with the training."""
     group.add_argument(
         "--moving",
-        action="store_true",
-        help="let the mask move with the training (see recipes.moving); ranks over all weights, best by snip",
+        action=argparse.BooleanOptionalAction,
+        help="whether the mask moves with the training, see recipes.moving (default: yes for --method sparse, but not "
+        "with --paper, --scope local or another --salience than snip and gradient)",
     )
     group.add_argument(
         "--interval", type=int, help=f"steps between two selections of a moving mask (default {moving.INTERVAL})"
@@ -96,8 +97,8 @@ def _add_moving(group) -> None:
         "--magnitude-power",
         type=float,
         choices=[0.0, 0.5, 1.0],
-        help="rates of masked entries by their magnitude to this power (default 0; with --moving 1 below 3 %% of the "
-        "entries, else 0.5)",
+        help="rates of masked entries by their magnitude to this power (default 1 below 3 %% of the entries, else 0.5; "
+        "without --moving 0)",
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from recipes import moving
 from recipes.random_models import PROJECTIONS
 from speft_optim import Mask, Masks, SparseAdamW, find_targets, patch_model, sparsify
 
@@ -23,10 +24,25 @@ def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.op
 
 def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
     """Attach random masks of the seven projections; return SparseAdamW and the bytes of values and positions."""
+    values = sparsify(model, random_masks(model, args.density, args.masks))
+    optimizer = SparseAdamW(values, lr=1e-5, state_bits=args.state_bits)
+    return optimizer, held_by(optimizer)
+
+
+def attach_moving(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+    """Attach the same masks, a group of which moves every few steps; return as `attach_ours`."""
     masks = random_masks(model, args.density, args.masks)
-    values = sparsify(model, masks)
-    held = sum(value.nbytes for value in values) + sum(mask.nbytes for mask in masks.values())
-    return SparseAdamW(values, lr=1e-5, state_bits=args.state_bits), held
+    # Without waiting, gradients are summed in each step, as they are of a large model, which has many groups.
+    steps = dict(window=moving.WINDOW, interval=moving.WINDOW)
+    options = dict(salience="snip", power=moving.power_for(args.density), state_bits=args.state_bits, lr=1e-5)
+    optimizer, _ = moving.attach(model, masks, **steps, **options)
+    return optimizer, held_by(optimizer)
+
+
+def held_by(optimizer: SparseAdamW) -> int:
+    """Return the bytes of values and positions."""
+    held = optimizer.memory_summary()
+    return held["values"] + held["positions"]
 
 
 def random_masks(model: nn.Module, density: float, kind: str):
@@ -77,4 +93,10 @@ def attach_lora(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim
     return torch.optim.AdamW(trained, lr=1e-5, fused=fused), sum(parameter.nbytes for parameter in trained)
 
 
-ATTACH = {"frozen": attach_nothing, "ours": attach_ours, "lora": attach_lora, "qlora": attach_lora}
+ATTACH = {
+    "frozen": attach_nothing,
+    "ours": attach_ours,
+    "moving": attach_moving,
+    "lora": attach_lora,
+    "qlora": attach_lora,
+}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.records import package_version
+from recipes import moving
 from recipes.loss import linear_cross_entropy
 from recipes.memory import GIB
 from recipes.peers import ATTACH
@@ -31,39 +32,51 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step_ms, optimizer_ms = [], []
-    for number in range(args.steps + 2):
+    # Masks that move do so twice, at the end of the last step too.
+    steps = max(args.steps + 2, 2 * moving.WINDOW) if method == "moving" else args.steps + 2
+    for number in range(steps):
         whole, last = take_step(model, optimizer, ids, device)
         if number >= 2:
             step_ms.append(whole)
             optimizer_ms.append(last)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    state = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
+    parts = {"weights": weights, **trained_bytes(method, optimizer, held)}
     row = {
         "layers": model.config.num_hidden_layers,
         "trained": trained,
         "step_ms": round(statistics.median(step_ms), 1),
         "optimizer_ms": round(statistics.median(optimizer_ms), 2),
-        **memory_of(device, weights, "values and positions" if method == "ours" else "adapters", held, state),
+        **memory_of(device, parts),
     }
+    if method == "moving":
+        # The slowest step is one at whose end masks changed.
+        row["selection_ms"] = round(max(step_ms) - statistics.median(step_ms), 1)
     del optimizer
     check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return row | check | {"gpu": gpu} | {name: package_version(name) for name in ("torch", "transformers")}
 
 
-def memory_of(device: torch.device, weights: int, kind: str, held: int, state: int) -> dict:
+def trained_bytes(method: str, optimizer: torch.optim.Optimizer, held: int) -> dict[str, int]:
+    """Return the bytes of the trained part, `held`, and of what its optimizer keeps, by kind."""
+    if method in ("ours", "moving"):
+        summary = optimizer.memory_summary()
+        parts = {"values and positions": held, "moments": summary["moments"]}
+        return parts | ({"sums of gradients": summary["salience"]} if method == "moving" else {})
+    moments = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
+    return {"adapters": held, "moments": moments}
+
+
+def memory_of(device: torch.device, parts: dict[str, int]) -> dict:
     """Return the peak so far, and its parts.
 
     Args:
         device: a GPU; elsewhere the peak is not known.
-        weights: bytes of the model.
-        kind: the name of the trained part.
-        held: bytes of the trained part.
-        state: bytes of the optimizer's moments.
+        parts: bytes that are held throughout, by kind.
     """
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    parts = {"weights": weights, kind: held, "moments": state}
+    parts = dict(parts)
     parts["activations and gradients"] = max(0, peak - sum(parts.values()))
     return {
         "peak_gib": round(peak / GIB, 3) if on_gpu else None,

@@ -20,10 +20,10 @@ from speft_optim.checkpoint.adapter_file import LOADED, AdapterFile, fingerprint
 from speft_optim.integrations import patch_model, unpatch_model
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask, find
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.mesh import check_divisions, reshard
-from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 from speft_optim.weights.wrappers import unwrapped

@@ -4,17 +4,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from speft_optim.weights.attached import record_of
 from speft_optim.weights.averaging import average_gradients, is_under_fsdp
-from speft_optim.weights.sparse_weight import attached
 
 
 @torch.compiler.disable(recursive=True)
 def refresh_all(model: nn.Module, args: tuple) -> None:
     """Bring weights and values into step; a forward pre-hook of a sparsified model."""
     # The weights are listed, since searching the model would cost time in each forward.
-    for weight in attached(model):
+    weights = record_of(model).weights
+    for weight in weights:
         weight.refresh()
-    if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, attached(model))):
+    if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, weights)):
         average_gradients(model)
 
 

@@ -29,8 +29,9 @@ from speft_optim.salience.batches import Batches, check_batches, check_max_batch
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.selection import check_together, select_masks
 from speft_optim.salience.streaming import TrainingSalience
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.mesh import reshard
-from speft_optim.weights.sparse_weight import SparseWeight, sparse_weights
+from speft_optim.weights.sparse_weight import SparseWeight
 
 _OPTIONS = {"loss", "max_batches", "seed", "progress"}
 

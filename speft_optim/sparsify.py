@@ -29,19 +29,14 @@ from speft_optim.integrations import (
 from speft_optim.masks.mask import Mask
 from speft_optim.offload.training import OffloadedBase, check_offload
 from speft_optim.optim.adamw import SparseAdamW
+from speft_optim.weights.attached import Record, keep_record, sparse_weights, sparsified_roots, take_record
 from speft_optim.weights.averaging import average_gradients
 from speft_optim.weights.bnb import is_quantized_linear, settle_storage
 from speft_optim.weights.compact_values import linked, warn_if_built_before
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.mesh import check_divisions, is_fully_sharded, reshard
 from speft_optim.weights.provenance import compare_at_first_step, compare_weights
-from speft_optim.weights.sparse_weight import (
-    BEFORE_SPARSIFY,
-    SparseWeight,
-    child_name,
-    sparse_weights,
-    sparsified_roots,
-)
+from speft_optim.weights.sparse_weight import SparseWeight
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
 from speft_optim.weights.wrappers import check_not_parallel, unwrapped
@@ -126,13 +121,12 @@ def sparsify(
             if name in entries:
                 frozen_weight(*target.sites[0]).put(masks[name], entries[name])
             weight = SparseWeight(model, target, masks[name], verify)
-            module, attribute = target.sites[0]
-            module.add_module(child_name(attribute), weight)
+            weight.place.add(weight)
             weights.append(weight)
     is_sharded = is_fully_sharded(model)
     # In front of the hook that gathers the weights, which takes them as they are then.
     hooks = [*refresh_before_forward(model, prepend=is_sharded), *let_checkpoints_see_gradients(model), *offloaded]
-    model.__dict__[BEFORE_SPARSIFY] = (weights, required_grad, hooks)
+    keep_record(model, Record(weights, required_grad, hooks))
     if is_sharded:
         average_gradients(model)
     compare_weights(weights)
@@ -154,7 +148,7 @@ def desparsify(model: nn.Module) -> None:
     if not roots:
         raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
     for root in roots:
-        weights, required_grad, hooks = root.__dict__.pop(BEFORE_SPARSIFY)
+        weights, required_grad, hooks = take_record(root)
         for weight in weights:
             weight.detach_from_model()
         # `all_targets` gives plain names, since blocks may have been wrapped meanwhile.
@@ -230,4 +224,4 @@ def _write_after_step(optimizer, args, kwargs) -> None:
                     weight.check()
                     # Values with a gradient are written in any case: some optimizers bypass the version counter.
                     weight.synchronize() if parameter.grad is None else weight.write()
-                weight.after_step()
+                weight.uses.promote()

@@ -193,7 +193,7 @@ def product_flops(call):
 
 def masks_of(model):
     """The masks of a sparsified model."""
-    from speft_optim.weights.sparse_weight import sparse_weights
+    from speft_optim.weights.attached import sparse_weights
 
     return Masks({weight.name: weight.mask for weight in sparse_weights(model)})
 

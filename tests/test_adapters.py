@@ -44,7 +44,7 @@ from speft_optim import (
     use_adapters,
 )
 from speft_optim.checkpoint.adapter_file import fingerprint, read_adapter
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 
 
 def trained(path, kind="llama", dtype=torch.float32, targets=None, density=0.1, **config):

@@ -263,6 +263,6 @@ def test_every_picture_is_drawn_and_shown(tmp_path):
     figures.main(tmp_path)
     drawn = {picture.name for picture in tmp_path.iterdir()}
     kept = {picture.name for picture in (ROOT / "docs").glob("*.png")}
-    assert drawn <= kept and len(drawn) == 3
+    assert drawn <= kept and len(drawn) == 4
     text = "".join(page.read_text() for page in PAGES)
     assert all(name in text for name in kept)

@@ -22,7 +22,7 @@ from speft_optim import (
     sparsify,
     use_adapters,
 )
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 
 # The same examples in every run: what a longer search finds (take out `derandomize`) is fixed by whoever searched.
 FUZZ = settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

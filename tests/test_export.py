@@ -23,8 +23,8 @@ from speft_optim import (
 )
 from speft_optim.checkpoint import export as module_export
 from speft_optim.files import whole_folder
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import quantized_linears
-from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 
 

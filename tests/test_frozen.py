@@ -10,7 +10,9 @@ from conftest import assert_close
 from torch import nn
 
 from speft_optim.masks.mask import Mask, find
-from speft_optim.weights.bnb import FourBitWeight, Int8Weight, is_quantized_linear, settle_storage
+from speft_optim.weights.bnb import is_quantized_linear, settle_storage
+from speft_optim.weights.four_bit import FourBitWeight
+from speft_optim.weights.int8 import Int8Weight
 from speft_optim.weights.storage import DenseWeight, frozen_weight
 from speft_optim.weights.targets import all_targets, find_targets, is_linear
 

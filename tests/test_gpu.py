@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, select_masks, sparsify
 from speft_optim.kernels.product import accumulate_product_
 from speft_optim.kernels.sampling import from_panels
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

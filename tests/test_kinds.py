@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, SparseAdamW, load_adapter, save_adapter, select_masks, sparsify
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.compact_values import linked
-from speft_optim.weights.sparse_weight import sparse_weights
 
 
 class Convolutions(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim import Mask, desparsify, select_masks, sparsify
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 
 
 def run(model, call, inputs):
@@ -380,7 +380,7 @@ def test_hooks_hold_no_input_between_forwards(checkpointed):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sparsify(model, random_masks(model))
     model(**token_batch()).loss.backward()
-    gradient_hooks = [hook for weight in sparse_weights(model) for hook in weight._gradient_hooks]
+    gradient_hooks = [hook for weight in sparse_weights(model) for hook in weight.uses.hooks]
     assert len(gradient_hooks) == 14
     assert not any("uses_of" in key or key == "weight" for module in model.modules() for key in module.__dict__)
 

@@ -310,7 +310,7 @@ def test_a_simulated_gpu_sets_the_limit(tmp_path):
     assert row["error"] == "out of memory" and row["simulated_gb"] == 12
 
 
-@pytest.mark.parametrize("method", ["frozen", "lora", "ours"])
+@pytest.mark.parametrize("method", ["frozen", "lora", "ours", "moving"])
 def test_modes_train_what_they_should(method):
     pytest.importorskip("peft")
     arguments = type("Arguments", (), dict(density=0.02, state_bits=32, rank=4, masks="uniform"))

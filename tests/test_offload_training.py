@@ -33,7 +33,7 @@ from speft_optim import (
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.prefetch import Prefetcher
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import record_of, sparse_weights
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2"]
 
@@ -344,8 +344,7 @@ def test_a_block_is_moved_twice_a_step_and_two_blocks_are_held_at_most(monkeypat
 
     monkeypatch.setattr(Prefetcher, "_fill", note)
     setup = offloaded(model)
-    hooks = setup.model.__dict__["_before_sparsify"][2]
-    (prefetcher,) = (hook.prefetcher for hook in hooks if hasattr(hook, "prefetcher"))
+    (prefetcher,) = (hook.prefetcher for hook in record_of(model).hooks if hasattr(hook, "prefetcher"))
     block = sum(256 * -(-parameter.nbytes // 256) for parameter in model.model.layers[0].parameters())
     values = sum(256 * -(-weight.values.nbytes // 256) for weight in sparse_weights(model.model.layers[0]))
     assert prefetcher.nbytes == 2 * (block - values)

@@ -27,9 +27,11 @@ from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
 from speft_optim.salience.grasp import GradientStore
 from speft_optim.salience.measures import MEASURES
-from speft_optim.weights.bnb import FourBitWeight, Int8Weight, quantized_linears
+from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.four_bit import FourBitWeight
+from speft_optim.weights.int8 import Int8Weight
 from speft_optim.weights.quantized_linear import FrozenForward
-from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import find_targets
 

@@ -53,8 +53,8 @@ from recipes import (
 from recipes.loss import frozen_head
 from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
 from speft_optim.optim.state import has_moments
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import quantized_linears
-from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 
 ROOT = Path(__file__).parent.parent
@@ -475,8 +475,10 @@ def test_job_with_a_mask_that_moves(folders, tmp_path, bits):
     "more, match",
     [
         (["--moving", "--method", "full"], "--moving is for --method sparse"),
+        (["--moving", "--salience", "fisher"], "--salience fisher cannot move a mask; snip and gradient can"),
+        (["--interval", 0], "--interval is 0; it must be at least 1"),
         (["--moving", "--scope", "local"], "--moving is for --method sparse in --scope global"),
-        (["--window", 4], "--interval and --window are for masks that move; add --moving"),
+        (["--window", 4, "--scope", "local"], "--interval and --window are for masks that move"),
     ],
 )
 def test_options_of_moving_masks_are_refused_elsewhere(folders, tmp_path, more, match, capsys):
@@ -485,13 +487,29 @@ def test_options_of_moving_masks_are_refused_elsewhere(folders, tmp_path, more, 
     assert match in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ([], (True, "snip", "global")),
+        (["--salience", "gradient"], (True, "gradient", "global")),
+        (["--no-moving"], (False, "gradient", "local")),
+        (["--scope", "local"], (False, "gradient", "local")),
+        (["--salience", "fisher"], (False, "fisher", "local")),
+        (["--paper"], (False, "gradient", "local")),
+        (["--paper", "--moving"], (True, "snip", "global")),
+    ],
+)
+def test_masks_move_unless_an_option_says_otherwise(folders, tmp_path, more, expected):
+    args = command_line.parse(command(folders, "qwen2", tmp_path, *more))
+    assert (args.moving, args.salience, args.scope) == expected
+    assert not command_line.parse(command(folders, "qwen2", tmp_path, "--method", "full")).moving
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "qwen2", "llama"])
-@pytest.mark.parametrize("method", ["sparse", "full"])
+@pytest.mark.parametrize("method", [["--density", 0.1], ["--density", 0.1, "--no-moving"], ["--method", "full"]])
 def test_job_on_tiny_models(kind, method, folders, tmp_path, capsys):
     out = tmp_path / "run"
-    more = ["--steps", 6, "--lr", 3e-3, "--method", method, "--warmup", 0.2]
-    more += ["--density", 0.1] if method == "sparse" else []
-    record = gsm8k.main(command(folders, kind, out, *more))
+    record = gsm8k.main(command(folders, kind, out, "--steps", 6, "--lr", 3e-3, "--warmup", 0.2, *method))
 
     assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(records._plain(record)))
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
@@ -509,7 +527,7 @@ def test_job_on_tiny_models(kind, method, folders, tmp_path, capsys):
 
     tuned_model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
     assert tuned_model.config.use_cache == AutoModelForCausalLM.from_pretrained(folders / kind).config.use_cache
-    if method == "sparse":
+    if "--density" in method:
         masks = Masks.load(out / "masks.safetensors")
         assert differing <= masks.count == record["mask"]["count"]
         assert record["mask"]["fingerprint"] == masks.fingerprint()
@@ -578,7 +596,7 @@ def test_options_reach_the_library(folders, tmp_path, monkeypatch):
     names = Masks.load(tmp_path / "masks.safetensors").keys()
     assert {name.split(".")[-2] for name in names} == {"q_proj", "down_proj"}
     size = learning_rate.linear_weight_size(AutoModelForCausalLM.from_pretrained(folders / "llama"))
-    assert record["lr"] == pytest.approx(learning_rate.default_rate("sparse", record["mask"]["density"], size))
+    assert record["lr"] == pytest.approx(learning_rate.default_rate("moving", record["mask"]["density"], size))
 
 
 def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, monkeypatch):
@@ -793,6 +811,7 @@ def test_dry_run_loads_and_writes_nothing(folders, tmp_path, monkeypatch, capsys
         "--checkpointing",
         "--accumulation",
         "1",
+        "--no-moving",
     ]
     moments = gsm8k.main(arguments)
     shape = shapes.Shape.of(transformers.AutoConfig.from_pretrained(bare))
@@ -912,6 +931,8 @@ def test_default_rates_follow_the_measurements():
     assert learning_rate.default_rate("sparse", 0.09, 0.19) == pytest.approx(1e-3)
     assert learning_rate.default_rate("sparse", 0.01, 0.19) == pytest.approx(3e-3)
     assert learning_rate.default_rate("sparse", 1e-6, 0.19) == pytest.approx(1e-2)
+    assert learning_rate.default_rate("moving", 0.092, 0.19) == pytest.approx(7e-4, rel=0.01)
+    assert learning_rate.default_rate("moving", 0.0115, 0.19) == pytest.approx(2.5e-3)
     assert learning_rate.default_rate("full", 1.0, 0.19) == pytest.approx(1e-4)
     assert learning_rate.default_rate("full", 1.0, 0.019) == pytest.approx(1e-5)
 
@@ -1212,7 +1233,8 @@ def test_expected_bytes_of_masks_that_move_count_their_sums(samples, tmp_path):
 
 
 def test_the_dry_run_counts_the_sums_of_masks_that_move():
-    plain, more = ([*"--preset llama3-8b --base-bits 4 --dry-run".split(), *extra] for extra in ([], ["--moving"]))
+    command = "--preset llama3-8b --base-bits 4 --dry-run".split()
+    plain, more = ([*command, *extra] for extra in (["--no-moving"], []))
     without, within = (memory.peak_bytes(gsm8k.main(arguments)) for arguments in (plain, more))
     assert within - without == moving.BUDGET
 

@@ -37,7 +37,7 @@ from speft_optim import (
 from speft_optim.optim.moments import carry_moments_, new_moments_, store_moments_, unpack_moments
 from speft_optim.optim.state import has_moments
 from speft_optim.salience.measures import MEASURES
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 
 CALIBRATION = [token_batch(1000 + seed) for seed in range(2)]
 

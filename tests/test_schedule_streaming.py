@@ -36,7 +36,7 @@ from speft_optim import (
     sparsify,
 )
 from speft_optim.optim.state import has_moments
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 
 # The accumulators of the tiny model take 36,864 bytes in one group; a matrix 1,152 to 3,840.
 # Roundings of gradients that nearly vanish grow in the steps of Adam, which are of the size of the rate.
@@ -450,7 +450,7 @@ def test_gradients_of_replicas_on_other_devices_are_refused():
     model, optimizer, schedule = attach()
     (weight, *_) = sparse_weights(model)
     with pytest.raises(ValueError, match="is on meta, but the weight is on cpu. The replicas of nn.DataParallel"):
-        weight.accumulator.from_dense(weight.parameter.to("meta"))
+        weight.accumulator.from_dense(weight.weight.to("meta"))
 
 
 def test_weights_that_join_share_the_step_count_of_the_others():

@@ -33,8 +33,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from speft_optim import Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.compact_values import linked
-from speft_optim.weights.sparse_weight import sparse_weights
 
 STEPS = 3
 

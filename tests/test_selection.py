@@ -23,7 +23,7 @@ from speft_optim import Mask, MaskSchedule, SparseAdamW, select_masks, sparsify
 from speft_optim.salience.amounts import share_out
 from speft_optim.salience.calibration import default_memory_budget
 from speft_optim.salience.topk import BestEntries, _kth_best
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.targets import all_targets, find_targets
 
 examples = settings(max_examples=60, deadline=None, database=None)

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 
 BATCH = token_batch()
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights import gradient_hooks as linear
-from speft_optim.weights.sparse_weight import sparse_weights
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.verification import agrees, warn_of_inputs
 
 
@@ -473,7 +473,7 @@ def test_ordinary_models_are_trusted_after_one_step(kind, dtype, caplog):
             model(**token_batch()).loss.backward()
             optimizer.step()
     assert not [text for text in told(caplog) if "otherwise" in text]
-    gradient_hooks = [hook for weight in sparse_weights(model) for hook in weight._gradient_hooks if hook.is_product]
+    gradient_hooks = [hook for weight in sparse_weights(model) for hook in weight.uses.hooks if hook.is_product]
     assert gradient_hooks and sum(hook.verdict == ((), True) for hook in gradient_hooks) >= len(gradient_hooks) - 2
 
 

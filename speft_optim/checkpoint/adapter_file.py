@@ -23,8 +23,8 @@ from speft_optim.files import write_atomically, write_safetensors
 from speft_optim.masks.collection import UNREADABLE, Masks, parts_of
 from speft_optim.masks.mask import Mask, places_outside
 from speft_optim.version import __version__
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.mesh import once, reshard
-from speft_optim.weights.sparse_weight import sparse_weights
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 from speft_optim.weights.wrappers import unwrapped
@@ -183,7 +183,7 @@ def named_root(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model holds several sparsified models.
     """
-    roots = {weight._places[0] for weight in sparse_weights(model)}
+    roots = {weight.place.model for weight in sparse_weights(model)}
     if len(roots) > 1:
         names = [name for name, module in model.named_modules() if module in roots]
         raise ValueError(

@@ -1,6 +1,6 @@
 """Dequantisation of a bitsandbytes weight with an overlay of compact values, by Triton kernels.
 
-The definitions in PyTorch are in `weights/bnb.py`, with the classes that know bitsandbytes' layouts.
+The definitions in PyTorch are in `weights/int8.py` and `weights/four_bit.py`, with the classes that know the layouts.
 """
 
 from torch import Tensor

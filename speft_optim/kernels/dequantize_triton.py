@@ -1,7 +1,8 @@
 """Triton kernels that dequantise a bitsandbytes weight with an overlay of compact values, in one launch.
 
 One program takes one row: it writes the dequantised row, and then the row's values over it. The arithmetic is that of
-`weights/bnb.py`, product by product, so that a weight read by entries or by rows is the same to the bit.
+`weights/int8.py` and `weights/four_bit.py`, product by product, so that a weight read by entries or by rows is the same
+to the bit.
 """
 
 import torch

@@ -65,7 +65,7 @@ class TrainingSalience:
     ):
         self.weights, self.measure, self.scope, self.window = weights, measure, scope, window
         self._sum_of = SquareSum if measure.statistic == "squared_gradient" else GradientSum
-        self.groups = cut_into_groups((w.target for w in weights), memory_budget, measure.entry_bytes)
+        self.groups = cut_into_groups((w.place.target for w in weights), memory_budget, measure.entry_bytes)
         # The number of steps in a turn.
         self.period = max(window, -(-interval // len(self.groups)))
         # Chunks are long enough to keep a device busy, and short enough that their temporaries are small.

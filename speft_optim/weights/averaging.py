@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
+from speft_optim.weights.attached import record_of
 from speft_optim.weights.mesh import parameter_groups
-from speft_optim.weights.sparse_weight import BEFORE_SPARSIFY, SparseWeight
+from speft_optim.weights.sparse_weight import SparseWeight
 
 
 class GradientAverage:
@@ -44,7 +45,7 @@ class GradientAverage:
             return
         # After FSDP's own hook: what it keeps gathered for the whole forward may be used without a call of its module.
         for weight in self._weights:
-            weight.watch_gathered()
+            weight.uses.watch_gathered()
 
     def _watch(self, model: nn.Module, args: tuple, output: object) -> None:
         # Of a compiled forward the values' own hooks queue the average.
@@ -87,14 +88,14 @@ class GradientAverage:
 
 def average_gradients(model: nn.Module) -> None:
     """Average the gradients of a model that `sparsify` was called on, until `desparsify`. Does nothing twice."""
-    weights, _, hooks = model.__dict__[BEFORE_SPARSIFY]
-    if not any(isinstance(hook, GradientAverage) for hook in hooks):
-        hooks.append(GradientAverage(model, weights))
+    record = record_of(model)
+    if not any(isinstance(hook, GradientAverage) for hook in record.hooks):
+        record.hooks.append(GradientAverage(model, record.weights))
 
 
 def is_under_fsdp(weight: SparseWeight) -> bool:
     """Whether `fully_shard` was called on a module around a weight, which itself may be left whole, as codes are."""
-    return any(hasattr(type(parent), "set_requires_gradient_sync") for parent in weight.parents())
+    return any(hasattr(type(parent), "set_requires_gradient_sync") for parent in weight.place.parents())
 
 
 def is_synchronized(weight: SparseWeight) -> bool:
@@ -102,4 +103,4 @@ def is_synchronized(weight: SparseWeight) -> bool:
 
     `FSDPModule.set_requires_gradient_sync` says so, for each block.
     """
-    return all(group.reduce_grads for group in next(parameter_groups(weight.parents()), []))
+    return all(group.reduce_grads for group in next(parameter_groups(weight.place.parents()), []))

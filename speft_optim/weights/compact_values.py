@@ -41,6 +41,11 @@ class CompactValues(nn.Parameter):
             Tensor.data.__set__(self, new)
 
 
+def version(tensor: Tensor) -> tuple:
+    """Return what changes with each in-place operation on a tensor and each replacement of its storage or view."""
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "taken", 0)
+
+
 def exchange(values: nn.Parameter, entries: Tensor) -> None:
     """Replace the entries of the parameter; backward through a graph from before is refused from now on.
 

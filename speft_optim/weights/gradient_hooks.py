@@ -148,10 +148,6 @@ class GradientHook:
         # Calibration of a model in training turns this off, so that second derivatives do not reach the hook either.
         return torch.is_grad_enabled() and self.grad_anchor.requires_grad
 
-    def verify_again(self) -> None:
-        """Compare the gradient of the next backward with autograd's own again, as in the first."""
-        self.verdict = None
-
     def promote(self) -> None:
         """Adopt the verdict of the last backward; called between steps, as recomputed blocks must not change midway."""
         if self._found is not None:

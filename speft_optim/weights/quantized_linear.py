@@ -17,9 +17,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from speft_optim.weights.bnb import LAYER_NAME, QuantizedWeight, quantized_linears
+from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.gradient_nodes import Accumulator, keep_input, take_saved_input
 from speft_optim.weights.quantized_state import STATE_KEYS, load_entries, save_entries
+from speft_optim.weights.quantized_weight import LAYER_NAME, QuantizedWeight
 from speft_optim.weights.scales import trained_entries
 from speft_optim.weights.storage import frozen_weight
 
@@ -177,9 +178,6 @@ class ProductHook:
 
     def promote(self) -> None:
         """Do nothing: there is no verification whose verdict could be adopted."""
-
-    def verify_again(self) -> None:
-        """Do nothing: there is nothing to verify."""
 
 
 @contextmanager

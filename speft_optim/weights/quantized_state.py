@@ -17,7 +17,7 @@ from torch import nn
 
 from speft_optim.kernels.entries import gather_entries
 from speft_optim.masks.mask import Mask
-from speft_optim.weights.bnb import QuantizedWeight
+from speft_optim.weights.quantized_weight import QuantizedWeight
 from speft_optim.weights.scales import plain_scales
 from speft_optim.weights.storage import as_stored, frozen_weight
 

@@ -6,8 +6,11 @@ from torch import Tensor, nn
 from speft_optim.kernels.entries import gather_entries
 from speft_optim.kernels.overlay import overlay_
 from speft_optim.masks.mask import Mask
-from speft_optim.weights.bnb import FourBitWeight, Int8Weight, QuantizedWeight, is_quantized_linear, layer_kind
+from speft_optim.weights.bnb import is_quantized_linear, quantized_weight
 from speft_optim.weights.floating import FloatingWeight
+from speft_optim.weights.four_bit import FourBitWeight
+from speft_optim.weights.int8 import Int8Weight
+from speft_optim.weights.quantized_weight import QuantizedWeight
 from speft_optim.weights.scales import trained_entries
 from speft_optim.weights.sharded import ShardedWeight, is_sharded
 
@@ -59,9 +62,9 @@ def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
         return module.__dict__[STREAMED][attribute]
     if is_sharded(module._parameters[attribute]):
         return ShardedWeight(module, attribute)
-    if attribute != "weight" or not is_quantized_linear(module):
-        return DenseWeight(module, attribute)
-    return Int8Weight(module) if layer_kind(type(module)) == "Linear8bitLt" else FourBitWeight(module)
+    if attribute == "weight" and is_quantized_linear(module):
+        return quantized_weight(module)
+    return DenseWeight(module, attribute)
 
 
 def keep_attached(weight: Tensor, mask: Mask, values: Tensor) -> None:

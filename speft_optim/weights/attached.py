@@ -1,0 +1,53 @@
+"""What `sparsify` attached to a model: the masked weights in it, and the record by which `desparsify` undoes all."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from speft_optim.weights.targets import AddedModule
+
+if TYPE_CHECKING:
+    from speft_optim.weights.sparse_weight import SparseWeight
+
+# The attribute of the module that `sparsify` was called on which has its `Record`.
+_RECORD = "_before_sparsify"
+
+
+class Record(NamedTuple):
+    """What a call of `sparsify` did to a model.
+
+    Attributes:
+        weights: the masked weights that it attached.
+        required_grad: whether each weight of the model required gradients before, by name.
+        hooks: what it hooked to the model, each with a method `remove`.
+    """
+
+    weights: "list[SparseWeight]"
+    required_grad: dict[str, bool]
+    hooks: list
+
+
+def keep_record(root: nn.Module, record: Record) -> None:
+    """Keep the record with the module that `sparsify` was called on."""
+    root.__dict__[_RECORD] = record
+
+
+def record_of(root: nn.Module) -> Record:
+    """Return the record of the very module that `sparsify` was called on."""
+    return root.__dict__[_RECORD]
+
+
+def take_record(root: nn.Module) -> Record:
+    """Remove the record from the module that `sparsify` was called on, and return it."""
+    return root.__dict__.pop(_RECORD)
+
+
+def sparsified_roots(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in the model, itself included, that `sparsify` was called on."""
+    return [module for module in model.modules() if _RECORD in module.__dict__]
+
+
+def sparse_weights(model: nn.Module) -> "list[SparseWeight]":
+    """Return the sparsified weights of a model, in the order of its parameters; none for a plain model."""
+    # They are the only modules that this library adds to a model.
+    return [module for module in model.modules() if isinstance(module, AddedModule)]
