@@ -303,6 +303,103 @@ def test_decoding_while_gradients_are_recorded_is_refused_instead_of_wrong():
         model(ids[:, :1], past_key_values=cache, use_cache=True)
 
 
+def test_trainer_trains_and_resumes_as_with_a_resident_model(tmp_path):
+    from test_scripts import Samples, halving, trainer_arguments
+    from transformers import Trainer
+
+    results = []
+    runs = [("resident", attach, None), ("host", offloaded, None), ("host", offloaded, "checkpoint-2")]
+    for folder, make, checkpoint in runs:
+        setup = make()
+        addresses = [parameter.data_ptr() for parameter in setup.model.parameters()]
+        arguments = trainer_arguments(
+            tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2, gradient_checkpointing=True
+        )
+        optimizers = (setup.optimizer, halving(setup.optimizer))
+        trainer = Trainer(
+            setup.model, arguments, train_dataset=Samples(), eval_dataset=Samples(), optimizers=optimizers
+        )
+        trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / folder / checkpoint))
+        loss = trainer.evaluate()["eval_loss"]
+        assert folder == "resident" or [part.data_ptr() for part in setup.model.parameters()] == addresses
+        results.append((loss, weights_of(setup.model), setup.optimizer.state_dict()))
+    assert equal_states(results[0], results[1]) and equal_states(results[1], results[2])
+
+
+def test_sft_trainer_trains_with_its_own_defaults(tmp_path):
+    """It turns on the checkpointing of transformers, in bf16 if it can."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from test_quantized import rows, tokenizer
+
+    setup = offloaded()
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows()])
+    options = dict(max_steps=6, per_device_train_batch_size=4, logging_steps=1, report_to=[], disable_tqdm=True)
+    arguments = trl.SFTConfig(str(tmp_path), **options, use_cpu=True, max_length=16, save_strategy="no")
+    options = dict(train_dataset=data, processing_class=tokenizer(), optimizers=(setup.optimizer, None))
+    trainer = trl.SFTTrainer(setup.model, arguments, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_accelerate_trains_and_resumes_as_with_a_resident_model(tmp_path):
+    from accelerate import Accelerator
+
+    results = []
+    for make, first in ((attach, 0), (offloaded, 0), (offloaded, 2)):
+        setup = make()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model, optimizer = accelerator.prepare(setup.model, setup.optimizer)
+        if first:
+            accelerator.load_state(str(tmp_path / "state"))
+        for step in range(first, 6):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**token_batch(step)).loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+            if step == 1 and make is offloaded:
+                accelerator.save_state(str(tmp_path / "state"))
+        results.append(weights_of(setup.model))
+    assert equal_states(results[0], results[1]) and equal_states(results[1], results[2])
+
+
+def t5():
+    """An encoder and a decoder, each a list of blocks, with one embedding."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
+    # Without a cache, since keys that went through it lie otherwise in memory and give another rounding.
+    config = tf.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, use_cache=False)
+    return tf.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("targets", [None, every])
+@pytest.mark.parametrize("make", [t5, *(lambda kind=kind: tiny_model(kind) for kind in ("opt", "bert", "mixtral"))])
+def test_models_of_other_shapes_train_as_resident_ones(make, targets):
+    """Encoders and decoders, encoders alone, experts; with dropout in training mode."""
+    results = []
+    for offload in (None, "cpu"):
+        model = make().train()
+        values = sparsify(model, random_masks(model, targets), offload=offload)
+        optimizer = SparseAdamW(values, **OPTIONS)
+        torch.manual_seed(0)
+        losses = train(model, optimizer, 3)
+        results.append((losses, weights_of(model), optimizer.state_dict()))
+    assert equal_states(*results)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_is_compiled_later_computes_eagerly(in_place):
+    resident, host = attach(), offloaded()
+    compiled = host.model if in_place else torch.compile(host.model, backend="eager")
+    if in_place:
+        compiled.compile(backend="eager")
+    assert train(compiled, host.optimizer, 3) == train(resident.model, resident.optimizer, 3)
+
+
 class Stop(BaseException):
     """As KeyboardInterrupt is, no Exception."""
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from speft_optim.distributed import is_distributed
 from speft_optim.offload.engine import blocks_of, compute_on, device_of_tensors, host_weights, replace_call
+from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import lock_pages
 from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.replacement import replace_method
 from speft_optim.weights.storage import STREAMED
-from speft_optim.weights.targets import all_targets
 
 
 def check_offload(model: nn.Module, device: str | torch.device) -> torch.device:
@@ -69,6 +69,7 @@ class OffloadedBase:
 
     def __init__(self, model: nn.Module, device: torch.device):
         weights = host_weights(model, device)
+        distinct = list(dict.fromkeys(weights.values()))
         pages = contextlib.ExitStack()
         # Memory must not be freed while its pages are locked, so they are unlocked as soon as the model is gone.
         self._unlock = weakref.finalize(model, pages.close)
@@ -79,11 +80,11 @@ class OffloadedBase:
             if device.type == "cuda":
                 lock_pages(model.parameters(), device, pages)
                 pages.callback(torch.cuda.synchronize, device)
-            for weight in dict.fromkeys(weights.values()):
+            for weight in distinct:
                 stack.callback(weight.close)
             self.prefetcher = compute_on(model, device, weights, stack)
+            _refuse_dense_training(model, distinct, stack)
             _call_eagerly(model, stack)
-            _refuse_dense_training(model, stack)
             for module in model.modules():
                 if STREAMED in module.__dict__:
                     replace_method(module, "_apply", _Stay(module, device), stack)
@@ -101,27 +102,22 @@ def _call_eagerly(model: nn.Module, stack: contextlib.ExitStack) -> None:
             replace_call(module, torch.compiler.disable, stack)
 
 
-def _refuse_dense_training(model: nn.Module, stack: contextlib.ExitStack) -> None:
+def _refuse_dense_training(model: nn.Module, weights: list[HostWeight], stack: contextlib.ExitStack) -> None:
     """Refuse a forward that should give whole weights a gradient, which their copies would not pass on."""
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
-            if torch.is_grad_enabled():
-                _check_frozen(model)
+            thawed = torch.is_grad_enabled() and next((w.name for w in weights if w.parameter.requires_grad), None)
+            if thawed:
+                raise ValueError(
+                    f"{thawed} requires a gradient, but a weight that stays in host memory gets none; freeze it with "
+                    "requires_grad_(False), and give it a mask of all its entries if it should train."
+                )
             return present(*args, **kwargs)
 
         return call
 
     replace_call(model, make, stack)
-
-
-def _check_frozen(model: nn.Module) -> None:
-    for name, target in all_targets(model).items():
-        if target.parameter.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, but a weight that stays in host memory gets none; freeze it with "
-                "requires_grad_(False), and give it a mask of all its entries if it should train."
-            )
 
 
 class _Stay:
