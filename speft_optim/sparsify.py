@@ -109,12 +109,13 @@ def sparsify(
         found = {name: mask for name, mask in masks.items() if len(mask)}
         entries = {} if base is None else original_entries(base, found, targets)
     check_equal_masks(masks)
+    # This is the first change, since the device may lack memory for it.
+    offloaded = [] if offload is None else [OffloadedBase(model, offload)]
     _follow_optimizers()
     required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
     model.requires_grad_(False)
     patch_model(model)
     declare_trainable(model)
-    offloaded = [] if offload is None else [OffloadedBase(model, offload)]
     weights = []
     for name, target in targets.items():
         if name in masks and (keep_empty or len(masks[name])):

@@ -1,7 +1,9 @@
 """Training with the base in host memory gives what a resident model gives, bit for bit, and leaves the model whole."""
 
 import copy
+import gc
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from speft_optim import (
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.prefetch import Prefetcher
+from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparse_weights
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2"]
@@ -534,6 +537,60 @@ def test_models_that_cannot_be_offloaded_are_refused_before_anything_changes(rea
     before = state(model)
     with pytest.raises(ValueError, match=reason):
         sparsify(model, masks, offload="cpu")
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("salience", ["grasp", "synflow"])
+def test_measures_that_recomputation_would_spoil_are_refused(salience):
+    model = offloaded().model
+    with pytest.raises(ValueError, match=f"salience='{salience}' is not possible on a model that sparsify offloaded"):
+        select_masks(model, [token_batch()], salience=salience, density=0.1, progress=False)
+
+
+def on_pretended_gpu(monkeypatch, model):
+    """A model's base for a GPU that there is not; return it with what was done."""
+    done, device = [], torch.device("cuda:0")
+    gpu = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: None)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("synchronised"))
+    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: None)
+
+    def lock(tensors, device, stack):
+        done.append("locked")
+        stack.callback(done.append, "unlocked")
+
+    monkeypatch.setattr("speft_optim.offload.training.lock_pages", lock)
+    return OffloadedBase(model, device), done
+
+
+def test_pages_are_unlocked_when_the_model_is_gone(monkeypatch):
+    base, done = on_pretended_gpu(monkeypatch, tiny_model())
+    del base
+    gc.collect()
+    assert done == ["locked", "synchronised", "unlocked"]
+
+
+def test_pages_are_unlocked_once_and_the_model_is_whole_at_the_end(monkeypatch):
+    model = tiny_model()
+    before = state(model)
+    base, done = on_pretended_gpu(monkeypatch, model)
+    assert model.to("cpu") is model and state(model) != before
+    base.remove()
+    assert state(model) == before
+    del model
+    gc.collect()
+    assert done == ["locked", "synchronised", "unlocked"]
+
+
+def test_a_device_without_room_leaves_the_model_as_it_was(monkeypatch):
+    def full(size, device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", full)
+    model = tiny_model()
+    before = state(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        sparsify(model, random_masks(model), offload="cpu")
     assert state(model) == before
 
 

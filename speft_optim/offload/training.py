@@ -78,6 +78,9 @@ class OffloadedBase:
         with contextlib.ExitStack() as stack:
             stack.callback(self._unlock)
             if device.type == "cuda":
+                # Weights that are replaced stay in memory for as long as their pages are locked.
+                storages = [parameter.untyped_storage() for parameter in model.parameters()]
+                pages.callback(storages.clear)
                 lock_pages(model.parameters(), device, pages)
                 pages.callback(torch.cuda.synchronize, device)
             for weight in distinct:

@@ -19,7 +19,7 @@ from speft_optim.checks import check_callable, check_choice, check_flag, check_w
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
-from speft_optim.offload.engine import streaming
+from speft_optim.offload.engine import offloaded_to, streaming
 from speft_optim.salience.amounts import candidate_bytes, check_amount, check_shares, share_out
 from speft_optim.salience.batches import Batches, check_max_batches
 from speft_optim.salience.calibration import default_memory_budget, stream_scores
@@ -111,6 +111,8 @@ def select_masks(
             check_differentiable(model)
             check_max_batches(max_batches)
             check_callable("loss", loss, "(model, batch)")
+            if offloaded_to(model) is not None:
+                _check_recomputed(measure)
             if offload is not None:
                 # The graph of `synflow` keeps no weights, and its torch function mode would be off in a recomputation.
                 stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
@@ -181,6 +183,19 @@ def check_together(
     if offload is not None and measure.differentiates_twice:
         raise ValueError(f"salience={salience!r} differentiates twice, which offload does not support; choose another.")
     return measure
+
+
+def _check_recomputed(measure: Measure) -> None:
+    """Refuse a measure whose passes go wrong where blocks are recomputed, as on a model that `sparsify` offloaded.
+
+    Raises:
+        ValueError: the measure differentiates twice, or changes how the model computes.
+    """
+    if measure.differentiates_twice or measure.statistic == "flow":
+        raise ValueError(
+            f"salience='{measure.name}' is not possible on a model that sparsify offloaded; select before sparsify, or "
+            "choose another."
+        )
 
 
 def _check_sharded(measure: Measure, offload: str | torch.device | None) -> None:
