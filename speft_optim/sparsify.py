@@ -77,7 +77,7 @@ def sparsify(
             does not fit on the device: they are copied to it block by block, in forward and again in backward, where
             each block is recomputed. The inputs of blocks are kept in CPU memory. Values, moments and gradients are on
             the device. `model.to(device)` moves nothing from here on, and weights in CPU memory get the trained values
-            when they are read or saved. One process only; not for quantised or compiled models.
+            when they are read or saved. One process only; not for compiled models.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.

@@ -236,7 +236,7 @@ def test_pages_are_locked_for_a_gpu_until_all_copies_are_over(monkeypatch, by_bl
     monkeypatch.setattr("speft_optim.offload.engine.lock_pages", lock)
     with streaming(model, "cuda:0", by_block=by_block):
         (locked,) = done
-        assert [id(parameter) for parameter in locked] == [id(parameter) for parameter in model.parameters()]
+        assert [part.data_ptr() for part in locked] == [parameter.data_ptr() for parameter in model.parameters()]
     assert done[1:] == ["synchronised", "unlocked"]
 
 

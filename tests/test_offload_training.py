@@ -403,6 +403,82 @@ def test_a_model_that_is_compiled_later_computes_eagerly(in_place):
     assert train(compiled, host.optimizer, 3) == train(resident.model, resident.optimizer, 3)
 
 
+QUANTISED = ["int8", "nf4", "double"]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import save_original
+
+    return save_original(tmp_path_factory.mktemp("original"))
+
+
+def loaded(folder, kind):
+    from quantized_models import load_quantized
+
+    return load_quantized(folder, kind)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_base_trains_as_a_resident_one(original, kind):
+    from quantized_models import effective, stored
+
+    results = []
+    for offload in (None, "cpu"):
+        model = loaded(original, kind)
+        before = stored(model)
+        values = sparsify(model, random_masks(model), offload=offload)
+        optimizer = SparseAdamW(values, **OPTIONS)
+        losses = train(model, optimizer, 3, parts=2)
+        states = weights_of(model), optimizer.state_dict()
+        generated = model.generate(token_batch()["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        desparsify(model)
+        assert all(map(torch.equal, stored(model), before))
+        results.append((losses, states, generated, effective(model)))
+    assert equal_states(*results)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_masks_of_a_quantised_base_are_selected_and_move_as_on_a_resident_one(original, kind):
+    data, results = [token_batch(seed) for seed in range(2)], []
+    for offload in (None, "cpu"):
+        model = loaded(original, kind)
+        masks = select_masks(model, data, density=0.1, offload=offload, progress=False)
+        values = sparsify(model, masks, offload=offload)
+        optimizer = SparseAdamW(values, **OPTIONS)
+        MaskSchedule(model, optimizer, data, interval=2, progress=False)
+        losses = train(model, optimizer, 5)
+        moved = {weight.name: weight.mask.indices for weight in sparse_weights(model)}
+        assert any(len(part) and not torch.equal(part, masks[name].indices) for name, part in moved.items())
+        results.append((losses, {name: mask.indices for name, mask in masks.items()}, moved, weights_of(model)))
+    assert equal_states(*results)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_base_is_saved_and_resumed_as_a_resident_one(original, kind, tmp_path):
+    for folder, offload in (("resident", None), ("host", "cpu")):
+        model = loaded(original, kind)
+        values = sparsify(model, random_masks(model), offload=offload)
+        optimizer = SparseAdamW(values, **OPTIONS)
+        train(model, optimizer)
+        save_adapter(model, tmp_path / folder / "adapter")
+        model.save_pretrained(tmp_path / folder / "merged")
+        torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / folder / "state")
+        losses = train(model, optimizer, 2, first=2)
+        again = loaded(original, kind)
+        optimizer = SparseAdamW(sparsify(again, random_masks(again), offload=offload), **OPTIONS)
+        train(again, optimizer, 1, first=7)
+        state, optimizer_state = torch.load(tmp_path / folder / "state")
+        again.load_state_dict(state)
+        optimizer.load_state_dict(optimizer_state)
+        assert train(again, optimizer, 2, first=2) == losses
+        load_adapter(again, tmp_path / folder / "adapter")
+        assert equal_states(again.state_dict(), state)
+    for part in ("adapter/adapter.safetensors", "merged/model.safetensors"):
+        assert (tmp_path / "host" / part).read_bytes() == (tmp_path / "resident" / part).read_bytes()
+
+
 class Stop(BaseException):
     """As KeyboardInterrupt is, no Exception."""
 

@@ -18,7 +18,7 @@ drop their copies before backward, where the weights are needed again.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,11 +32,14 @@ from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable
 from speft_optim.offload.pages import lock_pages
 from speft_optim.offload.prefetch import Prefetcher, Site
+from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.shards import Shards
-from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.replacement import replace_method
 from speft_optim.weights.storage import STREAMED
 from speft_optim.weights.targets import AddedModule, all_targets
+
+Weights = dict[Site, HostWeight | HostQuantized]
 
 # A model that is offloaded has its device in this attribute.
 _DEVICE = "_offloaded_to"
@@ -60,7 +63,7 @@ def streaming(
 
     Raises:
         ValueError: there is no such device, a parameter on the meta device has no tensor in `folder`, a buffer is on
-            the meta device, the model is quantised, or it is offloaded to another device.
+            the meta device, or the model is offloaded to another device.
     """
     device = device_of_tensors(device)
     with contextlib.ExitStack() as stack:
@@ -68,7 +71,7 @@ def streaming(
             weights = _weights(model, device, folder)
             if device.type == "cuda":
                 # This comes before the prefetcher, which waits for all copies as it ends; only then are pages unlocked.
-                lock_pages([p for p in model.parameters() if p.device.type == "cpu"], device, stack)
+                lock_pages(in_memory(weights), device, stack)
             compute_on(model, device, weights, stack, by_block=by_block)
         elif present != device:
             raise ValueError(f"The model is offloaded to {present} by sparsify, not to {device}; leave offload out.")
@@ -96,7 +99,7 @@ def device_of_tensors(device: str | torch.device) -> torch.device:
     return device
 
 
-def _weights(model: nn.Module, device: torch.device, folder: str | Path | None) -> dict[Site, HostWeight]:
+def _weights(model: nn.Module, device: torch.device, folder: str | Path | None) -> Weights:
     """Return the model's weights by the places that hold them, after the checks that `streaming` names."""
     shards = Shards(folder) if folder is not None else None
     for target in all_targets(model).values():
@@ -104,26 +107,31 @@ def _weights(model: nn.Module, device: torch.device, folder: str | Path | None) 
             if shards is None:
                 raise ValueError(f"{target.name} is on the meta device; pass base=folder with its safetensors.")
             shards.check(target)
-    if next(quantized_linears(model), None) is not None:
-        raise ValueError(
-            "A quantised model cannot be offloaded during estimation; move it to the GPU and leave offload out."
-        )
     _check_buffers(model)
     return host_weights(model, device, shards)
 
 
-def host_weights(model: nn.Module, device: torch.device, shards: Shards | None = None) -> dict[Site, HostWeight]:
+def host_weights(model: nn.Module, device: torch.device, shards: Shards | None = None) -> Weights:
     """Return the model's weights by the places that hold them; a shared one has several."""
     weights = {}
     for target in all_targets(model).values():
-        weights.update(dict.fromkeys(target.sites, HostWeight(target, device, shards)))
+        module, attribute = target.sites[0]
+        quantised = attribute == "weight" and is_quantized_linear(module)
+        weight = HostQuantized(target, device) if quantised else HostWeight(target, device, shards)
+        weights.update(dict.fromkeys(target.sites, weight))
     return weights
+
+
+def in_memory(weights: Weights) -> list[Tensor]:
+    """Return the tensors in CPU memory that copies are made of."""
+    distinct = dict.fromkeys(weights.values())
+    return [source for weight in distinct if not weight.parameter.is_meta for source in weight.sources()]
 
 
 def compute_on(
     model: nn.Module,
     device: torch.device,
-    weights: Mapping[Site, HostWeight],
+    weights: Weights,
     stack: contextlib.ExitStack,
     *,
     by_block: bool = True,
@@ -171,7 +179,7 @@ def replace_call(module: nn.Module, make: Callable[[Callable], Callable], stack:
 
 def _compute_with_copies(
     module: nn.Module,
-    own: dict[str, HostWeight],
+    own: dict[str, HostWeight | HostQuantized],
     prefetcher: Prefetcher,
     device: torch.device,
     stack: contextlib.ExitStack,

@@ -13,6 +13,7 @@ from speft_optim.kernels.overlay import overlay_
 from speft_optim.masks.mask import Mask
 from speft_optim.offload.host_parameter import HostParameter, host_class, plainly
 from speft_optim.offload.pages import copy_pages_
+from speft_optim.offload.quantized import NOT_COPIED
 from speft_optim.offload.shards import Shards
 from speft_optim.weights.compact_values import linked
 from speft_optim.weights.floating import FloatingWeight
@@ -29,11 +30,13 @@ class HostWeight(FloatingWeight):
 
     Attributes:
         device: where the weight is computed with, and where its values and mask are.
+        forms: shape and dtype of each tensor of a copy; a floating weight is one.
     """
 
     def __init__(self, target: Target, device: torch.device, shards: Shards | None = None):
         parameter = target.parameter
         self.name, self.shape, self.dtype, self.device = target.name, parameter.shape, parameter.dtype, device
+        self.forms = [(self.shape, self.dtype)]
         self._site, self._shards = target.sites[0], shards
         self._mask: Mask | None = None
         self._values: nn.Parameter | None = None
@@ -71,6 +74,14 @@ class HostWeight(FloatingWeight):
             return self._shards.read(self.name, rows)
         held = self._held()
         return held if rows == slice(None) else held[rows]
+
+    def sources(self) -> list[Tensor]:
+        """Return the tensors in CPU memory of which copies are made."""
+        return [self.source()]
+
+    def assemble(self, parts: list[Tensor]) -> Tensor:
+        """Return the copy of the weight, of copies of `sources`."""
+        return parts[0]
 
     def whole(self) -> Tensor:
         """Copy the weight to the device, in the model's dtype, with the trained values."""
@@ -180,7 +191,4 @@ class HostWeight(FloatingWeight):
             del parameter.behind
 
     def __reduce_ex__(self, protocol: int):
-        raise ValueError(
-            "A model whose weights stay in host memory (offload=) cannot be copied or pickled, for its copy would "
-            "compute with this one's weights; copy its state_dict(), or call desparsify first."
-        )
+        raise ValueError(NOT_COPIED)

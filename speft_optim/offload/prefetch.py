@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import copy_pages_
+from speft_optim.offload.quantized import HostQuantized
 
 Site = tuple[nn.Module, str]
 
@@ -33,7 +34,7 @@ class _Buffer:
 
     Attributes:
         block: number of the block whose weights it holds.
-        weights: views of the memory, by module and attribute.
+        weights: the copies in this memory, by module and attribute.
         states: the states of the weights in host memory that were copied, see `HostWeight.state`.
         filled: the event after which they are complete.
     """
@@ -59,13 +60,15 @@ class Prefetcher:
         nbytes: the bytes of device memory that the buffers take.
     """
 
-    def __init__(self, blocks: list[Mapping[Site, HostWeight]], device: torch.device, stack: contextlib.ExitStack):
+    def __init__(
+        self, blocks: list[Mapping[Site, HostWeight | HostQuantized]], device: torch.device, stack: contextlib.ExitStack
+    ):
         self.resident: dict[Site, Tensor] = {}
         self._blocks, self._device = blocks, device
         # `torch.cpu` has streams too, whose methods do nothing, since copies there end before the call returns.
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        size = max((sum(_aligned(_bytes(weight)) for weight in weights.values()) for weights in blocks), default=0)
+        size = max((sum(map(_bytes, weights.values())) for weights in blocks), default=0)
         # The buffer in use comes last.
         self._buffers = [_Buffer(size, device) for _ in blocks[:2]]
         self.nbytes = size * len(self._buffers)
@@ -112,15 +115,18 @@ class Prefetcher:
         buffer.block, buffer.weights, start = None, {}, 0
         with self._backend.stream(self._stream):
             for site, weight in self._blocks[block].items():
-                room = buffer.memory[start : start + _bytes(weight)]
-                buffer.weights[site] = room.view(weight.dtype).view(weight.shape)
-                copy_pages_(buffer.weights[site], weight.source())
-                start += _aligned(_bytes(weight))
+                parts = []
+                for (shape, dtype), source in zip(weight.forms, weight.sources(), strict=True):
+                    size = shape.numel() * dtype.itemsize
+                    parts.append(buffer.memory[start : start + size].view(dtype).view(shape))
+                    copy_pages_(parts[-1], source)
+                    start += _aligned(size)
+                buffer.weights[site] = weight.assemble(parts)
         buffer.block, buffer.states, buffer.filled = block, states, self._stream.record_event()
 
 
-def _bytes(weight: HostWeight) -> int:
-    return weight.shape.numel() * weight.dtype.itemsize
+def _bytes(weight: HostWeight | HostQuantized) -> int:
+    return sum(_aligned(shape.numel() * dtype.itemsize) for shape, dtype in weight.forms)
 
 
 def _aligned(size: int) -> int:

@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 from speft_optim.distributed import is_distributed
-from speft_optim.offload.engine import blocks_of, compute_on, device_of_tensors, host_weights, replace_call
-from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.engine import (
+    Weights,
+    blocks_of,
+    compute_on,
+    device_of_tensors,
+    host_weights,
+    in_memory,
+    replace_call,
+)
 from speft_optim.offload.pages import lock_pages
-from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.replacement import replace_method
 from speft_optim.weights.storage import STREAMED
@@ -29,7 +35,7 @@ def check_offload(model: nn.Module, device: str | torch.device) -> torch.device:
 
     Raises:
         ValueError: there is no such device; the model is not wholly in CPU memory, or something else moves its weights;
-            it has no list of blocks; it is quantised, compiled or sharded; or several processes train.
+            it has no list of blocks; it is compiled or sharded; or several processes train.
     """
     device = device_of_tensors(device)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -40,8 +46,6 @@ def check_offload(model: nn.Module, device: str | torch.device) -> torch.device:
             )
     if any("_hf_hook" in module.__dict__ for module in model.modules()):
         raise ValueError("accelerate's hooks move this model's weights; load it without device_map to use offload=.")
-    if next(quantized_linears(model), None) is not None:
-        raise ValueError("A quantised model cannot be offloaded yet; move it to the GPU and leave offload= out.")
     if is_fully_sharded(model) or is_distributed():
         raise ValueError("offload= trains on one device in one process; leave it out, or start one process only.")
     if any(module.__dict__.get("_compiled_call_impl") or hasattr(module, "_orig_mod") for module in model.modules()):
@@ -69,7 +73,6 @@ class OffloadedBase:
 
     def __init__(self, model: nn.Module, device: torch.device):
         weights = host_weights(model, device)
-        distinct = list(dict.fromkeys(weights.values()))
         pages = contextlib.ExitStack()
         # Memory must not be freed while its pages are locked, so they are unlocked as soon as the model is gone.
         self._unlock = weakref.finalize(model, pages.close)
@@ -79,14 +82,14 @@ class OffloadedBase:
             stack.callback(self._unlock)
             if device.type == "cuda":
                 # Weights that are replaced stay in memory for as long as their pages are locked.
-                storages = [parameter.untyped_storage() for parameter in model.parameters()]
-                pages.callback(storages.clear)
-                lock_pages(model.parameters(), device, pages)
+                sources = in_memory(weights)
+                pages.callback(sources.clear)
+                lock_pages(sources, device, pages)
                 pages.callback(torch.cuda.synchronize, device)
-            for weight in distinct:
+            for weight in dict.fromkeys(weights.values()):
                 stack.callback(weight.close)
             self.prefetcher = compute_on(model, device, weights, stack)
-            _refuse_dense_training(model, distinct, stack)
+            _refuse_dense_training(model, weights, stack)
             _call_eagerly(model, stack)
             for module in model.modules():
                 if STREAMED in module.__dict__:
@@ -105,12 +108,13 @@ def _call_eagerly(model: nn.Module, stack: contextlib.ExitStack) -> None:
             replace_call(module, torch.compiler.disable, stack)
 
 
-def _refuse_dense_training(model: nn.Module, weights: list[HostWeight], stack: contextlib.ExitStack) -> None:
+def _refuse_dense_training(model: nn.Module, weights: Weights, stack: contextlib.ExitStack) -> None:
     """Refuse a forward that should give whole weights a gradient, which their copies would not pass on."""
+    distinct = list(dict.fromkeys(weights.values()))
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
-            thawed = torch.is_grad_enabled() and next((w.name for w in weights if w.parameter.requires_grad), None)
+            thawed = torch.is_grad_enabled() and next((w.name for w in distinct if w.parameter.requires_grad), None)
             if thawed:
                 raise ValueError(
                     f"{thawed} requires a gradient, but a weight that stays in host memory gets none; freeze it with "

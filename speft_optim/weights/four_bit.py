@@ -15,22 +15,27 @@ from speft_optim.weights.quantized_weight import QuantizedWeight
 
 
 class FourBitWeight(QuantizedWeight):
-    """A weight of two codes in a byte, high half first, in flat order, with a scale for each run of `blocksize`."""
+    """A weight of two codes in a byte, high half first, in flat order, with a scale for each run of `blocksize`.
+
+    Attributes:
+        packed: the quantised weight, two codes in a byte, in bitsandbytes' shape.
+        state: its `QuantState`.
+    """
 
     attribute = "absmax"
 
     def __init__(self, module: nn.Module):
-        state, self._unpacked = quantisation_state(module), None
+        state, self.packed = quantisation_state(module), module.weight.detach()
         if _has_cpu_layout(state):
             state = copy.copy(state)
-            self._unpacked = _unpack_cpu_layout_(module.weight.detach(), state)
+            self.packed = _unpack_cpu_layout_(self.packed, state)
         super().__init__(module, state)
         self.state = state
         self.shape, self.device = torch.Size(state.shape), module.weight.device
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
         undo_cpu_layout(self.module)
-        self.state, self._unpacked = quantisation_state(self.module), None
+        self.state, self.packed = quantisation_state(self.module), self.module.weight.detach()
         self.holder = self.state
         super()._carry(overlays)
         if hasattr(self.module, "support_avx512bf16_for_cpu"):
@@ -38,11 +43,6 @@ class FourBitWeight(QuantizedWeight):
 
             # Turn off the other layout, for evaluation on some CPUs, which has no place for the overlays.
             self.module.support_avx512bf16_for_cpu = not overlays and has_avx512bf16()
-
-    @property
-    def packed(self) -> Tensor:
-        """The quantised weight, two codes in a byte, in bitsandbytes' shape."""
-        return self.module.weight.detach() if self._unpacked is None else self._unpacked
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """Dequantise by a kernel, with an overlay whose mask is in row form; None where no kernel runs."""

@@ -17,12 +17,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.bnb import quantized_linears, quantized_weight
 from speft_optim.weights.gradient_nodes import Accumulator, keep_input, take_saved_input
 from speft_optim.weights.quantized_state import STATE_KEYS, load_entries, save_entries
 from speft_optim.weights.quantized_weight import LAYER_NAME, QuantizedWeight
 from speft_optim.weights.scales import trained_entries
-from speft_optim.weights.storage import frozen_weight
 
 
 class _Product(torch.autograd.Function):
@@ -117,7 +116,8 @@ class FrozenForward:
         hooks = self.gradient_hooks if torch.is_grad_enabled() else ()
         accumulators, grad_anchors = tuple(hook.accumulator for hook in hooks), (hook.grad_anchor for hook in hooks)
         operand = keep_input(x.to(dtype)) if hooks else x.to(dtype)
-        weight = frozen_weight(self.module)
+        # Under offload this is the copy that hides the layer's weight.
+        weight = quantized_weight(self.module)
         # The model may have moved to another device since the last forward.
         weight.place_scales()
         output = _Product.apply(operand, self.leaf, weight, False, accumulators, *grad_anchors)
