@@ -9,7 +9,7 @@ from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.salience.measures import MEASURES
 from speft_optim.salience.selection import select_masks
-from speft_optim.schedule import MaskSchedule
+from speft_optim.schedule.mask_schedule import MaskSchedule
 from speft_optim.sparsify import desparsify, sparsify
 from speft_optim.version import __version__
 from speft_optim.weights.targets import Target, find_targets
