@@ -1,8 +1,8 @@
 """Sparse fine-tuning: gradients, moments and updates only for the masked entries of a model's weights."""
 
 from speft_optim.adapters import load_adapter, merge_adapters, unload_adapter, use_adapters
-from speft_optim.checkpoint.adapter_file import save_adapter
 from speft_optim.checkpoint.export import export_merged
+from speft_optim.checkpoint.save import save_adapter
 from speft_optim.integrations import patch_model
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask

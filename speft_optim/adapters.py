@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speft_optim.checkpoint.adapter_file import LOADED, AdapterFile, fingerprint, named_root, read_adapter
+from speft_optim.checkpoint.adapter_file import AdapterFile, read_adapter
+from speft_optim.checkpoint.fingerprint import fingerprint
+from speft_optim.checkpoint.save import LOADED, named_root
 from speft_optim.integrations import patch_model, unpatch_model
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask, find

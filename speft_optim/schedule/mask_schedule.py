@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from speft_optim.checkpoint.adapter_file import named_root
+from speft_optim.checkpoint.save import named_root
 from speft_optim.distributed import check_equal, check_equal_masks
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
