@@ -23,6 +23,7 @@ from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.optim.state import SCHEDULE_KEYS, TURN_KEYS
+from speft_optim.salience import turn_state
 from speft_optim.salience.batches import Batches
 from speft_optim.salience.measures import Measure
 from speft_optim.salience.selection import select_masks
@@ -195,8 +196,8 @@ class MaskSchedule:
         self.steps, self.history = from_tensors(state_dict)
 
     def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """Return the state that is saved with a weight: nothing with batches, else see `TrainingSalience.state_of`."""
-        return {} if self.training is None else self.training.state_of(weight)
+        """Return the state that is saved with a weight: nothing with batches, else see `salience/turn_state.py`."""
+        return {} if self.training is None else turn_state.state_of(self.training, weight)
 
     def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
         """Refuse a state that `state_of` cannot have returned.
@@ -205,14 +206,14 @@ class MaskSchedule:
             ValueError: a tensor has another dtype, shape or content, or the saved run selected in another way.
         """
         if self.training is not None:
-            self.training.check_state_of(weight, len(saved["values"]), saved)
+            turn_state.check_state_of(self.training, weight, len(saved["values"]), saved)
         elif "schedule_turn" in saved:
             raise ValueError("The saved run's MaskSchedule had no batches; build this one without them too.")
 
     def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
         """Restore what `state_of` returned."""
         if self.training is not None:
-            self.training.load_state_of(weight, saved)
+            turn_state.load_state_of(self.training, weight, saved)
             self._skipped = int(saved["skipped_steps"])
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
