@@ -1,6 +1,7 @@
 """Sparse fine-tuning: gradients, moments and updates only for the masked entries of a model's weights."""
 
-from speft_optim.adapters import load_adapter, merge_adapters, unload_adapter, use_adapters
+from speft_optim.adapters.loading import load_adapter
+from speft_optim.adapters.switching import merge_adapters, unload_adapter, use_adapters
 from speft_optim.checkpoint.export import export_merged
 from speft_optim.checkpoint.save import save_adapter
 from speft_optim.integrations import patch_model

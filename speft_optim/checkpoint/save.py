@@ -21,7 +21,7 @@ from speft_optim.weights.wrappers import unwrapped
 logger = logging.getLogger(__name__)
 
 
-# The attribute under which a model keeps its loaded adapters (see `adapters.py`).
+# The attribute under which a model keeps its loaded adapters (see `adapters/loaded.py`).
 LOADED = "_loaded_adapters"
 
 
