@@ -117,7 +117,7 @@ def named_root(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model holds several sparsified models.
     """
-    roots = {weight._places[0] for weight in sparse_weights(model)}
+    roots = {weight.place.model for weight in sparse_weights(model)}
     if len(roots) > 1:
         names = [name for name, module in model.named_modules() if module in roots]
         raise ValueError(
