@@ -32,6 +32,8 @@ from speft_optim import (
     select_masks,
     sparsify,
 )
+from speft_optim.offload import activations
+from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.prefetch import Prefetcher
@@ -532,6 +534,44 @@ def test_a_block_is_moved_twice_a_step_and_two_blocks_are_held_at_most(monkeypat
         model(**token_batch())
         model(**token_batch())
     assert moved == [2, 3, 4, 0, 1, 2, 3, 4, 0], "the next forward begins with the first block"
+
+
+def test_inputs_of_blocks_are_kept_in_host_memory_and_come_back_one_ahead(monkeypatch):
+    setup = offloaded(tiny_model("llama", num_hidden_layers=4))
+    done, keep, fetch = [], HostActivations._keep, activations._Kept._fetch
+
+    def note_kept(owner, tensor):
+        kept = keep(owner, tensor)
+        assert tuple(kept._host.shape) == (3, 9, 24) and kept._host.data_ptr() != tensor.data_ptr()
+        done.append(("away", len(done)))
+        kept.number = len(done) - 1
+        return kept
+
+    def note_fetched(kept):
+        if kept._copy is None:
+            done.append(("back", kept.number))
+        fetch(kept)
+
+    monkeypatch.setattr(HostActivations, "_keep", note_kept)
+    monkeypatch.setattr(activations._Kept, "_fetch", note_fetched)
+    for layer in setup.model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda *_: done.append("computed"))
+    setup.model(**token_batch()).loss.backward()
+    forward = ["computed", ("away", 1), "computed", ("away", 3), "computed", ("away", 5), "computed"]
+    # The input of the first block requires no gradient, and stays; blocks 3 to 0 are recomputed.
+    backward = [("back", 5), ("back", 3), "computed", ("back", 1), "computed", "computed", "computed"]
+    assert done == forward + backward
+
+
+def test_blocks_that_change_their_input_in_place_are_refused():
+    setup = offloaded()
+
+    def double(module, args):
+        args[0].mul_(2.0)
+
+    setup.model.model.layers[1].register_forward_pre_hook(double)
+    with pytest.raises(RuntimeError, match="changes its input in place"):
+        setup.model(**token_batch())
 
 
 def test_only_the_rows_that_a_batch_needs_are_looked_up(monkeypatch):

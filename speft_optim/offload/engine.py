@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.caches import without_caches
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable
@@ -151,8 +151,9 @@ def compute_on(
     for module in model.modules():
         own = {name: weights[module, name] for _, name in _sites(module)}
         _compute_with_copies(module, own, prefetcher, device, stack)
+    activations = HostActivations(device)
     for number, block in enumerate(blocks):
-        _run_by_block(prefetcher, block, number, len(blocks), device, stack)
+        _run_by_block(prefetcher, activations, block, number, len(blocks), stack)
     _take_inputs(model, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
@@ -219,16 +220,21 @@ def _compute_with_copies(
 
 
 def _run_by_block(
-    prefetcher: Prefetcher, block: nn.Module, number: int, count: int, device: torch.device, stack: contextlib.ExitStack
+    prefetcher: Prefetcher,
+    activations: HostActivations,
+    block: nn.Module,
+    number: int,
+    count: int,
+    stack: contextlib.ExitStack,
 ) -> None:
     """Replace the block's call: prefetched weights, checkpointed, its inputs kept in CPU memory.
 
     Args:
         prefetcher: brings the weights.
+        activations: keeps the inputs.
         block: the block.
         number: its number.
         count: the number of blocks.
-        device: the device that computes.
         stack: undoes it.
     """
 
@@ -252,8 +258,8 @@ def _run_by_block(
                 return work(None, *args, **kwargs)
             args, kwargs = without_caches(number, args, kwargs)
             # A checkpoint keeps the random state of the devices of its positional arguments.
-            on_device = torch.empty(0, device=device)
-            with save_on_cpu(pin_memory=device.type == "cuda"):
+            on_device = torch.empty(0, device=activations.device)
+            with activations.keeping((*args, *kwargs.values())):
                 return checkpoint(work, on_device, *args, use_reentrant=False, **kwargs)
 
         return call
