@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from speft_optim.distributed import is_distributed
+from speft_optim.offload.calls import blocks_of, replace_call
 from speft_optim.offload.engine import (
     Weights,
-    blocks_of,
     compute_on,
     device_of_tensors,
     host_weights,
     in_memory,
-    replace_call,
 )
 from speft_optim.offload.pages import lock_pages
 from speft_optim.weights.mesh import is_fully_sharded

@@ -1,0 +1,170 @@
+"""The calls of a model's modules, replaced by calls with copies of their weights on the device.
+
+They are replaced rather than hooked: a call surrounds all hooks, also those registered later, and ends with any
+exception, KeyboardInterrupt included, which hooks do not.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from speft_optim.offload.activations import HostActivations
+from speft_optim.offload.caches import without_caches
+from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.lookup import HostTable
+from speft_optim.offload.prefetch import Prefetcher, Site
+from speft_optim.offload.quantized import HostQuantized
+from speft_optim.weights.replacement import replace_method
+from speft_optim.weights.storage import STREAMED
+from speft_optim.weights.targets import AddedModule
+
+
+def sites_of(module: nn.Module) -> list[Site]:
+    """Return the weights that a module itself holds, as (module, attribute)."""
+    if isinstance(module, AddedModule):
+        return []  # No forward reads compact values, so they stay where they are.
+    return [(module, name) for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def replace_call(module: nn.Module, make: Callable[[Callable], Callable], stack: contextlib.ExitStack) -> None:
+    """Replace what a call of a module does, its hooks included, as `Module.compile` does it, until the stack closes.
+
+    Args:
+        module: the module.
+        make: returns the new call for the present one.
+        stack: undoes it.
+    """
+    present = module.__dict__.get("_compiled_call_impl") or module._call_impl
+    replace_method(module, "_compiled_call_impl", make(present), stack)
+
+
+def compute_with_copies(
+    module: nn.Module,
+    own: dict[str, HostWeight | HostQuantized],
+    prefetcher: Prefetcher,
+    device: torch.device,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Shadow the module's parameters and buffers by copies on the device during each of its calls."""
+    buffers = [name for name, buffer in module._buffers.items() if buffer is not None]
+    if not own and not buffers:
+        return
+
+    def copy(name: str) -> Tensor:
+        # A module of a block may also be called from outside, while the prefetcher holds another block's weights.
+        weight, here = own[name], prefetcher.resident.get((module, name))
+        if here is not None:
+            return here
+        is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and not weight.parameter.is_meta
+        return HostTable.of(weight) if is_table else weight.whole()
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            copies = {name: copy(name) for name in own}
+            copies.update((name, module._buffers[name].to(device)) for name in buffers)
+            covered = {name: module.__dict__.get(name) for name in copies}
+            try:
+                module.__dict__.update(copies)
+                return present(*args, **kwargs)
+            finally:
+                for name, tensor in covered.items():
+                    module.__dict__.pop(name, None)
+                    if tensor is not None:
+                        module.__dict__[name] = tensor
+
+        return call
+
+    module.__dict__[STREAMED] = own
+    stack.callback(module.__dict__.pop, STREAMED)
+    replace_call(module, make, stack)
+
+
+def run_by_block(
+    prefetcher: Prefetcher,
+    activations: HostActivations,
+    block: nn.Module,
+    number: int,
+    count: int,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Replace the block's call: prefetched weights, checkpointed, its inputs kept in CPU memory.
+
+    Args:
+        prefetcher: brings the weights.
+        activations: keeps the inputs.
+        block: the block.
+        number: its number.
+        count: the number of blocks.
+        stack: undoes it.
+    """
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if prefetcher.resident:
+                # A block that another one calls is a part of that.
+                return present(*args, **kwargs)
+            recorded = torch.is_grad_enabled()
+            # The first call is in forward, later ones are recomputations in backward, which begins with the last block.
+            above = min(number + 1, count - 1) if recorded else (number + 1) % count
+            # If no input requires a gradient, backward ends here, and block 0 of the next batch comes next.
+            goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+            following = itertools.chain([above], itertools.repeat(max(0, number - 1) if goes_on else 0))
+
+            def work(_, *args, **kwargs):
+                with prefetcher.holding(number, next(following)), _without_checkpoints(block):
+                    return present(*args, **kwargs)
+
+            if not recorded:
+                return work(None, *args, **kwargs)
+            args, kwargs = without_caches(number, args, kwargs)
+            # A checkpoint keeps the random state of the devices of its positional arguments.
+            on_device = torch.empty(0, device=activations.device)
+            with activations.keeping((*args, *kwargs.values())):
+                return checkpoint(work, on_device, *args, use_reentrant=False, **kwargs)
+
+        return call
+
+    replace_call(block, make, stack)
+
+
+@contextlib.contextmanager
+def _without_checkpoints(block: nn.Module) -> Iterator[None]:
+    """Keep transformers from checkpointing a block that is checkpointed already."""
+    before = block.__dict__.get("gradient_checkpointing")
+    if not before:
+        yield
+        return
+    block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        block.gradient_checkpointing = before
+
+
+def take_inputs(model: nn.Module, device: torch.device, stack: contextlib.ExitStack) -> None:
+    """Move the tensors among the model's arguments to the device, wherever they are."""
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+            return present(*args, **kwargs)
+
+        return call
+
+    replace_call(model, make, stack)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the elements of the model's outermost module lists that have weights."""
+    inside: set[int] = set()
+    blocks: dict[nn.Module, None] = {}
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in inside:
+            inside.update(id(part) for part in module.modules())
+            blocks.update(dict.fromkeys(module))
+    return [block for block in blocks if any(sites_of(part) for part in block.modules())]
