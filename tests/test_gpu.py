@@ -10,7 +10,7 @@ from kernel_checks import *  # noqa: F403 - each is run here too, on the GPU
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, select_masks, sparsify
+from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.kernels.product import accumulate_product_
 from speft_optim.kernels.sampling import from_panels
 from speft_optim.weights.attached import sparse_weights
@@ -95,6 +95,83 @@ def test_two_blocks_are_on_the_gpu_and_the_model_stays_as_it_is(salience):
     assert torch.cuda.memory_allocated() <= start
     for parameter, (place, values) in zip(model.parameters(), before, strict=True):
         assert parameter.data_ptr() == place and torch.equal(parameter, values) and not parameter.is_pinned()
+
+
+def trained_on_gpu(model, masks, offload, steps=4):
+    """Losses of a few steps, the values after them, and the bytes that the GPU held at most beyond the start."""
+    gc.collect()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer = SparseAdamW(sparsify(model, masks, offload=offload), lr=1e-3, weight_decay=0.1)
+    if offload:
+        # Trainers move models; one whose base is in host memory stays there.
+        model.to(CUDA)
+    model.train()
+    losses = []
+    for step in range(steps):
+        loss = model(**token_batch(step), use_cache=False).loss if offload else model(**on_gpu(token_batch(step))).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    values = torch.cat([part.detach() for part in optimizer.param_groups[0]["params"]])
+    assert values.is_cuda
+    return losses, values, torch.cuda.max_memory_allocated() - start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_in_host_memory_trains_as_one_on_the_gpu(dtype):
+    """Blocks so large that a copy takes longer than the work it runs beside: a lost wait would show in the losses."""
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12)
+    model = tiny_model("llama", dtype, **sizes)
+    masks = random_masks(model, density=0.01)
+    twin = copy.deepcopy(model).to(CUDA)
+    expected, expected_values, _ = trained_on_gpu(twin, masks, None)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    losses, values, peak = trained_on_gpu(model, masks, CUDA)
+    assert losses == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-2)
+    assert relative(values, expected_values) < (1e-3 if dtype == torch.float32 else 5e-2)
+    assert peak < 4 * block, "two buffers, one dense gradient that is verified, and activations"
+    weights = [parameter for name, parameter in model.named_parameters() if "sparse_" not in name]
+    assert all(weight.device.type == "cpu" for weight in weights)
+    ids = token_batch(9)["input_ids"]
+    generated = [
+        part.generate(ids.to(place), max_new_tokens=4, do_sample=False, pad_token_id=0).cpu()
+        for part, place in ((model, "cpu"), (model, CUDA))
+    ]
+    assert torch.equal(*generated)
+    desparsify(model)
+    for name, weight in model.named_parameters():
+        assert not weight.is_pinned()
+        assert relative(weight.detach(), twin.get_parameter(name).detach().cpu()) < 5e-2
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    del values
+    gc.collect()
+    model(**token_batch())
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "double"])
+def test_a_quantised_base_in_host_memory_trains_as_one_on_the_gpu(tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    import transformers as tf
+    from quantized_models import configuration, save_original, stored
+
+    folder = save_original(tmp_path, num_hidden_layers=5)
+    runs = []
+    for place in (CUDA, "cpu"):
+        model = tf.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=configuration(kind), dtype=torch.float32, device_map=place
+        )
+        before, masks = stored(model), random_masks(model)
+        if place == "cpu":
+            assert select_masks(model, [token_batch(1)], density=0.1, offload=CUDA, progress=False).density > 0
+        runs.append(trained_on_gpu(model, masks, CUDA if place == "cpu" else None)[:2])
+        desparsify(model)
+        assert all(map(torch.equal, stored(model), before))
+    # The CPU and the GPU quantise a few numbers otherwise.
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-2)
 
 
 def test_loss_scaling_skips_a_step_that_overflows():
