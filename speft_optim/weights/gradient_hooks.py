@@ -112,16 +112,9 @@ class GradientHook:
         verify: bool = False,
         pending: list | None = None,
     ):
-        self.attribute, self.grad_anchor, self.accumulator, self.name, self.verify = (
-            attribute,
-            grad_anchor,
-            accumulator,
-            name,
-            verify,
-        )
-        self.transposed = is_transposed_linear(module, attribute)
-        self.is_product = is_product(module, attribute)
-        self.pending = pending
+        self.attribute, self.grad_anchor, self.accumulator = attribute, grad_anchor, accumulator
+        self.name, self.verify, self.pending = name, verify, pending
+        self.is_product, self.transposed = is_product(module, attribute), is_transposed_linear(module, attribute)
         self.verdict: tuple[tuple, bool] | None = None
         self._found: tuple[tuple, bool] | None = None
         self.warned = False
