@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from speft_optim.weights.gradient_nodes import Accumulator, hook_output, hook_weight, keep_input
-from speft_optim.weights.targets import has_other_forward, is_product, is_transposed_linear
+from speft_optim.weights.products import has_other_forward, is_product, is_transposed_linear
 from speft_optim.weights.verification import agrees, is_paused, is_recorded
 
 logger = logging.getLogger(__name__)
