@@ -108,7 +108,15 @@ def sparsify(
     patch_model(model)
     declare_trainable(model)
     chosen = [name for name in targets if name in masks and (keep_empty or len(masks[name]))]
-    weights = [_attach(model, targets[name], masks[name], entries.get(name), verify) for name in chosen]
+    weights = []
+    try:
+        for name in chosen:
+            weights.append(_attach(model, targets[name], masks[name], entries.get(name), verify))
+    except BaseException:
+        # The device may lack memory for the values.
+        keep_record(model, Record(weights, required_grad, offloaded))
+        desparsify(model)
+        raise
     is_sharded = is_fully_sharded(model)
     # In front of the hook that gathers the weights, which takes them as they are then.
     hooks = [*refresh_before_forward(model, prepend=is_sharded), *let_checkpoints_see_gradients(model), *offloaded]

@@ -39,6 +39,7 @@ from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.prefetch import Prefetcher
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparse_weights
+from speft_optim.weights.sparse_weight import SparseWeight
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2"]
 
@@ -232,6 +233,34 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
     resumed.optimizer.load_state_dict(saved[1])
     assert train(resumed.model, resumed.optimizer, 2, first=2) == losses
     assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_gradients_are_verified_as_on_a_resident_model(verify, caplog):
+    """A layer whose output is changed before the gradient hook sees it stays on the dense gradient."""
+    results = []
+    for offload in (None, "cpu"):
+        caplog.clear()
+        model = tiny_model()
+        values = sparsify(model, random_masks(model), verify=verify, offload=offload)
+        up = model.model.layers[1].mlp.up_proj
+        up.register_forward_hook(lambda module, args, output: 2.0 * output, prepend=True)
+        optimizer = SparseAdamW(values, **OPTIONS)
+        losses = train(model, optimizer, 3)
+        results.append((losses, weights_of(model), [record.getMessage() for record in caplog.records]))
+    assert equal_states(*results)
+    assert any("up_proj.weight is used otherwise" in message for message in results[1][2]) == verify
+
+
+def test_training_goes_on_after_inference_mode():
+    resident, host = attach(), offloaded()
+    losses = []
+    for setup in (resident, host):
+        losses.append(train(setup.model, setup.optimizer, 1))
+        with torch.inference_mode():
+            losses[-1].append(float(setup.model(**token_batch(5)).loss))
+        losses[-1] += train(setup.model, setup.optimizer, 2, first=1)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("change", ["load", "assign", "copy", "entry"])
@@ -637,8 +666,14 @@ def without_head(model):
     return model
 
 
+def counting(model):
+    model.model.norm = nn.BatchNorm1d(24)
+    return model
+
+
 REFUSED = {
     "no nn.ModuleList": WithoutBlocks,
+    "model.norm keeps running statistics": lambda: counting(tiny_model()),
     "head.weight is on meta, and offload='cpu' needs the whole model in CPU memory": lambda: without_head(tiny_model()),
     "accelerate's hooks": lambda: hooked(tiny_model()),
     "is compiled": lambda: compiled(tiny_model()),
@@ -654,6 +689,34 @@ def test_models_that_cannot_be_offloaded_are_refused_before_anything_changes(rea
     with pytest.raises(ValueError, match=reason):
         sparsify(model, masks, offload="cpu")
     assert state(model) == before
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("speft_optim.offload.training.is_distributed", lambda: True)
+    model = tiny_model()
+    before = state(model)
+    with pytest.raises(ValueError, match="trains on one device in one process"):
+        sparsify(model, random_masks(model), offload="cpu")
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_failure_midway_leaves_the_model_as_it_was(kind, original, monkeypatch):
+    model = tiny_model() if kind == "dense" else loaded(original, kind)
+    before, masks, attach, left = state(model), random_masks(model), SparseWeight.__init__, [3]
+
+    def fail(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError
+        attach(*args)
+
+    monkeypatch.setattr(SparseWeight, "__init__", fail)
+    for offload in ("cpu", None):
+        left[0] = 3
+        with pytest.raises(torch.OutOfMemoryError):
+            sparsify(model, masks, offload=offload)
+        assert state(model) == before
 
 
 @pytest.mark.parametrize("salience", ["grasp", "synflow"])
