@@ -118,7 +118,7 @@ class Prefetcher:
                 parts = []
                 for (shape, dtype), source in zip(weight.forms, weight.sources(), strict=True):
                     size = shape.numel() * dtype.itemsize
-                    parts.append(buffer.memory[start : start + size].view(dtype).view(shape))
+                    parts.append(buffer.memory.narrow(0, start, size).view(dtype).view(shape))
                     copy_pages_(parts[-1], source)
                     start += _aligned(size)
                 buffer.weights[site] = weight.assemble(parts)
