@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import Batch, BatchReader, example_of, examples_in, labels_of
+from speft_optim.salience.batch_reader import BatchReader
+from speft_optim.salience.batches import Batch, example_of, examples_in, labels_of
 from speft_optim.salience.first_order import Observed, backward_of, observing
 from speft_optim.salience.losses import LossFunction, example_losses, is_nan, labelled_examples, loss_of, model_loss
 from speft_optim.weights.gradient_hooks import settle
