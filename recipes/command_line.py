@@ -98,7 +98,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.state_bits is None:
         args.state_bits = 32
     if args.pad_multiple is None:
-        args.pad_multiple = 32 if args.compile else 1
+        args.pad_multiple = 128 if args.cuda_graphs else 32 if args.compile else 1
     if all(getattr(args, name) is None for name in BUDGETS):
         args.density = 0.01
     if args.steps is None and args.epochs is None:
