@@ -43,7 +43,8 @@ from speft_optim import (
     unload_adapter,
     use_adapters,
 )
-from speft_optim.checkpoint.adapter_file import fingerprint, read_adapter
+from speft_optim.checkpoint.adapter_file import read_adapter
+from speft_optim.checkpoint.fingerprint import fingerprint
 from speft_optim.weights.attached import sparse_weights
 
 

@@ -8,7 +8,6 @@ computes the flat positions when they are needed.
 
 import functools
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,12 +15,7 @@ from torch import Tensor
 
 from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.sampling import RowBlocks, row_blocks, sampled_gradient, suits_blocks
-
-_INT32_LIMIT = 2**31 - 1
-
-
-_INT64_LIMIT = 2**63 - 1
-
+from speft_optim.masks.positions import INT32_LIMIT, checked_positions, checked_shape, describes_rows, position_dtype
 
 _UINT16_COLUMNS = 2**16
 
@@ -51,31 +45,8 @@ class Mask:
     selected_on: Tensor | None = None
 
     def __init__(self, indices: Tensor, shape: Sequence[int]):
-        self.shape = _checked_shape(shape)
-        count = self.shape.numel()
-        if not isinstance(indices, Tensor) or indices.dim() != 1:
-            raise TypeError(f"Mask needs a 1-D tensor of flat positions, got {_describe(indices)}.")
-        if indices.dtype not in (torch.int16, torch.int32, torch.int64):
-            raise TypeError(
-                f"Mask needs integer positions, got {indices.dtype}; use mask.flatten().nonzero().squeeze(1)."
-            )
-        indices = indices.detach()
-        if indices.numel():
-            if not bool((indices[1:] > indices[:-1]).all()):
-                indices = indices.sort().values
-                if bool((indices[1:] == indices[:-1]).any()):
-                    raise ValueError(
-                        f"Mask of shape {tuple(self.shape)} got the same position twice; pass unique positions."
-                    )
-            low, high = int(indices[0]), int(indices[-1])
-            if low < 0 or high >= count:
-                bad = low if low < 0 else high
-                raise ValueError(
-                    f"Mask position {bad} lies outside 0..{count - 1} of a weight of shape {tuple(self.shape)}; "
-                    "pass flat, row-major positions."
-                )
-        # Positions are cast after the check: one beyond the int32 range could become a valid one by the cast.
-        indices = indices.to(torch.int32 if count <= _INT32_LIMIT else torch.int64)
+        self.shape = checked_shape(shape)
+        indices = checked_positions(indices, self.shape)
         self._length = indices.numel()
         self.positions = self._by_rows(indices) or indices.clone()
 
@@ -85,7 +56,7 @@ class Mask:
         rows = self.shape.numel() // columns
         # The size is computed first, since the row pointers of a weight with few entries could take gigabytes.
         size = 2 * self._length + 4 * (rows + 1)
-        if columns > _UINT16_COLUMNS or self._length > _INT32_LIMIT or size >= indices.nbytes:
+        if columns > _UINT16_COLUMNS or self._length > INT32_LIMIT or size >= indices.nbytes:
             return None
         starts = torch.arange(rows + 1, device=indices.device, dtype=torch.int64) * columns
         pointers = torch.searchsorted(indices, starts.to(indices.dtype), out_int32=True)
@@ -100,8 +71,7 @@ class Mask:
         """Flat positions, sorted and unique, (len(self),) int32, or int64 for a weight of 2^31 entries or more."""
         if not isinstance(self.positions, CSR):
             return self.positions
-        dtype = torch.int32 if self.shape.numel() <= _INT32_LIMIT else torch.int64
-        return self.positions.flat(self._columns, dtype)
+        return self.positions.flat(self._columns, position_dtype(self.shape))
 
     def sampled_gradient(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the masked entries of a gradient `left.T @ right`.
@@ -144,9 +114,9 @@ class Mask:
         """
         if "indices" in parts:
             return cls(parts["indices"], shape)
-        shape = _checked_shape(shape)
+        shape = checked_shape(shape)
         csr, width = CSR(parts["row_pointers"], parts["columns"]), max(1, shape[-1]) if shape else 1
-        if not _describes_rows(csr, shape.numel() // width, width):
+        if not describes_rows(csr, shape.numel() // width, width):
             raise ValueError(f"Row pointers and columns do not describe entries of a weight of shape {tuple(shape)}.")
         return cls(csr.flat(width), shape)
 
@@ -253,35 +223,6 @@ def places_outside(mask: Mask | None, count: int, most: int) -> Tensor:
     places, indices = places.to(mask.device), mask.indices
     found = torch.searchsorted(indices, places.to(indices.dtype)).clamp_(max=len(indices) - 1)
     return places[indices[found] != places]
-
-
-def _describes_rows(csr: CSR, rows: int, width: int) -> bool:
-    """Return whether row pointers and columns, perhaps from a file, are valid for a matrix of this size."""
-    pointers, columns = csr
-    return (
-        (pointers.dtype, columns.dtype) == (torch.int32, torch.uint16)
-        and pointers.dim() == columns.dim() == 1
-        and len(pointers) == rows + 1
-        and int(pointers[0]) == 0
-        and int(pointers[-1]) == len(columns)
-        and bool((pointers[1:] >= pointers[:-1]).all())
-        and bool((columns.int() < width).all())
-    )
-
-
-def _checked_shape(shape: Sequence[int]) -> torch.Size:
-    """Return the shape as a torch.Size, or refuse it: it may come from a file."""
-    try:
-        size = torch.Size(shape)
-    except (TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{shape!r} is not a shape of a weight; pass its sizes, such as (4, 8).") from error
-    if any(extent < 0 for extent in size) or math.prod(size) > _INT64_LIMIT:
-        raise ValueError(f"{shape!r} is not a shape of a weight; pass its sizes, such as (4, 8).")
-    return size
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def find(sorted_positions: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,65 +5,27 @@ All of it is tensors under each parameter; `state.py` describes their keys and s
 
 import copy
 from collections import defaultdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from speft_optim.masks.mask import Mask
 from speft_optim.optim.checks import check_options
 from speft_optim.optim.moments import new_moments_
+from speft_optim.optim.schedule_protocol import Schedule
 from speft_optim.optim.state import (
-    MASK_KEYS,
-    PREVIOUS_KEYS,
     SCHEDULE_KEYS,
-    check_common,
-    check_saved,
-    check_saved_mask,
     has_moments,
     mask_of,
     moment_keys,
+    own_keys,
     positions_to_bits,
     previous_of,
-    text_of,
     text_to_tensor,
 )
+from speft_optim.optim.state_checks import check_common, check_origin, check_parameter
 from speft_optim.weights.compact_values import linked
-from speft_optim.weights.sparse_weight import SparseWeight
-
-
-class Schedule(Protocol):
-    """Changes the masks during training; its state is saved in the optimizer's.
-
-    Attributes:
-        keys: the keys of the tensors that it saves with each weight.
-        bytes_held: bytes of its accumulators and scores.
-    """
-
-    keys: tuple[str, ...]
-    bytes_held: int
-
-    def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Count a step; a post-hook of the optimizer's step."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return tensors of fixed shapes under `SCHEDULE_KEYS`."""
-
-    def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Raise a ValueError if `load_state_dict` could not restore the state."""
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
-
-    def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """Return the tensors that are saved with one weight, under the other `keys`."""
-
-    def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Raise a ValueError if `load_state_of` could not restore the state."""
-
-    def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Restore what `state_of` returned."""
 
 
 class SavedOptimizer(Optimizer):
@@ -177,23 +139,12 @@ class SavedOptimizer(Optimizer):
         )
         if self.schedule is not None:
             saved.update({**self.schedule.state_dict(), **self.schedule.state_of(weight)})
-        if "previously_trained" in self._own_keys(weight):
+        if "previously_trained" in own_keys(weight, self.schedule):
             saved["previously_trained"] = positions_to_bits(weight.previously_trained, mask.shape.numel(), device)
             nothing = parameter.new_empty(0)
             saved["previous_values"] = nothing if weight.previously_trained is None else weight.previous_entries()
 
         return saved
-
-    def _own_keys(self, weight: SparseWeight | None) -> list[str]:
-        """Return the keys of a saved state other than moments."""
-        keys = ["skipped_steps"]
-        if weight is not None:
-            keys += MASK_KEYS
-            if self.schedule is not None:
-                keys += self.schedule.keys
-            if self.schedule is not None or weight.previously_trained is not None:
-                keys += PREVIOUS_KEYS
-        return keys
 
     def _reserve_state(self) -> None:
         """Give each parameter's state all its keys from the start, since tools that load take the keys from it.
@@ -206,7 +157,7 @@ class SavedOptimizer(Optimizer):
                 continue
             state = self.state[parameter]
             moments = () if has_moments(state) else moment_keys(state_bits)
-            for key in (*moments, *self._own_keys(weight)):
+            for key in (*moments, *own_keys(weight, self.schedule)):
                 if key not in state:
                     state[key] = torch.zeros(() if key == "step" else 0)
 
@@ -215,7 +166,7 @@ class SavedOptimizer(Optimizer):
         # States that were saved before `magnitude_power` existed do not have it.
         groups = [{"magnitude_power": 0, **group} for group in state_dict["param_groups"]]
         states = [state_dict["state"].get(key) or {} for group in groups for key in group["params"]]
-        self._check_origin(states)
+        check_origin(self._parameters(), states)
         sizes, saved_sizes = ([len(g["params"]) for g in side] for side in (self.param_groups, groups))
         if sizes != saved_sizes:
             raise ValueError(
@@ -224,7 +175,7 @@ class SavedOptimizer(Optimizer):
             )
         pairs = list(zip(self._parameters(), states, strict=True))
         for parameter, saved in pairs:
-            self._check_saved(parameter, saved)
+            check_parameter(parameter, saved, self.schedule)
         for key in ("skipped_steps", *SCHEDULE_KEYS, "schedule_turn"):
             check_common(key, [saved[key] for saved in states if key in saved])
         if self.schedule is not None:
@@ -232,50 +183,6 @@ class SavedOptimizer(Optimizer):
         for group in groups:
             check_options(group)
         return pairs, groups
-
-    def _check_origin(self, states: list[dict[str, Any]]) -> None:
-        """Refuse a state that another optimizer saved."""
-        names = [weight.name for parameter in self._parameters() if (weight := linked(parameter)) is not None]
-        if names and not any("values" in saved for saved in states):
-            raise ValueError(
-                f"The saved optimizer state has no values of {names[0]}: the state of a dense run, or of another "
-                "optimizer, cannot be used; start without it."
-            )
-
-    def _check_saved(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        """Refuse the state of another weight or, without a schedule, of another mask."""
-        weight = linked(parameter)
-        if weight is None:
-            if saved or parameter.requires_grad:
-                what = f"a parameter of shape {tuple(parameter.shape)}"
-                check_saved(what, parameter, saved, ("step", "exp_avg", "exp_avg_sq", *self._own_keys(None)))
-            return
-        weight.check()
-        if self.schedule is None and "schedule_steps" in saved:
-            raise ValueError(
-                "The saved run had a MaskSchedule, this optimizer has none; build that MaskSchedule before loading."
-            )
-        if self.schedule is not None and "values" in saved and "schedule_steps" not in saved:
-            raise ValueError(
-                "The saved state has no schedule_steps: that run had no MaskSchedule; load the state first, then build "
-                "the MaskSchedule."
-            )
-        kept = [key for key in self._own_keys(weight) if self.schedule is not None or key not in PREVIOUS_KEYS]
-        fits = saved["values"] if self.schedule is not None and isinstance(saved.get("values"), Tensor) else parameter
-        check_saved(weight.name, fits, saved, ("step", "exp_avg", "exp_avg_sq", *kept))
-        self._check_mask(weight, check_saved_mask(weight.name, saved, weight.holds_entries), text_of(saved["name"]))
-        if self.schedule is not None and "schedule_steps" in saved:
-            self.schedule.check_state_of(weight, saved)
-
-    def _check_mask(self, weight: SparseWeight, mask: Mask, name: str) -> None:
-        fits = mask.shape == weight.mask.shape if self.schedule is not None else mask == weight.mask
-        if name != weight.name or not fits:
-            raise ValueError(
-                f"{weight.name} has mask {weight.mask.fingerprint()} ({len(weight.mask):,} entries), the saved state "
-                f"is of {name} with mask {mask.fingerprint()} ({len(mask):,} entries); sparsify the model with the "
-                "saved run's masks (Masks.load) before loading, or build the run's MaskSchedule before loading if it "
-                "had one."
-            )
 
     @torch.no_grad()
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
@@ -299,7 +206,7 @@ class SavedOptimizer(Optimizer):
         """Restore saved states that `ZeroRedundancyOptimizer` has put directly into `self.state`."""
         loaded = {p: state for p in self._parameters() if len((state := self.state.get(p, {})).get("values", ()))}
         for parameter, saved in loaded.items():
-            self._check_saved(parameter, saved)
+            check_parameter(parameter, saved, self.schedule)
         for parameter, saved in loaded.items():
             del self.state[parameter]
             self._restore(parameter, saved)

@@ -7,15 +7,14 @@ saved too, and what grows during training (history, entries that left the mask) 
 and moments have the length of the mask.
 """
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from speft_optim.masks.mask import Mask
-from speft_optim.optim.moments import moments_fit
+from speft_optim.optim.schedule_protocol import Schedule
+from speft_optim.weights.sparse_weight import SparseWeight
 
 MASK_KEYS = ("values", "indices", "shape", "name")
 
@@ -36,6 +35,18 @@ def moment_keys(bits: int) -> tuple[str, ...]:
     return ("step", "exp_avg", "exp_avg_sq", *scales)
 
 
+def own_keys(weight: SparseWeight | None, schedule: Schedule | None) -> list[str]:
+    """Return the keys of a parameter's saved state other than moments."""
+    keys = ["skipped_steps"]
+    if weight is not None:
+        keys += MASK_KEYS
+        if schedule is not None:
+            keys += schedule.keys
+        if schedule is not None or weight.previously_trained is not None:
+            keys += PREVIOUS_KEYS
+    return keys
+
+
 def has_moments(state: dict[str, Any] | None) -> bool:
     """Tell whether a parameter took a step since its moments were last reset."""
     return bool(state) and "step" in state and int(state["step"]) > 0
@@ -53,7 +64,7 @@ def text_of(tensor: Tensor) -> str:
 
 def positions_to_bits(mask: Mask | None, count: int, device: torch.device) -> Tensor:
     """Encode a mask as one bit for each of `count` entries, (ceil(count / 8),) uint8: one size for all masks."""
-    bits = torch.zeros(_bytes(count), dtype=torch.uint8, device=device)
+    bits = torch.zeros(bit_bytes(count), dtype=torch.uint8, device=device)
     if mask is not None:
         positions = mask.indices.to(device).long()
         # Positions are unique, so the sum of their bits is the union.
@@ -81,112 +92,6 @@ def previous_of(saved: dict[str, Any]) -> Mask | None:
     return Mask(positions, saved["shape"].tolist()) if len(positions) else None
 
 
-def check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Iterable[str]) -> None:
-    """Refuse the saved state of a parameter if a key is missing or its tensor is damaged.
-
-    Args:
-        what: the parameter in words, for messages.
-        parameter: the tensor that the moments must fit: the parameter, or the saved values if the mask may differ.
-        saved: the saved state.
-        keys: the keys that it must have.
-
-    Raises:
-        ValueError: names the key that is wrong.
-    """
-    if isinstance(saved.get("name"), str) or "former" in saved:
-        raise ValueError(
-            f"The saved state of {what} is in the format of an older version of speft_optim; load it with that version."
-        )
-    # A tool that takes the keys from this optimizer passes an empty dict for a key that the file lacks.
-    if missing := sorted(key for key in keys if key not in saved or saved[key] == {}):
-        raise ValueError(
-            f"The saved state of {what} has no {' and no '.join(missing)}; load a state that SparseAdamW saved with "
-            "the same options, over sparsify(...)."
-        )
-    for key, part in saved.items():
-        if not isinstance(part, Tensor):
-            raise ValueError(f"The saved {key} of {what} is a {type(part).__name__}, not a tensor; load another state.")
-    _check_tensors(what, saved)
-    for key in ("values", "exp_avg", "exp_avg_sq"):
-        if key in saved and saved[key].shape != parameter.shape:
-            raise ValueError(
-                f"{what} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; use its masks."
-            )
-    step = saved["step"]
-    counted = step.numel() == 1 and not step.is_complex() and 0 <= float(step) < math.inf
-    if not counted or not moments_fit(saved, parameter):
-        raise ValueError(f"The saved moments of {what} are incomplete or damaged; its keys are {sorted(saved)}.")
-    _check_number(what, saved, "skipped_steps")
-
-
-def check_saved_mask(what: str, saved: dict[str, Any], weight_holds_entries: bool) -> Mask:
-    """Check the mask in a saved state, with its values and the entries that left it, and return it.
-
-    Args:
-        what: the parameter in words, for messages.
-        saved: the saved state, which has passed `check_saved`.
-        weight_holds_entries: whether the weight itself holds the entries that left the mask, so that they are not
-            saved.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
-    for key, dtype in (("values", torch.float32), ("shape", torch.int64), ("name", torch.uint8)):
-        if saved[key].dtype != dtype or saved[key].dim() != 1:
-            raise ValueError(
-                f"The saved {key} of {what} are of {saved[key].dtype} with {saved[key].dim()} dimensions, not of "
-                f"{dtype} with one; load another state."
-            )
-    try:
-        mask = mask_of(saved)
-        if len(mask) != len(saved["values"]):
-            raise ValueError(f"it has {len(mask)} entries, but there are {len(saved['values'])} values")
-        text_of(saved["name"])
-        if "previously_trained" in saved:
-            _check_previous(mask, saved, weight_holds_entries)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The saved mask of {what} is damaged; load another state: {error}") from error
-    return mask
-
-
-def _check_previous(mask: Mask, saved: dict[str, Any], weight_holds_entries: bool) -> None:
-    bits, entries = saved["previously_trained"], saved["previous_values"]
-    if bits.dtype != torch.uint8 or bits.shape != (_bytes(mask.shape.numel()),):
-        raise ValueError(
-            f"previously_trained is of {bits.dtype} and shape {tuple(bits.shape)}, not one bit for each entry"
-        )
-    previous = None if weight_holds_entries else previous_of(saved)
-    if entries.dtype != torch.float32 or entries.shape != (0 if previous is None else len(previous),):
-        raise ValueError("the entries that left the mask and their previous_values differ in number")
-
-
-def _check_number(what: str, saved: dict[str, Any], key: str) -> None:
-    number = saved[key]
-    if number.dtype != torch.int64 or number.dim() or int(number) < 0:
-        raise ValueError(f"The saved {key} of {what} is {number}, not a whole number as int64; load another state.")
-
-
-def check_common(key: str, parts: list[Tensor]) -> None:
-    """Refuse a number of the whole optimizer that differs between parameters.
-
-    Raises:
-        ValueError: it differs.
-    """
-    if any(not torch.equal(part.cpu(), parts[0].cpu()) for part in parts):
-        raise ValueError(f"The saved {key} differs between parameters; load a state that was saved whole.")
-
-
-def _bytes(count: int) -> int:
+def bit_bytes(count: int) -> int:
+    """Return the bytes that one bit for each of `count` entries takes."""
     return -(-count // 8)
-
-
-def _check_tensors(what: str, saved: dict[str, Any]) -> None:
-    """Refuse tensors with less memory than their shape needs, and numbers that would make a step NaN."""
-    for key, part in saved.items():
-        if part.layout != torch.strided or part.untyped_storage().nbytes() < part.nbytes:
-            raise ValueError(f"The saved {key} of {what} has fewer numbers than its shape {tuple(part.shape)} says.")
-        # A step takes roots of these; 8-bit codes are unsigned anyway.
-        negative = key in ("exp_avg_sq", "exp_avg_sq_scale", "step") and bool((part < 0).any())
-        # Accumulators may hold inf, as after a step that a loss scaler skipped; their window then begins again.
-        if negative or key != "schedule_accumulator" and not bool(part.isfinite().all()):
-            raise ValueError(f"The saved {key} of {what} holds numbers that are negative or not finite; load another.")

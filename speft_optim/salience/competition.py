@@ -62,6 +62,31 @@ class Candidates:
             yield first - offset, scores
 
 
+def runs_of(weight: SparseWeight, row_slice: RowSlice | None, scores: Tensor | None) -> Iterator[Candidates]:
+    """Yield the candidates of a weight in the order of positions.
+
+    Args:
+        weight: the weight.
+        row_slice: the rows with new scores; None if no entry has one.
+        scores: (k,) the stored scores of the trained entries; None if none are stored, where a row slice is the whole
+            weight.
+    """
+    if scores is None:
+        yield Candidates(weight, row_slice=row_slice)
+        return
+    # The model may have moved to another device since its masks were made.
+    indices = weight.mask.indices.to(weight.values.device)
+    scores = scores.to(indices.device)
+    if row_slice is None:
+        yield Candidates(weight, indices, scores)
+        return
+    ends = [row_slice.first * row_slice.columns, row_slice.last * row_slice.columns]
+    low, high = torch.searchsorted(indices, torch.tensor(ends, dtype=indices.dtype, device=indices.device)).tolist()
+    yield Candidates(weight, indices[:low], scores[:low])
+    yield Candidates(weight, row_slice=row_slice)
+    yield Candidates(weight, indices[high:], scores[high:])
+
+
 def keep_best(
     runs: list[Candidates], count: int, all_compete: bool, measure: Measure, chunk: int
 ) -> dict[SparseWeight, tuple[Tensor, Tensor]]:

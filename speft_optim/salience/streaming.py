@@ -20,15 +20,14 @@ in which no activations are held.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from speft_optim.distributed import average_, is_distributed, total
 from speft_optim.masks.mask import Mask
 from speft_optim.salience.accumulators import GradientSum, RowSlice, SquareSum, cut_into_groups, placed
-from speft_optim.salience.competition import Candidates, keep_best
+from speft_optim.salience.competition import keep_best, runs_of
 from speft_optim.salience.measures import Measure
 from speft_optim.weights.sparse_weight import SparseWeight
 
@@ -49,6 +48,8 @@ class TrainingSalience:
     Attributes:
         turns: how many turns have ended.
         steps: how many optimizer steps of the current turn were taken.
+        period: the number of steps in a turn.
+        waiting: how many of these come before the window.
         groups: the row slices that have a turn together.
         scores: by weight name, (k,) the score by which each trained entry was kept, if later turns need it.
     """
@@ -66,8 +67,8 @@ class TrainingSalience:
         self.weights, self.measure, self.scope, self.window = weights, measure, scope, window
         self._sum_of = SquareSum if measure.statistic == "squared_gradient" else GradientSum
         self.groups = cut_into_groups((w.place.target for w in weights), memory_budget, measure.entry_bytes)
-        # The number of steps in a turn.
         self.period = max(window, -(-interval // len(self.groups)))
+        self.waiting = self.period - window
         # Chunks are long enough to keep a device busy, and short enough that their temporaries are small.
         longest = 2**22 if weights[0].values.is_cuda else 2**20
         self._chunk = max(2**10, min(longest, memory_budget // 512))
@@ -95,11 +96,16 @@ class TrainingSalience:
 
     def end_step(self) -> bool:
         """Count an optimizer step, and tell whether the turn is over."""
-        self._end_passes()
+        self.end_passes()
         self.steps += 1
-        if self.steps == self.period - self.window:
+        if self.steps == self.waiting:
             self._begin_window()
         return self.steps >= self.period
+
+    def end_passes(self) -> None:
+        """Add what the latest backward pass left to the accumulators."""
+        for accumulated in self._sums.values():
+            accumulated.end_pass()
 
     def start_anew(self) -> None:
         """Begin the window again, as after a step whose gradients were not finite; while waiting, do nothing."""
@@ -147,110 +153,30 @@ class TrainingSalience:
         self._begin_turn()
         return chosen
 
-    def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """Return the state that a checkpoint saves with a weight.
-
-        Returns:
-            `schedule_turn`, (5,) int64: turns, steps, number of groups, window, and steps of a turn. `schedule_scores`:
-            the stored scores, (k,), or (0,) if there are none. `schedule_accumulator`, fp32 in CPU memory: with the
-            first weight the accumulators of the group, padded to the length of the largest group, so that the size does
-            not depend on the turn; with other weights (0,).
-        """
-        self._end_passes()
-        counters = torch.tensor([self.turns, self.steps, *self._counts])
-        scores = self.scores.get(weight.name, torch.zeros(0, device=weight.values.device))
-        accumulator = torch.zeros(self._accumulated_by(weight))
-        if len(accumulator):
-            for row_slice, part in self._parts(accumulator):
-                if row_slice.accumulator is not None:
-                    part.copy_(row_slice.accumulator)
-        return dict(schedule_turn=counters, schedule_scores=scores, schedule_accumulator=accumulator)
-
-    def check_state_of(self, weight: SparseWeight, entries: int, saved: Mapping[str, Tensor]) -> None:
-        """Refuse a saved state that `state_of` cannot have returned in a run with the same options.
-
-        Args:
-            weight: the weight.
-            entries: the number of entries of the saved mask.
-            saved: the saved state of the weight.
-
-        Raises:
-            ValueError: a tensor has another dtype, shape or content.
-        """
-        turn = saved["schedule_turn"]
-        if turn.dtype != torch.int64 or turn.shape != (5,) or int(turn.min()) < 0:
-            raise ValueError(f"The saved schedule_turn is {turn}, not five whole numbers as int64; load another state.")
-        if turn[2:].tolist() != self._counts or int(turn[1]) >= self.period:
-            raise ValueError(
-                f"The saved schedule_turn is {turn.tolist()}, here there are {len(self.groups)} groups of weights and "
-                f"a window of {self.window} in {self.period} steps; build MaskSchedule with the saved run's window, "
-                "interval, salience and memory_budget."
-            )
-        own = self.scores.get(weight.name, torch.zeros(0))
-        expected = {
-            "schedule_scores": (own.dtype, entries if weight.name in self.scores else 0),
-            "schedule_accumulator": (torch.float32, self._accumulated_by(weight)),
-        }
-        for key, (dtype, length) in expected.items():
-            if saved[key].dtype != dtype or saved[key].shape != (length,):
-                raise ValueError(
-                    f"The saved {key} of {weight.name} is of {saved[key].dtype} and shape {tuple(saved[key].shape)}, "
-                    f"not of {dtype} and ({length},); build MaskSchedule with the saved run's options."
-                )
-
-    def load_state_of(self, weight: SparseWeight, saved: Mapping[str, Tensor]) -> None:
-        """Restore what `state_of` returned, after the weight's mask was restored."""
-        turns, steps, *_ = saved["schedule_turn"].tolist()
-        if weight.name in self.scores:
-            self.scores[weight.name] = saved["schedule_scores"].detach().to(weight.values.device, copy=True)
-        if weight is self.weights[0]:
-            for row_slice in self.group:
-                row_slice.accumulator = None
-            self.turns = turns
-            self._begin_turn()
-            self.steps, waiting = steps, self.period - self.window
-            if steps >= waiting:
-                self._begin_window()
-                self.steps = steps
-            for row_slice, part in self._parts(saved["schedule_accumulator"].detach()) if steps > waiting else ():
-                row_slice.accumulator = part.to(row_slice.target.device, copy=True)
-
-    def _accumulated_by(self, weight: SparseWeight) -> int:
-        """Return the length of `schedule_accumulator` in the state of a weight."""
-        largest = max(sum(row_slice.entries for row_slice in group) for group in self.groups)
-        return largest if weight is self.weights[0] else 0
-
-    def _parts(self, accumulator: Tensor) -> Iterator[tuple[RowSlice, Tensor]]:
-        """Yield the row slices of the group, each with its part of a flat tensor in its accumulator's shape."""
-        parts = accumulator[: sum(row_slice.entries for row_slice in self.group)].split(
-            [row_slice.entries for row_slice in self.group]
-        )
-        for row_slice, part in zip(self.group, parts, strict=True):
-            yield row_slice, part.view(row_slice.last - row_slice.first, row_slice.columns)
-
-    @property
-    def _counts(self) -> list[int]:
-        """Numbers that must be the same in a run that is resumed: groups, window, and steps of a turn."""
-        return [len(self.groups), self.window, self.period]
+    def go_to(self, turns: int, steps: int) -> None:
+        """Go to a step of a turn of a resumed run; the accumulators of its group are empty there."""
+        for row_slice in self.group:
+            row_slice.accumulator = None
+        self.turns = turns
+        self._begin_turn()
+        if steps >= self.waiting:
+            self._begin_window()
+        self.steps = steps
 
     def _begin_turn(self) -> None:
         """Begin a turn: wait for the window, or begin it at once."""
         self.steps, self._sums = 0, {}
         self._attach()
-        if self.period == self.window:
+        if not self.waiting:
             self._begin_window()
 
     def _begin_window(self) -> None:
         """Sum the gradients of the group from the next backward pass on."""
-        self.steps = self.period - self.window
+        self.steps = self.waiting
         for row_slice in self.group:
             row_slice.accumulator = None
         self._sums = {row_slice.target.name: self._sum_of(row_slice) for row_slice in self.group}
         self._attach()
-
-    def _end_passes(self) -> None:
-        for accumulated in self._sums.values():
-            accumulated.end_pass()
 
     def _attach(self) -> None:
         for weight in self.weights:
@@ -258,7 +184,7 @@ class TrainingSalience:
 
     def _gather(self) -> dict[str, bool] | None:
         """Average the sums over processes and tell by weight whether it got a gradient; None if one is not finite."""
-        self._end_passes()
+        self.end_passes()
         for row_slice in self.group:
             placed(row_slice, row_slice.target.device)
         if is_distributed():
@@ -271,7 +197,8 @@ class TrainingSalience:
 
     def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Mask]:
         """Keep the best `count` entries, store their scores, and return the masks that change."""
-        runs = [run for weight in weights for run in self._runs(weight)]
+        slices = {name: accumulated.row_slice for name, accumulated in self._sums.items()}
+        runs = [run for w in weights for run in runs_of(w, slices.get(w.name), self.scores.get(w.name))]
         kept = keep_best(runs, count, self._are_scored(weights), self.measure, self._chunk)
         changed = {}
         for weight, (positions, scores) in kept.items():
@@ -281,25 +208,6 @@ class TrainingSalience:
             if len(positions) != len(before) or not torch.equal(positions.to(before), before):
                 changed[weight.name] = Mask(positions, weight.mask.shape)
         return changed
-
-    def _runs(self, weight: SparseWeight) -> Iterator[Candidates]:
-        """Yield the candidates of a weight in the order of positions."""
-        # The model may have moved to another device since its masks were made.
-        indices, scores = weight.mask.indices.to(weight.values.device), self.scores.get(weight.name)
-        row_slice = self._sums[weight.name].row_slice if weight.name in self._sums else None
-        if scores is None:
-            # If no scores are stored, the row slice is the whole weight.
-            yield Candidates(weight, row_slice=row_slice)
-            return
-        scores = scores.to(indices.device)
-        if row_slice is None:
-            yield Candidates(weight, indices, scores)
-            return
-        ends = [row_slice.first * row_slice.columns, row_slice.last * row_slice.columns]
-        low, high = torch.searchsorted(indices, torch.tensor(ends, dtype=indices.dtype, device=indices.device)).tolist()
-        yield Candidates(weight, indices[:low], scores[:low])
-        yield Candidates(weight, row_slice=row_slice)
-        yield Candidates(weight, indices[high:], scores[high:])
 
     def _is_cut(self, weight: SparseWeight) -> bool:
         return len(self._groups_of[weight.name]) > 1

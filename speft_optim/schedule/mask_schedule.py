@@ -15,36 +15,25 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from speft_optim.checkpoint.adapter_file import named_root
-from speft_optim.checks import check_callable, check_choice, check_share, check_whole
-from speft_optim.distributed import check_equal, check_equal_masks, is_distributed
+from speft_optim.checkpoint.save import named_root
+from speft_optim.distributed import check_equal, check_equal_masks
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.optim.state import SCHEDULE_KEYS, TURN_KEYS
-from speft_optim.salience.batches import Batches, check_batches, check_max_batches
-from speft_optim.salience.measures import Measure, measure_of
-from speft_optim.salience.selection import check_together, select_masks
+from speft_optim.salience import turn_state
+from speft_optim.salience.batches import Batches
+from speft_optim.salience.measures import Measure
+from speft_optim.salience.selection import select_masks
 from speft_optim.salience.streaming import TrainingSalience
+from speft_optim.schedule.amounts import amount_at, trained
+from speft_optim.schedule.arguments import Arguments, check_owner
+from speft_optim.schedule.history import check_tensors, from_tensors, to_tensors
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.mesh import reshard
 from speft_optim.weights.sparse_weight import SparseWeight
-
-_OPTIONS = {"loss", "max_batches", "seed", "progress"}
-
-
-_EVENT = ("step", "entries", "overlap")
-
-
-_KEPT_EVENTS = 256
-
-
-# Bytes of accumulators: 2 GiB hold 512 million entries, a fourteenth of a model of 8 billion. A share of the free
-# memory would not do, since a resumed run must cut the weights into the same groups.
-_BUDGET = 2 * 2**30
 
 
 class MaskSchedule:
@@ -122,28 +111,29 @@ class MaskSchedule:
         **options: Any,
     ):
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.model, self.optimizer, self.batches = named_root(model), optimizer, batches
-        self.interval, self.window, self.salience, self.scope, self.density = interval, window, salience, scope, density
-        self.moments, self.threshold, self.probe = moments, threshold, probe
-        self.memory_budget, self.options = memory_budget, options
-        self.steps, self.history = 0, []
-        self._skipped = 0
-        self.training: TrainingSalience | None = None
-        self._check_owners()
-        measure = self._check_mode()
-        self._check()
+        self.model, self.optimizer = named_root(model), optimizer
         weights = self._weights()
-        self.entries = sum(len(weight.mask) for weight in weights)
-        if measure is not None:
-            budget = int(_BUDGET if memory_budget is None else memory_budget)
-            rounds = f"windows of {self.window}, rounds of {self.interval} steps"
-            choice = f"{measure.name} in {rounds}, {budget} bytes of accumulators"
-            check_equal(choice, "The arguments of MaskSchedule", "pass the same in all of them.")
-            steps = dict(window=int(self.window), interval=int(self.interval))
-            self.training = TrainingSalience(weights, measure, scope, **steps, memory_budget=budget)
-            self._skipped = optimizer.skipped_steps
+        check_owner(optimizer, weights)
+        rest = (interval, window, salience, scope, density, moments, threshold, probe, memory_budget, options)
+        given = Arguments(batches, *rest)
+        self.batches, self.salience, self.scope, self.density = batches, given.salience, scope, density
+        self.interval, self.window, self.moments = given.interval, given.window, given.moments
+        self.threshold, self.probe = threshold, given.probe
+        self.memory_budget, self.options = given.memory_budget, given.options
+        self.steps, self.history = 0, []
+        self._skipped = optimizer.skipped_steps
+        self.entries = trained(weights)
+        self.training = None if given.measure is None else self._from_training(weights, given.measure)
         self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)
+
+    def _from_training(self, weights: list[SparseWeight], measure: Measure) -> TrainingSalience:
+        """Return the salience of training's own gradients, after a check that all processes have the same arguments."""
+        budget, rounds = int(self.memory_budget), f"windows of {self.window}, rounds of {self.interval} steps"
+        choice = f"{measure.name} in {rounds}, {budget} bytes of accumulators"
+        check_equal(choice, "The arguments of MaskSchedule", "pass the same in all of them.")
+        steps = dict(window=int(self.window), interval=int(self.interval))
+        return TrainingSalience(weights, measure, self.scope, **steps, memory_budget=budget)
 
     @property
     def bytes_held(self) -> int:
@@ -190,14 +180,9 @@ class MaskSchedule:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the counter and the latest events; the masks themselves are in the optimizer's state.
 
-        Returns:
-            `schedule_steps`, an int64 scalar, and `schedule_history`, (256, 3) float64: step, entries and overlap of
-            the latest 256 events, followed by rows of -1. Its size is fixed, see `optim/state.py`.
+        See `history.to_tensors`.
         """
-        history = torch.full((_KEPT_EVENTS, 3), -1.0, dtype=torch.float64)
-        for row, event in zip(history, self.history[-_KEPT_EVENTS:], strict=False):
-            row.copy_(torch.tensor([event[key] for key in _EVENT], dtype=torch.float64))
-        return {"schedule_steps": torch.tensor(self.steps), "schedule_history": history}
+        return to_tensors(self.steps, self.history)
 
     def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Refuse a state that `state_dict` cannot have returned.
@@ -205,25 +190,15 @@ class MaskSchedule:
         Raises:
             ValueError: a tensor has another dtype, shape or content.
         """
-        steps, history = state_dict["schedule_steps"], state_dict["schedule_history"]
-        if steps.dtype != torch.int64 or steps.dim() or int(steps) < 0:
-            raise ValueError(f"The saved schedule_steps is {steps}, not a whole number as int64; load another state.")
-        kept = (history.dtype, tuple(history.shape)) == (torch.float64, (_KEPT_EVENTS, 3))
-        if not kept or not bool(history.isfinite().all()):
-            raise ValueError(
-                f"The saved schedule_history is of {history.dtype} and shape {tuple(history.shape)} or not finite; it "
-                f"must be of torch.float64, ({_KEPT_EVENTS}, 3) and finite."
-            )
+        check_tensors(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned; the optimizer's `load_state_dict` calls this."""
-        self.steps = int(state_dict["schedule_steps"])
-        rows = [row for row in state_dict["schedule_history"].tolist() if row[0] >= 0]
-        self.history = [{"step": int(step), "entries": int(n), "overlap": overlap} for step, n, overlap in rows]
+        self.steps, self.history = from_tensors(state_dict)
 
     def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """Return the state that is saved with a weight: nothing with batches, else see `TrainingSalience.state_of`."""
-        return {} if self.training is None else self.training.state_of(weight)
+        """Return the state that is saved with a weight: nothing with batches, else see `salience/turn_state.py`."""
+        return {} if self.training is None else turn_state.state_of(self.training, weight)
 
     def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
         """Refuse a state that `state_of` cannot have returned.
@@ -232,14 +207,14 @@ class MaskSchedule:
             ValueError: a tensor has another dtype, shape or content, or the saved run selected in another way.
         """
         if self.training is not None:
-            self.training.check_state_of(weight, len(saved["values"]), saved)
+            turn_state.check_state_of(self.training, weight, len(saved["values"]), saved)
         elif "schedule_turn" in saved:
             raise ValueError("The saved run's MaskSchedule had no batches; build this one without them too.")
 
     def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
         """Restore what `state_of` returned."""
         if self.training is not None:
-            self.training.load_state_of(weight, saved)
+            turn_state.load_state_of(self.training, weight, saved)
             self._skipped = int(saved["skipped_steps"])
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
@@ -252,7 +227,7 @@ class MaskSchedule:
             return
         if self.threshold is not None:
             overlap = self._note(self._select(itertools.islice(self.batches, self.probe)))
-            if overlap >= self.threshold and self._wanted() == self._count():
+            if overlap >= self.threshold and self._trains_as_many_as_wanted():
                 return
         self.reselect()
 
@@ -264,11 +239,11 @@ class MaskSchedule:
         elif self.training.end_step():
             # A forward since the step's backward may have left weights gathered, in another dtype than their rows.
             reshard(self.model)
-            masks = self.training.select(self._wanted() if self.scope == "global" else self._wanted_by_weight())
+            masks = self.training.select(self._amount())
             if masks is not None:
-                total = self._count()
+                total = trained(self._weights())
                 before, kept = self._change(masks)
-                now = self._count()
+                now = trained(self._weights())
                 overlap = (total - before + kept) / max(1, min(total, now))
                 self.history.append({"step": self.steps, "entries": now, "overlap": overlap})
 
@@ -280,7 +255,7 @@ class MaskSchedule:
             list(batches) if isinstance(batches, itertools.islice) else batches,
             salience=self.salience,
             scope=self.scope,
-            budget=self._wanted() if self.scope == "global" else self._wanted_by_weight(),
+            budget=self._amount(),
             memory_budget=self.memory_budget,
             targets=lambda name, parameter: name in weights,
             **options,
@@ -291,103 +266,13 @@ class MaskSchedule:
         self.history.append({"step": self.steps, "entries": masks.count, "overlap": overlap})
         return overlap
 
-    def _wanted(self) -> int:
-        """Return how many entries to keep now, over all weights."""
-        if self.density is None:
-            return self.entries
-        if self.scope == "local":
-            return sum(self._wanted_by_weight().values())
-        return max(1, round(self._density_now() * sum(weight.mask.shape.numel() for weight in self._weights())))
+    def _amount(self) -> int | dict[str, int]:
+        """Return how many entries to keep now: over all weights in global scope, of each weight in local scope."""
+        return amount_at(self.steps, self._weights(), self.scope, self.density, self.entries)
 
-    def _wanted_by_weight(self) -> dict[str, int]:
-        if self.density is None:
-            return {weight.name: len(weight.mask) for weight in self._weights()}
-        density = self._density_now()
-        return {weight.name: round(density * weight.mask.shape.numel()) for weight in self._weights()}
-
-    def _density_now(self) -> float:
-        density = self.density(self.steps)
-        check_share(f"density({self.steps})", density, "a schedule must give a share, such as 0.01")
-        return density
-
-    def _count(self) -> int:
-        """Return how many entries are trained now, over all weights."""
-        return sum(len(weight.mask) for weight in self._weights())
+    def _trains_as_many_as_wanted(self) -> bool:
+        wanted = self.entries if self.density is None else self._amount()
+        return trained(self._weights()) == (sum(wanted.values()) if isinstance(wanted, dict) else wanted)
 
     def _weights(self) -> list[SparseWeight]:
         return sparse_weights(self.model)
-
-    def _check_owners(self) -> None:
-        if not isinstance(self.optimizer, SparseAdamW):
-            raise TypeError(f"MaskSchedule changes the moments of a SparseAdamW and needs one; got {self.optimizer!r}.")
-        if self.optimizer.schedule is not None:
-            raise ValueError("The optimizer has a MaskSchedule already; use one, since two would overrule each other.")
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        if not self._weights() or any(id(weight.values) not in held for weight in self._weights()):
-            raise ValueError("The optimizer does not train all of the model's values; build it from sparsify(...).")
-
-    def _check_mode(self) -> Measure | None:
-        """Set the defaults with or without batches, and refuse options that have no meaning there.
-
-        Returns:
-            The measure if masks are selected from training itself, else None.
-        """
-        if self.salience is None:
-            self.salience = "snip" if self.batches is None else "gradient"
-        measure = measure_of(self.salience)
-        if self.batches is None and measure.takes_batches:
-            if measure.statistic not in ("gradient", "squared_gradient"):
-                raise ValueError(
-                    f"salience={self.salience!r} needs calibration batches, since backward passes of training do not "
-                    "give its statistic; pass some, or choose gradient, snip, force, taylor_fo, fisher or a function."
-                )
-            given = {name: getattr(self, name) for name in ("threshold", "probe")} | self.options
-            for name, value in given.items():
-                if value is not None and name in (*_OPTIONS, "threshold", "probe"):
-                    raise ValueError(
-                        f"{name}={value!r} has no meaning without batches, when masks are selected from training; "
-                        f"leave {name} out, or pass batches."
-                    )
-            self.window = 8 if self.window is None else self.window
-            self.interval = 50 if self.interval is None else self.interval
-            self.moments = "carry" if self.moments is None else self.moments
-            return measure
-        if self.window is not None:
-            raise ValueError(
-                f"window={self.window!r} has a meaning only where masks are selected from training's own gradients; "
-                "leave batches out, or set interval instead."
-            )
-        self.interval = 1000 if self.interval is None else self.interval
-        self.probe = 1 if self.probe is None else self.probe
-        self.moments = "reset" if self.moments is None else self.moments
-        return None
-
-    def _check(self) -> None:
-        for name, usual in (("interval", 1000), ("probe", 1), ("window", 8)):
-            value = getattr(self, name)
-            if value is not None:
-                check_whole(name, value, least=1, usual=usual)
-        check_choice("moments", self.moments, ("reset", "carry"))
-        check_together(self.salience, self.scope)
-        if self.threshold is not None:
-            check_share("threshold", self.threshold, "0.8 selects anew below 80 % overlap")
-        check_callable("density", self.density, "the step")
-        if unknown := self.options.keys() - _OPTIONS:
-            raise ValueError(
-                f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks; it takes "
-                f"memory_budget, {', '.join(sorted(_OPTIONS))}."
-            )
-        if self.window and self.memory_budget is not None:
-            check_whole("memory_budget", self.memory_budget, least=1, usual="2 * 2**30 bytes")
-        check_max_batches(self.options.get("max_batches"))
-        if isinstance(self.batches, Iterator):
-            raise ValueError(
-                "batches can be iterated only once, but every selection reads them; pass a list or DataLoader."
-            )
-        if not self.window and measure_of(self.salience).takes_batches:
-            check_batches(self.batches, 1)
-        if is_distributed() and (self.scope == "global" or self.density is not None):
-            raise ValueError(
-                "With several processes each weight must keep its number of entries, since DistributedDataParallel "
-                "reduces buffers of fixed size; use scope='local' and density=None."
-            )

@@ -1,0 +1,1 @@
+"""Adapters on a base: load, switch, mix, unload, merge."""

@@ -1,0 +1,127 @@
+"""`save_adapter`: the trained entries of a model are collected and written to an adapter file."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from speft_optim.checkpoint.adapter_file import DTYPES, AdapterFile, whole_mask, write_adapter
+from speft_optim.checkpoint.fingerprint import fingerprint
+from speft_optim.checkpoint.model_card import check_details, notes_on
+from speft_optim.checks import checked_path
+from speft_optim.masks.collection import Masks
+from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.mesh import once, reshard
+from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.targets import Target, all_targets
+from speft_optim.weights.wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+# The attribute under which a model keeps its loaded adapters (see `adapters/loaded.py`).
+LOADED = "_loaded_adapters"
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, Any] | None = None) -> None:
+    """Write the trained entries of a sparsified model to a file that appears whole or not at all.
+
+    If a schedule changed the masks, the file holds all entries that were ever trained, and the log says at level INFO
+    how many these are. Parameters without a mask that require gradients, such as a new classification head, are written
+    whole.
+
+    Under `fully_shard` all processes call it, and the first one writes.
+
+    Args:
+        model: the sparsified model, or a wrapper around it: the file is for the module that `sparsify` was called on.
+        path: a file, if it ends in `.safetensors`; else a folder, created if missing, which gets `adapter.safetensors`
+            and a model card, `README.md`, and can be pushed to a hub as it is.
+        details: strings and numbers to note in file and card, such as `{"measure": "gradient", "data": "gsm8k"}`. Names
+            of what is always noted there are refused.
+
+    Raises:
+        ValueError: the model is not sparsified or holds two sparsified models, `details` has a reserved name, or the
+            folder of a file's `path` does not exist.
+        TypeError: `details` is no mapping, or holds something other than strings and numbers.
+    """
+    model, path = named_root(model), checked_path(path)
+    reshard(model)
+    weights = sparse_weights(model)
+    if not weights:
+        raise ValueError(f"{type(model).__name__} is not sparsified; call sparsify(model, masks) before save_adapter.")
+    check_details(details)
+    adapter = _collect(model, weights)
+    masks = adapter.sparse_masks
+    notes = notes_on(masks, {name: len(adapter.masks[name]) for name in adapter.whole}) | dict(details or {})
+    once(model, lambda: write_adapter(adapter, path, notes))
+    trained = sum(len(weight.mask) for weight in weights)
+    if masks.count > trained:
+        logger.info(
+            "The adapter holds %s entries: the %s trained now, and %s that were trained before the masks moved.",
+            f"{masks.count:,}",
+            f"{trained:,}",
+            f"{masks.count - trained:,}",
+        )
+    if LOADED in model.__dict__:
+        model.__dict__[LOADED].note_saved(model, adapter.masks)
+
+
+def _collect(model: nn.Module, weights: list[SparseWeight]) -> AdapterFile:
+    """Return what was trained, with tensors on the CPU."""
+    masks, values = Masks(), {}
+    for weight in weights:
+        weight.synchronize()
+        masks[weight.name], entries = weight.base.entries(weight.ever_trained())
+        values[weight.name] = entries.cpu()
+    whole = _trained_beside(model, masks)
+    for name, target in whole.items():
+        masks[name] = whole_mask(target.shape)
+        values[name] = frozen_weight(*target.sites[0]).tensor.flatten().cpu()
+    config = getattr(model, "config", None)
+    base = {
+        "name": getattr(config, "_name_or_path", "") or "",
+        "revision": getattr(config, "_commit_hash", "") or "",
+        "fingerprint": fingerprint(model, masks),
+    }
+    return AdapterFile(masks, values, base, tuple(whole))
+
+
+def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
+    """Return the parameters without a mask that require gradients, by name; warn of dtypes that no file can hold."""
+    loaded = model.__dict__[LOADED].adapters.values() if LOADED in model.__dict__ else ()
+    # A parameter that a loaded adapter replaced is written too: it is not the base's.
+    brought = {name for adapter in loaded for name in adapter.whole}
+    found = {
+        name: target for name, target in all_targets(model).items() if target.parameter.requires_grad or name in brought
+    }
+    found = {name: target for name, target in found.items() if name not in masks and target.shape.numel()}
+    left_out = [name for name, target in found.items() if target.parameter.dtype not in DTYPES]
+    if left_out:
+        logger.warning(
+            "%s requires gradients and is left out of the adapter, which can hold fp32, bf16 and fp16, but not %s; "
+            "save the model too.",
+            ", ".join(left_out),
+            found[left_out[0]].parameter.dtype,
+        )
+    return {name: target for name, target in found.items() if name not in left_out}
+
+
+def named_root(model: nn.Module) -> nn.Module:
+    """Return the module whose names masks and adapters use.
+
+    It is the module that `sparsify` was called on; for a model that is not sparsified, the model inside its wrappers.
+
+    Raises:
+        ValueError: the model holds several sparsified models.
+    """
+    roots = {weight.place.model for weight in sparse_weights(model)}
+    if len(roots) > 1:
+        names = [name for name, module in model.named_modules() if module in roots]
+        raise ValueError(
+            f"{type(model).__name__} holds {len(roots)} sparsified models, {names}, but an adapter or a schedule "
+            "belongs to one; pass one of them."
+        )
+    return roots.pop() if roots else unwrapped(model)

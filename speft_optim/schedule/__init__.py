@@ -1,0 +1,1 @@
+"""Dynamic masks: entries are chosen again during training."""
