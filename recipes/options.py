@@ -151,8 +151,8 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pad-multiple",
         type=int,
-        help="pad to a multiple of so many tokens, so that shapes repeat (default 1, with --compile 32, with --cuda-graphs "
-        "128)",
+        help="pad to a multiple of so many tokens, so that shapes repeat (default 1, with --compile 32, with "
+        "--cuda-graphs 128)",
     )
     group.add_argument(
         "--compile",

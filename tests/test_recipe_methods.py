@@ -118,9 +118,11 @@ def test_a_peft_without_shira_is_named(monkeypatch, capsys):
         (["--budget-rank", "4", "--density", "0.1"], "not both"),
         (["--budget-rank", "0"], "budget-rank is 0; it must be at least 1"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
+        (["--cuda-graphs"], "--cuda-graphs needs a CUDA device"),
     ],
 )
-def test_bad_commands_are_refused_at_once(arguments, message, capsys):
+def test_bad_commands_are_refused_at_once(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         command_line.parse(["--model", "m", "--data", "d", *arguments])
     assert message in capsys.readouterr().err
