@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from speft_optim.checkpoint.base import original_entries
@@ -88,31 +88,16 @@ def sparsify(
     wrapper, model = model, unwrapped(model)
     with together():
         check_not_parallel(wrapper)
-        check_differentiable(model)
-        settle_storage(model)
-        reshard(model)
-        targets = all_targets(model)
-        _check_masks(model, masks, targets)
-        if base is not None and is_fully_sharded(model):
-            raise ValueError(
-                "base= is for a quantised model, and this one is sharded in its own precision; leave it out."
-            )
-        found = {name: mask for name, mask in masks.items() if len(mask)}
-        entries = {} if base is None else original_entries(base, found, targets)
+        targets = _prepare(model, masks)
+        entries = {} if base is None else _base_entries(model, base, masks, targets)
     check_equal_masks(masks)
     _follow_optimizers()
     required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
     model.requires_grad_(False)
     patch_model(model)
     declare_trainable(model)
-    weights = []
-    for name, target in targets.items():
-        if name in masks and (keep_empty or len(masks[name])):
-            if name in entries:
-                frozen_weight(*target.sites[0]).put(masks[name], entries[name])
-            weight = SparseWeight(model, target, masks[name], verify)
-            weight.place.add(weight)
-            weights.append(weight)
+    chosen = [name for name in targets if name in masks and (keep_empty or len(masks[name]))]
+    weights = [_attach(model, targets[name], masks[name], entries.get(name), verify) for name in chosen]
     is_sharded = is_fully_sharded(model)
     # In front of the hook that gathers the weights, which takes them as they are then.
     hooks = [*refresh_before_forward(model, prepend=is_sharded), *let_checkpoints_see_gradients(model)]
@@ -149,7 +134,36 @@ def desparsify(model: nn.Module) -> None:
         unpatch_model(root)
 
 
-def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:
+def _prepare(model: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Target]:
+    """Settle how the model holds its weights, refuse what `sparsify` cannot do, and return all weights by name."""
+    check_differentiable(model)
+    settle_storage(model)
+    reshard(model)
+    targets = all_targets(model)
+    _check_model(model)
+    _check_masks(model, masks, targets)
+    return targets
+
+
+def _base_entries(
+    model: nn.Module, base: str | Path, masks: Mapping[str, Mask], targets: dict[str, Target]
+) -> dict[str, Tensor]:
+    """Return the entries of the checkpoint in `base` at the masks, by name."""
+    if is_fully_sharded(model):
+        raise ValueError("base= is for a quantised model, and this one is sharded in its own precision; leave it out.")
+    return original_entries(base, {name: mask for name, mask in masks.items() if len(mask)}, targets)
+
+
+def _attach(model: nn.Module, target: Target, mask: Mask, entries: Tensor | None, verify: bool) -> SparseWeight:
+    """Attach the values of one weight, which start from `entries` (k,), or from the weight's own where it is None."""
+    if entries is not None:
+        frozen_weight(*target.sites[0]).put(mask, entries)
+    weight = SparseWeight(model, target, mask, verify)
+    weight.place.add(weight)
+    return weight
+
+
+def _check_model(model: nn.Module) -> None:
     if sparse_weights(model) or sparsified_roots(model):
         raise ValueError("The model is sparsified already; call desparsify(model) first.")
     if wrapper := sharding_wrapper(model):
@@ -160,36 +174,44 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str,
                 "gradients and optimizer state are no longer than the masks."
             )
         check_divisions(model)
+
+
+def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:
     if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
         raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
     check_parameters(model)
     for name, mask in masks.items():
         if name not in targets:
             check_layers(model, str(name).removesuffix(".weight"))
-            shared = dict(model.named_parameters(remove_duplicate=False)).get(name)
-            first = next((n for n, target in targets.items() if target.parameter is shared), None)
-            raise ValueError(
-                f"There is a mask for {name}, but {type(model).__name__} has no parameter of that name"
-                + (
-                    f": the weight is shared and goes by its first name, {first}; use that."
-                    if first
-                    else "; select the masks on this model."
-                )
-            )
-        parameter, shape = targets[name].parameter, targets[name].shape
-        if shape != mask.shape:
-            shapes = f"{tuple(mask.shape)}, the parameter {tuple(shape)}"
-            raise ValueError(f"The mask of {name} is for shape {shapes}; select the masks on this model.")
-        floating = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not floating and not is_quantized_linear(targets[name].sites[0][0]):
-            raise TypeError(
-                f"{name} has dtype {parameter.dtype}; weights of fp32, bf16 and fp16 and those of bitsandbytes' linear "
-                "layers can be sparsified."
-            )
-        check_in_memory(name, parameter)
-        check_called(name, targets[name])
+            _refuse_name(model, name, targets)
+        _check_mask(targets[name], mask)
     if not any(len(mask) for mask in masks.values()):
         raise ValueError(f"The {len(masks)} masks hold no entry, so nothing would train; raise density or budget.")
+
+
+def _refuse_name(model: nn.Module, name: str, targets: dict[str, Target]) -> None:
+    shared = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    first = next((n for n, target in targets.items() if target.parameter is shared), None)
+    remedy = f": the weight is shared and goes by its first name, {first}; use that."
+    raise ValueError(
+        f"There is a mask for {name}, but {type(model).__name__} has no parameter of that name"
+        + (remedy if first else "; select the masks on this model.")
+    )
+
+
+def _check_mask(target: Target, mask: Mask) -> None:
+    name, parameter, shape = target.name, target.parameter, target.shape
+    if shape != mask.shape:
+        shapes = f"{tuple(mask.shape)}, the parameter {tuple(shape)}"
+        raise ValueError(f"The mask of {name} is for shape {shapes}; select the masks on this model.")
+    floating = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not floating and not is_quantized_linear(target.sites[0][0]):
+        raise TypeError(
+            f"{name} has dtype {parameter.dtype}; weights of fp32, bf16 and fp16 and those of bitsandbytes' linear "
+            "layers can be sparsified."
+        )
+    check_in_memory(name, parameter)
+    check_called(name, target)
 
 
 def _follow_optimizers() -> None:

@@ -13,8 +13,9 @@ from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.bnb import is_quantized_linear, settle_storage
 from speft_optim.weights.four_bit import FourBitWeight
 from speft_optim.weights.int8 import Int8Weight
+from speft_optim.weights.products import is_linear
 from speft_optim.weights.storage import DenseWeight, frozen_weight
-from speft_optim.weights.targets import all_targets, find_targets, is_linear
+from speft_optim.weights.targets import all_targets, find_targets
 
 KINDS = ["dense", "int8", "nf4", "double", "stored-bf16"]
 SHAPES = [(64, 128), (30, 50), (7, 96), (5, 13), (1, 64), (1, 1), (96, 192)]

@@ -11,7 +11,7 @@ from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batches import BatchReader
 from speft_optim.salience.losses import LossFunction
 from speft_optim.weights.gradient_hooks import input_of
-from speft_optim.weights.targets import is_product, is_transposed_linear
+from speft_optim.weights.products import is_product, is_transposed_linear
 
 
 @dataclass

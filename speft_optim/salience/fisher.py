@@ -13,7 +13,7 @@ from speft_optim.salience.batches import Batch, BatchReader, example_of, example
 from speft_optim.salience.first_order import Observed, backward_of, observing
 from speft_optim.salience.losses import LossFunction, example_losses, is_nan, labelled_examples, loss_of, model_loss
 from speft_optim.weights.gradient_hooks import settle
-from speft_optim.weights.targets import is_product
+from speft_optim.weights.products import is_product
 
 
 def squared_gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss: LossFunction | None) -> None:

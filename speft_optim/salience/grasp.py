@@ -26,8 +26,9 @@ from speft_optim.salience.losses import LossFunction, model_loss
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import input_of
 from speft_optim.weights.observation import differentiable
+from speft_optim.weights.products import is_linear, is_product
 from speft_optim.weights.replacement import shadow
-from speft_optim.weights.targets import Target, is_linear, is_product
+from speft_optim.weights.targets import Target
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,10 @@ from speft_optim.salience.batches import BatchReader
 from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import GradientHook
+from speft_optim.weights.products import is_product, is_transposed_linear
 from speft_optim.weights.replacement import replace_method, shadow
 from speft_optim.weights.storage import frozen_weight
-from speft_optim.weights.targets import Target, all_targets, is_product, is_transposed_linear
+from speft_optim.weights.targets import Target, all_targets
 
 _PANEL_ENTRIES = 2**22
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from speft_optim.weights.gradient_nodes import Accumulator, hook_output, hook_weight, keep_input
-from speft_optim.weights.targets import has_other_forward, is_product, is_transposed_linear
+from speft_optim.weights.products import has_other_forward, is_product, is_transposed_linear
 from speft_optim.weights.verification import agrees, is_paused, is_recorded
 
 logger = logging.getLogger(__name__)
@@ -112,16 +112,9 @@ class GradientHook:
         verify: bool = False,
         pending: list | None = None,
     ):
-        self.attribute, self.grad_anchor, self.accumulator, self.name, self.verify = (
-            attribute,
-            grad_anchor,
-            accumulator,
-            name,
-            verify,
-        )
-        self.transposed = is_transposed_linear(module, attribute)
-        self.is_product = is_product(module, attribute)
-        self.pending = pending
+        self.attribute, self.grad_anchor, self.accumulator = attribute, grad_anchor, accumulator
+        self.name, self.verify, self.pending = name, verify, pending
+        self.is_product, self.transposed = is_product(module, attribute), is_transposed_linear(module, attribute)
         self.verdict: tuple[tuple, bool] | None = None
         self._found: tuple[tuple, bool] | None = None
         self.warned = False

@@ -13,7 +13,7 @@ entries from it, and the quantised weight stays.
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speft_optim.kernels.entries import gather_entries
 from speft_optim.masks.mask import Mask
@@ -70,15 +70,20 @@ def load_entries(
         state[name] = quantised
     if saved is not None:
         weight.put(saved, values)
-    elif stored is not None and stored.is_floating_point():
-        merged = as_stored(module, stored)
-        if merged.shape != weight.shape:
-            return
-        mask, values = weight.entries()
-        entries = gather_entries(merged.to(values.device), mask.indices)
-        # A value that the file holds in rounded form stays exact.
-        weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
+    elif stored is not None and stored.is_floating_point() and _read_merged(module, weight, stored):
         state[name] = quantised
+
+
+def _read_merged(module: nn.Module, weight: QuantizedWeight, stored: Tensor) -> bool:
+    """Set the trained entries to those of a floating weight; return False if it has another shape."""
+    merged = as_stored(module, stored)
+    if merged.shape != weight.shape:
+        return False
+    mask, values = weight.entries()
+    entries = gather_entries(merged.to(values.device), mask.indices)
+    # A value that the file holds in rounded form stays exact.
+    weight.put(mask, torch.where(entries == values.to(entries.dtype), values, entries.float()))
+    return True
 
 
 def _seal(state: dict, prefix: str) -> None:

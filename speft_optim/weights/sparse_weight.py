@@ -21,8 +21,6 @@ from speft_optim.weights.storage import FrozenWeight, keep_attached
 from speft_optim.weights.targets import Target
 from speft_optim.weights.uses import Uses
 
-_REMEDY = "call desparsify, and sparsify again after such changes, and build a new optimizer."
-
 
 class SparseWeight(CompactEntries):
     """The trained entries of one weight, kept equal to the weight.
@@ -61,7 +59,8 @@ class SparseWeight(CompactEntries):
         if change := self._change():
             raise ValueError(
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
-                f"module, one sharded by FSDP version 1, or offloaded?); {_REMEDY}"
+                "module, one sharded by FSDP version 1, or offloaded?); call desparsify, and sparsify again after such "
+                "changes, and build a new optimizer."
             )
         if self.uses.is_unreduced:
             raise ValueError(
