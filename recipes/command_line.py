@@ -157,7 +157,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.cuda_graphs and not torch.cuda.is_available():
         parser.error("--cuda-graphs needs a CUDA device, and there is none")
     if args.cuda_graphs and args.checkpointing:
-        parser.error("--checkpointing reads the random state, which --cuda-graphs does not allow; leave out one of both")
+        parser.error("--checkpointing reads the random state, which --cuda-graphs cannot replay; leave one of both out")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
 

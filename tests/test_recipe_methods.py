@@ -304,3 +304,10 @@ def test_job_with_the_speed_options(folder, tmp_path, capsys, monkeypatch):
     record = gsm8k.main(command(folder, tmp_path, "--steps", 12, "--compile", "--length-pool", 3))
     assert asked == ["parts"] and record["arguments"]["pad_multiple"] == 32
     assert record["steady_tokens_per_second"] > 0 and "without the first 10 steps" in capsys.readouterr().out
+
+
+def test_passes_are_replayed_on_a_gpu_alone(samples):
+    model = tiny()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.05)))
+    with pytest.raises(ValueError, match="CUDA graphs need a model on a GPU"):
+        loop.train(model, optimizer, samples, steps=1, batch_size=1, pad_id=0, graphs=True)
