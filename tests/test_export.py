@@ -22,6 +22,7 @@ from speft_optim import (
     sparsify,
 )
 from speft_optim.checkpoint import export as module_export
+from speft_optim.checkpoint import shards as module_shards
 from speft_optim.files import whole_folder
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import quantized_linears
@@ -225,8 +226,8 @@ def test_shards_are_small_and_written_one_at_a_time(trained, original, tmp_path,
         most[0] = max(most[0], size)
         return save(named, path, metadata)
 
-    save = module_export.save_file
-    monkeypatch.setattr(module_export, "save_file", counting_save)
+    save = module_shards.save_file
+    monkeypatch.setattr(module_shards, "save_file", counting_save)
     options = dict(base=original) if from_base else {}
     export_merged(trained, tmp_path / "out", max_shard_size="60KB", **options)
     assert most[0] <= 60_000
@@ -416,8 +417,8 @@ def test_a_failed_export_leaves_nothing(trained, tmp_path, monkeypatch):
             raise OSError("disk full")
         return save(named, path, metadata)
 
-    save = module_export.save_file
-    monkeypatch.setattr(module_export, "save_file", fail)
+    save = module_shards.save_file
+    monkeypatch.setattr(module_shards, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         export_merged(trained, tmp_path / "out", max_shard_size="60KB")
     assert not list(tmp_path.iterdir())
@@ -483,7 +484,7 @@ def kill_at(step, patch):
 
     patch.setattr(os, "replace", counting)
     if step == "writing":
-        patch.setattr(module_export, "save_file", killed)
+        patch.setattr(module_shards, "save_file", killed)
 
 
 @pytest.mark.parametrize("failing", [1, 2])

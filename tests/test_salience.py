@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 
 from speft_optim import desparsify, select_masks, sparsify
 from speft_optim.salience.accumulators import cut_into_groups
-from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.calibration import _FILLS, random_draws, stream_scores
 from speft_optim.salience.grasp import GradientStore
 from speft_optim.salience.losses import example_losses

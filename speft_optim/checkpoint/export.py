@@ -6,37 +6,32 @@ The folder is written under a temporary name beside the target, so that a checkp
 
 import copy
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.base import check_is_weight, check_same_model, has_no_tensor, read_tensor
 from speft_optim.checkpoint.names import Tensors, as_in_base
+from speft_optim.checkpoint.shards import size_in_bytes, write_shards
 from speft_optim.distributed import together
 from speft_optim.files import tensor_files, whole_folder
 from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.compact_values import linked
 from speft_optim.weights.floating import FloatingWeight
-from speft_optim.weights.mesh import is_fully_sharded, once, reshard
+from speft_optim.weights.mesh import is_fully_sharded, reshard
 from speft_optim.weights.storage import as_stored, frozen_weight
 from speft_optim.weights.targets import Target, all_targets
 from speft_optim.weights.wrappers import plain_modules, unwrapped
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,7 +67,7 @@ def export_merged(
             option is out of its range.
         TypeError: an option has the wrong type.
     """
-    model, out, limit = unwrapped(model), Path(out), _bytes(max_shard_size)
+    model, out, limit = unwrapped(model), Path(out), size_in_bytes(max_shard_size)
     _check_dtype(dtype)
     if base is not None and is_fully_sharded(model):
         raise ValueError(
@@ -101,7 +96,7 @@ def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str 
         ValueError: `max_shard_size` is not a size.
         TypeError: it is neither a number nor a string.
     """
-    out, limit = Path(out), _bytes(max_shard_size)
+    out, limit = Path(out), size_in_bytes(max_shard_size)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() and not any(out.glob(_WEIGHTS)):
         _move_in(model, out, limit)
@@ -157,7 +152,7 @@ def _write_model(model: nn.Module, folder: Path | None, dtype: torch.dtype, limi
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
                 tensors[f"{path}.{attribute}" if path else attribute] = (buffer.shape, lambda buffer=buffer: buffer)
-    _write_shards(model, as_in_base(model, tensors, dtype), folder, dtype, limit)
+    write_shards(model, as_in_base(model, tensors, dtype), folder, dtype, limit)
     if folder is None:
         return
     config = copy.deepcopy(getattr(model, "config", None))
@@ -182,7 +177,7 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
         with safe_open(file, "pt") as opened:
             shape = torch.Size(opened.get_slice(name).get_shape())
         tensors[name] = (shape, lambda name=name, file=file: _merge(name, file, dtype, targets.get(name)))
-    _write_shards(model, tensors, folder, dtype, limit)
+    write_shards(model, tensors, folder, dtype, limit)
     for file in base.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith("index.json")
         if file.is_file() and not weights and not file.name.startswith("."):
@@ -234,42 +229,6 @@ def _flush(model: nn.Module) -> None:
             weight.synchronize()
 
 
-def _write_shards(model: nn.Module, tensors: Tensors, folder: Path | None, dtype: torch.dtype, limit: int) -> None:
-    """Write named tensors, made one at a time, into files of at most `limit` bytes; more than one file get an index."""
-    shards, sizes = [[]], [0]
-    for name, (shape, _) in tensors.items():
-        size = shape.numel() * dtype.itemsize
-        if shards[-1] and sizes[-1] + size > limit:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(name)
-        sizes[-1] += size
-    place = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        place.update(dict.fromkeys(names, file))
-        if folder is None:
-            # For the rows that the first process lacks.
-            for name in names:
-                tensors[name][1]()
-            part = {}
-        else:
-            part = {name: _on_host(tensors[name][1](), dtype) for name in names}
-        once(model, partial(_save, part, folder, file))
-    if folder is not None and len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": place}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _save(tensors: dict[str, Tensor], folder: Path, file: str) -> None:
-    save_file(tensors, folder / file, {"format": "pt"})
-
-
-def _on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-
-
 def _check_dtype(dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}, a {type(dtype).__name__}; pass a torch.dtype such as torch.bfloat16.")
@@ -277,20 +236,3 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(
             f"dtype is {dtype}; a checkpoint of dense weights takes one of {', '.join(map(str, _DTYPES))}."
         )
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, bool) or not isinstance(size, int | str):
-        raise TypeError(f"max_shard_size is {size!r}, a {type(size).__name__}; pass whole bytes, or a text like '5GB'.")
-    if isinstance(size, str):
-        text = size.strip().upper()
-        unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), None)
-        try:
-            number = float(text.removesuffix(unit or "")) * _UNITS[unit]
-        except (KeyError, ValueError):
-            raise ValueError(f"max_shard_size={size!r} is no size; pass bytes, or a text like '5GB'.") from None
-    else:
-        number = size
-    if not 1 <= number < math.inf:
-        raise ValueError(f"max_shard_size={size!r} is less than one byte or infinite; pass such as '5GB'.")
-    return int(number)

@@ -6,9 +6,8 @@ and moments all have the length of the mask, and the step also writes the new va
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,22 +15,12 @@ from torch import Tensor
 
 from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
-from speft_optim.kernels.adamw import adamw_, fused_adamw
 from speft_optim.optim.checks import check_gradients, check_options, check_others, warn_of_dense_training
-from speft_optim.optim.moments import (
-    carry_moments_,
-    moment_bytes,
-    new_moments_,
-    store_moments_,
-    unpack_moments,
-)
+from speft_optim.optim.moments import carry_moments_, moment_bytes, new_moments_
 from speft_optim.optim.saved_optimizer import SavedOptimizer
-from speft_optim.optim.state import (
-    has_moments,
-)
-from speft_optim.optim.step import Prepared, mean_powers
+from speft_optim.optim.state import has_moments
+from speft_optim.optim.step import planned
 from speft_optim.weights.compact_values import linked
-from speft_optim.weights.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
 
@@ -167,59 +156,12 @@ class SparseAdamW(SavedOptimizer):
             self._stepped = True
         # The steps are planned while the GPU still computes gradients; only then is their largest magnitude waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()
-        plans = [self._plan(group, weights) for group in self.param_groups]
+        plans = [planned(group, weights, self.state) for group in self.param_groups]
         if largest and not self._may_step(largest):
             return loss
         for take_step in plans:
             take_step()
         return loss
-
-    def _plan(self, group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> Callable[[], None]:
-        """Return a function that takes the step of a group. Nothing changes before; a call costs only the launch."""
-        options = dict(
-            lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
-            magnitude_power=float(group["magnitude_power"]),
-        )
-        means = mean_powers(group, weights)
-        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-        prepared = [
-            Prepared.of(
-                parameter,
-                weights[parameter],
-                self.state.get(parameter),
-                group["state_bits"],
-                None if weights[parameter] is None else means.get(parameter.device),
-            )
-            for parameter in trained
-        ]
-        updates = [one.update for one in prepared if one.update is not None]
-        launch = fused_adamw(updates, **{**options, "lr": float(options["lr"])}) if updates else None
-        return partial(self._take, prepared, options, launch)
-
-    def _take(self, prepared: list["Prepared"], options: dict[str, Any], launch: Callable[[], None] | None) -> None:
-        """Take the step, in one launch for all parameters that kernels can update, and one by one for the others."""
-        if launch is not None:
-            launch()
-        for one in prepared:
-            self.state[one.parameter] = one.state
-        if prepared:
-            torch._foreach_add_([one.state["step"] for one in prepared], 1)
-        for one in prepared:
-            if one.update is None:
-                exp_avg, exp_avg_sq = unpack_moments(one.state)
-                step, gradient = int(one.state["step"]), one.parameter.grad
-                if one.state["exp_avg"] is not exp_avg:
-                    # Moments of 8 bits are dequantised to fp32, whatever the dtype of the parameter.
-                    gradient = gradient.float()
-                adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, mean=one.mean, **options)
-                store_moments_(one.state, exp_avg, exp_avg_sq)
-            if one.weight is not None:
-                one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
 
     def _largest_of_gradients(self) -> list[Tensor]:
         """Return the largest magnitude in the gradients of each device, as scalars that are not waited for yet."""

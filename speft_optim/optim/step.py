@@ -1,15 +1,17 @@
 """The next step of each parameter, prepared while it is not yet known whether all gradients are finite."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from speft_optim.kernels.adamw import Update
+from speft_optim.kernels.adamw import Update, adamw_, fused_adamw
 from speft_optim.kernels.launch import launches
 from speft_optim.kernels.magnitudes import mean_power
-from speft_optim.optim.moments import new_moments_, stored_moments
+from speft_optim.optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
 from speft_optim.optim.state import has_moments
 from speft_optim.weights.sparse_weight import SparseWeight
 
@@ -55,7 +57,69 @@ class Prepared:
         return cls(parameter, weight, state, update, mean)
 
 
-def mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> dict[torch.device, Tensor]:
+def planned(
+    group: dict[str, Any], weights: dict[Tensor, SparseWeight | None], states: dict[Tensor, dict[str, Any]]
+) -> Callable[[], None]:
+    """Return a function that takes the step of a group. Nothing changes before; a call costs only the launch.
+
+    Args:
+        group: a parameter group.
+        weights: from each parameter to the masked weight behind it, or None.
+        states: the optimizer's state, by parameter.
+    """
+    options = dict(
+        lr=group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"],
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        maximize=group["maximize"],
+        magnitude_power=float(group["magnitude_power"]),
+    )
+    means = _mean_powers(group, weights)
+    trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+    prepared = [
+        Prepared.of(
+            parameter,
+            weights[parameter],
+            states.get(parameter),
+            group["state_bits"],
+            None if weights[parameter] is None else means.get(parameter.device),
+        )
+        for parameter in trained
+    ]
+    updates = [one.update for one in prepared if one.update is not None]
+    launch = fused_adamw(updates, **{**options, "lr": float(options["lr"])}) if updates else None
+    return partial(_take, prepared, states, options, launch)
+
+
+def _take(
+    prepared: list[Prepared],
+    states: dict[Tensor, dict[str, Any]],
+    options: dict[str, Any],
+    launch: Callable[[], None] | None,
+) -> None:
+    """Take the step, in one launch for all parameters that kernels can update, and one by one for the others."""
+    if launch is not None:
+        launch()
+    for one in prepared:
+        states[one.parameter] = one.state
+    if prepared:
+        torch._foreach_add_([one.state["step"] for one in prepared], 1)
+    for one in prepared:
+        if one.update is None:
+            exp_avg, exp_avg_sq = unpack_moments(one.state)
+            step, gradient = int(one.state["step"]), one.parameter.grad
+            if one.state["exp_avg"] is not exp_avg:
+                # Moments of 8 bits are dequantised to fp32, whatever the dtype of the parameter.
+                gradient = gradient.float()
+            adamw_(one.parameter, gradient, exp_avg, exp_avg_sq, step=step, mean=one.mean, **options)
+            store_moments_(one.state, exp_avg, exp_avg_sq)
+        if one.weight is not None:
+            one.weight.write() if one.update is None or one.update.weight is None else one.weight.written()
+
+
+def _mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | None]) -> dict[torch.device, Tensor]:
     """Return the mean of abs(entry)^power over the masked entries of a group.
 
     Args:

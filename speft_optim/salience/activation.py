@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.losses import LossFunction
 from speft_optim.weights.gradient_hooks import input_of
 from speft_optim.weights.products import is_product, is_transposed_linear

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from speft_optim.distributed import together
 from speft_optim.salience.accumulators import RowSlice, cut_into_groups
 from speft_optim.salience.activation import squared_input
-from speft_optim.salience.batches import Batches, BatchReader, check_batches
+from speft_optim.salience.batch_reader import BatchReader
+from speft_optim.salience.batches import Batches, check_batches
 from speft_optim.salience.first_order import gradient
 from speft_optim.salience.fisher import squared_gradient
 from speft_optim.salience.grasp import GradientStore, hessian_gradient, warn_of_plain_attention
@@ -117,19 +118,11 @@ def stream_scores(
             with together():
                 check_batches(batches, len(gradient_groups) + len(groups))
             bar = stack.enter_context(tqdm(desc="calibration", unit="batch", disable=None if progress else True))
-            device = next(iter(targets.values())).device
-            keyed = loss is None
+            device, keyed = next(iter(targets.values())).device, loss is None
             labelled = keyed and measure.labels
             reader = BatchReader(batches, device, bar, labelled, keyed, max_batches, is_fully_sharded(model))
         if second_order:
-            warn_of_plain_attention(model)
-            for group in gradient_groups:
-                gradient(model, reader, group, loss)
-                for row_slice in group:
-                    store.put(row_slice)
-                    row_slice.accumulator = None
-            with together():
-                _check_differentiated(reader)
+            _store_gradient(model, reader, gradient_groups, loss, store)
             fill = functools.partial(hessian_gradient, targets=targets, store=store, dense=reader.used_otherwise)
         for group in groups:
             if fill is not None:
@@ -140,6 +133,24 @@ def stream_scores(
         if measure.labels and not second_order:
             with together():
                 _check_differentiated(reader)
+
+
+def _store_gradient(
+    model: nn.Module,
+    reader: BatchReader,
+    groups: list[list[RowSlice]],
+    loss: LossFunction | None,
+    store: GradientStore,
+) -> None:
+    """Fill the store that `hessian_gradient` needs, in passes of their own."""
+    warn_of_plain_attention(model)
+    for group in groups:
+        gradient(model, reader, group, loss)
+        for row_slice in group:
+            store.put(row_slice)
+            row_slice.accumulator = None
+    with together():
+        _check_differentiated(reader)
 
 
 def _check_differentiated(reader: BatchReader) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from speft_optim.distributed import average_, together, total
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.losses import LossFunction, model_loss
 from speft_optim.weights.gradient_hooks import GradientHook, settle
 from speft_optim.weights.gradient_nodes import Accumulator

@@ -1,7 +1,7 @@
 """The statistic of `fisher`: the mean over examples of the squared gradient of each example's own loss."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from speft_optim.distributed import average_, together, total
 from speft_optim.kernels import product
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import Batch, BatchReader, example_of, examples_in, labels_of
+from speft_optim.salience.batch_reader import BatchReader
+from speft_optim.salience.batches import Batch, example_of, examples_in, labels_of
 from speft_optim.salience.first_order import Observed, backward_of, observing
 from speft_optim.salience.losses import LossFunction, example_losses, is_nan, labelled_examples, loss_of, model_loss
 from speft_optim.weights.gradient_hooks import settle
@@ -199,16 +200,8 @@ def _backward_by_example(
     Returns:
         The rows of the examples whose gradients were squared.
     """
-    size, labels = examples_in(batch), labels_of(batch)
-    rows, unsure = counting, []
-    if counting is None and labels is None:
-        rows = range(size)
-    elif counting is None:
-        labelled, by_first_only = labelled_examples(labels)
-        # The user's loss may use examples without labels.
-        rows = labelled.nonzero().squeeze(1).tolist() if loss is model_loss else range(size)
-        unsure = (by_first_only if loss is model_loss else ~labelled | by_first_only).nonzero().squeeze(1).tolist()
-    counted = []
+    size, counted = examples_in(batch), []
+    rows, unsure = (counting, []) if counting is not None else _rows_to_try(labels_of(batch), size, loss)
     for each in rest:
         each.mode, each.example = "example", torch.zeros_like(each.row_slice.accumulator)
     for row in rows:
@@ -223,3 +216,14 @@ def _backward_by_example(
     for each in rest:
         each.mode, each.example = "off", None
     return counted
+
+
+def _rows_to_try(labels: Tensor | None, size: int, loss: LossFunction) -> tuple[Sequence[int], list[int]]:
+    """Return the rows of a batch whose loss may count, and those of them whose loss may be the mean over no label."""
+    if labels is None:
+        return range(size), []
+    labelled, by_first_only = labelled_examples(labels)
+    if loss is model_loss:
+        return labelled.nonzero().squeeze(1).tolist(), by_first_only.nonzero().squeeze(1).tolist()
+    # The user's loss may use examples without labels.
+    return range(size), (~labelled | by_first_only).nonzero().squeeze(1).tolist()

@@ -12,7 +12,7 @@ Fused attention cannot be differentiated twice, so this pass uses PyTorch's plai
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speft_optim.distributed import average_, together, total
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.losses import LossFunction, model_loss
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import input_of
@@ -126,16 +126,13 @@ def hessian_gradient(
     step = torch.zeros((), requires_grad=True)
     for row_slice in group:
         row_slice.allocate()
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(plain_implementation(model, attention=True))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.enable_grad())
-        for name, target in targets.items():
-            for module, attribute in target.sites if name not in dense else ():
+    moved = {name: target for name, target in targets.items() if name not in dense}
+    others = {name: targets[name] for name in sorted(dense)}
+    with _twice_differentiable(model), contextlib.ExitStack() as stack:
+        for target in moved.values():
+            for module, attribute in target.sites:
                 _move_along(target, module, attribute, step, store, stack)
         known = {row_slice.target.name for row_slice in group}
-        others = {name: targets[name] for name in sorted(dense)}
         for name, target in others.items():
             if name not in known:
                 # The second backward does not ask for their gradients, so none is formed.
@@ -150,6 +147,13 @@ def hessian_gradient(
             if along is not None and along.requires_grad:
                 along.backward(inputs=leaves)
     average_([row_slice.accumulator for row_slice in group], total(reader.used))
+
+
+@contextlib.contextmanager
+def _twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Let the model compute with operations whose backward has a backward."""
+    with plain_implementation(model, attention=True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        yield
 
 
 def _derivative_along(value: Tensor, step: Tensor, dense: Mapping[str, Target], store: GradientStore) -> Tensor | None:

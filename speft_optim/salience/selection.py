@@ -1,14 +1,7 @@
-"""From scores and a budget to masks.
-
-Local scope keeps a share of every weight, global scope the best entries of all weights together. Both use a running
-selection of the best k that gets scores in chunks: no tensor of all scores exists at any time, and the result equals
-that of one `topk` over all of them. Of equal scores the earlier weight and position is kept.
-"""
+"""`select_masks`: its arguments are checked, the weights scored, and the best entries kept."""
 
 import contextlib
-import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,21 +11,18 @@ from torch import Tensor, nn
 from speft_optim.checks import check_callable, check_choice, check_flag, check_whole, is_whole
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks.collection import Masks
-from speft_optim.masks.mask import Mask
 from speft_optim.offload.engine import offloaded_to, streaming
 from speft_optim.salience.amounts import candidate_bytes, check_amount, check_shares, share_out
 from speft_optim.salience.batches import Batches, check_max_batches
+from speft_optim.salience.best_masks import best_masks
 from speft_optim.salience.calibration import default_memory_budget, stream_scores
 from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import Measure, measure_of
-from speft_optim.salience.topk import BestEntries
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.mesh import check_divisions, is_fully_sharded, prepare_calibration
 from speft_optim.weights.provenance import note_weights
 from speft_optim.weights.targets import Target, Targets, check_differentiable, find_targets
 from speft_optim.weights.wrappers import unwrapped
-
-logger = logging.getLogger(__name__)
 
 
 def select_masks(
@@ -108,20 +98,9 @@ def select_masks(
     with contextlib.ExitStack() as stack:
         with together():
             measure = check_together(salience, scope, offload, base)
-            check_differentiable(model)
             check_max_batches(max_batches)
             check_callable("loss", loss, "(model, batch)")
-            if offloaded_to(model) is not None:
-                _check_recomputed(measure)
-            if offload is not None:
-                # The graph of `synflow` keeps no weights, and its torch function mode would be off in a recomputation.
-                stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
-            settle_storage(model)
-            if is_fully_sharded(model):
-                _check_sharded(measure, offload)
-                prepare_calibration(model)
-            found = find_targets(model, targets)
-            check_divisions(model)
+            found = _prepare(model, measure, targets, offload, base, stack)
             sizes = {name: target.shape.numel() for name, target in found.items()}
             if isinstance(budget, Mapping):
                 check_shares(budget, sizes, scope, density)
@@ -144,18 +123,12 @@ def select_masks(
         total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
         # All processes must cut the weights into the same groups, whatever number of entries each keeps.
         candidates = largest(candidate_bytes(sizes, shares, total, measure.score_bytes))
-        options = dict(memory_budget=memory_budget, candidates=candidates, loss=loss, max_batches=max_batches)
-        options.update(seed=seed, progress=progress)
+        options = dict(loss=loss, max_batches=max_batches, seed=seed, progress=progress)
+        options.update(memory_budget=memory_budget, candidates=candidates)
         scores = stream_scores(model, batches, found, measure, **options)
         # The traceback of an error would keep the generator open, and with it the model changed, so it is closed here.
         stack.enter_context(contextlib.closing(scores))
-        # Runs are long enough to keep a device busy, and short enough that their temporaries are small.
-        longest = 2**22 if next(iter(found.values())).device.type == "cuda" else 2**20
-        step = max(2**10, min(longest, memory_budget // 512))
-        if scope == "local":
-            masks = _select_local(scores, found, shares, step)
-        else:
-            masks = _select_global(scores, found, total, step)
+        masks = best_masks(scores, found, total if shares is None else shares, memory_budget)
     if measure.statistic != "random":
         note_weights(masks, found)
     return masks
@@ -185,6 +158,30 @@ def check_together(
     return measure
 
 
+def _prepare(
+    model: nn.Module,
+    measure: Measure,
+    targets: Targets,
+    offload: str | torch.device | None,
+    base: str | Path | None,
+    stack: contextlib.ExitStack,
+) -> dict[str, Target]:
+    """Bring the weights into the form in which they are scored, until the stack closes, and return those to score."""
+    check_differentiable(model)
+    if offloaded_to(model) is not None:
+        _check_recomputed(measure)
+    settle_storage(model)
+    if offload is not None:
+        # The graph of `synflow` keeps no weights, and its torch function mode would be off in a recomputation.
+        stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
+    if is_fully_sharded(model):
+        _check_sharded(measure, offload)
+        prepare_calibration(model)
+    found = find_targets(model, targets)
+    check_divisions(model)
+    return found
+
+
 def _check_recomputed(measure: Measure) -> None:
     """Refuse a measure whose passes go wrong where blocks are recomputed, as on a model that `sparsify` offloaded.
 
@@ -212,83 +209,3 @@ def _check_sharded(measure: Measure, offload: str | torch.device | None) -> None
             f"salience='{measure.name}' is not possible on a model under fully_shard yet; choose gradient, snip, "
             "force, taylor_fo, activation, magnitude or random, or select before the model is sharded."
         )
-
-
-def _select_local(
-    scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], shares: Mapping[str, int], step: int
-) -> Masks:
-    # A weight of size 0 gets no scores, but it has a mask as in global scope.
-    masks = Masks({name: Mask(torch.empty(0, dtype=torch.int32), target.shape) for name, target in targets.items()})
-    best, ranges = None, _Ranges()
-    for name, first, chunk in scores:
-        ranges.see(name, chunk)
-        if first == 0:
-            best = BestEntries(shares[name], targets[name].shape.numel(), step)
-        best.update(chunk, first)
-        if first + chunk.numel() == targets[name].shape.numel():
-            masks[name] = Mask(best.positions, targets[name].shape)
-            # The buffer is freed before the next group is accumulated.
-            best = None
-    ranges.warn_of_ties(masks)
-    return masks
-
-
-def _select_global(
-    scores: Iterable[tuple[str, int, Tensor]], targets: Mapping[str, Target], total: int, step: int
-) -> Masks:
-    starts, start = {}, 0
-    for name, target in targets.items():
-        starts[name] = start
-        start += target.shape.numel()
-    best, ranges = BestEntries(total, start, step), _Ranges()
-    for name, first, chunk in scores:
-        ranges.see(name, chunk)
-        best.update(chunk, starts[name] + first)
-    masks = Masks()
-    kept = best.positions
-    # This frees the scores.
-    del best
-    bounds = torch.tensor([*starts.values(), start], dtype=kept.dtype, device=kept.device)
-    cuts = torch.searchsorted(kept, bounds).tolist()
-    for number, (name, target) in enumerate(targets.items()):
-        positions = kept[cuts[number] : cuts[number + 1]] - starts[name]
-        masks[name] = Mask(positions.to(target.device), target.shape)
-    ranges.warn_of_ties(masks)
-    return masks
-
-
-class _Ranges:
-    """The smallest and largest score of each weight."""
-
-    def __init__(self):
-        self._of: dict[str, tuple[float, float]] = {}
-
-    def see(self, name: str, scores: Tensor) -> None:
-        """Note the range of some scores of a weight.
-
-        Raises:
-            ValueError: a score is not finite.
-        """
-        if not scores.numel():
-            return
-        # If a score is NaN, both ends are.
-        low, high = torch.stack(torch.aminmax(scores)).tolist()
-        if not math.isfinite(low) or not math.isfinite(high):
-            bad = scores.numel() - int(torch.isfinite(scores).sum())
-            raise ValueError(
-                f"{bad:,} scores of {name} are not finite; check its weights and the calibration data for NaN or inf."
-            )
-        before = self._of.get(name, (low, high))
-        self._of[name] = min(before[0], low), max(before[1], high)
-
-    def warn_of_ties(self, masks: Masks) -> None:
-        """Warn of weights whose scores are all equal, so that the choice among their entries has no reason."""
-        tied = [name for name, (low, high) in self._of.items() if low == high]
-        tied = [name for name in tied if 0 < len(masks[name]) < masks[name].shape.numel()]
-        if tied:
-            logger.warning(
-                "All scores of %d weights are equal, e.g. of %s, so that their first entries are kept: no batch uses "
-                "these weights, or their entries are all alike. Leave them out of targets, or look at the batches.",
-                len(tied),
-                tied[0],
-            )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.salience.batches import BatchReader
+from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.model_state import plain_implementation
 from speft_optim.weights.gradient_hooks import GradientHook

@@ -5,9 +5,6 @@ saved in the optimizer's. So a training loop or trainer needs no change, steps a
 accumulation, and a resumed run restores masks and counter together with the moments. Parameters stay the same objects,
 with other contents, so that learning rate schedulers and wrappers that hold them are not affected.
 
-With batches `select_masks` selects the masks at intervals; without, they are selected from training's own backward
-passes, one group of weights after another (see `salience/streaming.py`).
-
 An entry that leaves the mask keeps its trained value in the weight, and is not trained unless it is selected again.
 """
 
@@ -139,6 +136,11 @@ class MaskSchedule:
     def bytes_held(self) -> int:
         """Bytes of accumulators and stored scores that are held now; 0 with batches."""
         return 0 if self.training is None else self.training.bytes_held
+
+    @property
+    def is_summing(self) -> bool:
+        """Whether backward passes add to sums of gradients now, which a replayed CUDA graph of a pass would not."""
+        return self.training is not None and self.training.is_summing
 
     def reselect(self) -> Masks:
         """Choose the masks again now, regardless of interval and threshold; call it between steps.
