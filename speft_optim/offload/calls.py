@@ -116,7 +116,7 @@ def run_by_block(
             following = itertools.chain([above], itertools.repeat(max(0, number - 1) if goes_on else 0))
 
             def work(_, *args, **kwargs):
-                with prefetcher.holding(number, next(following)), _without_checkpoints(block):
+                with prefetcher.holding(number, next(following)), _without_checkpoints([block]):
                     return present(*args, **kwargs)
 
             if not recorded:
@@ -133,26 +133,33 @@ def run_by_block(
 
 
 @contextlib.contextmanager
-def _without_checkpoints(block: nn.Module) -> Iterator[None]:
-    """Keep transformers from checkpointing a block that is checkpointed already."""
-    before = block.__dict__.get("gradient_checkpointing")
-    if not before:
-        yield
-        return
-    block.gradient_checkpointing = False
+def _without_checkpoints(blocks: list[nn.Module]) -> Iterator[None]:
+    """Keep transformers from checkpointing blocks that are checkpointed already."""
+    checkpointed = [block for block in blocks if block.__dict__.get("gradient_checkpointing")]
+    for block in checkpointed:
+        block.gradient_checkpointing = False
     try:
         yield
     finally:
-        block.gradient_checkpointing = before
+        for block in checkpointed:
+            block.gradient_checkpointing = True
 
 
-def take_inputs(model: nn.Module, device: torch.device, stack: contextlib.ExitStack) -> None:
-    """Move the tensors among the model's arguments to the device, wherever they are."""
+def run_model(model: nn.Module, blocks: list[nn.Module], device: torch.device, stack: contextlib.ExitStack) -> None:
+    """Replace the model's call: tensors among its arguments are moved to the device, wherever they are.
+
+    Args:
+        model: the model.
+        blocks: its blocks, of which older versions of transformers decide before their call whether to checkpoint them.
+        device: the device that computes.
+        stack: undoes it.
+    """
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-            return present(*args, **kwargs)
+            with _without_checkpoints(blocks):
+                return present(*args, **kwargs)
 
         return call
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.offload.activations import HostActivations
-from speft_optim.offload.calls import blocks_of, compute_with_copies, run_by_block, sites_of, take_inputs
+from speft_optim.offload.calls import blocks_of, compute_with_copies, run_by_block, run_model, sites_of
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import lock_pages
 from speft_optim.offload.prefetch import Prefetcher, Site
@@ -145,7 +145,7 @@ def compute_on(
     activations = HostActivations(device)
     for number, block in enumerate(blocks):
         run_by_block(prefetcher, activations, block, number, len(blocks), stack)
-    take_inputs(model, device, stack)
+    run_model(model, blocks, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
     return prefetcher

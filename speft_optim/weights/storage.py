@@ -52,7 +52,7 @@ FrozenWeight = DenseWeight | ShardedWeight | QuantizedWeight
 
 
 def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
-    """Return the weight of a module, dense or quantised; nothing is copied.
+    """Return the weight of a module, dense or quantised, or what `offload` has in its place; nothing is copied.
 
     Args:
         module: the module that holds it.
