@@ -140,6 +140,7 @@ class Bench:
             autocast=baselines.autocast_dtype(trained.kind, self.device),
             pool=args.length_pool,
             pad_multiple=args.pad_multiple,
+            graphs=args.cuda_graphs,
         )
         if args.compile:
             compiled.uncompile(model)

@@ -7,6 +7,8 @@ import argparse
 import importlib.util
 import math
 
+import torch
+
 from recipes import baselines, moving
 from recipes.options import GROUPS
 from recipes.presets import PAPER, PRESETS, preset_table
@@ -98,7 +100,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.state_bits is None:
         args.state_bits = 32
     if args.pad_multiple is None:
-        args.pad_multiple = 32 if args.compile else 1
+        args.pad_multiple = 128 if args.cuda_graphs else 32 if args.compile else 1
     if all(getattr(args, name) is None for name in BUDGETS):
         args.density = 0.01
     if args.steps is None and args.epochs is None:
@@ -152,6 +154,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
     if args.dry_run and (args.method != "sparse" or args.dtype == "float32"):
         parser.error("--dry-run counts sparse training in bfloat16; leave out --method and --dtype float32")
+    if args.cuda_graphs and not torch.cuda.is_available():
+        parser.error("--cuda-graphs needs a CUDA device, and there is none")
+    if args.cuda_graphs and args.checkpointing:
+        parser.error("--checkpointing reads the random state, which --cuda-graphs cannot replay; leave one of both out")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
 

@@ -75,6 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     fixed.add_argument("--length-pool", type=int, default=40, help="as in recipes.gsm8k (default %(default)s)")
     fixed.add_argument("--pad-multiple", type=int, default=16, help="as in recipes.gsm8k (default %(default)s)")
     fixed.add_argument("--compile", nargs="?", const="parts", choices=compiled.MODES, help="as in recipes.gsm8k")
+    fixed.add_argument("--cuda-graphs", action="store_true", help="as in recipes.gsm8k")
     fixed.add_argument("--window", type=int, default=moving.WINDOW, help="of moving masks (default %(default)s)")
     fixed.add_argument("--interval", type=int, default=moving.INTERVAL, help="of moving masks (default %(default)s)")
     fixed.add_argument(

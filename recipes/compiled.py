@@ -1,14 +1,13 @@
 """Training with compiled parts, for models whose kernels take less time than their launches.
 
-A small model is bound by launches, of which norms and rotary embeddings make up more than half. There are three modes,
-and all compile the loss too:
+A small model is bound by launches, of which norms and rotary embeddings make up more than half. There are two modes,
+and both compile the loss too:
 
 * `parts` compiles norms and rotary embeddings alone. These are alike in all blocks and for all methods, so that two
   small graphs serve a whole process.
 * `blocks` compiles each decoder block, masks and adapters included, as transformers' regional compilation does. Every
   block has its own masks and is a graph of its own, which takes seconds to compile each; one graph of all blocks takes
   minutes and is little faster.
-* `graphs` does the same and records CUDA graphs.
 
 Shapes are symbolic, so that a new length compiles nothing.
 """
@@ -23,7 +22,7 @@ from torch import nn
 
 from recipes import loss
 
-MODES = ("parts", "blocks", "graphs")
+MODES = ("parts", "blocks")
 _ROTARY = "apply_rotary_pos_emb"
 
 
@@ -37,7 +36,7 @@ def compile_model(model: nn.Module, how: str = "parts", *, backend: str = "induc
     """
     modules = _norms(model) if how == "parts" else _blocks(model)
     _raise_limits(len(modules))
-    options = dict(dynamic=True, backend=backend) | ({"mode": "reduce-overhead"} if how == "graphs" else {})
+    options = dict(dynamic=True, backend=backend)
     for module in modules:
         module.compile(**options)
     loss.chunk_loss = torch.compile(loss._chunk_loss, **options)

@@ -166,6 +166,7 @@ def train(run: Run, job: Job, trained: Trained) -> None:
             checkpoint_folder=run.out / "resume",
             checkpoint_every=args.checkpoint_every,
             resume=run.resumes,
+            graphs=args.cuda_graphs,
             **window_options(args, job.model),
         )
         note_training(record, history, job, trained)

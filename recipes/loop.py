@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from recipes.batch_loss import summed_loss
 from recipes.data import Sample, sample_windows
+from recipes.passes import Passes, ReplayedPasses
 from recipes.random_state import random_state, restore_random_state
 from recipes.training_state import History, load_checkpoint, newest_checkpoint, save_checkpoint
 from recipes.windows import Window, prepare
@@ -68,6 +68,7 @@ def train(
     autocast: torch.dtype | None = None,
     pool: int = 1,
     pad_multiple: int = 1,
+    graphs: bool = False,
 ) -> History:
     """Train whatever in `model` requires a gradient.
 
@@ -90,6 +91,7 @@ def train(
         autocast: dtype of autocast, for fp32 weights in mixed precision; None for no autocast.
         pool: windows within which samples of similar length come together; see `sample_windows`.
         pad_multiple: lengths are padded to a multiple of this, so that shapes repeat.
+        graphs: whether batches whose shape came before are replayed as CUDA graphs, see `recipes.passes`.
 
     Returns:
         The history of the whole run.
@@ -111,46 +113,51 @@ def train(
                 f"the checkpoint {checkpoint} is at step {start}, beyond the {steps} asked for; raise the steps"
             )
     model.train()
-    device, unread = next(model.parameters()).device, []
+    if graphs:
+        passes = ReplayedPasses(model, autocast, getattr(optimizer, "schedule", None))
+    else:
+        passes = Passes(model, autocast)
     windows = (
-        prepare(window, batch_size, pad_id=pad_id, device=device, multiple=pad_multiple)
+        prepare(window, batch_size, pad_id=pad_id, device=passes.device, multiple=pad_multiple)
         for window in sample_windows(samples, batch_size * accumulation, seed=seed, start=start, pool=pool)
     )
-    window = next(windows) if start < steps else None
-    bar = tqdm(range(start, steps), desc="train", initial=start, total=steps, disable=None)
-    for step in bar:
-        begin = time.perf_counter()
-        factor = rate_factor(step, steps, warmup=warmup, schedule=schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        unread.append(_accumulate(model, window, history, autocast))
-        norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip) if window.labels else math.nan
-        labels, tokens = window.labels, window.tokens
-        if step + 1 < steps:
-            window = next(windows)  # a GPU still computes the gradients meanwhile
-        # This is the only number in a step that the CPU waits for.
-        norm = float(norm)
-        if math.isfinite(norm):
-            optimizer.step()
-        else:
-            _skip(history, step, f"a gradient of norm {norm}" if labels else "no label in its window")
-        optimizer.zero_grad()
-        history.grad_norm.append(norm)
-        history.lr.append(optimizer.param_groups[0]["initial_lr"] * factor)
-        history.tokens.append(tokens)
-        kept = checkpoint_folder is not None and step + 1 == steps
-        kept = kept or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0)
-        if kept or step + 1 == steps or (step + 1) % READ_EVERY == 0:
-            _read(unread, history, bar)
-        history.step_seconds.append(time.perf_counter() - begin)
-        if bar.disable and (step + 1) % max(1, steps // 10) == 0:  # a log file gets ten lines instead of a bar
-            _read(unread, history, bar)
-            print(
-                f"step {step + 1}/{steps}  loss {history.loss[-1]:.4f}  {history.tokens_per_second:.0f} tokens/s",
-                flush=True,
-            )
-        if kept:
-            _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
+    with passes.on_stream():
+        window, unread = next(windows) if start < steps else None, []
+        bar = tqdm(range(start, steps), desc="train", initial=start, total=steps, disable=None)
+        for step in bar:
+            begin = time.perf_counter()
+            factor = rate_factor(step, steps, warmup=warmup, schedule=schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            unread.append(_accumulate(passes, window, history))
+            norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip) if window.labels else math.nan
+            labels, tokens = window.labels, window.tokens
+            if step + 1 < steps:
+                window = next(windows)  # a GPU still computes the gradients meanwhile
+            # This is the only number in a step that the CPU waits for.
+            norm = float(norm)
+            if math.isfinite(norm):
+                optimizer.step()
+                passes.after_step()
+            else:
+                _skip(history, step, f"a gradient of norm {norm}" if labels else "no label in its window")
+            optimizer.zero_grad(set_to_none=not passes.keeps_gradients)
+            history.grad_norm.append(norm)
+            history.lr.append(optimizer.param_groups[0]["initial_lr"] * factor)
+            history.tokens.append(tokens)
+            kept = checkpoint_folder is not None and step + 1 == steps
+            kept = kept or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0)
+            if kept or step + 1 == steps or (step + 1) % READ_EVERY == 0:
+                _read(unread, history, bar)
+            history.step_seconds.append(time.perf_counter() - begin)
+            if bar.disable and (step + 1) % max(1, steps // 10) == 0:  # a log file gets ten lines instead of a bar
+                _read(unread, history, bar)
+                print(
+                    f"step {step + 1}/{steps}  loss {history.loss[-1]:.4f}  {history.tokens_per_second:.0f} tokens/s",
+                    flush=True,
+                )
+            if kept:
+                _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
     return history
 
 
@@ -205,7 +212,7 @@ def seconds_per_step(
     for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed, pool=pool), 3):
         begin = time.perf_counter()
         window = prepare(window, batch_size, pad_id=pad_id, device=device, multiple=pad_multiple)
-        _accumulate(model, window, History(), autocast)
+        _accumulate(Passes(model, autocast), window, History())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
@@ -235,20 +242,15 @@ def _check(samples, steps, batch_size, accumulation, warmup, schedule, clip, eve
         raise ValueError("checkpoints were asked for without a folder; pass checkpoint_folder")
 
 
-def _accumulate(model: nn.Module, window: Window, history: History, autocast: torch.dtype | None) -> Tensor:
+def _accumulate(passes: Passes, window: Window, history: History) -> Tensor:
     """Run backward for all micro-batches of a window; return its mean loss per label token, NaN without labels."""
     if window.bare:
         if not history.skipped_batches:
             warnings.warn("a batch has no label at all and is skipped; later ones are counted silently", stacklevel=3)
         history.skipped_batches += window.bare
-    device = next(model.parameters()).device
-    mean = torch.full((), 0.0 if window.labels else math.nan, dtype=torch.float64, device=device)
+    mean = torch.full((), 0.0 if window.labels else math.nan, dtype=torch.float64, device=passes.device)
     for batch in window.batches:
-        # Autocast caches cast weights until its context ends, and after a step they would be stale.
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            loss, _ = summed_loss(model, batch)
-        (loss / window.labels).backward()
-        mean += loss.detach().double() / window.labels
+        mean += passes.backward(batch, window.labels).double() / window.labels
     return mean
 
 

@@ -151,15 +151,21 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pad-multiple",
         type=int,
-        help="pad to a multiple of so many tokens, so that shapes repeat (default 1, with --compile 32)",
+        help="pad to a multiple of so many tokens, so that shapes repeat (default 1, with --compile 32, with "
+        "--cuda-graphs 128)",
     )
     group.add_argument(
         "--compile",
         nargs="?",
         const="parts",
         choices=compiled.MODES,
-        help="compile norms, rotary embeddings and the loss (parts), or whole blocks, which takes minutes, without or "
-        "with CUDA graphs (default: not)",
+        help="compile norms, rotary embeddings and the loss (parts), or whole blocks, which takes "
+        "minutes (default: not)",
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="replay forward and backward of batches whose shape came before, for small models on a GPU",
     )
 
 

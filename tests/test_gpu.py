@@ -10,6 +10,9 @@ from kernel_checks import *  # noqa: F403 - each is run here too, on the GPU
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes import data, loop
+from recipes.loss import IGNORED
+from recipes.passes import check_replayable
 from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, select_masks, sparsify
 from speft_optim.kernels.product import accumulate_product_
 from speft_optim.kernels.sampling import from_panels
@@ -405,3 +408,34 @@ def test_a_model_over_two_devices_mixes_none(tmp_path, spread):
     (masks, norms, values), (other_masks, other_norms, other_values) = runs
     assert masks == other_masks and norms.min() > 0.01
     assert relative(other_norms, norms) < 1e-5 and relative(other_values, values) < 1e-5
+
+
+@pytest.mark.parametrize("is_moving", [False, True])
+def test_replayed_passes_train_as_eager_ones(is_moving, monkeypatch):
+    """Batches have one of two shapes; masks move four times, each of which drops the graphs."""
+    tokens = [[1 + i * j % 30 for j in range(20 + 20 * (i % 2))] for i in range(8)]
+    samples = [data.Sample(ids, [IGNORED] * 5 + ids[5:]) for ids in tokens]
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    runs = []
+    for graphs in (False, True):
+        model = tiny_model("llama", torch.bfloat16).to(CUDA)
+        optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.05), keep_empty=True), lr=1e-3)
+        if is_moving:
+            MaskSchedule(model, optimizer, scope="global", window=2, interval=6)
+        options = dict(steps=24, batch_size=1, accumulation=2, pad_id=0)
+        history = loop.train(model, optimizer, samples, **options, graphs=graphs)
+        assert bool(replays) == graphs and len(set(replays)) == graphs * (7 if is_moving else 2)
+        values = [value.detach() for group in optimizer.param_groups for value in group["params"]]
+        runs.append((torch.tensor(history.loss), torch.cat(values)))
+    eager, replayed = runs
+    torch.testing.assert_close(eager[0], replayed[0], rtol=1e-3, atol=0)
+    if not is_moving:  # a rounding can make the difference between two entries
+        torch.testing.assert_close(eager[1], replayed[1], rtol=1e-3, atol=1e-4)
+
+
+def test_passes_that_no_graph_can_hold_are_refused():
+    model = tiny_model("llama", torch.bfloat16).to(CUDA)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="checkpointed blocks read the random state"):
+        check_replayable(model)

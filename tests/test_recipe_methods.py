@@ -118,9 +118,11 @@ def test_a_peft_without_shira_is_named(monkeypatch, capsys):
         (["--budget-rank", "4", "--density", "0.1"], "not both"),
         (["--budget-rank", "0"], "budget-rank is 0; it must be at least 1"),
         (["--compile", "fast"], "invalid choice: 'fast'"),
+        (["--cuda-graphs"], "--cuda-graphs needs a CUDA device"),
     ],
 )
-def test_bad_commands_are_refused_at_once(arguments, message, capsys):
+def test_bad_commands_are_refused_at_once(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         command_line.parse(["--model", "m", "--data", "d", *arguments])
     assert message in capsys.readouterr().err
@@ -302,3 +304,10 @@ def test_job_with_the_speed_options(folder, tmp_path, capsys, monkeypatch):
     record = gsm8k.main(command(folder, tmp_path, "--steps", 12, "--compile", "--length-pool", 3))
     assert asked == ["parts"] and record["arguments"]["pad_multiple"] == 32
     assert record["steady_tokens_per_second"] > 0 and "without the first 10 steps" in capsys.readouterr().out
+
+
+def test_passes_are_replayed_on_a_gpu_alone(samples):
+    model = tiny()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.05)))
+    with pytest.raises(ValueError, match="CUDA graphs need a model on a GPU"):
+        loop.train(model, optimizer, samples, steps=1, batch_size=1, pad_id=0, graphs=True)

@@ -94,6 +94,11 @@ class TrainingSalience:
         stored = sum(scores.nbytes for scores in self.scores.values())
         return stored + sum(accumulated.bytes_held for accumulated in self._sums.values())
 
+    @property
+    def is_summing(self) -> bool:
+        """Whether a window has begun, so that passes add up the gradients of the group."""
+        return bool(self._sums)
+
     def end_step(self) -> bool:
         """Count an optimizer step, and tell whether the turn is over."""
         self.end_passes()

@@ -137,6 +137,11 @@ class MaskSchedule:
         """Bytes of accumulators and stored scores that are held now; 0 with batches."""
         return 0 if self.training is None else self.training.bytes_held
 
+    @property
+    def is_summing(self) -> bool:
+        """Whether backward passes add to sums of gradients now, which a replayed CUDA graph of a pass would not."""
+        return self.training is not None and self.training.is_summing
+
     def reselect(self) -> Masks:
         """Choose the masks again now, regardless of interval and threshold; call it between steps.
 
