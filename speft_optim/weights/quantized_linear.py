@@ -17,12 +17,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.bnb import quantized_linears, quantized_weight
 from speft_optim.weights.gradient_nodes import Accumulator, keep_input, take_saved_input
 from speft_optim.weights.quantized_state import STATE_KEYS, load_entries, save_entries
 from speft_optim.weights.quantized_weight import LAYER_NAME, QuantizedWeight
 from speft_optim.weights.scales import trained_entries
-from speft_optim.weights.storage import frozen_weight
 
 
 class _Product(torch.autograd.Function):
@@ -99,6 +98,8 @@ class FrozenForward:
     def __init__(self, module: nn.Module, name: str = ""):
         self.module = module
         module.__dict__[LAYER_NAME] = name
+        # It is looked up here, since older compilers cannot trace the names of base classes.
+        self.kind = type(quantized_weight(module))
         # accelerate wraps the forward to move inputs between devices, and keeps the layer's own as `_old_forward`.
         self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.before = module.__dict__.get(self.attribute)
@@ -117,7 +118,7 @@ class FrozenForward:
         hooks = self.gradient_hooks if torch.is_grad_enabled() else ()
         accumulators, grad_anchors = tuple(hook.accumulator for hook in hooks), (hook.grad_anchor for hook in hooks)
         operand = keep_input(x.to(dtype)) if hooks else x.to(dtype)
-        weight = frozen_weight(self.module)
+        weight = self.kind(self.module)
         # The model may have moved to another device since the last forward.
         weight.place_scales()
         output = _Product.apply(operand, self.leaf, weight, False, accumulators, *grad_anchors)
