@@ -76,7 +76,7 @@ def test_command_prints_text_or_markdown_and_draws(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "static-snip" in text and "several workers shared the GPU" in text
     pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert pictures == ["budgets.png", "memory.png", "rates.png"]
+    assert pictures == ["budgets.png", "forgetting.png", "memory.png", "rates.png"]
     assert all((tmp_path / "pictures" / name).stat().st_size > 10_000 for name in pictures)
     methods.main([str(folder), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
@@ -86,7 +86,7 @@ def test_command_prints_text_or_markdown_and_draws(tmp_path, capsys):
 def test_no_picture_of_memory_without_a_gpu(tmp_path):
     folder = write(tmp_path, [cell("lora", 4, 1e-3, 0, 0.6, peak_bytes=None)])
     drawn = methods.draw(entries.read_entries(folder), tmp_path)
-    assert [path.name for path in drawn] == ["rates.png", "budgets.png"]
+    assert [path.name for path in drawn] == ["rates.png", "forgetting.png", "budgets.png"]
 
 
 def test_folders_without_cells_and_foreign_files_are_refused(tmp_path):

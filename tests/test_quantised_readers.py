@@ -6,6 +6,7 @@ model computing what it did.
 """
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -91,7 +92,9 @@ def near(actual, weight):
 def by_transformers(module):
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    return dequantize_bnb_weight(module.weight, module.state if is_int8(module) else None)
+    # transformers 4 also asks for a dtype.
+    dtypes = [torch.float32] if "dtype" in inspect.signature(dequantize_bnb_weight).parameters else []
+    return dequantize_bnb_weight(module.weight, *dtypes, state=module.state if is_int8(module) else None)
 
 
 def by_peft(module):

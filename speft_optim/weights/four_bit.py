@@ -60,11 +60,13 @@ class FourBitWeight(QuantizedWeight):
         count, size = self.shape.numel(), self.state.blocksize
         if count % size:
             return self._run(0, count).view(self.shape).to(dtype)
+        from bitsandbytes.functional import QuantState
         from bitsandbytes.functional import dequantize_4bit as by_bitsandbytes
 
         # Each block is passed as a row: the CPU kernel is wrong for rows that are not a whole number of blocks.
-        state = copy.copy(self.state)
-        state.absmax, state.shape, state.dtype = self.scales, torch.Size((count // size, size)), dtype
+        rows, state = torch.Size((count // size, size)), self.state
+        second = dict(offset=state.offset, state2=state.state2) if state.nested else {}
+        state = QuantState(self.scales, rows, state.code, size, state.quant_type, dtype, **second)
         return by_bitsandbytes(self.packed, state).view(self.shape)
 
     def _panel(self, first: int, last: int) -> Tensor:

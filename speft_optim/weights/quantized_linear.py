@@ -98,6 +98,8 @@ class FrozenForward:
     def __init__(self, module: nn.Module, name: str = ""):
         self.module = module
         module.__dict__[LAYER_NAME] = name
+        # It is looked up here, since older compilers cannot trace the names of base classes.
+        self.kind = type(quantized_weight(module))
         # accelerate wraps the forward to move inputs between devices, and keeps the layer's own as `_old_forward`.
         self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.before = module.__dict__.get(self.attribute)
@@ -116,8 +118,8 @@ class FrozenForward:
         hooks = self.gradient_hooks if torch.is_grad_enabled() else ()
         accumulators, grad_anchors = tuple(hook.accumulator for hook in hooks), (hook.grad_anchor for hook in hooks)
         operand = keep_input(x.to(dtype)) if hooks else x.to(dtype)
-        # Under offload this is the copy that hides the layer's weight.
-        weight = quantized_weight(self.module)
+        # Under offload it reads the copy that hides the layer's weight.
+        weight = self.kind(self.module)
         # The model may have moved to another device since the last forward.
         weight.place_scales()
         output = _Product.apply(operand, self.leaf, weight, False, accumulators, *grad_anchors)

@@ -84,7 +84,7 @@ class QuantizedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the whole weight with its overlays, (out, in) in `dtype`, newly made."""
         overlays = [(mask.to(self.device), values.detach().to(self.device)) for mask, values in self.overlays]
-        fused = bool(overlays) and isinstance(overlays[0][0].positions, CSR)
+        fused = len(overlays) > 0 and isinstance(overlays[0][0].positions, CSR)
         weight = self._launch(dtype, *(overlays[0] if fused else (None, None)))
         if weight is None:
             weight, fused = self._dequantize(dtype), False
