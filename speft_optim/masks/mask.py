@@ -138,7 +138,7 @@ class Mask:
     @property
     def device(self) -> torch.device:
         """Device that holds the positions."""
-        return next(iter(self.packed().values())).device
+        return (self.positions.columns if isinstance(self.positions, CSR) else self.positions).device
 
     def to(self, device: torch.device | str) -> "Mask":
         """Return the same mask with its positions on `device`; the mask itself where they are there already."""
