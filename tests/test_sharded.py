@@ -1,15 +1,17 @@
-"""Models under torch's `fully_shard`, over two processes with gloo: equal to one process with all batches."""
+"""Models under torch's `fully_shard`, over two and four processes with gloo: equal to one with all batches."""
 
 import contextlib
+import os
+import signal
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import Reference, assert_close, equal_states, masks_of, tiny_model, token_batch
+from processes import FOLDER, failures_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
-from two_processes import FOLDER, failures_of
 
 from speft_optim import (
     MaskSchedule,
@@ -29,7 +31,7 @@ from speft_optim.weights.compact_values import linked
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 3
-# A number of rows that two processes do not divide, in a block and, with the vocabulary of 61, in embeddings and head.
+# A number of rows that processes do not divide, in a block and, with the vocabulary of 61, in embeddings and head.
 UNEVEN = dict(intermediate_size=41)
 
 
@@ -75,7 +77,7 @@ def train(rank, model, optimizer, reference=None, first=0, steps=STEPS):
     """Steps on this process's part of each batch, with clipping, and those of the reference on all of it."""
     for step in range(first, first + steps):
         batch = token_batch(step, batch=4)
-        model(**part(batch, rank, 2)).loss.backward()
+        model(**part(batch, rank, dist.get_world_size())).loss.backward()
         norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.05)
         optimizer.step()
         optimizer.zero_grad()
@@ -190,7 +192,7 @@ def gradients_added_up_are_sent_once_and_four_bytes_an_entry(rank):
                 batch = token_batch(step, batch=8)
                 for half in range(2):
                     model.set_requires_gradient_sync(half == 1 or not put_off)
-                    (model(**part(part(batch, half, 2), rank, 2)).loss / 2).backward()
+                    (model(**part(part(batch, half, 2), rank, dist.get_world_size())).loss / 2).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 reference.model(**batch).loss.backward()
@@ -201,8 +203,9 @@ def gradients_added_up_are_sent_once_and_four_bytes_an_entry(rank):
 
 
 def hybrid_sharding(rank):
-    """Rows on both processes, and copies of all rows on both."""
-    for shape in ((1, 2), (2, 1)):
+    """Rows on all processes, copies of all rows on each and, of four processes, rows on two and copies on two more."""
+    count = dist.get_world_size()
+    for shape in dict.fromkeys([(1, count), (2, count // 2), (count, 1)]):
         for first in ("sparsify", "shard"):
             model, values, optimizer, reference = start(first=first, mesh=mesh(*shape))
             train(rank, model, optimizer, reference)
@@ -318,7 +321,7 @@ def another_optimizer_trains_a_norm_densely_too(rank):
     ]
     for step in range(STEPS):
         batch = token_batch(step, batch=4)
-        model(**part(batch, rank, 2)).loss.backward()
+        model(**part(batch, rank, dist.get_world_size())).loss.backward()
         alone(**batch).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -447,7 +450,7 @@ def quantised_weights_that_are_left_whole(rank):
         optimizers = [SparseAdamW(values, **OPTIONS), SparseAdamW(one_values, **OPTIONS)]
         for step in range(STEPS):
             batch = token_batch(step, batch=4)
-            model(**part(batch, rank, 2)).loss.backward()
+            model(**part(batch, rank, dist.get_world_size())).loss.backward()
             one(**batch).loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
@@ -504,7 +507,7 @@ def salience_of_each_processes_own_batches(rank):
             model = shard(tiny_model(**UNEVEN))
             model.model.norm.weight.requires_grad_(False)
             before = whole(model)
-            masks = select_masks(model, batches[rank::2], **options)
+            masks = select_masks(model, batches[rank :: dist.get_world_size()], **options)
             assert equal_states(whole(model), before)
             assert [p.requires_grad for p in model.parameters()].count(False) == 1
             with alone():
@@ -550,7 +553,7 @@ def accelerate_of_version_2(rank):
                 batch = token_batch(step, batch=8)
                 for half in range(2):
                     with accelerator.accumulate(model):
-                        accelerator.backward(model(**part(part(batch, half, 2), rank, 2)).loss)
+                        accelerator.backward(model(**part(part(batch, half, 2), rank, dist.get_world_size())).loss)
                         if accelerator.sync_gradients:
                             norm = accelerator.clip_grad_norm_(model.parameters(), 0.05)
                         optimizer.step()
@@ -732,12 +735,12 @@ def masks_that_move_with_the_training(rank):
             masks = select_masks(model, salience="magnitude", density=0.05, targets=everything, progress=False)
             model = shard(model) if sharded else model
             optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
-            mine = batches[rank::2] if sharded else batches
+            mine = batches[rank :: dist.get_world_size()] if sharded else batches
             more = {} if "window" in options else dict(batches=mine, progress=False)
             MaskSchedule(model, optimizer, **options, **more)
             for step in range(9):
                 batch = token_batch(step, batch=4)
-                model(**(part(batch, rank, 2) if sharded else batch)).loss.backward()
+                model(**(part(batch, rank, dist.get_world_size()) if sharded else batch)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
             return model, masks
@@ -810,9 +813,26 @@ SCENARIOS = [
 ]
 
 
+# These depend most on how many processes there are: some have no rows of a weight, and sums have other orders.
+OF_FOUR = [
+    sparsified_and_then_sharded,
+    sharded_and_then_sparsified,
+    hybrid_sharding,
+    embeddings_tied_to_the_head,
+    gradients_added_up_are_sent_once_and_four_bytes_an_entry,
+    salience_of_each_processes_own_batches,
+    masks_that_move_with_the_training,
+]
+
+
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory):
-    return failures_of(SCENARIOS, tmp_path_factory.mktemp("ranks"), "spawn")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def failures(folder):
+    return failures_of(SCENARIOS, folder, "spawn")
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
@@ -821,8 +841,55 @@ def test_two_processes(failures, scenario):
         assert scenario not in failed, f"rank {rank}: {failed[scenario]}"
 
 
+def killed_in_its_third_step(rank):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, _, optimizer, reference = start()
+    train(rank, model, optimizer, reference, steps=2)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[-1]}/last")
+    loss = model(**part(token_batch(2, batch=4), rank, 2)).loss
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss.backward()
+
+
+def resumed_after_that(rank):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, values, optimizer, reference = start(first="shard")
+    for step in range(2):
+        reference.model(**token_batch(step, batch=4)).loss.backward()
+        reference.step(clip=0.05)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[-1]}/last")
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    train(rank, model, optimizer, reference, first=2, steps=2)
+    assert_equals(reference, model, values)
+
+
+def test_processes_of_which_one_was_killed_resume_from_their_last_checkpoint(tmp_path):
+    # torch stops the other process when one is gone.
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        failures_of([killed_in_its_third_step], tmp_path, "spawn")
+    assert failures_of([resumed_after_that], tmp_path, "spawn") == [{}, {}]
+
+
+@pytest.fixture(scope="module")
+def failures_of_four(tmp_path_factory):
+    return failures_of(OF_FOUR, tmp_path_factory.mktemp("four"), "spawn", 4)
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in OF_FOUR])
+def test_four_processes(failures_of_four, scenario):
+    for rank, failed in enumerate(failures_of_four):
+        assert scenario not in failed, f"rank {rank}: {failed[scenario]}"
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_one_process_resumes_what_two_saved(failures):
+def test_one_process_resumes_what_two_saved(failures, folder):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -830,13 +897,13 @@ def test_one_process_resumes_what_two_saved(failures):
     masks = select_masks(model, salience="random", density=0.05, targets=everything, progress=False)
     optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
     weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{FOLDER[-1]}/checkpoint", no_dist=True)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / "checkpoint", no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     for step in range(2, 4):
         model(**token_batch(step, batch=4)).loss.backward()
         clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
         optimizer.zero_grad()
-    expected = torch.load(f"{FOLDER[-1]}/resumed.pt")
+    expected = torch.load(folder / "resumed.pt")
     for name, part in model.state_dict().items():
         assert_close(part, expected[name], atol=1e-6, rtol=0)
