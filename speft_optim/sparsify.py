@@ -29,7 +29,14 @@ from speft_optim.integrations import (
 from speft_optim.masks.mask import Mask
 from speft_optim.offload.training import OffloadedBase, check_offload
 from speft_optim.optim.adamw import SparseAdamW
-from speft_optim.weights.attached import Record, keep_record, sparse_weights, sparsified_roots, take_record
+from speft_optim.weights.attached import (
+    Record,
+    keep_record,
+    record_of,
+    sparse_weights,
+    sparsified_roots,
+    take_record,
+)
 from speft_optim.weights.averaging import average_gradients
 from speft_optim.weights.bnb import is_quantized_linear, settle_storage
 from speft_optim.weights.compact_values import linked, warn_if_built_before
@@ -141,6 +148,9 @@ def desparsify(model: nn.Module) -> None:
     roots = sparsified_roots(model)
     if not roots:
         raise ValueError(f"{type(model).__name__} is not sparsified; there is nothing to undo.")
+    for base in (hook for root in roots for hook in record_of(root).hooks if isinstance(hook, OffloadedBase)):
+        # What is refused here is refused before anything is undone.
+        base.settle()
     for root in roots:
         weights, required_grad, hooks = take_record(root)
         for weight in weights:

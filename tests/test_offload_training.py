@@ -294,6 +294,20 @@ def test_a_change_through_memory_shared_before_the_last_step_is_refused():
         setup.model(**token_batch())
 
 
+def test_desparsify_refuses_such_a_change_before_it_undoes_anything():
+    setup = offloaded()
+    name = list(setup.masks)[-1]
+    shared = setup.model.state_dict()[name]
+    train(setup.model, setup.optimizer)
+    shared.zero_()
+    before = state(setup.model)
+    with pytest.raises(ValueError, match=rf"{name} was changed through a tensor that shared its memory"):
+        desparsify(setup.model)
+    assert state(setup.model) == before
+    desparsify(setup.model)
+    assert not sparse_weights(setup.model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_desparsify_leaves_the_model_as_it_was(kind):
     model = tiny_model(kind)

@@ -16,6 +16,7 @@ from speft_optim.offload.engine import (
     host_weights,
     in_memory,
 )
+from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import lock_pages
 from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.replacement import replace_method
@@ -85,7 +86,8 @@ class OffloadedBase:
                 pages.callback(sources.clear)
                 lock_pages(sources, device, pages)
                 pages.callback(torch.cuda.synchronize, device)
-            for weight in dict.fromkeys(weights.values()):
+            self._weights = list(dict.fromkeys(weights.values()))
+            for weight in self._weights:
                 stack.callback(weight.close)
             self.prefetcher = compute_on(model, device, weights, stack)
             _refuse_dense_training(model, weights, stack)
@@ -94,6 +96,16 @@ class OffloadedBase:
                 if STREAMED in module.__dict__:
                     replace_method(module, "_apply", _Stay(module, device), stack)
             self._patches = stack.pop_all()
+
+    def settle(self) -> None:
+        """Bring all weights in host memory up to date.
+
+        Raises:
+            ValueError: see `HostWeight.settle`.
+        """
+        for weight in self._weights:
+            if isinstance(weight, HostWeight):
+                weight.settle()
 
     def remove(self) -> None:
         """Leave the model as it was, on the CPU."""
