@@ -27,15 +27,10 @@ STYLES = {
     "static gradient": ("#56B4E9", "s", "-"),
     "static snip": ("#009E73", "^", "-"),
     "moving snip": ("#0072B2", "D", ":"),
-}
-COMPARED = {
-    "moving-snip": ("moving snip", "#0072B2", "D"),
-    "lora": ("LoRA", "#E69F00", "o"),
-    "rslora": ("rsLoRA", "#CC79A7", "v"),
-    "pissa": ("PiSSA", "#D55E00", "P"),
-    "shira": ("SHiRA", "#56B4E9", "X"),
-    "static-magnitude": ("static magnitude", "#009E73", "s"),
-    "static-random": ("static random", "#888888", "s"),
+    "static magnitude": ("#F0E442", "s", "-"),
+    "static random": ("#888888", "s", "-"),
+    "SHiRA": ("#000000", "X", "-"),
+    "PiSSA": ("#D55E00", "P", "-"),
 }
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0A0C0", "#0072B2", "#D55E00")
 BASES = ("bf16", "int8", "NF4")
@@ -81,7 +76,8 @@ def draw_quality() -> Figure:
     data = read("quality.json")
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.subplots()
-    for number, (method, (colour, marker, line)) in enumerate(STYLES.items()):
+    for number, method in enumerate(dict.fromkeys(point["method"] for point in data["methods"])):
+        colour, marker, line = STYLES[method]
         points = [point for point in data["methods"] if point["method"] == method]
         shift = 1.02 ** (number - 2)  # so that the seeds of different methods do not lie on one another
         places = [point["entries"] * shift for point in points]
@@ -113,15 +109,17 @@ def draw_forgetting() -> Figure:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, rank in zip(figure.subplots(1, 2), (4, 32), strict=True):
         cells = [cell for cell in data["cells"] if cell["budget_rank"] == rank]
-        for method, (name, colour, marker) in COMPARED.items():
+        for method, (colour, marker, _) in STYLES.items():
             rates = sorted({cell["rate"] for cell in cells if cell["method"] == method})
+            if not rates:
+                continue
             runs = [[cell for cell in cells if cell["method"] == method and cell["rate"] == rate] for rate in rates]
             places = [[mean(cell[key] for cell in run) for run in runs] for key in ("own", "loss")]
-            axes.plot(*places, color=colour, marker=marker, label=name)
+            axes.plot(*places, color=colour, marker=marker, label=method)
             for rate, run, x, y in zip(rates, runs, *places, strict=True):
                 seeds = f" (n={len(run)})" if len(run) > 1 else ""
                 offset = dict(
-                    xytext=(5, -12 if method == "moving-snip" else 5),
+                    xytext=(5, -12 if method == "moving snip" else 5),
                     textcoords="offset points",
                     fontsize=8,
                     color="#555555",

@@ -148,7 +148,8 @@ def check_replayable(model: nn.Module) -> None:
     """
     if next(model.parameters()).device.type != "cuda":
         raise ValueError("CUDA graphs need a model on a GPU; leave out --cuda-graphs")
-    if getattr(model, "is_gradient_checkpointing", False):
+    # The property of transformers that tells has two names in its versions; this is what it looks at.
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("checkpointed blocks read the random state, which no CUDA graph allows; leave one of both out")
     if not is_known(model):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
+from speft_optim.offload.prefetch import Prefetcher
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-10, atol=1e-12),
@@ -338,3 +339,15 @@ def llama():
 @pytest.fixture
 def batches():
     return [token_batch(seed) for seed in range(4)]
+
+
+def moved_blocks(monkeypatch):
+    """A list of the numbers of blocks that are copied to the device from now on."""
+    moved, fill = [], Prefetcher._fill
+
+    def note(prefetcher, buffer, block, states):
+        moved.append(block)
+        fill(prefetcher, buffer, block, states)
+
+    monkeypatch.setattr(Prefetcher, "_fill", note)
+    return moved

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model, token_batch
+from conftest import moved_blocks, tiny_model, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import select_masks, sparsify
 from speft_optim.offload.engine import streaming
 from speft_optim.offload.pages import copy_pages_, lock_pages
-from speft_optim.offload.prefetch import Prefetcher
 from speft_optim.salience.measures import MEASURES
 
 STREAMED = sorted(name for name, measure in MEASURES.items() if not measure.differentiates_twice)
@@ -139,13 +138,7 @@ def test_part_of_a_block_may_be_called_from_outside():
 def test_a_batch_moves_each_block_at_most_twice(monkeypatch):
     """Of five blocks: up, then down to those two that are still there; the next batch finds the lowest two there."""
     model = tiny_model("llama", num_hidden_layers=5)
-    moved, fill = [], Prefetcher._fill
-
-    def note(prefetcher, buffer, block, states):
-        moved.append(block)
-        fill(prefetcher, buffer, block, states)
-
-    monkeypatch.setattr(Prefetcher, "_fill", note)
+    moved = moved_blocks(monkeypatch)
     choose = dict(density=0.1, offload="cpu", progress=False)
     select_masks(model, batches()[:2], **choose)
     assert moved == [0, 1, 2, 3, 4, 2, 1, 0, 2, 3, 4, 2, 1, 0]

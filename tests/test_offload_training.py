@@ -13,6 +13,7 @@ from conftest import (
     attach,
     equal_states,
     every,
+    moved_blocks,
     random_masks,
     some_entries,
     tiny_model,
@@ -36,7 +37,6 @@ from speft_optim.offload import activations
 from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
-from speft_optim.offload.prefetch import Prefetcher
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparse_weights
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -557,13 +557,7 @@ def test_an_exception_anywhere_leaves_the_model_usable(error, passes):
 
 def test_a_block_is_moved_twice_a_step_and_two_blocks_are_held_at_most(monkeypatch):
     model = tiny_model("llama", num_hidden_layers=5)
-    moved, fill = [], Prefetcher._fill
-
-    def note(prefetcher, buffer, block, states):
-        moved.append(block)
-        fill(prefetcher, buffer, block, states)
-
-    monkeypatch.setattr(Prefetcher, "_fill", note)
+    moved = moved_blocks(monkeypatch)
     setup = offloaded(model)
     (prefetcher,) = (hook.prefetcher for hook in record_of(model).hooks if hasattr(hook, "prefetcher"))
     block = sum(256 * -(-parameter.nbytes // 256) for parameter in model.model.layers[0].parameters())

@@ -542,9 +542,10 @@ def test_from_pretrained_refuses_a_checkpoint_of_such_a_state(model, tmp_path):
 
     model.config.save_pretrained(tmp_path)
     save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
-    # transformers 4 takes what the seal says for a dtype.
-    said = "issues during automatic conversion of the weights|of a quantised weight with trained entries|sealed_SCB"
-    with pytest.raises((RuntimeError, AttributeError), match=said):
+    kind, said = RuntimeError, "issues during automatic conversion of the weights"
+    if int(tf.__version__.partition(".")[0]) < 5:  # what the seal says is taken for a dtype or an attribute
+        kind, said = AttributeError, "of a quantised weight with trained entries|sealed_SCB"
+    with pytest.raises(kind, match=said):
         tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
 
 
