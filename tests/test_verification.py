@@ -281,6 +281,44 @@ def test_a_use_that_begins_late_and_ends_again_counts(caplog):
     assert message.startswith("first.weight is used outside its module's forward")
 
 
+def assign(model, name, weight):
+    model.get_submodule(name.rpartition(".")[0]).weight = weight
+
+
+def delete_and_assign(model, name, weight):
+    delattr(model.get_submodule(name.rpartition(".")[0]), "weight")
+    assign(model, name, weight)
+
+
+def load_by_assignment(model, name, weight):
+    model.load_state_dict({name: weight}, strict=False, assign=True)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("replace", [assign, delete_and_assign, load_by_assignment])
+def test_a_replaced_weight_used_before_its_module_is_called_counts(replace, frozen):
+    twin = Twin(Pair())
+    twin.step()
+    for seed in range(2):
+        weight = draw(4, 4, seed=seed)
+        replace(twin.model, "first.weight", nn.Parameter(weight.clone(), requires_grad=not frozen))
+        twin.dense.first.weight.data.copy_(weight)
+        twin.step(lambda model, x: F.linear(x, model.first.weight) + model(x))
+
+
+def test_a_parameter_beside_no_masked_weight_is_left_alone():
+    """Also one of another shape in the place of a masked weight, which the next step refuses."""
+    twin = Twin(Pair(), ("first.weight",))
+    other = nn.Parameter(torch.ones(4, 4))
+    twin.model.second.weight = other
+    assert other.requires_grad and type(other) is nn.Parameter
+    resized = nn.Parameter(torch.ones(5, 4))
+    twin.model.first.weight = resized
+    assert resized.requires_grad and type(resized) is nn.Parameter
+    with pytest.raises(ValueError, match="first.weight has shape"):
+        twin.model(draw(3, 4))
+
+
 def test_a_weight_whose_module_is_never_called_trains():
     twin = Twin(Pair(), ("second.weight",))
     for _ in range(3):

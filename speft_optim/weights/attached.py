@@ -51,3 +51,14 @@ def sparse_weights(model: nn.Module) -> "list[SparseWeight]":
     """Return the sparsified weights of a model, in the order of its parameters; none for a plain model."""
     # They are the only modules that this library adds to a model.
     return [module for module in model.modules() if isinstance(module, AddedModule)]
+
+
+def name_beside(attribute: str) -> str:
+    """Return the name of the module that is added beside a weight's attribute."""
+    return f"sparse_{attribute}"
+
+
+def weight_beside(module: nn.Module, attribute: str) -> "SparseWeight | None":
+    """Return the masked weight that was added beside a module's attribute, or None."""
+    added = module._modules.get(name_beside(attribute))
+    return added if isinstance(added, AddedModule) else None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.attached import name_beside, sparse_weights
 from speft_optim.weights.compact_values import version
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import check_division, gathered_parameter, sharded_parameter
@@ -122,14 +122,9 @@ class Place:
     def add(self, child: AddedModule) -> None:
         """Add a module beside the weight, in the module that holds it."""
         module, attribute = self.target.sites[0]
-        module.add_module(_beside(attribute), child)
+        module.add_module(name_beside(attribute), child)
 
     def remove(self) -> None:
         """Remove the module that was added beside the weight."""
         module, attribute = self.target.sites[0]
-        delattr(module, _beside(attribute))
-
-
-def _beside(attribute: str) -> str:
-    """Return the name of the module that is added beside a weight's attribute."""
-    return f"sparse_{attribute}"
+        delattr(module, name_beside(attribute))

@@ -3,16 +3,19 @@
 `weights/verification.py` tells how uses outside the module are found.
 """
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from speft_optim.distributed import is_distributed
-from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.attached import sparse_weights, weight_beside
 from speft_optim.weights.observation import observe_gradient
-from speft_optim.weights.verification import DenseGradient
+from speft_optim.weights.sharded import is_managed
+from speft_optim.weights.verification import DenseGradient, WatchedWeight
 
 if TYPE_CHECKING:
     from speft_optim.weights.sparse_weight import SparseWeight
@@ -37,6 +40,7 @@ class Uses:
     _warned_of_use = _warned_of_thaw = False
 
     def __init__(self, weight: "SparseWeight", verify: bool):
+        _watch_replacements()
         self._weight = weight
         self.hooks = observe_gradient(weight.place.target, weight.values, weight, verify)
         self._elsewhere = DenseGradient(self._add, self.warn_of_thaw) if verify and weight.holds_entries else None
@@ -99,3 +103,20 @@ class Uses:
             "again if they should not train.",
             self._weight.name,
         )
+
+
+@functools.cache
+def _watch_replacements() -> None:
+    """Let each parameter that replaces a masked weight be watched at once; a hook of all modules in the process."""
+    register_module_parameter_registration_hook(_watch_replacement)
+
+
+def _watch_replacement(module: nn.Module, attribute: str, parameter: nn.Parameter | None) -> None:
+    # The weight's module would notice at its next forward, too late for a use of the weight before that.
+    weight = weight_beside(module, attribute)
+    if weight is None or parameter is None or weight.place.shards is not None or is_managed(module):
+        return  # Rows of a sharded weight cannot be watched.
+    # Another shape or dtype is refused when the module notices, and so is a parameter that is masked already.
+    fits = parameter.is_floating_point() and parameter.shape == weight.mask.shape
+    if fits and not isinstance(parameter, WatchedWeight):
+        weight.uses.watch(parameter)
