@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from recipes import processes
 from recipes.compiled import eagerly
 from recipes.data import Sample, make_batches
 from recipes.loss import IGNORED, frozen_head, is_known, linear_cross_entropy
@@ -80,23 +81,30 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
-    """Return the mean loss over the label tokens of all samples, in evaluation mode, without gradients."""
+    """Return the mean loss over the label tokens of all samples, in evaluation mode, without gradients.
+
+    Several processes share the batches.
+    """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     try:
         with torch.no_grad(), eagerly(model):
-            batches = make_batches(samples, batch_size, pad_id=pad_id)
-            for batch in tqdm(batches, desc="held-out loss", disable=None, leave=False):
+            batches = processes.share(make_batches(samples, batch_size, pad_id=pad_id))
+            for batch in tqdm(
+                batches, desc="held-out loss", disable=None if processes.is_first() else True, leave=False
+            ):
                 batch = locate_labels(batch)
                 if batch["count"]:
-                    total += summed_loss(model, to_device(batch, device))[0]
-                    count += batch["count"]
+                    sums[0] += summed_loss(model, to_device(batch, device))[0]
+                    sums[1] += batch["count"]
     finally:
         model.train(was_training)
+    processes.add([sums])
+    total, count = sums.tolist()
     if not count:
         raise ValueError("none of the held-out samples has a label; give samples whose answers are not empty")
-    return float(total) / count
+    return total / count
 
 
 def to_device(batch: dict[str, Tensor | int], device: torch.device) -> dict[str, Tensor | int]:

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from recipes import baselines, moving
+from recipes import baselines, moving, processes
 from recipes.options import GROUPS
 from recipes.presets import PAPER, PRESETS, preset_table
 
@@ -142,6 +142,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--base-bits {args.base_bits} freezes the weights, and --method full trains them; leave out one of the two"
         )
+    try:
+        processes.check(args.accumulation)
+    except ValueError as error:
+        parser.error(str(error))
     if args.method in baselines.ADAPTERS:
         check_adapter(parser, args)
     if args.moving and (args.method != "sparse" or args.scope == "local"):

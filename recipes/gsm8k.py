@@ -7,6 +7,7 @@
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method full
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method lora --budget-rank 4 --lr 3e-3
     python -m recipes.gsm8k --preset llama3-8b --base-bits 4 --dry-run
+    torchrun --nproc-per-node 2 -m recipes.gsm8k --preset gemma2-2b
     python -m recipes.gsm8k --list-presets
 
 Under `--out` a run leaves `checkpoint/` (an ordinary checkpoint), `adapter.safetensors` and `masks.safetensors` (sparse
@@ -39,7 +40,7 @@ if __package__ in (None, ""):  # started as `python recipes/gsm8k.py`
 
 import torch
 
-from recipes import baselines, compiled, data, ending, loop, memory, models, moving, report, word_problems
+from recipes import baselines, compiled, data, ending, loop, memory, models, moving, processes, report, word_problems
 from recipes.command_line import parse
 from recipes.presets import expected_memory
 from recipes.run import MASKS, Run, is_trained
@@ -99,7 +100,7 @@ def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 def prepare(run: Run, base: Path, train_problems: list[data.Example], test_problems: list[data.Example]) -> Job:
     """Load the model and tokenise the problems."""
     args, record = run.args, run.record
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes.device()
     with run.stage("prepare"):
         torch.manual_seed(args.seed)
         dtype = models.DTYPES[record["dtype"]] if "dtype" in record else choose_dtype(args, device)
@@ -135,7 +136,7 @@ def fitting_steps(run: Run, job: Job) -> int:
         options = window_options(args, job.model)
         seconds = loop.seconds_per_step(job.model, job.samples, pad_id=job.pad_id, **options)
         fit = int(60 * args.train_minutes / seconds)
-    return max(1, min(job.steps, fit))
+    return processes.agreed(max(1, min(job.steps, fit)))
 
 
 def try_ending(run: Run, job: Job, trained: Trained) -> None:
@@ -220,10 +221,16 @@ def main(argv: list[str] | None = None) -> dict:
         moments = expected_memory(args)
         print(memory.describe(moments))
         return moments
+    with processes.joined():
+        return work(args)
+
+
+def work(args: argparse.Namespace) -> dict:
+    """Do the work of a run, of several processes each its share; return the record."""
     run = Run(args)
     record, out = run.record, run.out
     memory.let_segments_grow()
-    with run.stage("load"):
+    with processes.first_before_others(), run.stage("load"):
         base = models.resolve(args.model, cache=args.cache)
         train_problems, test_problems, data_folder = read_data(args)
     run.score("before", base, data_folder)
@@ -235,11 +242,13 @@ def main(argv: list[str] | None = None) -> dict:
         compiled.compile_model(job.model, args.compile)
     # A resumed run takes the number of steps from the record, which also tells whether training is over.
     record["steps"] = record.get("steps") or fitting_steps(run, job)
-    if not is_trained(record, out):
+    if processes.is_first() and not is_trained(record, out):
         try_ending(run, job, trained)
     train(run, job, trained)
     # From here on each result is written at once, and a run that stops begins here from the last state.
     run.measure_loss("after", job.model, job.held_out, job.pad_id)
+    if not processes.is_first():
+        return record
     files = save(run, job, trained.masks)
     del job, trained
     run.score("after", out / "checkpoint", data_folder)

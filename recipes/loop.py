@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from recipes import processes
 from recipes.data import Sample, sample_windows
 from recipes.passes import Passes, ReplayedPasses
 from recipes.random_state import random_state, restore_random_state
@@ -123,13 +124,20 @@ def train(
     )
     with passes.on_stream():
         window, unread = next(windows) if start < steps else None, []
-        bar = tqdm(range(start, steps), desc="train", initial=start, total=steps, disable=None)
+        bar = tqdm(
+            range(start, steps),
+            desc="train",
+            initial=start,
+            total=steps,
+            disable=None if processes.is_first() else True,
+        )
         for step in bar:
             begin = time.perf_counter()
             factor = rate_factor(step, steps, warmup=warmup, schedule=schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             unread.append(_accumulate(passes, window, history))
+            processes.add_gradients(trained)
             norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip) if window.labels else math.nan
             labels, tokens = window.labels, window.tokens
             if step + 1 < steps:
@@ -147,16 +155,16 @@ def train(
             history.tokens.append(tokens)
             kept = checkpoint_folder is not None and step + 1 == steps
             kept = kept or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0)
-            if kept or step + 1 == steps or (step + 1) % READ_EVERY == 0:
+            told = (step + 1) % max(1, steps // 10) == 0
+            if kept or told or step + 1 == steps or (step + 1) % READ_EVERY == 0:
                 _read(unread, history, bar)
             history.step_seconds.append(time.perf_counter() - begin)
-            if bar.disable and (step + 1) % max(1, steps // 10) == 0:  # a log file gets ten lines instead of a bar
-                _read(unread, history, bar)
+            if bar.disable and told:  # a log file gets ten lines instead of a bar
                 print(
                     f"step {step + 1}/{steps}  loss {history.loss[-1]:.4f}  {history.tokens_per_second:.0f} tokens/s",
                     flush=True,
                 )
-            if kept:
+            if kept and processes.is_first():
                 _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
     return history
 
@@ -164,7 +172,9 @@ def train(
 def _read(unread: list[Tensor], history: History, bar: tqdm) -> None:
     """Read the losses of the last steps from the device."""
     if unread:
-        history.loss += torch.stack(unread).tolist()
+        losses = torch.stack(unread)
+        processes.add([losses])
+        history.loss += losses.tolist()
         unread.clear()
         bar.set_postfix(loss=f"{history.loss[-1]:.4f}", norm=f"{history.grad_norm[-1]:.2f}")
 
@@ -243,7 +253,10 @@ def _check(samples, steps, batch_size, accumulation, warmup, schedule, clip, eve
 
 
 def _accumulate(passes: Passes, window: Window, history: History) -> Tensor:
-    """Run backward for all micro-batches of a window; return its mean loss per label token, NaN without labels."""
+    """Run backward for all micro-batches of a window; return its mean loss per label token, NaN without labels.
+
+    Of several processes each returns its share of the mean.
+    """
     if window.bare:
         if not history.skipped_batches:
             warnings.warn("a batch has no label at all and is skipped; later ones are counted silently", stacklevel=3)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eval.records import write_json
-from recipes import batch_loss, data, ending, report
+from recipes import batch_loss, data, ending, processes, report
 from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
 
 MASKS = "masks.safetensors"
@@ -70,12 +70,15 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
         ending.check_packages(scoring=bool(args.score))
-        ending.prepare_folder(self.out)
+        if processes.is_first():
+            ending.prepare_folder(self.out)
         earlier = earlier_record(args, self.out)
         self.resumes = args.resume or bool(earlier)
         if is_trained(earlier, self.out):
             print(f"training is over in {self.out}: only what comes after it is done again", flush=True)
-        if not self.resumes:
+        # All have read what an earlier run left before the first one removes it.
+        processes.wait()
+        if not self.resumes and processes.is_first():
             # A later --resume must not take an earlier run's state for this one's.
             remove_checkpoints(self.out / "resume")
             (self.out / MASKS).unlink(missing_ok=True)
@@ -91,11 +94,12 @@ class Run:
         yield
         seconds = self.record["seconds"]
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
-        write_json(self.record, self.out / "run.json")
+        if processes.is_first():
+            write_json(self.record, self.out / "run.json")
 
     def score(self, when: str, checkpoint: Path, data_folder: str | None) -> None:
-        """Score before or after training, unless the record has it."""
-        if when not in self.record["scores"]:
+        """Score before or after training, unless the record has it; only the first process does."""
+        if when not in self.record["scores"] and processes.is_first():
             with self.stage(f"score {when}"):
                 self.record["scores"][when] = run_scores(self.args, checkpoint, data_folder, when)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from recipes import baselines, data, models, moving
+from recipes import baselines, data, models, moving, processes
 from recipes.batch_loss import mean_loss
 from recipes.learning_rate import default_rate, linear_weight_size
 from recipes.run import MASKS, Run
@@ -87,7 +87,7 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
     if resumes and path.is_file():
         return Masks.load(path)
     options = dict(pad_id=pad_id, seed=args.seed)
-    batches = data.calibration_batches(samples, args.calibration_samples, args.batch_size, **options)
+    batches = processes.share(data.calibration_batches(samples, args.calibration_samples, args.batch_size, **options))
     masks = select_masks(
         model,
         batches,
@@ -99,6 +99,8 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
         # Second derivatives need the model's own loss, which forms all logits.
         loss=None if MEASURES[args.salience].differentiates_twice else mean_loss,
         seed=args.seed,
+        progress=processes.is_first(),
     )
-    masks.save(path)
+    if processes.is_first():
+        masks.save(path)
     return masks

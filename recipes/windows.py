@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recipes import processes
 from recipes.batch_loss import locate_labels, to_device
 from recipes.data import Sample, collate
 
@@ -15,10 +16,10 @@ class Window:
     """The batches of one optimizer step, on the device.
 
     Attributes:
-        batches: the batches that have a label.
-        bare: the number of batches without one.
-        labels: the number of label tokens of all batches.
-        tokens: the number of tokens of all batches, with prompts and without padding.
+        batches: the batches that have a label; of several processes (`recipes.processes`), this one's share of them.
+        bare: the number of batches without one, in all processes.
+        labels: the number of label tokens of all batches of all processes.
+        tokens: the number of their tokens, with prompts and without padding.
     """
 
     batches: list[dict[str, Tensor | int]]
@@ -46,7 +47,7 @@ def prepare(
     batches = [locate_labels(collate(part, pad_id=pad_id, multiple=multiple), multiple=labels) for part in parts]
     labelled = [batch for batch in batches if batch["count"]]
     return Window(
-        [to_device(batch, device) for batch in labelled],
+        [to_device(batch, device) for batch in processes.share(labelled)],
         bare=len(batches) - len(labelled),
         labels=sum(batch["count"] for batch in labelled),
         tokens=sum(len(sample.input_ids) for sample in window),

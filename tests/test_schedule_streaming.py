@@ -737,12 +737,32 @@ def scores_as_one_of_two(rank, file):
         assert found[0] == found[1] and schedule.training.turns == 4 and schedule.history[-1]["overlap"] < 1
         if salience == "snip":
             plain.assert_agrees(model, optimizer, schedule)
-    with pytest.raises(ValueError, match="fixed size"):
-        attach(scope="global")
+    global_scope_with_gradients_summed_by_hand(rank)
     model = tiny_model()
     optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.1)))
     with pytest.raises(ValueError, match="arguments of MaskSchedule differ between processes"):
         MaskSchedule(model, optimizer, window=2 + rank)
+
+
+def global_scope_with_gradients_summed_by_hand(rank):
+    """Without DistributedDataParallel entries may move between weights, to those of one process with all batches."""
+    both = attach(scope="global", salience="snip", budget=1_600)
+    lone = attach(scope="global", salience="snip", budget=1_600)
+    for step in range(6):
+        for part, own in ((0, (rank,)), (1, (0, 1))):
+            model, optimizer, _ = (both, lone)[part]
+            for number in own:
+                model(**token_batch(2 * step + number)).loss.backward()
+            if part == 0:
+                for group in optimizer.param_groups:
+                    for values in group["params"]:
+                        dist.all_reduce(values.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [len(w.mask) for w in sparse_weights(both[0])] == [len(w.mask) for w in sparse_weights(lone[0])]
+    assert masks_of(both[0]) == masks_of(lone[0])
+    for name, weight in weights_of(lone[0]).items():
+        torch.testing.assert_close(weights_of(both[0])[name], weight, atol=1e-6, rtol=0)
 
 
 def test_two_processes_average_a_group_once_a_turn_and_stay_equal(tmp_path):

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from speft_optim.checks import check_callable, check_choice, check_share, check_whole
-from speft_optim.distributed import is_distributed
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.salience.batches import Batches, check_batches, check_max_batches
 from speft_optim.salience.measures import Measure, measure_of
@@ -75,7 +74,6 @@ class Arguments:
             )
         if self.measure is None and measure.takes_batches:
             check_batches(self.batches, 1)
-        self._check_processes()
 
     def _refuse_window(self) -> None:
         if self.window is not None:
@@ -117,13 +115,6 @@ class Arguments:
                 f"memory_budget, {', '.join(sorted(_OPTIONS))}."
             )
         check_max_batches(self.options.get("max_batches"))
-
-    def _check_processes(self) -> None:
-        if is_distributed() and (self.scope == "global" or self.density is not None):
-            raise ValueError(
-                "With several processes each weight must keep its number of entries, since DistributedDataParallel "
-                "reduces buffers of fixed size; use scope='local' and density=None."
-            )
 
 
 def check_owner(optimizer: Optimizer, weights: list[SparseWeight]) -> None:

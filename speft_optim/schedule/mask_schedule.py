@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.save import named_root
-from speft_optim.distributed import check_equal, check_equal_masks
+from speft_optim.distributed import check_equal, check_equal_masks, is_distributed
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
@@ -31,6 +31,7 @@ from speft_optim.schedule.history import check_tensors, from_tensors, to_tensors
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.mesh import reshard
 from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.wrappers import RefuseReducer
 
 
 class MaskSchedule:
@@ -53,7 +54,8 @@ class MaskSchedule:
     and including the constant factors of a loss scaler and of gradient accumulation. A step that is skipped because of
     inf or NaN lets the group's window begin again. Weights that get no gradient keep their masks. With several
     processes each adds up its own gradients, and they are averaged at the end of a turn; a checkpoint within a turn
-    holds the sums of the process that saved it. `magnitude`, `random` and `synflow` need no gradient: with these
+    holds the sums of the process that saved it. DistributedDataParallel needs local scope and no `density`, since its
+    buffers keep the numbers of entries; otherwise the first forward fails. `magnitude`, `random` and `synflow` need no gradient: with these
     measures and no batches, `select_masks` selects at intervals too.
 
     Args:
@@ -123,6 +125,8 @@ class MaskSchedule:
         self.training = None if given.measure is None else self._from_training(weights, given.measure)
         self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)
+        if is_distributed() and (scope == "global" or density is not None):
+            RefuseReducer(self.model)
 
     def _from_training(self, weights: list[SparseWeight], measure: Measure) -> TrainingSalience:
         """Return the salience of training's own gradients, after a check that all processes have the same arguments."""

@@ -84,3 +84,29 @@ def steps_to(model: nn.Module, path: str) -> tuple[tuple[nn.Module, str, nn.Modu
     for part in path.split(".") if path else ():
         module = unwrap(step(module, part))
     return tuple(steps)
+
+
+class RefuseReducer:
+    """Refuses DistributedDataParallel in the next forward of a model whose weights' numbers of entries will change.
+
+    Its buffers keep the lengths that gradients had when it was built, and only its forward shows that it is there.
+
+    Args:
+        model: the model inside.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._handle = model.register_forward_pre_hook(self)
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        """Remove this hook, unless the model is called by DistributedDataParallel.
+
+        Raises:
+            ValueError: it is.
+        """
+        if DistributedDataParallel._active_ddp_module is not None:
+            raise ValueError(
+                "In DistributedDataParallel each weight must keep its number of entries, since its buffers have a "
+                "fixed size; use scope='local' and density=None in MaskSchedule, or shard the model with fully_shard."
+            )
+        self._handle.remove()

@@ -1,0 +1,95 @@
+"""Runs of the recipe in two processes take the steps of a run in one, and leave the files of one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_job import command, save_tiny
+
+from recipes import gsm8k, processes, word_problems
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
+# An epoch ends in a shorter window, of which one process has no batch.
+STEPS = ["--train-limit", 18, "--held-out", 16, "--steps", 5, "--accumulation", 2, "--lr", 3e-3, "--warmup", 0.2]
+MOVING = [*STEPS, "--density", 0.05, "--interval", 2, "--window", 2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    save_tiny(folder / "model")
+    word_problems.write(folder / "problems", train=64, test=16, seed=0)
+    return folder
+
+
+def words(folders, out, *more):
+    return command(folders / "model", folders / "problems", folders / out, *more)
+
+
+def launch(launcher, *arguments):
+    """Run a module or script in two processes, and return the launcher's result."""
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", *launcher, *arguments]
+    return subprocess.run([str(word) for word in line], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def content(folder):
+    """The weights, the record and the names of the files that a run left."""
+    weights = load_file(folder / "checkpoint" / "model.safetensors")
+    return weights, json.loads((folder / "run.json").read_text()), sorted(p.name for p in folder.iterdir())
+
+
+def assert_equal(one, other):
+    for part in ("loss", "grad_norm", "tokens", "lr"):
+        torch.testing.assert_close(one[1]["history"][part], other[1]["history"][part], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one[1]["held_out_loss"], other[1]["held_out_loss"], atol=1e-5, rtol=0)
+    assert one[1]["mask"] == other[1]["mask"] and one[2] == other[2]
+    torch.testing.assert_close(one[0], other[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "launcher, more", [(TORCHRUN, MOVING), (ACCELERATE, [*STEPS, "--method", "lora", "--budget-rank", 2])]
+)
+def test_two_processes_take_the_steps_of_one(launcher, more, folders):
+    method = more[-2].strip("-")
+    gsm8k.main(words(folders, f"one-{method}", *more))
+    done = launch(launcher, "-m", "recipes.gsm8k", *words(folders, f"two-{method}", *more))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss  ") == 1, "the first process prints, the other does not"
+    one, two = content(folders / f"one-{method}"), content(folders / f"two-{method}")
+    assert_equal(one, two)
+    assert len(one[1]["history"]["loss"]) == 5
+
+
+def test_a_run_of_which_a_process_died_is_resumed(folders):
+    script = folders / "dies.py"
+    script.write_text(
+        "import os, sys\n"
+        "from recipes import gsm8k, loop\n"
+        "keep = loop._keep_state\n"
+        "loop._keep_state = lambda *state: (keep(*state), os._exit(1))\n"
+        "gsm8k.main(sys.argv[1:])\n"
+    )
+    more = [*MOVING, "--checkpoint-every", 3]
+    assert launch(TORCHRUN, script, *words(folders, "died", *more)).returncode != 0
+    assert [path.name for path in (folders / "died" / "resume").iterdir()] == ["step-00000003.safetensors"]
+    done = launch(TORCHRUN, "-m", "recipes.gsm8k", *words(folders, "died", *more, "--resume"))
+    assert done.returncode == 0, done.stderr
+    gsm8k.main(words(folders, "whole", *more))
+    assert_equal(content(folders / "whole"), content(folders / "died"))
+
+
+def test_passes_that_processes_cannot_share_evenly_are_refused(monkeypatch, capsys, folders):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        gsm8k.main(words(folders, "odd", "--accumulation", 3))
+    assert "--accumulation 3 forward passes in a step cannot be shared evenly by 2" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes were started for 1 GPUs"):
+        processes.check(2)
