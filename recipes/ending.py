@@ -80,14 +80,14 @@ def check_space(out: Path, needed: dict[str, int]) -> None:
         )
 
 
-def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int, sums: int = 0) -> dict[str, int]:
+def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int, moves: int = 0) -> dict[str, int]:
     """Return the expected bytes of the files of a run, by name; an old training state stays until the new one is whole.
 
     Args:
         model: the model, with its mask or adapter attached.
         masks: the masks; None for all weights or an adapter.
         state_bits: bits of each of the optimizer's two moments.
-        sums: bytes of the sums of gradients of moving masks, which are in the training state.
+        moves: bytes that moving masks add to the training state (`moving.saved_bytes`).
     """
     # Quantised weights are saved in 16 bits.
     sizes = (
@@ -96,7 +96,7 @@ def expected_bytes(model: torch.nn.Module, masks: Masks | None, state_bits: int,
     )
     needed = {
         "checkpoint": sum(sizes),
-        "training state": 2 * (training_state_bytes(model, state_bits, masked=masks is not None) + sums),
+        "training state": 2 * (training_state_bytes(model, state_bits, masked=masks is not None) + moves),
     }
     return needed | ({} if masks is None else {"adapter and masks": 12 * masks.count})
 

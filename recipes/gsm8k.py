@@ -144,8 +144,8 @@ def try_ending(run: Run, job: Job, trained: Trained) -> None:
     args, masks = run.args, trained.masks
     with run.stage("try the ending"):
         targeted = sum(mask.shape.numel() for mask in (masks or {}).values())
-        sums = 0 if trained.schedule is None else moving.sum_bytes(targeted)
-        ending.check_space(run.out, ending.expected_bytes(job.model, masks, args.state_bits, sums))
+        moves = 0 if trained.schedule is None else moving.saved_bytes(targeted, masks.count)
+        ending.check_space(run.out, ending.expected_bytes(job.model, masks, args.state_bits, moves))
         # PiSSA subtracts its start from the weights, which rounds them.
         options = dict(out=run.out, salience=args.salience, exact=args.method != "pissa")
         ending.rehearse(job.model, job.tokenizer, trained.optimizer, masks=masks, base=job.base, **options)

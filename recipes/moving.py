@@ -16,6 +16,8 @@ MEASURES = ("snip", "gradient")
 INTERVAL, WINDOW = 50, 8
 # Bytes of the sums of gradients; weights that do not fit together take turns.
 BUDGET = 2 * 2**30
+# In three epochs of GSM8K 5 times as many entries were ever trained as at one time, with 1.15 % and with 9.2 % masked.
+_EVER = 6
 # Two densities were measured: at 1.15 % the magnitude itself was better than its root, at 9.2 % the root was.
 _FEW = 0.03
 
@@ -28,6 +30,16 @@ def power_for(density: float) -> float:
 def sum_bytes(entries: int) -> int:
     """Return the bytes of the sums of gradients of targets with so many entries in all."""
     return min(BUDGET, 4 * entries)
+
+
+def saved_bytes(entries: int, masked: int) -> int:
+    """Return the bytes that moving masks add to a training state, at most as far as was seen.
+
+    Args:
+        entries: entries of all targets.
+        masked: entries that are trained at one time.
+    """
+    return sum_bytes(entries) + min(entries, _EVER * masked) * 8
 
 
 def attach(

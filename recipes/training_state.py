@@ -1,8 +1,9 @@
 """The state of an unfinished training in one file, from which it continues bit for bit.
 
-It holds the trained tensors, the optimizer, the random generators and the history. It is a safetensors file, so reading
-it runs no code and takes no more memory than its size; all that is not a tensor is JSON in its metadata. A checksum
-over everything detects a damaged file, which is refused before model or optimizer are changed.
+It holds the trained tensors, the optimizer, the random generators and the history. A mask's values are in the state of
+its optimizer; entries that a moving mask left keep what they learned in the weights, and are saved too. It is a
+safetensors file, so reading it runs no code and takes no more memory than its size; all that is not a tensor is JSON in
+its metadata. A checksum over everything detects a damaged file, which is refused before model or optimizer are changed.
 """
 
 import dataclasses
@@ -17,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from recipes.random_state import random_state, restore_random_state
+from speft_optim import Mask, SparseAdamW
 from speft_optim.files import write_safetensors
 
-FORMAT = "speft_optim.training_state/1"
+FORMAT = "speft_optim.training_state/2"
 # Reading a damaged or foreign file can raise these.
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 
@@ -60,7 +62,8 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     state = {
         "step": step,
-        "trained": {name: parameter.detach() for name, parameter in _trained(model).items()},
+        "trained": {name: parameter.detach() for name, parameter in _beside(optimizer, model).items()},
+        "moved": _moved_entries(optimizer, model),
         "optimizer": optimizer.state_dict(),
         "history": dataclasses.asdict(history),
         "random": random_state(),
@@ -96,15 +99,18 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         ValueError: the file is damaged, not written by `save_checkpoint`, or of another run. Nothing is changed then.
     """
     state = _read(path)
-    parameters = _trained(model)
+    parameters = _beside(optimizer, model)
     _check_same_run(path, state["trained"], parameters)
-    before = random_state()
+    moved = _checked_entries(path, state["moved"], model)
+    before, held = random_state(), []
     try:
         restore_random_state(state["random"])
         _check_moments(state["optimizer"], optimizer)
+        held = _exchange_entries(moved)
         optimizer.load_state_dict(state["optimizer"])
     except (*UNREADABLE, RuntimeError) as error:
         restore_random_state(before)
+        _exchange_entries(held)
         raise ValueError(
             f"{path} cannot resume this run ({type(error).__name__}: {error}); resume with the command of the first run"
         ) from error
@@ -120,14 +126,63 @@ def training_state_bytes(model: nn.Module, state_bits: int, *, masked: bool) -> 
     Args:
         model: the model, with its mask or adapter attached.
         state_bits: bits of each of the two moments.
-        masked: whether a mask is trained, so that the optimizer saves values and positions too.
+        masked: whether a mask is trained, so that the optimizer saves positions too.
     """
-    beside = 2 * state_bits // 8 + (8 if masked else 0)
+    beside = 2 * state_bits // 8 + (4 if masked else 0)
     return sum(parameter.nbytes + beside * parameter.numel() for parameter in _trained(model).values())
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _beside(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained tensors that are not in the optimizer's state, where the values of masks are."""
+    return {} if isinstance(optimizer, SparseAdamW) else _trained(model)
+
+
+def _moved_entries(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return all entries of dense weights that a schedule has ever trained, as `positions` and `entries`, (k,) each."""
+    if (schedule := getattr(optimizer, "schedule", None)) is None:
+        return {}
+    moved = {}
+    for name, mask in schedule.ever_trained().items():
+        weight = model.get_parameter(name).detach()
+        # The entries that left a quantised weight's mask are in the optimizer's state.
+        if weight.is_floating_point():
+            positions = mask.indices.to(weight.device)
+            moved[name] = {"positions": positions, "entries": weight.flatten()[positions.long()]}
+    return moved
+
+
+Entries = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def _checked_entries(path: Path, moved: dict[str, dict[str, Tensor]], model: nn.Module) -> Entries:
+    """Return saved entries as (weight, positions, entries), after a check that they fit the model."""
+    checked = []
+    for name, saved in moved.items():
+        try:
+            weight = model.get_parameter(name)
+            positions = Mask(saved["positions"], weight.shape).indices.long()
+            if saved["entries"].shape != positions.shape or saved["entries"].dtype != weight.dtype:
+                raise ValueError(f"there are {len(positions)} positions and other entries")
+        except (*UNREADABLE, RuntimeError) as error:
+            raise ValueError(
+                f"{path} cannot resume this run: its entries of {name} do not fit the model ({error}); resume with the "
+                "command of the first run"
+            ) from error
+        checked.append((weight, positions.to(weight.device), saved["entries"].to(weight.device)))
+    return checked
+
+
+@torch.no_grad()
+def _exchange_entries(chosen: Entries) -> Entries:
+    """Write entries into weights; return what was there before."""
+    before = [(weight, positions, weight.flatten()[positions]) for weight, positions, _ in chosen]
+    for weight, positions, entries in chosen:
+        weight.view(-1)[positions] = entries
+    return before
 
 
 def _read(path: Path) -> dict:
@@ -151,7 +206,10 @@ def _read(path: Path) -> dict:
 
 def _check_content(state: dict) -> None:
     fields = {one.name for one in dataclasses.fields(History)}
-    if state.keys() != {"step", "trained", "optimizer", "history", "random"} or state["history"].keys() != fields:
+    if (
+        state.keys() != {"step", "trained", "moved", "optimizer", "history", "random"}
+        or state["history"].keys() != fields
+    ):
         raise ValueError("it lacks a part of the state")
     if type(state["step"]) is not int or state["step"] < 0:
         raise ValueError(f"its step is {state['step']!r}, which is no whole number from 0 on")

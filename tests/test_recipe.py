@@ -347,7 +347,7 @@ def test_resume_refuses_another_mask_and_fewer_steps(samples, tmp_path):
     loop.train(model, attach(model), samples, steps=2, **options)
     other = tiny()
     before = weights_of(other)
-    with pytest.raises(ValueError, match=r"cannot resume this run: .*values has shape"):
+    with pytest.raises(ValueError, match=r"cannot resume this run .* entries, its saved values"):
         loop.train(other, attach(other, density=0.3), samples, steps=4, resume=True, **options)
     assert equal_states(weights_of(other), before)
     model = tiny()
@@ -625,6 +625,30 @@ def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, mo
     assert resumed["adapter_sha256"] == records.hash_files([out / "adapter.safetensors"])
     with pytest.raises(ValueError, match="is complete"):
         gsm8k.main(command(folders, "llama", out, *more, "--resume"))
+
+
+@pytest.mark.parametrize("dtype, bits", [("float32", 16), ("bfloat16", 16), ("float32", 8)])
+@pytest.mark.parametrize("after", [2, 3])
+def test_a_mask_that_moved_resumes_bit_equal(folders, tmp_path, monkeypatch, dtype, bits, after):
+    """After a selection, where entries left the mask that keep what they learned, and within the next window."""
+    more = ["--steps", 5, "--density", 0.05, "--interval", 2, "--window", 2, "--lr", 3e-3, "--dtype", dtype]
+    more += ["--base-bits", bits, "--checkpoint-every", after]
+    gsm8k.main(command(folders, "wide", tmp_path / "whole", *more))
+
+    def die(*state):
+        keep(*state)
+        raise Killed
+
+    keep = loop._keep_state
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "_keep_state", die)
+        gsm8k.main(command(folders, "wide", tmp_path / "killed", *more))
+    gsm8k.main(command(folders, "wide", tmp_path / "killed", *more, "--resume"))
+    for name in ("adapter.safetensors", "checkpoint/model.safetensors"):
+        whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "killed"))
+        assert equal_states(whole, resumed)
+    moved = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert moved["mask"]["ever_trained"] > 1.2 * moved["mask"]["count"]
 
 
 def test_steps_that_fit_in_the_minutes_given(folders, tmp_path, monkeypatch):
@@ -1226,9 +1250,10 @@ def test_expected_bytes_of_masks_that_move_count_their_sums(samples, tmp_path):
         folder = tmp_path / str(is_moving)
         loop.train(model, optimizer, samples, steps=1, batch_size=2, pad_id=PAD, checkpoint_folder=folder)
         states.append(loop.newest_checkpoint(folder).stat().st_size)
-    sums = moving.sum_bytes(sum(mask.shape.numel() for mask in masks.values()))
-    counted, without = (ending.expected_bytes(model, masks, 32, *given) for given in ([sums], []))
-    assert counted["training state"] - without["training state"] == 2 * sums
+    targeted = sum(mask.shape.numel() for mask in masks.values())
+    sums, moves = moving.sum_bytes(targeted), moving.saved_bytes(targeted, masks.count)
+    counted, without = (ending.expected_bytes(model, masks, 32, *given) for given in ([moves], []))
+    assert counted["training state"] - without["training state"] == 2 * moves
     assert sums < states[1] - states[0] and schedule.memory_budget == moving.BUDGET
 
 

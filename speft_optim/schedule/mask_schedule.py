@@ -55,8 +55,8 @@ class MaskSchedule:
     inf or NaN lets the group's window begin again. Weights that get no gradient keep their masks. With several
     processes each adds up its own gradients, and they are averaged at the end of a turn; a checkpoint within a turn
     holds the sums of the process that saved it. DistributedDataParallel needs local scope and no `density`, since its
-    buffers keep the numbers of entries; otherwise the first forward fails. `magnitude`, `random` and `synflow` need no gradient: with these
-    measures and no batches, `select_masks` selects at intervals too.
+    buffers keep the numbers of entries; otherwise the first forward fails. `magnitude`, `random` and `synflow` need no
+    gradient: with these measures and no batches, `select_masks` selects at intervals too.
 
     Args:
         model: the sparsified model, or a wrapper around it.
