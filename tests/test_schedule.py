@@ -222,6 +222,18 @@ def test_resume_is_bit_equal_across_selections(tmp_path, dtype, moments, state_b
             assert torch.equal(part, other_optimizer.state[b.values][key])
 
 
+def test_a_run_that_loads_the_optimizer_alone_is_told_what_it_lacks(caplog):
+    model, optimizer, _ = attach()
+    train(model, optimizer, 4)
+    for whole in (False, True):
+        other, other_optimizer, _ = attach()
+        if whole:
+            other.load_state_dict(model.state_dict())
+        caplog.clear()
+        other_optimizer.load_state_dict(optimizer.state_dict())
+        assert ("lack what those entries learned that their masks left" in caplog.text) is not whole
+
+
 # --- A graph of before the entries changed ---
 
 

@@ -21,10 +21,11 @@ from speft_optim.optim.state import (
     moment_keys,
     own_keys,
     positions_to_bits,
+    previous_checksum,
     previous_of,
     text_to_tensor,
 )
-from speft_optim.optim.state_checks import check_common, check_origin, check_parameter
+from speft_optim.optim.state_checks import check_common, check_origin, check_parameter, warn_of_lost_entries
 from speft_optim.weights.compact_values import linked
 
 
@@ -114,6 +115,7 @@ class SavedOptimizer(Optimizer):
                 self.schedule.load_state_dict(saved)
                 self.schedule.load_state_of(linked(parameter), saved)
         self._reserve_state()
+        warn_of_lost_entries(pairs)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -143,7 +145,7 @@ class SavedOptimizer(Optimizer):
             saved["previously_trained"] = positions_to_bits(weight.previously_trained, mask.shape.numel(), device)
             nothing = parameter.new_empty(0)
             saved["previous_values"] = nothing if weight.previously_trained is None else weight.previous_entries()
-
+            saved["previous_checksum"] = previous_checksum(weight)
         return saved
 
     def _reserve_state(self) -> None:

@@ -19,7 +19,7 @@ from speft_optim.weights.sparse_weight import SparseWeight
 MASK_KEYS = ("values", "indices", "shape", "name")
 
 
-PREVIOUS_KEYS = ("previously_trained", "previous_values")
+PREVIOUS_KEYS = ("previously_trained", "previous_values", "previous_checksum")
 
 
 SCHEDULE_KEYS = ("schedule_steps", "schedule_history")
@@ -90,6 +90,20 @@ def previous_of(saved: dict[str, Any]) -> Mask | None:
         return None
     positions = positions_of(saved["previously_trained"])
     return Mask(positions, saved["shape"].tolist()) if len(positions) else None
+
+
+def previous_checksum(weight: SparseWeight) -> Tensor:
+    """Return a checksum of the entries that left the mask and that the weight itself holds, () int64.
+
+    The model's state has these, and a run that loads the optimizer's alone would go on without what they learned. It
+    is 0 where there are none, and for weights divided over processes, which would have to exchange them.
+    """
+    previous, device = weight.previously_trained, weight.values.device
+    if previous is None or not weight.holds_entries or weight.place.shards is not None:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    positions = previous.indices.long()
+    bits = weight.base.gather(previous.indices).to(positions.device, torch.float32).view(torch.int32)
+    return (bits * (positions % 65521 + 1)).sum().to(device)
 
 
 def bit_bytes(count: int) -> int:

@@ -1,5 +1,6 @@
 """Saved optimizer states that are refused: damaged ones, and those of other parameters, masks or runs."""
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,9 +11,11 @@ from torch import Tensor
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.moments import moments_fit
 from speft_optim.optim.schedule_protocol import Schedule
-from speft_optim.optim.state import PREVIOUS_KEYS, bit_bytes, mask_of, own_keys, previous_of, text_of
+from speft_optim.optim.state import PREVIOUS_KEYS, bit_bytes, mask_of, own_keys, previous_checksum, previous_of, text_of
 from speft_optim.weights.compact_values import linked
 from speft_optim.weights.sparse_weight import SparseWeight
+
+logger = logging.getLogger(__name__)
 
 
 def check_origin(parameters: list[Tensor], states: list[dict[str, Any]]) -> None:
@@ -77,6 +80,27 @@ def check_parameter(parameter: Tensor, saved: dict[str, Any], schedule: Schedule
     _check_mask(weight, mask, text_of(saved["name"]), may_differ=schedule is not None)
     if schedule is not None and "schedule_steps" in saved:
         schedule.check_state_of(weight, saved)
+
+
+def warn_of_lost_entries(pairs: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    """Warn of entries that left their masks and are not in the weights as they were saved.
+
+    Args:
+        pairs: each parameter with the saved state that was restored.
+    """
+    lost = []
+    for parameter, saved in pairs:
+        weight, checksum = linked(parameter), int(saved.get("previous_checksum", 0))
+        # Zero is that of a weight that was divided over processes, or of none that left.
+        if checksum and weight.place.shards is None and checksum != int(previous_checksum(weight)):
+            lost.append(weight.name)
+    if lost:
+        logger.warning(
+            "%d weights, e.g. %s, lack what those entries learned that their masks left. The optimizer's state has "
+            "only the entries that train now; the others are in the saved model: load its state too.",
+            len(lost),
+            lost[0],
+        )
 
 
 def _check_mask(weight: SparseWeight, mask: Mask, name: str, may_differ: bool) -> None:
@@ -159,11 +183,13 @@ def _check_saved_mask(what: str, saved: dict[str, Any], weight_holds_entries: bo
 
 
 def _check_previous(mask: Mask, saved: dict[str, Any], weight_holds_entries: bool) -> None:
-    bits, entries = saved["previously_trained"], saved["previous_values"]
+    bits, entries, checksum = (saved[key] for key in PREVIOUS_KEYS)
     if bits.dtype != torch.uint8 or bits.shape != (bit_bytes(mask.shape.numel()),):
         raise ValueError(
             f"previously_trained is of {bits.dtype} and shape {tuple(bits.shape)}, not one bit for each entry"
         )
+    if checksum.dtype != torch.int64 or checksum.dim():
+        raise ValueError(f"previous_checksum is of {checksum.dtype} and shape {tuple(checksum.shape)}, not one int64")
     previous = None if weight_holds_entries else previous_of(saved)
     if entries.dtype != torch.float32 or entries.shape != (0 if previous is None else len(previous),):
         raise ValueError("the entries that left the mask and their previous_values differ in number")
