@@ -995,7 +995,7 @@ def test_moved_share_notices_strays_and_other_models(folders, tmp_path):
 
 # --- A run never loses its end ---
 
-ENDING = ["--steps", 3, "--density", 0.1, "--lr", 3e-3]
+ENDING = ["--steps", 3, "--density", 0.1, "--lr", 3e-3, "--interval", 2, "--window", 1]
 
 
 def results(out):
@@ -1019,7 +1019,7 @@ def uninterrupted(folders, tmp_path_factory):
     found = {}
     for method in ATTACH:
         out = tmp_path_factory.mktemp("uninterrupted") / "run"
-        more = ENDING if method == "sparse" else [*ENDING[:2], *ENDING[4:], "--method", "full"]
+        more = ENDING if method == "sparse" else ["--steps", 3, "--lr", 3e-3, "--method", "full"]
         gsm8k.main(command(folders, "qwen2", out, *more))
         found[method] = results(out), more
     return found
