@@ -3,17 +3,24 @@
 A row slice is a whole weight, or some of its rows if the weight is larger than the budget. Row slices are grouped in
 the order of the weights: one pass over the calibration batches serves a group, and the scores come out in order.
 
+On a sharded model a row slice is divided: each process accumulates some of its rows (see `exchange.py`).
+
 While a model trains, `GradientSum` and `SquareSum` fill the accumulators from the backward passes of the training.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from speft_optim.distributed import from_owners_
 from speft_optim.kernels.product import accumulate_product_
 from speft_optim.weights.targets import Target
+
+# Bytes of an entry of a gradient.
+_GRADIENT_BYTES = 4
 
 
 @dataclass(eq=False)
@@ -25,13 +32,16 @@ class RowSlice:
         first: the first row.
         last: the row after the last.
         accumulator: fp32 of shape (last - first, columns), or of one that broadcasts to it if entries share a
-            statistic; None if the measure needs none.
+            statistic; None if the measure needs none. Of a divided row slice it has the rows of this process alone.
+        processes: over how many processes the accumulator is divided, as evenly as `torch.chunk` divides; 1 for one
+            that is whole in each.
     """
 
     target: Target
     first: int
     last: int
     accumulator: Tensor | None = None
+    processes: int = 1
 
     @property
     def columns(self) -> int:
@@ -43,9 +53,26 @@ class RowSlice:
         """Entries of the weight in this row slice."""
         return (self.last - self.first) * self.columns
 
+    @property
+    def division(self) -> list[int]:
+        """How many rows each process accumulates: the first ones equally many, the last ones fewer or none."""
+        rows = self.last - self.first
+        part = -(-rows // self.processes)
+        return [max(0, min(part, rows - number * part)) for number in range(self.processes)]
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """The first row that this process accumulates, and the row after the last."""
+        if self.processes == 1:
+            return self.first, self.last
+        rank, sizes = dist.get_rank(), self.division
+        first = self.first + sum(sizes[:rank])
+        return first, first + sizes[rank]
+
     def allocate(self) -> None:
         """Start an fp32 accumulator of zeros."""
-        shape = (self.last - self.first, self.columns)
+        first, last = self.own
+        shape = (last - first, self.columns)
         self.accumulator = torch.zeros(shape, dtype=torch.float32, device=self.target.device)
 
     def rows_of(self, dense: Tensor) -> Tensor:
@@ -70,35 +97,91 @@ class RowSlice:
         for row in range(self.first, self.last, step):
             end = min(self.last, row + step)
             weight = self.target.rows(row, end).float().reshape(-1)
-            statistic = None
-            if self.accumulator is not None:
-                whole = self.accumulator.expand(self.last - self.first, self.columns)
-                statistic = whole[row - self.first : end - self.first].reshape(-1)
+            statistic = None if self.accumulator is None else self._statistic(row, end).reshape(-1)
             yield row * self.columns, weight, statistic
 
+    def _statistic(self, first: int, last: int) -> Tensor:
+        """The accumulated rows `first` to `last` (exclusive), those of other processes too."""
+        if self.processes == 1:
+            whole = self.accumulator.expand(self.last - self.first, self.columns)
+            return whole[first - self.first : last - self.first]
+        start, stop = self.own
+        begin, end = max(first, start), min(last, stop)
+        rows = self.accumulator.new_zeros(last - first, self.columns)
+        if begin < end:
+            rows[begin - first : end - first] = self.accumulator[begin - start : end - start]
+        return from_owners_(rows)
 
-def cut_into_groups(targets: Iterable[Target], budget: int, entry_bytes: int) -> list[list[RowSlice]]:
+
+def cut_into_groups(
+    targets: Iterable[Target],
+    budget: int,
+    entry_bytes: int,
+    processes: int = 1,
+    units: Mapping[nn.Module, nn.Module] | None = None,
+) -> list[list[RowSlice]]:
     """Cut weights into row slices, in their order, and group these so that a group takes at most `budget` bytes.
 
     Args:
         targets: the weights.
-        budget: bytes that a group may take; a weight that needs more is cut into slices of at least one row.
+        budget: bytes that a group may take in a process; a weight that needs more is cut into slices of at least one
+            row.
         entry_bytes: bytes that the statistic takes for each entry; 0 puts all weights into one group.
+        processes: over how many processes accumulators are divided.
+        units: of a model whose accumulators are divided, the block of each module, see `exchange.py`.
     """
     groups: list[list[RowSlice]] = []
-    room = 0
+    need = _Need(entry_bytes, processes, units or {})
     for target in targets:
         rows, columns = target.matrix_shape
-        panel = max(1, min(rows, budget // max(1, entry_bytes * columns)))
+        panel = max(1, min(rows, budget // max(1, need.row_bytes(columns))))
         for first in range(0, rows, panel):
-            row_slice = RowSlice(target, first, min(rows, first + panel))
-            need = entry_bytes * row_slice.entries
-            if not groups or need > room:
+            row_slice = RowSlice(target, first, min(rows, first + panel), processes=processes)
+            if not groups or need.with_(row_slice) > budget:
                 groups.append([])
-                room = budget
+                need = _Need(entry_bytes, processes, units or {})
             groups[-1].append(row_slice)
-            room -= need
+            need.add(row_slice)
     return groups
+
+
+class _Need:
+    """The bytes that a group takes in a process.
+
+    Divided, it takes the own rows and, for a moment, the whole gradients of a block, those that lie in no block, and
+    what the exchange of one of them receives.
+    """
+
+    def __init__(self, entry_bytes: int, processes: int, units: Mapping[nn.Module, nn.Module]):
+        self.entry_bytes, self.processes, self.units = entry_bytes, processes, units
+        self.own = self.received = 0
+        self.of_unit: dict[nn.Module | None, int] = {}
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes for a row of a row slice that is a group by itself."""
+        whole = self.entry_bytes * columns
+        return whole if self.processes == 1 else -(-whole // self.processes) + 2 * _GRADIENT_BYTES * columns
+
+    def with_(self, row_slice: RowSlice) -> int:
+        """Bytes of the group with one row slice more."""
+        own, received, unit, gradients = self._of(row_slice)
+        of_unit = {**self.of_unit, unit: gradients}
+        outside = of_unit.pop(None, 0)
+        return self.own + own + max(self.received, received) + outside + max(of_unit.values(), default=0)
+
+    def add(self, row_slice: RowSlice) -> None:
+        """Count a row slice in."""
+        own, received, unit, gradients = self._of(row_slice)
+        self.own, self.received, self.of_unit[unit] = self.own + own, max(self.received, received), gradients
+
+    def _of(self, row_slice: RowSlice) -> tuple[int, int, nn.Module | None, int]:
+        """Bytes of a row slice's own rows and of its exchange, its block, and bytes of all gradients of that."""
+        rows, columns = row_slice.division[0], row_slice.columns
+        if self.processes == 1:
+            return self.entry_bytes * rows * columns, 0, None, 0
+        unit = self.units.get(row_slice.target.sites[0][0])
+        gradients = self.of_unit.get(unit, 0) + _GRADIENT_BYTES * row_slice.entries
+        return self.entry_bytes * rows * columns, _GRADIENT_BYTES * rows * self.processes * columns, unit, gradients
 
 
 class GradientSum:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from speft_optim.distributed import together, total, world_size
+from speft_optim.distributed import check_equal, together, total, world_size
 from speft_optim.salience.batches import Batch, Batches, labels_of, map_tensors
 from speft_optim.salience.losses import IGNORED_LABEL, check_loss, is_nan, labelled_examples
 from speft_optim.salience.model_state import RandomState
@@ -53,7 +53,7 @@ class BatchReader:
         self.in_step = in_step
         self.batches, self.device, self.bar = batches, device, bar
         self.labelled, self.keyed, self.most = labelled, keyed, most
-        self.used = 0
+        self.used = self._read = 0
         self.went_back = False
         self.used_otherwise: set[str] = set()
         self._warned = False
@@ -102,6 +102,7 @@ class BatchReader:
         seen = self.used = 0
         for batch in itertools.islice(self.batches, self.most):
             seen += 1
+            self._read = seen
             self.bar.update()
             self._check(batch, seen)
             self._labels = labels_of(batch)
@@ -150,9 +151,25 @@ class BatchReader:
             Whether the batch can be used: False if its loss is the mean over no labels.
 
         Raises:
-            ValueError: the loss is not finite, or not a single number.
+            ValueError: the loss is not finite, or not a single number; or processes that read in step cannot go back
+                together.
             TypeError: the loss is not a tensor.
+            RuntimeError: the loss of another process cannot be used.
         """
+        if not self.in_step:
+            return self._takes(loss)
+        with together():
+            takes = self._takes(loss)
+        outcome = "depends on the weights" if loss.requires_grad else "does not depend on the weights"
+        check_equal(
+            outcome if takes else "has no labels that count",
+            f"The losses of calibration batches number {self._read}",
+            "since processes gather the sharded weights together, each needs a batch that uses them and has labels "
+            "after the first token, and a fully_shard of each block.",
+        )
+        return takes
+
+    def _takes(self, loss: Any) -> bool:
         if is_nan(loss) and self._labels is not None:
             labelled, by_first_only = labelled_examples(self._labels)
             if torch.equal(labelled, by_first_only):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from speft_optim.distributed import together
+from speft_optim.distributed import together, world_size
 from speft_optim.salience.accumulators import RowSlice, cut_into_groups
 from speft_optim.salience.activation import squared_input
 from speft_optim.salience.batch_reader import BatchReader
@@ -32,7 +32,7 @@ from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import MEASURES, Measure
 from speft_optim.salience.model_state import calibrating
 from speft_optim.salience.synflow import flow
-from speft_optim.weights.mesh import is_fully_sharded, reshard
+from speft_optim.weights.mesh import innermost_units, is_fully_sharded, reshard
 from speft_optim.weights.targets import Target
 
 # The functions that fill the accumulators of a group; other statistics need none.
@@ -112,7 +112,9 @@ def stream_scores(
             room -= store.memory_bytes
             gradient_groups = cut_into_groups(targets.values(), room, MEASURES["gradient"].entry_bytes)
             entry_bytes += max(target.dtype.itemsize for target in targets.values())
-        groups = cut_into_groups(targets.values(), room, entry_bytes)
+        # Of a sharded model each process accumulates its own rows alone.
+        division = (world_size(), innermost_units(model)) if _is_divided(model, measure) else ()
+        groups = cut_into_groups(targets.values(), room, entry_bytes, *division)
         reader = None
         if measure.takes_batches:
             with together():
@@ -133,6 +135,10 @@ def stream_scores(
         if measure.labels and not second_order:
             with together():
                 _check_differentiated(reader)
+
+
+def _is_divided(model: nn.Module, measure: Measure) -> bool:
+    return measure.statistic == "gradient" and is_fully_sharded(model)
 
 
 def _store_gradient(

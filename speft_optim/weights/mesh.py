@@ -98,6 +98,19 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return "FSDPModule" in {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
 
 
+def innermost_units(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For each module the one around it that `fully_shard` was called on, if no other lies in that: usually a block."""
+    if not is_fully_sharded(model):
+        return {}
+    from torch.distributed.fsdp import FSDPModule
+
+    def is_innermost(unit: nn.Module) -> bool:
+        return not any(isinstance(module, FSDPModule) for module in unit.modules() if module is not unit)
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule) and is_innermost(module)]
+    return {module: unit for unit in units for module in unit.modules()}
+
+
 def reshard(model: nn.Module) -> None:
     """Let FSDP drop the weights that it keeps gathered after a forward, so that the modules hold DTensors."""
     if not is_fully_sharded(model):
