@@ -26,6 +26,7 @@ from speft_optim import (
     unload_adapter,
 )
 from speft_optim.distributed import check_equal
+from speft_optim.salience import first_order
 from speft_optim.weights import averaging
 from speft_optim.weights.compact_values import linked
 
@@ -521,6 +522,142 @@ def salience_of_each_processes_own_batches(rank):
     assert_equals(reference, model, values, tolerance=1e-5)
 
 
+class Counted(list):
+    """Batches that count how often they are read."""
+
+    reads = 0
+
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+def gradients_summed_as_in_one_process(rank):
+    """To the last bit, where a weight is used once: processes' batches are added in turn, whoever adds them."""
+    count = dist.get_world_size()
+    batches = [token_batch(seed, ragged=True) for seed in range(3 * count)]
+    one, sharded = tiny_model(**UNEVEN), shard(tiny_model(**UNEVEN))
+    for budget in (None, 60_000, 30_000):
+        with alone():
+            expected = gradients_of(one, batches, budget)
+        actual = gradients_of(sharded, batches[rank::count], budget)
+        assert len(expected) == sum(parameter.numel() for parameter in one.parameters() if parameter.dim() == 2)
+        assert_close(actual, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+        # The least budget cuts weights at other rows, and a product's last rows may be rounded in another way.
+        assert torch.equal(actual, expected) or budget == 30_000
+    # Of two uses each process adds its own first.
+    with alone():
+        expected = gradients_of(tiny_model("qwen2"), batches)
+    actual = gradients_of(shard(tiny_model("qwen2")), batches[rank::count])
+    assert_close(actual, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+def gradients_of(model, batches, budget=None):
+    """The mean gradients of all weights with two dimensions, one after the other, as `select_masks` scores them."""
+    seen = []
+
+    def salience(weight, gradient):
+        seen.append(gradient.clone())
+        return gradient.abs()
+
+    options = dict(targets=everything, memory_budget=budget, progress=False)
+    select_masks(model, batches, salience=salience, density=0.1, scope="global", **options)
+    return torch.cat(seen)
+
+
+def accumulators_of_own_rows(rank):
+    """A process holds sums of its own rows and, for a moment, one block's gradients; so a budget takes fewer passes."""
+    batches, own = (Counted([token_batch(rank)]) for _ in range(2))
+    model, one = (tiny_model(num_hidden_layers=8, **UNEVEN) for _ in range(2))
+    weights = [parameter for layer in one.model.layers for parameter in layer.parameters() if parameter.dim() == 2]
+    block = sum(p.nbytes for p in weights) // 8
+    options = dict(density=0.01, memory_budget=150_000, progress=False)
+    with alone():
+        select_masks(one, batches, **options)
+    with watched_exchanges() as (of_rows, of_all):
+        select_masks(shard(model), own, **options)
+    # Chunks of scores and candidates for the masks take a part of the budget, which leaves too little for all sums.
+    assert (batches.reads, own.reads) == (2, 1)
+    rows = sum(p.to_local().nbytes for layer in model.model.layers for p in layer.parameters() if p.dim() == 2)
+    assert set(of_rows) == {rows}
+    assert len(of_all) == len(weights)
+    assert max(of_all) <= rows + block + 4 * 24 * (41 + dist.get_world_size()) < options["memory_budget"]
+
+
+@contextlib.contextmanager
+def watched_exchanges():
+    """At each exchange the bytes of a process's sums, and those with all gradients and what it receives."""
+    of_rows, of_all, live, send = [], [], [], dist.all_to_all_single
+
+    class Watched(first_order.Exchange):
+        def __init__(self, group):
+            super().__init__(group)
+            live[:] = [self]
+
+    def all_to_all(received, gradient, *args, **kwargs):
+        (exchange,) = live
+        waiting = [each._whole.accumulator for each in exchange.accumulators.values() if not each.is_empty]
+        of_rows.append(sum(row_slice.accumulator.nbytes for row_slice in exchange.accumulators))
+        of_all.append(of_rows[-1] + sum(part.nbytes for part in [*waiting, received, gradient]))
+        return send(received, gradient, *args, **kwargs)
+
+    before, first_order.Exchange, dist.all_to_all_single = first_order.Exchange, Watched, all_to_all
+    try:
+        yield of_rows, of_all
+    finally:
+        first_order.Exchange, dist.all_to_all_single = before, send
+
+
+class Routed(torch.nn.Module):
+    """Three blocks, each with a weight that only batches of one kind use, and a frozen embedding before them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(7, 6)
+        self.layers = torch.nn.ModuleList([Expert() for _ in range(3)])
+
+    def forward(self, ids, kind):
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = layer(hidden, kind)
+        return hidden.square().mean()
+
+
+class Expert(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, hidden, kind):
+        return hidden + (self.one if kind else self.other)(hidden).tanh()
+
+
+def experts_that_some_processes_do_not_use(rank):
+    """Gradients are sent in the same order by all processes, and those that one of them lacks count as zero."""
+    from torch.distributed.fsdp import fully_shard
+
+    def loss(model, batch):
+        return model(**batch)
+
+    # The kinds alternate so that each process has one, and a pass serves a single weight.
+    count = dist.get_world_size()
+    batches = [dict(ids=torch.arange(5) + i % 3, kind=i % 2) for i in range(2 * count)]
+    options = dict(salience="gradient", density=0.3, loss=loss, progress=False)
+    for budget in (None, 1):
+        model = Routed()
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh())
+        masks = select_masks(fully_shard(model, mesh=mesh()), batches[rank::count], memory_budget=budget, **options)
+        with alone():
+            assert masks == select_masks(Routed(), batches, memory_budget=budget, **options)
+    # Without blocks there is nothing that all processes could go back to.
+    model = fully_shard(Routed(), mesh=mesh())
+    names = ["layers.2.one"]
+    with pytest.raises(ValueError, match="losses of calibration batches number 1 differ.*fully_shard of each block"):
+        select_masks(model, batches[rank::count], targets=names, **options)
+
+
 def salience_that_is_refused_on_a_sharded_model(rank):
     model = shard(tiny_model())
     for salience in ("fisher", "grasp", "synflow"):
@@ -802,6 +939,9 @@ SCENARIOS = [
     rows_changed_past_the_dtensor_are_refused,
     whole_weights_are_freed_as_they_are_sharded,
     salience_of_each_processes_own_batches,
+    gradients_summed_as_in_one_process,
+    accumulators_of_own_rows,
+    experts_that_some_processes_do_not_use,
     salience_that_is_refused_on_a_sharded_model,
     accelerate_of_version_2,
     trainer_of_transformers,
@@ -821,6 +961,9 @@ OF_FOUR = [
     embeddings_tied_to_the_head,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,
     salience_of_each_processes_own_batches,
+    gradients_summed_as_in_one_process,
+    accumulators_of_own_rows,
+    experts_that_some_processes_do_not_use,
     masks_that_move_with_the_training,
 ]
 
