@@ -625,6 +625,8 @@ class Routed(torch.nn.Module):
 
 
 class Expert(torch.nn.Module):
+    """Adds what the linear layer of its kind makes of its input."""
+
     def __init__(self):
         super().__init__()
         self.one, self.other = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
@@ -863,32 +865,53 @@ def adapters_loaded_on_a_sharded_model(rank):
 
 
 def masks_that_move_with_the_training(rank):
-    """From the training's own gradients and from batches, as in one process with all of them."""
-    batches = [token_batch(seed) for seed in range(4)]
-    for options in (dict(interval=4, window=2, memory_budget=20_000), dict(interval=3, salience="gradient")):
+    """From the training's own gradients and from batches, as in one process with all of them, in both scopes."""
+    count = dist.get_world_size()
+    batches = [token_batch(seed) for seed in range(count)]
+    several = dict(interval=4, window=2, memory_budget=20_000)
+    given = dict(interval=3, salience="gradient", progress=False)
+    for options in (
+        several,
+        dict(several, scope="global"),
+        dict(several, scope="global", salience="fisher", density=falling),
+        dict(given, batches=batches),
+        dict(given, batches=batches, scope="global", moments="carry"),
+        dict(given, batches=batches, density=falling, threshold=1.0),
+    ):
 
         def steps(sharded, options=options):
             model = tiny_model(**UNEVEN)
             masks = select_masks(model, salience="magnitude", density=0.05, targets=everything, progress=False)
             model = shard(model) if sharded else model
             optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
-            mine = batches[rank :: dist.get_world_size()] if sharded else batches
-            more = {} if "window" in options else dict(batches=mine, progress=False)
-            MaskSchedule(model, optimizer, **options, **more)
+            mine = dict(batches=options["batches"][rank::count]) if sharded and "batches" in options else {}
+            # A probe of one batch is one of each process.
+            mine.update(dict(probe=1 if sharded else count) if "threshold" in options else {})
+            schedule = MaskSchedule(model, optimizer, **{**options, **mine})
             for step in range(9):
                 batch = token_batch(step, batch=4)
-                model(**(part(batch, rank, dist.get_world_size()) if sharded else batch)).loss.backward()
+                # One process passes the parts of all in turn.
+                for number in [rank] if sharded else range(count):
+                    (model(**part(batch, number, count)).loss / (1 if sharded else count)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            return model, masks
+            return model, masks, schedule.history
 
-        model, masks = steps(True)
+        model, masks, history = steps(True)
         with alone():
-            expected, _ = steps(False)
-        assert masks_of(model) == masks_of(expected) != masks
+            expected, _, expected_history = steps(False)
+        assert history == expected_history and len(history) > 2
+        assert masks_of(model) == masks_of(expected) != masks, options
+        check_equal(masks_of(model).fingerprint(), "masks", "")
+        sizes, before = ({name: len(mask) for name, mask in each.items()} for each in (masks_of(model), masks))
+        assert (sizes == before) == (options.get("scope") is None and "density" not in options)
         state = whole(model)
         for name, part_ in expected.state_dict().items():
             assert_close(state[name], part_, atol=1e-4, rtol=0)
+
+
+def falling(step):
+    return 0.05 - 0.002 * step
 
 
 def checkpoints_resumed_by_two_processes_and_by_one(rank):

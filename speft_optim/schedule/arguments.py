@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from speft_optim.checks import check_callable, check_choice, check_share, check_whole
-from speft_optim.distributed import is_distributed
+from speft_optim.distributed import world_size
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.salience.batches import Batches, check_batches, check_max_batches
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.salience.selection import check_together
+from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.sparse_weight import SparseWeight
 
 _OPTIONS = {"loss", "max_batches", "seed", "progress"}
@@ -36,6 +37,7 @@ class Arguments:
     Defaults are put in for those that are None, and all are checked.
 
     Attributes:
+        model: the model whose masks are selected.
         measure: the measure if masks are selected from training itself, None if `select_masks` selects them.
 
     Raises:
@@ -43,6 +45,7 @@ class Arguments:
         TypeError: an argument is of a wrong type.
     """
 
+    model: nn.Module
     batches: Batches | None
     interval: int | None
     window: int | None
@@ -119,10 +122,13 @@ class Arguments:
         check_max_batches(self.options.get("max_batches"))
 
     def _check_processes(self) -> None:
-        if is_distributed() and (self.scope == "global" or self.density is not None):
+        if self.scope == "local" and self.density is None:
+            return
+        if world_size() > 1 and not is_fully_sharded(self.model):
             raise ValueError(
                 "With several processes each weight must keep its number of entries, since DistributedDataParallel "
-                "reduces buffers of fixed size; use scope='local' and density=None."
+                "reduces buffers of fixed size; use scope='local' and density=None, or call fully_shard on the model "
+                "before."
             )
 
 

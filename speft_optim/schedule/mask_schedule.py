@@ -112,7 +112,7 @@ class MaskSchedule:
         weights = self._weights()
         check_owner(optimizer, weights)
         rest = (interval, window, salience, scope, density, moments, threshold, probe, memory_budget, options)
-        given = Arguments(batches, *rest)
+        given = Arguments(self.model, batches, *rest)
         self.batches, self.salience, self.scope, self.density = batches, given.salience, scope, density
         self.interval, self.window, self.moments = given.interval, given.window, given.moments
         self.threshold, self.probe = threshold, given.probe
