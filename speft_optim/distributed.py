@@ -104,6 +104,11 @@ def total(number: int) -> int:
     return sum(_by_rank(number))
 
 
+def everywhere(choices: list[bool]) -> list[bool]:
+    """Return for each choice whether all processes made it."""
+    return [all(of_one) for of_one in zip(*_by_rank(choices), strict=True)]
+
+
 def average_(accumulators: Iterable[Tensor], count: int) -> None:
     """Sum each accumulator over the processes and divide by `count`, in place."""
     for accumulator in accumulators:
@@ -119,7 +124,7 @@ def from_owners_(entries: Tensor) -> Tensor:
     return entries
 
 
-def _by_rank(thing: int | str) -> list:
+def _by_rank(thing: int | str | list[bool]) -> list:
     """Return what each process passed, by rank."""
     if not is_distributed():
         return [thing]

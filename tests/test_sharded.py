@@ -1,6 +1,7 @@
 """Models under torch's `fully_shard`, over two and four processes with gloo: equal to one with all batches."""
 
 import contextlib
+import itertools
 import os
 import signal
 import weakref
@@ -501,7 +502,7 @@ def whole_weights_are_freed_as_they_are_sharded(rank):
 def salience_of_each_processes_own_batches(rank):
     """The masks are those of one process with all batches, in both scopes and passes of any budget."""
     batches = [token_batch(seed, ragged=True) for seed in range(4)]
-    for salience in ("gradient", "snip", "magnitude", "activation", "random"):
+    for salience in ("gradient", "snip", "fisher", "magnitude", "activation", "random"):
         for scope, budget in (("local", None), ("global", 30_000)):
             options = dict(salience=salience, density=0.1, scope=scope, memory_budget=budget, progress=False)
             options["targets"] = None if salience == "activation" else everything
@@ -608,6 +609,25 @@ def watched_exchanges():
         first_order.Exchange, dist.all_to_all_single = before, send
 
 
+def squares_of_single_examples(rank):
+    """Of batches of different lengths, with an example without labels, and where each example needs its own pass."""
+    count = dist.get_world_size()
+    batches = [token_batch(seed, batch=2 + seed % 2, ragged=True) for seed in range(2 * count)]
+    batches[0]["labels"][1] = -100
+    # The first label of an example is not in a causal model's loss.
+    batches[1]["labels"][0, 1:] = -100
+    batches[1]["labels"][0, 0] = 1
+
+    def loss(model, batch):
+        return model(**batch).loss
+
+    for kind, budget, more in (("llama", None, {}), ("qwen2", 60_000, {}), ("llama", None, dict(loss=loss))):
+        options = dict(salience="fisher", density=0.1, targets=everything, memory_budget=budget, progress=False, **more)
+        masks = select_masks(shard(tiny_model(kind)), batches[rank::count], **options)
+        with alone():
+            assert masks == select_masks(tiny_model(kind), batches, **options), (kind, more)
+
+
 class Routed(torch.nn.Module):
     """Three blocks, each with a weight that only batches of one kind use, and a frozen embedding before them."""
 
@@ -644,25 +664,25 @@ def experts_that_some_processes_do_not_use(rank):
 
     # The kinds alternate so that each process has one, and a pass serves a single weight.
     count = dist.get_world_size()
-    batches = [dict(ids=torch.arange(5) + i % 3, kind=i % 2) for i in range(2 * count)]
-    options = dict(salience="gradient", density=0.3, loss=loss, progress=False)
-    for budget in (None, 1):
+    batches = [dict(ids=torch.arange(10).view(2, 5) % (5 + i % 3), kind=i % 2) for i in range(2 * count)]
+    for salience, budget in itertools.product(("gradient", "fisher"), (None, 1)):
+        options = dict(salience=salience, density=0.3, loss=loss, memory_budget=budget, progress=False)
         model = Routed()
         for layer in model.layers:
             fully_shard(layer, mesh=mesh())
-        masks = select_masks(fully_shard(model, mesh=mesh()), batches[rank::count], memory_budget=budget, **options)
+        masks = select_masks(fully_shard(model, mesh=mesh()), batches[rank::count], **options)
         with alone():
-            assert masks == select_masks(Routed(), batches, memory_budget=budget, **options)
+            assert masks == select_masks(Routed(), batches, **options)
     # Without blocks there is nothing that all processes could go back to.
     model = fully_shard(Routed(), mesh=mesh())
     names = ["layers.2.one"]
     with pytest.raises(ValueError, match="losses of calibration batches number 1 differ.*fully_shard of each block"):
-        select_masks(model, batches[rank::count], targets=names, **options)
+        select_masks(model, batches[rank::count], targets=names, density=0.3, loss=loss, progress=False)
 
 
 def salience_that_is_refused_on_a_sharded_model(rank):
     model = shard(tiny_model())
-    for salience in ("fisher", "grasp", "synflow"):
+    for salience in ("grasp", "synflow"):
         with pytest.raises(ValueError, match=f"{salience}' is not possible on a model under fully_shard yet"):
             select_masks(model, [token_batch()], salience=salience, density=0.1, progress=False)
     with pytest.raises(ValueError, match="Of 2 processes 1 have a calibration batch"):
@@ -964,6 +984,7 @@ SCENARIOS = [
     salience_of_each_processes_own_batches,
     gradients_summed_as_in_one_process,
     accumulators_of_own_rows,
+    squares_of_single_examples,
     experts_that_some_processes_do_not_use,
     salience_that_is_refused_on_a_sharded_model,
     accelerate_of_version_2,
@@ -986,6 +1007,7 @@ OF_FOUR = [
     salience_of_each_processes_own_batches,
     gradients_summed_as_in_one_process,
     accumulators_of_own_rows,
+    squares_of_single_examples,
     experts_that_some_processes_do_not_use,
     masks_that_move_with_the_training,
 ]

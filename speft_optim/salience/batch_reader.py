@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from speft_optim.distributed import check_equal, together, total, world_size
+from speft_optim.distributed import check_equal, everywhere, largest, together, total, world_size
 from speft_optim.salience.batches import Batch, Batches, labels_of, map_tensors
 from speft_optim.salience.losses import IGNORED_LABEL, check_loss, is_nan, labelled_examples
 from speft_optim.salience.model_state import RandomState
@@ -144,8 +144,12 @@ class BatchReader:
                 "one row an example, as a collator with return_tensors='pt' makes them."
             )
 
-    def takes(self, loss: Any) -> bool:
+    def takes(self, loss: Any, counts: bool = True) -> bool:
         """Check the loss of the last batch.
+
+        Args:
+            loss: the loss.
+            counts: whether it is used; of processes that read in step some pass a loss back for the others' sake alone.
 
         Returns:
             Whether the batch can be used: False if its loss is the mean over no labels.
@@ -159,7 +163,7 @@ class BatchReader:
         if not self.in_step:
             return self._takes(loss)
         with together():
-            takes = self._takes(loss)
+            takes = not counts or self._takes(loss)
         outcome = "depends on the weights" if loss.requires_grad else "does not depend on the weights"
         check_equal(
             outcome if takes else "has no labels that count",
@@ -168,6 +172,14 @@ class BatchReader:
             "after the first token, and a fully_shard of each block.",
         )
         return takes
+
+    def agreed(self, choices: list[bool]) -> list[bool]:
+        """Return which of these all processes that read in step chose."""
+        return everywhere(choices) if self.in_step else choices
+
+    def most_of_all(self, number: int) -> int:
+        """Return the largest number of the processes that read in step."""
+        return largest(number) if self.in_step else number
 
     def _takes(self, loss: Any) -> bool:
         if is_nan(loss) and self._labels is not None:

@@ -10,7 +10,7 @@ the blocks, at the end of the pass.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -93,18 +93,11 @@ class Exchange:
         with contextlib.ExitStack() as stack:
             if self.is_divided:
                 self._pending = pending
-                for unit, gradients in self._by_unit(model).items():
-                    stack.callback(unit.register_forward_pre_hook(_attach_input, with_kwargs=True).remove)
+                stack.enter_context(reached(model, list(self.accumulators)))
+                for unit, row_slices in _by_unit(model, self.accumulators).items():
+                    gradients = [self.accumulators[row_slice] for row_slice in row_slices]
                     stack.callback(unit.register_forward_hook(self._watch_output(gradients)).remove)
             yield
-
-    def _by_unit(self, model: nn.Module) -> dict[nn.Module, list[BatchGradient]]:
-        """The gradients of the weights in each block that FSDP gathers at once."""
-        units, found = innermost_units(model), {}
-        for row_slice, gradient in self.accumulators.items():
-            if (unit := units.get(row_slice.target.sites[0][0])) is not None:
-                found.setdefault(unit, []).append(gradient)
-        return found
 
     def _watch_output(self, gradients: list[BatchGradient]):
         """A forward hook that tells when the backward pass enters a block: it has left the one after it then."""
@@ -150,15 +143,34 @@ class Exchange:
             accumulator /= count
 
 
+@contextlib.contextmanager
+def reached(model: nn.Module, group: list[RowSlice]) -> Iterator[None]:
+    """Let backward passes of a sharded model reach the group's blocks in every process, while the context lasts.
+
+    FSDP gathers a block's weights for its backward in all processes together, also if one of them has no token for any
+    observed weight of it.
+    """
+    with contextlib.ExitStack() as stack:
+        for unit in _by_unit(model, group):
+            stack.callback(unit.register_forward_pre_hook(_attach_input, with_kwargs=True).remove)
+        yield
+
+
+def _by_unit(model: nn.Module, group: Iterable[RowSlice]) -> dict[nn.Module, list[RowSlice]]:
+    """The row slices in each block that FSDP gathers at once."""
+    units, found = innermost_units(model), {}
+    for row_slice in group:
+        if (unit := units.get(row_slice.target.sites[0][0])) is not None:
+            found.setdefault(unit, []).append(row_slice)
+    return found
+
+
 def _is_differentiated(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
 def _attach_input(unit: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Let the backward pass reach a block in every process, also where none of its observed weights is used.
-
-    FSDP gathers the block's weights for its backward in all processes together.
-    """
+    """Make a block's input require a gradient if it does not."""
     leaves, structure = tree_flatten((args, kwargs))
     floating = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if torch.is_grad_enabled() and floating and not any(leaves[number].requires_grad for number in floating):

@@ -125,10 +125,10 @@ def _may_be_leaf(target: Target) -> bool:
     return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
 
 
-def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
-    """Check the loss of the reader's last batch and run its backward pass."""
+def backward_of(value: Tensor, reader: BatchReader, observed: Observed, counts: bool = True) -> None:
+    """Check the loss of the reader's last batch, if it counts, and run its backward pass."""
     # The loss requires no gradient if it uses no observed weight, such as that of an expert without tokens.
-    if reader.takes(value) and value.requires_grad:
+    if reader.takes(value, counts) and value.requires_grad:
         reader.went_back = True
         value.backward()
         settle(observed.pending)

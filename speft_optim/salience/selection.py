@@ -199,13 +199,12 @@ def _check_sharded(measure: Measure, offload: str | torch.device | None) -> None
     """Refuse what a model under `fully_shard` cannot be scored by.
 
     Raises:
-        ValueError: the measure changes the weights, differentiates twice or goes back from single examples, or the
-            weights are to visit another device.
+        ValueError: the measure changes the weights or differentiates twice, or the weights are to visit another device.
     """
     if offload is not None:
         raise ValueError("offload= is for a model on one device, and this one is sharded over several; leave it out.")
-    if measure.statistic in ("flow", "hessian_gradient", "squared_gradient"):
+    if measure.statistic in ("flow", "hessian_gradient"):
         raise ValueError(
             f"salience='{measure.name}' is not possible on a model under fully_shard yet; choose gradient, snip, "
-            "force, taylor_fo, activation, magnitude or random, or select before the model is sharded."
+            "force, taylor_fo, fisher, activation, magnitude or random, or select before the model is sharded."
         )
