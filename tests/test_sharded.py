@@ -502,7 +502,7 @@ def whole_weights_are_freed_as_they_are_sharded(rank):
 def salience_of_each_processes_own_batches(rank):
     """The masks are those of one process with all batches, in both scopes and passes of any budget."""
     batches = [token_batch(seed, ragged=True) for seed in range(4)]
-    for salience in ("gradient", "snip", "fisher", "magnitude", "activation", "random"):
+    for salience in ("gradient", "snip", "fisher", "synflow", "magnitude", "activation", "random"):
         for scope, budget in (("local", None), ("global", 30_000)):
             options = dict(salience=salience, density=0.1, scope=scope, memory_budget=budget, progress=False)
             options["targets"] = None if salience == "activation" else everything
@@ -681,10 +681,14 @@ def experts_that_some_processes_do_not_use(rank):
 
 
 def salience_that_is_refused_on_a_sharded_model(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = shard(tiny_model(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="computes in float64.*casts what each block gets to bfloat16"):
+        select_masks(model, salience="synflow", density=0.1, progress=False)
     model = shard(tiny_model())
-    for salience in ("grasp", "synflow"):
-        with pytest.raises(ValueError, match=f"{salience}' is not possible on a model under fully_shard yet"):
-            select_masks(model, [token_batch()], salience=salience, density=0.1, progress=False)
+    with pytest.raises(ValueError, match="grasp' differentiates twice.*select before the model is sharded"):
+        select_masks(model, [token_batch()], salience="grasp", density=0.1, progress=False)
     with pytest.raises(ValueError, match="Of 2 processes 1 have a calibration batch"):
         select_masks(model, [token_batch()] * (1 + rank), density=0.1, progress=False)
     bad = [token_batch(), {"input_ids": torch.ones(2, 4, dtype=torch.long)}]

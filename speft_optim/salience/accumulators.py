@@ -76,15 +76,17 @@ class RowSlice:
         self.accumulator = torch.zeros(shape, dtype=torch.float32, device=self.target.device)
 
     def rows_of(self, dense: Tensor) -> Tensor:
-        """Return this slice's rows of a tensor of the weight's shape, as a matrix."""
-        return dense.reshape(self.target.matrix_shape)[self.first : self.last]
+        """Return the rows that are accumulated here of a tensor of the weight's shape, as a matrix."""
+        first, last = self.own
+        return dense.reshape(self.target.matrix_shape)[first:last]
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
-        """Add this slice's rows of `left.T @ right`, in fp32."""
-        accumulate_product_(self.accumulator, left.flatten(0, -2)[:, self.first : self.last], right.flatten(0, -2))
+        """Add the rows of `left.T @ right` that are accumulated here, in fp32."""
+        first, last = self.own
+        accumulate_product_(self.accumulator, left.flatten(0, -2)[:, first:last], right.flatten(0, -2))
 
     def from_dense(self, gradient: Tensor) -> None:
-        """Add this slice's rows of a dense gradient, in fp32."""
+        """Add the rows of a dense gradient that are accumulated here, in fp32."""
         self.accumulator += self.rows_of(gradient)
 
     def chunks(self, entries: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -128,10 +130,10 @@ def cut_into_groups(
             row.
         entry_bytes: bytes that the statistic takes for each entry; 0 puts all weights into one group.
         processes: over how many processes accumulators are divided.
-        units: of a model whose accumulators are divided, the block of each module, see `exchange.py`.
+        units: the block of each module if what is accumulated is exchanged, see `exchange.py`.
     """
     groups: list[list[RowSlice]] = []
-    need = _Need(entry_bytes, processes, units or {})
+    need = _Need(entry_bytes, processes, units)
     for target in targets:
         rows, columns = target.matrix_shape
         panel = max(1, min(rows, budget // max(1, need.row_bytes(columns))))
@@ -139,49 +141,50 @@ def cut_into_groups(
             row_slice = RowSlice(target, first, min(rows, first + panel), processes=processes)
             if not groups or need.with_(row_slice) > budget:
                 groups.append([])
-                need = _Need(entry_bytes, processes, units or {})
+                need = _Need(entry_bytes, processes, units)
             groups[-1].append(row_slice)
             need.add(row_slice)
     return groups
 
 
 class _Need:
-    """The bytes that a group takes in a process.
+    """The bytes that a group takes in a process: its rows of the accumulators.
 
-    Divided, it takes the own rows and, for a moment, the whole gradients of a block, those that lie in no block, and
-    what the exchange of one of them receives.
+    Where gradients are exchanged, it takes also, for a moment, those of a block and those that lie in no block, all
+    whole, and what the exchange of one of them receives.
     """
 
-    def __init__(self, entry_bytes: int, processes: int, units: Mapping[nn.Module, nn.Module]):
+    def __init__(self, entry_bytes: int, processes: int, units: Mapping[nn.Module, nn.Module] | None):
         self.entry_bytes, self.processes, self.units = entry_bytes, processes, units
         self.own = self.received = 0
         self.of_unit: dict[nn.Module | None, int] = {}
 
     def row_bytes(self, columns: int) -> int:
         """Bytes for a row of a row slice that is a group by itself."""
-        whole = self.entry_bytes * columns
-        return whole if self.processes == 1 else -(-whole // self.processes) + 2 * _GRADIENT_BYTES * columns
+        own = -(-self.entry_bytes * columns // self.processes)
+        return own if self.units is None else own + 2 * _GRADIENT_BYTES * columns
 
     def with_(self, row_slice: RowSlice) -> int:
         """Bytes of the group with one row slice more."""
-        own, received, unit, gradients = self._of(row_slice)
-        of_unit = {**self.of_unit, unit: gradients}
+        own, received, of_unit = self._of(row_slice)
+        of_unit = {**self.of_unit, **of_unit}
         outside = of_unit.pop(None, 0)
         return self.own + own + max(self.received, received) + outside + max(of_unit.values(), default=0)
 
     def add(self, row_slice: RowSlice) -> None:
         """Count a row slice in."""
-        own, received, unit, gradients = self._of(row_slice)
-        self.own, self.received, self.of_unit[unit] = self.own + own, max(self.received, received), gradients
+        own, received, of_unit = self._of(row_slice)
+        self.own, self.received = self.own + own, max(self.received, received)
+        self.of_unit.update(of_unit)
 
-    def _of(self, row_slice: RowSlice) -> tuple[int, int, nn.Module | None, int]:
-        """Bytes of a row slice's own rows and of its exchange, its block, and bytes of all gradients of that."""
-        rows, columns = row_slice.division[0], row_slice.columns
-        if self.processes == 1:
-            return self.entry_bytes * rows * columns, 0, None, 0
+    def _of(self, row_slice: RowSlice) -> tuple[int, int, dict[nn.Module | None, int]]:
+        """Bytes of a row slice's own rows, of what its exchange receives, and of all gradients of its block with it."""
+        own = row_slice.division[0] * row_slice.columns
+        if self.units is None:
+            return self.entry_bytes * own, 0, {}
         unit = self.units.get(row_slice.target.sites[0][0])
         gradients = self.of_unit.get(unit, 0) + _GRADIENT_BYTES * row_slice.entries
-        return self.entry_bytes * rows * columns, _GRADIENT_BYTES * rows * self.processes * columns, unit, gradients
+        return self.entry_bytes * own, _GRADIENT_BYTES * own * self.processes, {unit: gradients}
 
 
 class GradientSum:

@@ -112,9 +112,7 @@ def stream_scores(
             room -= store.memory_bytes
             gradient_groups = cut_into_groups(targets.values(), room, MEASURES["gradient"].entry_bytes)
             entry_bytes += max(target.dtype.itemsize for target in targets.values())
-        # Of a sharded model each process accumulates its own rows alone.
-        division = (world_size(), innermost_units(model)) if _is_divided(model, measure) else ()
-        groups = cut_into_groups(targets.values(), room, entry_bytes, *division)
+        groups = cut_into_groups(targets.values(), room, entry_bytes, *_division(model, measure))
         reader = None
         if measure.takes_batches:
             with together():
@@ -137,8 +135,13 @@ def stream_scores(
                 _check_differentiated(reader)
 
 
-def _is_divided(model: nn.Module, measure: Measure) -> bool:
-    return measure.statistic == "gradient" and is_fully_sharded(model)
+def _division(model: nn.Module, measure: Measure) -> tuple[int, Mapping[nn.Module, nn.Module] | None]:
+    """Over how many processes accumulators are divided, and the blocks between which they exchange what is in them."""
+    if not is_fully_sharded(model) or measure.statistic not in ("gradient", "flow"):
+        # The squares of `fisher` are of whole gradients.
+        return 1, None
+    # The flow depends on no batch, so that each process computes all of it.
+    return world_size(), innermost_units(model) if measure.statistic == "gradient" and world_size() > 1 else None
 
 
 def _store_gradient(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -109,6 +110,15 @@ def innermost_units(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule) and is_innermost(module)]
     return {module: unit for unit in units for module in unit.modules()}
+
+
+def cast_inputs(model: nn.Module) -> torch.dtype | None:
+    """The dtype that FSDP casts the inputs of a block to; None if it casts none."""
+    from torch.distributed.fsdp import FSDPModule
+
+    policies = [module._get_fsdp_state()._mp_policy for module in model.modules() if isinstance(module, FSDPModule)]
+    dtypes = [policy.param_dtype for policy in policies if policy.cast_forward_inputs]
+    return next((dtype for dtype in dtypes if dtype is not None), None)
 
 
 def reshard(model: nn.Module) -> None:
