@@ -697,6 +697,39 @@ def salience_that_is_refused_on_a_sharded_model(rank):
     select_masks(model, [token_batch()], density=0.1, progress=False)
 
 
+def losses_that_fail_in_one_process(rank):
+    """An error after a forward is one in all processes, which then can go on together."""
+
+    def raises(model, batch):
+        value = model(**batch).loss
+        if rank == 1:
+            raise KeyError("weight of the sample")
+        return value
+
+    def infinite(model, batch):
+        return model(**batch).loss * (float("inf") if rank == 1 else 1)
+
+    def detached(model, batch):
+        value = model(**batch).loss
+        return value.detach() if rank == 1 else value
+
+    model = shard(tiny_model())
+    for salience, (loss, message) in itertools.product(
+        ("gradient", "fisher"),
+        (
+            (raises, "weight of the sample"),
+            (infinite, "inf"),
+            (detached, "differ between processes.*by rank: depends on the weights, does not depend"),
+        ),
+    ):
+        options = dict(salience=salience, density=0.1, progress=False)
+        with pytest.raises((RuntimeError, ValueError, KeyError), match=message) as error:
+            select_masks(model, [token_batch()] * 2, loss=loss, **options)
+        assert rank == 1 or loss is detached or "Process 1 failed" in str(error.value)
+        check_equal("here", "Places", "")
+    select_masks(model, [token_batch()], density=0.1, progress=False)
+
+
 def accelerate_of_version_2(rank):
     """Accumulation, clipping, `save_state` and `load_state`, with weights that the first process alone has read too."""
     for read_by_first in (False, True):
@@ -991,6 +1024,7 @@ SCENARIOS = [
     squares_of_single_examples,
     experts_that_some_processes_do_not_use,
     salience_that_is_refused_on_a_sharded_model,
+    losses_that_fail_in_one_process,
     accelerate_of_version_2,
     trainer_of_transformers,
     divisions_that_are_refused,
