@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from speft_optim.distributed import together, world_size
-from speft_optim.salience.accumulators import RowSlice, cut_into_groups
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.activation import squared_input
 from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.batches import Batches, check_batches
 from speft_optim.salience.first_order import gradient
 from speft_optim.salience.fisher import squared_gradient
 from speft_optim.salience.grasp import GradientStore, hessian_gradient, warn_of_plain_attention
+from speft_optim.salience.groups import cut_into_groups
 from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import MEASURES, Measure
 from speft_optim.salience.model_state import calibrating

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from speft_optim.distributed import average_
 from speft_optim.salience.accumulators import RowSlice
@@ -169,10 +169,14 @@ def _is_differentiated(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
-def _attach_input(unit: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Make a block's input require a gradient if it does not."""
-    leaves, structure = tree_flatten((args, kwargs))
-    floating = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if torch.is_grad_enabled() and floating and not any(leaves[number].requires_grad for number in floating):
-        leaves[floating[0]] = leaves[floating[0]].detach().requires_grad_()
-    return tree_unflatten(leaves, structure)
+def _attach_input(unit: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Make a block's input, its first floating argument, require a gradient if none does."""
+    named = [*enumerate(args), *kwargs.items()]
+    floating = [(key, x) for key, x in named if isinstance(x, Tensor) and x.is_floating_point()]
+    if not torch.is_grad_enabled() or not floating or any(x.requires_grad for _, x in floating):
+        return None
+    key, x = floating[0]
+    attached = x.detach().requires_grad_()
+    if isinstance(key, int):
+        return (*args[:key], attached, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: attached}
