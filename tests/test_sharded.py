@@ -524,6 +524,25 @@ def salience_of_each_processes_own_batches(rank):
     assert_equals(reference, model, values, tolerance=1e-5)
 
 
+def salience_of_quantised_weights_that_are_left_whole(rank):
+    """Their sums are divided over the processes as those of other weights are."""
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import load_quantized, save_original
+
+    from speft_optim.weights.bnb import quantized_linears
+
+    folder, count = save_original(f"{FOLDER[-1]}/whole"), dist.get_world_size()
+    dist.barrier()
+    batches = [token_batch(seed) for seed in range(2 * count)]
+    for salience in ("gradient", "fisher"):
+        model = load_quantized(folder, "nf4")
+        shard(model, ignored_params={module.weight for _, module in quantized_linears(model)})
+        options = dict(salience=salience, density=0.05, progress=False)
+        masks = select_masks(model, batches[rank::count], **options)
+        with alone():
+            assert masks == select_masks(load_quantized(folder, "nf4"), batches, **options)
+
+
 class Counted(list):
     """Batches that count how often they are read."""
 
@@ -1023,6 +1042,7 @@ SCENARIOS = [
     rows_changed_past_the_dtensor_are_refused,
     whole_weights_are_freed_as_they_are_sharded,
     salience_of_each_processes_own_batches,
+    salience_of_quantised_weights_that_are_left_whole,
     gradients_summed_as_in_one_process,
     accumulators_of_own_rows,
     squares_of_single_examples,

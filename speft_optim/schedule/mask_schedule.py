@@ -68,7 +68,7 @@ class MaskSchedule:
             gradient of each backward pass, that is of a micro-batch and not of an example; or a function
             `salience(weight, gradient)` of entries and their summed gradients, both fp32 of shape (entries,), that
             returns floating scores of that shape, of which the highest are kept.
-        scope: "local" keeps the number of entries of each weight, "global" their total. With several processes, "global"
+        scope: "local" keeps the number of entries of each weight, "global" their total. With several processes "global"
             and `density` need a model that `fully_shard` divided before.
         density: from the number of steps taken to the share of all candidates to keep, in (0, 1]; None keeps the number
             of entries that `sparsify` got.
