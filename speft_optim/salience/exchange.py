@@ -10,7 +10,7 @@ the blocks, at the end of the pass.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -79,8 +79,9 @@ class Exchange:
         self.accumulators: dict[RowSlice, Accumulator] = {
             row_slice: BatchGradient(row_slice) if self.is_divided else row_slice for row_slice in group
         }
-        # The unit that the backward pass is in, of those that `watch` was told of.
-        self._left: list[BatchGradient] = []
+        # Gradients of the block that the backward pass is in, and products that wait to be accumulated.
+        self._present: list[BatchGradient] = []
+        self._pending: list = []
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module, pending: list) -> Iterator[None]:
@@ -99,12 +100,12 @@ class Exchange:
                     stack.callback(unit.register_forward_hook(self._watch_output(gradients)).remove)
             yield
 
-    def _watch_output(self, gradients: list[BatchGradient]):
+    def _watch_output(self, gradients: list[BatchGradient]) -> Callable:
         """A forward hook that tells when the backward pass enters a block: it has left the one after it then."""
 
         def enter(_: Tensor) -> None:
             self._leave()
-            self._left = gradients
+            self._present = gradients
 
         def watch(unit: nn.Module, args: tuple, output: object) -> None:
             first = next((leaf for leaf in tree_leaves(output) if _is_differentiated(leaf)), None)
@@ -116,16 +117,16 @@ class Exchange:
     @torch.no_grad()
     def _leave(self) -> None:
         settle(self._pending)
-        for gradient in self._left:
+        for gradient in self._present:
             gradient.exchange()
-        self._left = []
+        self._present = []
 
     @torch.no_grad()
     def end_pass(self) -> None:
         """Exchange the gradients that are left after a backward pass, in any process; all of them call this."""
         if not self.is_divided:
             return
-        self._left, gradients = [], list(self.accumulators.values())
+        self._present, gradients = [], list(self.accumulators.values())
         device = gradients[0].row_slice.target.device
         came = torch.tensor([not gradient.is_empty for gradient in gradients], dtype=torch.int32, device=device)
         dist.all_reduce(came)
