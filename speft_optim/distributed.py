@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, int32
 
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
@@ -28,7 +28,8 @@ def world_size() -> int:
 def together() -> Iterator[None]:
     """Re-raise an exception of any process in every process, so that none hangs.
 
-    The block inside must not exchange anything between processes.
+    The block inside must exchange nothing between processes but within blocks of the same kind. An error in one of
+    those is known to all processes and passes; so a process that fails outside them meets the others in the next one.
 
     Raises:
         RuntimeError: another process failed; the message has its rank and its error.
@@ -37,14 +38,17 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as raised:
-        if not is_distributed():
+        if not is_distributed() or getattr(raised, "is_known_to_all", False):
             raise
         error = raised
-    for rank, message in enumerate(_by_rank("" if error is None else f"{type(error).__name__}: {error}")):
-        if message and error is None:
-            raise RuntimeError(f"Process {rank} failed, so that this one cannot go on. {message}")
-    if error is not None:
-        raise error
+    messages = _by_rank("" if error is None else f"{type(error).__name__}: {error}")
+    if not any(messages):
+        return
+    if error is None:
+        rank, message = next((rank, message) for rank, message in enumerate(messages) if message)
+        error = RuntimeError(f"Process {rank} failed, so that this one cannot go on. {message}")
+    error.is_known_to_all = True
+    raise error
 
 
 def check_equal(text: str, what: str, remedy: str) -> None:
@@ -100,6 +104,11 @@ def total(number: int) -> int:
     return sum(_by_rank(number))
 
 
+def everywhere(choices: list[bool]) -> list[bool]:
+    """Return for each choice whether all processes made it."""
+    return [all(of_one) for of_one in zip(*_by_rank(choices), strict=True)]
+
+
 def average_(accumulators: Iterable[Tensor], count: int) -> None:
     """Sum each accumulator over the processes and divide by `count`, in place."""
     for accumulator in accumulators:
@@ -108,7 +117,14 @@ def average_(accumulators: Iterable[Tensor], count: int) -> None:
         accumulator /= count
 
 
-def _by_rank(thing: int | str) -> list:
+def from_owners_(entries: Tensor) -> Tensor:
+    """Sum fp32 entries that are zero in all processes but one, in place and without rounding, and return them."""
+    # The sum of their bits is exact, for -0.0 and NaN too.
+    dist.all_reduce(entries.view(int32))
+    return entries
+
+
+def _by_rank(thing: int | str | list[bool]) -> list:
     """Return what each process passed, by rank."""
     if not is_distributed():
         return [thing]

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from speft_optim import desparsify, select_masks, sparsify
-from speft_optim.salience.accumulators import cut_into_groups
 from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.calibration import _FILLS, random_draws, stream_scores
 from speft_optim.salience.grasp import GradientStore
+from speft_optim.salience.groups import cut_into_groups
 from speft_optim.salience.losses import example_losses
 from speft_optim.salience.measures import MEASURES, measure_of
 from speft_optim.weights.targets import find_targets

@@ -1,17 +1,18 @@
-"""Weights cut into row slices whose accumulators fit a budget.
+"""Accumulators of row slices: of whole weights, or of some of their rows, as `groups.py` cuts them.
 
-A row slice is a whole weight, or some of its rows if the weight is larger than the budget. Row slices are grouped in
-the order of the weights: one pass over the calibration batches serves a group, and the scores come out in order.
+On a sharded model a row slice is divided: each process accumulates some of its rows (see `exchange.py`).
 
 While a model trains, `GradientSum` and `SquareSum` fill the accumulators from the backward passes of the training.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from speft_optim.distributed import from_owners_
 from speft_optim.kernels.product import accumulate_product_
 from speft_optim.weights.targets import Target
 
@@ -25,13 +26,16 @@ class RowSlice:
         first: the first row.
         last: the row after the last.
         accumulator: fp32 of shape (last - first, columns), or of one that broadcasts to it if entries share a
-            statistic; None if the measure needs none.
+            statistic; None if the measure needs none. Of a divided row slice it has the rows of this process alone.
+        processes: over how many processes the accumulator is divided, as evenly as `torch.chunk` divides; 1 for one
+            that is whole in each.
     """
 
     target: Target
     first: int
     last: int
     accumulator: Tensor | None = None
+    processes: int = 1
 
     @property
     def columns(self) -> int:
@@ -43,21 +47,40 @@ class RowSlice:
         """Entries of the weight in this row slice."""
         return (self.last - self.first) * self.columns
 
+    @property
+    def division(self) -> list[int]:
+        """How many rows each process accumulates: the first ones equally many, the last ones fewer or none."""
+        rows = self.last - self.first
+        part = -(-rows // self.processes)
+        return [max(0, min(part, rows - number * part)) for number in range(self.processes)]
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """The first row that this process accumulates, and the row after the last."""
+        if self.processes == 1:
+            return self.first, self.last
+        rank, sizes = dist.get_rank(), self.division
+        first = self.first + sum(sizes[:rank])
+        return first, first + sizes[rank]
+
     def allocate(self) -> None:
         """Start an fp32 accumulator of zeros."""
-        shape = (self.last - self.first, self.columns)
+        first, last = self.own
+        shape = (last - first, self.columns)
         self.accumulator = torch.zeros(shape, dtype=torch.float32, device=self.target.device)
 
     def rows_of(self, dense: Tensor) -> Tensor:
-        """Return this slice's rows of a tensor of the weight's shape, as a matrix."""
-        return dense.reshape(self.target.matrix_shape)[self.first : self.last]
+        """Return the rows that are accumulated here of a tensor of the weight's shape, as a matrix."""
+        first, last = self.own
+        return dense.reshape(self.target.matrix_shape)[first:last]
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
-        """Add this slice's rows of `left.T @ right`, in fp32."""
-        accumulate_product_(self.accumulator, left.flatten(0, -2)[:, self.first : self.last], right.flatten(0, -2))
+        """Add the rows of `left.T @ right` that are accumulated here, in fp32."""
+        first, last = self.own
+        accumulate_product_(self.accumulator, left.flatten(0, -2)[:, first:last], right.flatten(0, -2))
 
     def from_dense(self, gradient: Tensor) -> None:
-        """Add this slice's rows of a dense gradient, in fp32."""
+        """Add the rows of a dense gradient that are accumulated here, in fp32."""
         self.accumulator += self.rows_of(gradient)
 
     def chunks(self, entries: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -70,35 +93,20 @@ class RowSlice:
         for row in range(self.first, self.last, step):
             end = min(self.last, row + step)
             weight = self.target.rows(row, end).float().reshape(-1)
-            statistic = None
-            if self.accumulator is not None:
-                whole = self.accumulator.expand(self.last - self.first, self.columns)
-                statistic = whole[row - self.first : end - self.first].reshape(-1)
+            statistic = None if self.accumulator is None else self._statistic(row, end).reshape(-1)
             yield row * self.columns, weight, statistic
 
-
-def cut_into_groups(targets: Iterable[Target], budget: int, entry_bytes: int) -> list[list[RowSlice]]:
-    """Cut weights into row slices, in their order, and group these so that a group takes at most `budget` bytes.
-
-    Args:
-        targets: the weights.
-        budget: bytes that a group may take; a weight that needs more is cut into slices of at least one row.
-        entry_bytes: bytes that the statistic takes for each entry; 0 puts all weights into one group.
-    """
-    groups: list[list[RowSlice]] = []
-    room = 0
-    for target in targets:
-        rows, columns = target.matrix_shape
-        panel = max(1, min(rows, budget // max(1, entry_bytes * columns)))
-        for first in range(0, rows, panel):
-            row_slice = RowSlice(target, first, min(rows, first + panel))
-            need = entry_bytes * row_slice.entries
-            if not groups or need > room:
-                groups.append([])
-                room = budget
-            groups[-1].append(row_slice)
-            room -= need
-    return groups
+    def _statistic(self, first: int, last: int) -> Tensor:
+        """The accumulated rows `first` to `last` (exclusive), those of other processes too."""
+        if self.processes == 1:
+            whole = self.accumulator.expand(self.last - self.first, self.columns)
+            return whole[first - self.first : last - self.first]
+        start, stop = self.own
+        begin, end = max(first, start), min(last, stop)
+        rows = self.accumulator.new_zeros(last - first, self.columns)
+        if begin < end:
+            rows[begin - first : end - first] = self.accumulator[begin - start : end - start]
+        return from_owners_(rows)
 
 
 class GradientSum:

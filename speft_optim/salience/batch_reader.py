@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from speft_optim.distributed import together, total, world_size
+from speft_optim.distributed import check_equal, everywhere, largest, together, total, world_size
 from speft_optim.salience.batches import Batch, Batches, labels_of, map_tensors
 from speft_optim.salience.losses import IGNORED_LABEL, check_loss, is_nan, labelled_examples
 from speft_optim.salience.model_state import RandomState
@@ -53,7 +53,7 @@ class BatchReader:
         self.in_step = in_step
         self.batches, self.device, self.bar = batches, device, bar
         self.labelled, self.keyed, self.most = labelled, keyed, most
-        self.used = 0
+        self.used = self._read = 0
         self.went_back = False
         self.used_otherwise: set[str] = set()
         self._warned = False
@@ -102,6 +102,7 @@ class BatchReader:
         seen = self.used = 0
         for batch in itertools.islice(self.batches, self.most):
             seen += 1
+            self._read = seen
             self.bar.update()
             self._check(batch, seen)
             self._labels = labels_of(batch)
@@ -143,16 +144,44 @@ class BatchReader:
                 "one row an example, as a collator with return_tensors='pt' makes them."
             )
 
-    def takes(self, loss: Any) -> bool:
+    def takes(self, loss: Any, counts: bool = True) -> bool:
         """Check the loss of the last batch.
+
+        Args:
+            loss: the loss.
+            counts: whether it is used; of processes that read in step some pass a loss back for the others' sake alone.
 
         Returns:
             Whether the batch can be used: False if its loss is the mean over no labels.
 
         Raises:
-            ValueError: the loss is not finite, or not a single number.
+            ValueError: the loss is not finite, or not a single number; or processes that read in step cannot go back
+                together.
             TypeError: the loss is not a tensor.
+            RuntimeError: the loss of another process cannot be used.
         """
+        if not self.in_step:
+            return self._takes(loss)
+        with together():
+            takes = not counts or self._takes(loss)
+        outcome = "depends on the weights" if loss.requires_grad else "does not depend on the weights"
+        check_equal(
+            outcome if takes else "has no labels that count",
+            f"The losses of calibration batches number {self._read}",
+            "since processes gather the sharded weights together, each needs a batch that uses them and has labels "
+            "after the first token, and a fully_shard of each block.",
+        )
+        return takes
+
+    def agreed(self, choices: list[bool]) -> list[bool]:
+        """Return which of these all processes that read in step chose."""
+        return everywhere(choices) if self.in_step else choices
+
+    def most_of_all(self, number: int) -> int:
+        """Return the largest number of the processes that read in step."""
+        return largest(number) if self.in_step else number
+
+    def _takes(self, loss: Any) -> bool:
         if is_nan(loss) and self._labels is not None:
             labelled, by_first_only = labelled_examples(self._labels)
             if torch.equal(labelled, by_first_only):

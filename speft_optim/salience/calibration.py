@@ -20,19 +20,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from speft_optim.distributed import together
-from speft_optim.salience.accumulators import RowSlice, cut_into_groups
+from speft_optim.distributed import together, world_size
+from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.activation import squared_input
 from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.batches import Batches, check_batches
 from speft_optim.salience.first_order import gradient
 from speft_optim.salience.fisher import squared_gradient
 from speft_optim.salience.grasp import GradientStore, hessian_gradient, warn_of_plain_attention
+from speft_optim.salience.groups import cut_into_groups
 from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import MEASURES, Measure
 from speft_optim.salience.model_state import calibrating
 from speft_optim.salience.synflow import flow
-from speft_optim.weights.mesh import is_fully_sharded, reshard
+from speft_optim.weights.mesh import innermost_units, is_fully_sharded, reshard
 from speft_optim.weights.targets import Target
 
 # The functions that fill the accumulators of a group; other statistics need none.
@@ -112,7 +113,7 @@ def stream_scores(
             room -= store.memory_bytes
             gradient_groups = cut_into_groups(targets.values(), room, MEASURES["gradient"].entry_bytes)
             entry_bytes += max(target.dtype.itemsize for target in targets.values())
-        groups = cut_into_groups(targets.values(), room, entry_bytes)
+        groups = cut_into_groups(targets.values(), room, entry_bytes, *_division(model, measure))
         reader = None
         if measure.takes_batches:
             with together():
@@ -133,6 +134,15 @@ def stream_scores(
         if measure.labels and not second_order:
             with together():
                 _check_differentiated(reader)
+
+
+def _division(model: nn.Module, measure: Measure) -> tuple[int, Mapping[nn.Module, nn.Module] | None]:
+    """Over how many processes accumulators are divided, and the blocks between which they exchange what is in them."""
+    if not is_fully_sharded(model) or measure.statistic not in ("gradient", "flow"):
+        # The squares of `fisher` are of whole gradients.
+        return 1, None
+    # The flow depends on no batch, so that each process computes all of it.
+    return world_size(), innermost_units(model) if measure.statistic == "gradient" and world_size() > 1 else None
 
 
 def _store_gradient(

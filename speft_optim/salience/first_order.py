@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from speft_optim.distributed import average_, together, total
+from speft_optim.distributed import together, total
 from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batch_reader import BatchReader
+from speft_optim.salience.exchange import Exchange
 from speft_optim.salience.losses import LossFunction, model_loss
 from speft_optim.weights.gradient_hooks import GradientHook, settle
 from speft_optim.weights.gradient_nodes import Accumulator
@@ -37,11 +38,17 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss:
     for row_slice in group:
         row_slice.allocate()
 
-    with observing(group, {row_slice: row_slice for row_slice in group}, reader.used_otherwise) as observed, together():
+    exchange = Exchange(group)
+    with (
+        observing(group, exchange.accumulators, reader.used_otherwise) as observed,
+        exchange.watching(model, observed.pending),
+        together(),
+    ):
         for batch in reader:
             observed.promote()
             backward_of((loss or model_loss)(model, batch), reader, observed)
-    average_([row_slice.accumulator for row_slice in group], total(reader.used))
+            exchange.end_pass()
+    exchange.average_(total(reader.used))
 
 
 class Observed:
@@ -118,10 +125,10 @@ def _may_be_leaf(target: Target) -> bool:
     return isinstance(frozen_weight(*target.sites[0]), DenseWeight) and not target.parameter.is_meta
 
 
-def backward_of(value: Tensor, reader: BatchReader, observed: Observed) -> None:
-    """Check the loss of the reader's last batch and run its backward pass."""
+def backward_of(value: Tensor, reader: BatchReader, observed: Observed, counts: bool = True) -> None:
+    """Check the loss of the reader's last batch, if it counts, and run its backward pass."""
     # The loss requires no gradient if it uses no observed weight, such as that of an expert without tokens.
-    if reader.takes(value) and value.requires_grad:
+    if reader.takes(value, counts) and value.requires_grad:
         reader.went_back = True
         value.backward()
         settle(observed.pending)

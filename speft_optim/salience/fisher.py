@@ -11,6 +11,7 @@ from speft_optim.kernels import product
 from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.batches import Batch, example_of, examples_in, labels_of
+from speft_optim.salience.exchange import reached
 from speft_optim.salience.first_order import Observed, backward_of, observing
 from speft_optim.salience.losses import LossFunction, example_losses, is_nan, labelled_examples, loss_of, model_loss
 from speft_optim.weights.gradient_hooks import settle
@@ -25,6 +26,8 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice
     ways (tied or stacked ones, norms, and all weights if the loss is not a mean over labels) need a backward pass for
     each example. Gradients of several examples never exist at once.
 
+    Processes that hold a sharded model have equally many backward passes, whose kind they agree on.
+
     Args:
         model: the model.
         reader: yields the calibration batches.
@@ -37,7 +40,12 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice
     """
     squares = {row_slice: _ExampleSquares(row_slice) for row_slice in group}
     examples = 0
-    with observing(group, squares, reader.used_otherwise) as observed, _counted_uses(squares.values()), together():
+    with (
+        observing(group, squares, reader.used_otherwise) as observed,
+        _counted_uses(squares.values()),
+        reached(model, group),
+        together(),
+    ):
         for batch in reader:
             done, counting = [], None
             observed.promote()
@@ -114,14 +122,18 @@ class _ExampleSquares:
         if not self.is_proven:
             self.first = torch.zeros_like(self.row_slice.accumulator)
 
-    def close_split(self) -> bool:
-        """End the backward pass; tell whether products were the whole gradient. If not, the squares are dropped."""
+    @property
+    def is_split(self) -> bool:
+        """Whether products were the whole gradient in the backward pass of a split batch."""
+        return "dense" not in self.kinds
+
+    def close_split(self, is_split: bool) -> None:
+        """End the backward pass; squares of the first one are dropped if products were not the whole gradient."""
         self.mode = "off"
-        if not self.is_proven and "dense" not in self.kinds:
+        if not self.is_proven and is_split:
             self.row_slice.accumulator += self.first
             self.is_proven = "product" in self.kinds
         self.first = None
-        return "dense" not in self.kinds
 
     def close_example(self) -> None:
         """Add the square of the current example's gradient, and start the next one's at zero."""
@@ -160,11 +172,11 @@ def _split_backward(
     if not reader.takes(value):
         return [], []
     found = example_losses(getattr(output, "logits", None), batch["labels"], value)
-    if found is None:
+    if not all(reader.agreed([found is not None])):
         return [], None
     losses, counted = found
     # Backward may recompute blocks and so count uses twice.
-    able = [each for each in squares if each.splits(len(batch["labels"]))]
+    able = _chosen(squares, reader.agreed([each.splits(len(batch["labels"])) for each in squares]))
     # The loss of an example without labels is 0 here and adds nothing.
     total = losses.sum() if able else None
     if able and total.requires_grad:
@@ -173,8 +185,15 @@ def _split_backward(
         reader.went_back = True
         total.backward()
         settle(observed.pending)
-        able = [each for each in able if each.close_split()]
+        split = reader.agreed([each.is_split for each in able])
+        for each, is_split in zip(able, split, strict=True):
+            each.close_split(is_split)
+        able = _chosen(able, split)
     return able, counted.nonzero().squeeze(1).tolist()
+
+
+def _chosen(squares: list[_ExampleSquares], choice: list[bool]) -> list[_ExampleSquares]:
+    return [each for each, is_chosen in zip(squares, choice, strict=True) if is_chosen]
 
 
 def _backward_by_example(
@@ -203,16 +222,22 @@ def _backward_by_example(
     size, counted = examples_in(batch), []
     rows, unsure = (counting, []) if counting is not None else _rows_to_try(labels_of(batch), size, loss)
     for each in rest:
-        each.mode, each.example = "example", torch.zeros_like(each.row_slice.accumulator)
-    for row in rows:
+        each.example = torch.zeros_like(each.row_slice.accumulator)
+    # A process with fewer examples than others passes its first one back for their sake, and leaves it out.
+    for number in range(reader.most_of_all(len(rows))):
+        row = rows[number] if number < len(rows) else 0
         value = loss(model, example_of(batch, row, size))
-        if row in unsure and is_nan(value):
-            # The loss shifts labels, and the only label of this example is the first.
+        # The loss may shift labels, and the only label of this example be the first.
+        counts = number < len(rows) and not (row in unsure and is_nan(value))
+        if not counts and not reader.in_step:
             continue
-        backward_of(value, reader, observed)
-        counted.append(row)
         for each in rest:
-            each.close_example()
+            each.mode = "example" if counts else "off"
+        backward_of(value, reader, observed, counts)
+        if counts:
+            counted.append(row)
+            for each in rest:
+                each.close_example()
     for each in rest:
         each.mode, each.example = "off", None
     return counted

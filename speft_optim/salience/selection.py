@@ -19,7 +19,7 @@ from speft_optim.salience.calibration import default_memory_budget, stream_score
 from speft_optim.salience.losses import LossFunction
 from speft_optim.salience.measures import Measure, measure_of
 from speft_optim.weights.bnb import settle_storage
-from speft_optim.weights.mesh import check_divisions, is_fully_sharded, prepare_calibration
+from speft_optim.weights.mesh import cast_inputs, check_divisions, is_fully_sharded, prepare_calibration
 from speft_optim.weights.provenance import note_weights
 from speft_optim.weights.targets import Target, Targets, check_differentiable, find_targets
 from speft_optim.weights.wrappers import unwrapped
@@ -175,7 +175,7 @@ def _prepare(
         # The graph of `synflow` keeps no weights, and its torch function mode would be off in a recomputation.
         stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
     if is_fully_sharded(model):
-        _check_sharded(measure, offload)
+        _check_sharded(model, measure, offload)
         prepare_calibration(model)
     found = find_targets(model, targets)
     check_divisions(model)
@@ -195,17 +195,23 @@ def _check_recomputed(measure: Measure) -> None:
         )
 
 
-def _check_sharded(measure: Measure, offload: str | torch.device | None) -> None:
+def _check_sharded(model: nn.Module, measure: Measure, offload: str | torch.device | None) -> None:
     """Refuse what a model under `fully_shard` cannot be scored by.
 
     Raises:
-        ValueError: the measure changes the weights, differentiates twice or goes back from single examples, or the
-            weights are to visit another device.
+        ValueError: the measure differentiates twice, or in fp64 what FSDP casts down; or the weights are to visit
+            another device.
     """
     if offload is not None:
         raise ValueError("offload= is for a model on one device, and this one is sharded over several; leave it out.")
-    if measure.statistic in ("flow", "hessian_gradient", "squared_gradient"):
+    if measure.differentiates_twice:
         raise ValueError(
-            f"salience='{measure.name}' is not possible on a model under fully_shard yet; choose gradient, snip, "
-            "force, taylor_fo, activation, magnitude or random, or select before the model is sharded."
+            f"salience='{measure.name}' differentiates twice, and a model under fully_shard has its weights gathered "
+            "for one backward alone; choose another measure, or select before the model is sharded."
+        )
+    if measure.statistic == "flow" and (dtype := cast_inputs(model)) is not None:
+        raise ValueError(
+            f"salience='{measure.name}' computes in float64, and the model's MixedPrecisionPolicy casts what each "
+            f"block gets to {str(dtype).removeprefix('torch.')}; choose another measure, or select before the model is "
+            "sharded."
         )

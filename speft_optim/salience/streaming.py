@@ -26,8 +26,9 @@ import torch
 
 from speft_optim.distributed import average_, is_distributed, total
 from speft_optim.masks.mask import Mask
-from speft_optim.salience.accumulators import GradientSum, RowSlice, SquareSum, cut_into_groups, placed
+from speft_optim.salience.accumulators import GradientSum, RowSlice, SquareSum, placed
 from speft_optim.salience.competition import keep_best, runs_of
+from speft_optim.salience.groups import cut_into_groups
 from speft_optim.salience.measures import Measure
 from speft_optim.weights.sparse_weight import SparseWeight
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -96,6 +97,28 @@ def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[list]:
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model or on parts of it, told by class names."""
     return "FSDPModule" in {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+
+
+def innermost_units(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For each module the one around it that `fully_shard` was called on, if no other lies in that: usually a block."""
+    if not is_fully_sharded(model):
+        return {}
+    from torch.distributed.fsdp import FSDPModule
+
+    def is_innermost(unit: nn.Module) -> bool:
+        return not any(isinstance(module, FSDPModule) for module in unit.modules() if module is not unit)
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule) and is_innermost(module)]
+    return {module: unit for unit in units for module in unit.modules()}
+
+
+def cast_inputs(model: nn.Module) -> torch.dtype | None:
+    """The dtype that FSDP casts the inputs of a block to; None if it casts none."""
+    from torch.distributed.fsdp import FSDPModule
+
+    policies = [module._get_fsdp_state()._mp_policy for module in model.modules() if isinstance(module, FSDPModule)]
+    dtypes = [policy.param_dtype for policy in policies if policy.cast_forward_inputs]
+    return next((dtype for dtype in dtypes if dtype is not None), None)
 
 
 def reshard(model: nn.Module) -> None:
