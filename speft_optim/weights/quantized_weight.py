@@ -109,7 +109,14 @@ class QuantizedWeight:
 
     def gather(self, indices: Tensor) -> Tensor:
         """Return the entries at flat positions (k,) with the overlays, (k,) fp32."""
-        entries = self.gather_base(indices)
+        return self._overlay(self.gather_base(indices), indices)
+
+    def overlaid(self, indices: Tensor) -> Tensor:
+        """Return the entries at flat positions (k,) that all have overlays, (k,) fp32; the weight is not read."""
+        return self._overlay(torch.zeros(len(indices), device=indices.device), indices)
+
+    def _overlay(self, entries: Tensor, indices: Tensor) -> Tensor:
+        """Set the entries (k,) at flat positions (k,) that have an overlay to its values, in place."""
         for mask, values in self.overlays:
             place, inside = find(mask.to(indices.device).indices, indices)
             entries[inside] = values.detach().to(entries.device)[place[inside]]
@@ -160,4 +167,4 @@ class QuantizedWeight:
         if len(masks) != 1:
             parts = [own.indices.to(self.device) for own in masks]
             masks = [Mask(torch.cat(parts).unique() if parts else self._none().int(), self.shape)]
-        return masks[0], self.gather(masks[0].indices.to(self.device))
+        return masks[0], self.overlaid(masks[0].indices.to(self.device))
