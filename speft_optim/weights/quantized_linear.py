@@ -137,8 +137,8 @@ class FrozenForward:
         if (dtype := self.module.weight.dtype) != self._stored_as:
             raise ValueError(
                 f"The quantised weight of {self.module.__dict__.get(LAYER_NAME) or 'a layer'} is stored in "
-                f"{self._stored_as} and was cast to {dtype}, by MixedPrecisionPolicy(param_dtype=...) or model.to(...), "
-                "which destroys it; load the base with bnb_4bit_quant_storage of that dtype, or do not cast."
+                f"{self._stored_as} and was cast to {dtype}, as by MixedPrecisionPolicy(param_dtype=...), which "
+                "destroys it; load the base with bnb_4bit_quant_storage of that dtype, or do not cast."
             )
 
     def __deepcopy__(self, memo: dict) -> "FrozenForward":
