@@ -12,7 +12,16 @@ import torch
 import torch.distributed as dist
 from conftest import assert_close, equal_states, masks_of, token_batch
 from processes import FOLDER, failures_of
-from test_sharded import assert_equal_on_all, counted_exchanges, fsdp_accelerator, mesh, part, shard
+from test_sharded import (
+    assert_equal_on_all,
+    counted_exchanges,
+    fsdp_accelerator,
+    mesh,
+    part,
+    reset_accelerate,
+    shard,
+    use_fsdp,
+)
 from torch.nn.utils import clip_grad_norm_
 
 pytest.importorskip("bitsandbytes")
@@ -369,6 +378,58 @@ def salience_and_masks_that_move(rank):
         assert equal_states(found[0][3]["state"], found[1][3]["state"])
 
 
+def layers_that_cannot_be_mended_after_fully_shard(rank):
+    model = load("bf16")
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    shard(model)
+    layer = next(module for _, module in quantized_linears(model))
+    state = layer.quant_state
+    layer.quant_state = None
+    with pytest.raises(ValueError, match="q_proj.weight is a 4-bit weight without its quantisation state"):
+        sparsify(model, masks)
+    layer.quant_state, state.packing_format_for_cpu = state, True
+    with pytest.raises(ValueError, match="rearranged for evaluation on a CPU; call sparsify before"):
+        sparsify(model, masks)
+    state.packing_format_for_cpu = False
+    for _, module in quantized_linears(model):
+        module.weight.data = module.weight.data.to(torch.float32)
+    with pytest.raises(ValueError, match="a 4-bit weight that was cast to torch.float32"):
+        sparsify(model, masks)
+    assert not any("sparse" in name for name, _ in model.named_modules())
+
+
+def trainer_of_transformers(rank):
+    """It saves rows, resumes from them, and its run is that of weights left whole."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from transformers import Trainer, TrainingArguments
+
+    class UnderFSDP(Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            use_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT"))
+            self.is_fsdp_enabled = True
+
+    data = [{key: part[0] for key, part in token_batch(i, batch=1).items()} for i in range(16)]
+
+    def run(kind, resume=None):
+        model = load(kind, **ODD)
+        values = sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+        folder = f"{FOLDER[-1]}/trainer {kind}"
+        options = dict(use_cpu=True, report_to=[], disable_tqdm=True, save_steps=2, logging_strategy="no", max_steps=3)
+        options.update(per_device_train_batch_size=2, learning_rate=1e-2, max_grad_norm=0.5)
+        built = (SparseAdamW, dict(lr=1e-2, weight_decay=0.1))
+        arguments = TrainingArguments(folder, **options)
+        trainer = UnderFSDP(model=model, args=arguments, train_dataset=data, optimizer_cls_and_kwargs=built)
+        with reset_accelerate():
+            trainer.train(resume_from_checkpoint=resume)
+        dist.barrier()
+        return values, folder
+
+    values, folder = run("bf16")
+    assert_equal_values(values, run("uint8")[0])
+    assert_equal_values(run("bf16", f"{folder}/checkpoint-2")[0], values)
+
+
 def accelerate_of_version_2(rank):
     """Weights that are stored as floating numbers are sharded, those of bytes left whole."""
     whole, expected, other = start("bf16", sharded=False)
@@ -418,6 +479,8 @@ SCENARIOS = [
     adapters_and_merged_checkpoints,
     salience_and_masks_that_move,
     accelerate_of_version_2,
+    trainer_of_transformers,
+    layers_that_cannot_be_mended_after_fully_shard,
 ]
 
 

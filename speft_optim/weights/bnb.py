@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from speft_optim.weights.four_bit import FourBitWeight, has_cpu_layout, quantisation_state, undo_cpu_layout
+from speft_optim.weights.four_bit import FourBitWeight, has_cpu_layout, quantisation_state, undo_cpu_layout, was_cast
 from speft_optim.weights.int8 import Int8Weight
 from speft_optim.weights.quantized_weight import QuantizedWeight
 from speft_optim.weights.sharded import is_sharded
@@ -76,6 +76,8 @@ def lost_by_sharding(module: nn.Module) -> str | None:
         )
     if kind == "Linear4bit" and quantisation_state(module) is None:
         return "a 4-bit weight without its quantisation state; quantise the base before fully_shard"
+    if kind == "Linear4bit" and was_cast(module):
+        return f"a 4-bit weight that was cast to {module.weight.dtype}, which destroyed it; load the base anew"
     if kind == "Linear4bit" and has_cpu_layout(module):
         return "a 4-bit weight that bitsandbytes rearranged for evaluation on a CPU; call sparsify before evaluation"
     return None

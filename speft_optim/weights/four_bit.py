@@ -124,6 +124,14 @@ def has_cpu_layout(module: nn.Module) -> bool:
     return _has_cpu_layout(quantisation_state(module))
 
 
+def was_cast(module: nn.Module) -> bool:
+    """Return whether a 4-bit weight has another number of bytes than its entries need, as after a cast."""
+    weight = module.weight
+    return (
+        round(2 * weight.numel() * weight.itemsize / max(1, torch.Size(quantisation_state(module).shape).numel())) != 1
+    )
+
+
 def undo_cpu_layout(module: nn.Module) -> None:
     """Undo the layout that bitsandbytes gives a 4-bit weight for evaluation on some CPUs, if it has it."""
     state = quantisation_state(module)

@@ -60,12 +60,21 @@ class QuantizedWeight:
         return scales if scales.device == self.device else scales.to(self.device)
 
     def place_scales(self) -> None:
-        """Move the scales to the weight's device: bitsandbytes leaves them behind when an int8 weight moves."""
+        """Move scales and overlays to the weight's device.
+
+        bitsandbytes leaves the scales behind when an int8 weight moves, and `fully_shard` moves parameters alone. The
+        values that train move by themselves.
+        """
         entries = trained_entries(self.holder, self.attribute)
         before = getattr(self.holder, self.attribute) if entries is None else entries.scales
         if (scales := self.scales) is not before:
             kept = scales if entries is None else TrainedScales(TrainedEntries(scales, entries.overlays, entries.layer))
             setattr(self.holder, self.attribute, kept)
+        if entries is not None and not torch.compiler.is_compiling():
+            for place, (mask, values) in enumerate(entries.overlays):
+                if mask.device != self.device:
+                    values = values if isinstance(values, nn.Parameter) else values.to(self.device)
+                    entries.overlays[place] = mask.to(self.device), values
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
         """Attach these overlays to the scales in place of the present ones; without any, the scales are plain again."""
