@@ -126,10 +126,8 @@ def has_cpu_layout(module: nn.Module) -> bool:
 
 def was_cast(module: nn.Module) -> bool:
     """Return whether a 4-bit weight has another number of bytes than its entries need, as after a cast."""
-    weight = module.weight
-    return (
-        round(2 * weight.numel() * weight.itemsize / max(1, torch.Size(quantisation_state(module).shape).numel())) != 1
-    )
+    weight, entries = module.weight, torch.Size(quantisation_state(module).shape).numel()
+    return round(2 * weight.numel() * weight.itemsize / max(1, entries)) != 1
 
 
 def undo_cpu_layout(module: nn.Module) -> None:
