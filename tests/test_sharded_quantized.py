@@ -254,15 +254,19 @@ def whole_weights_are_freed_as_they_are_sharded(rank):
         assert not any(storage() is not None for storage in before), kind
 
 
-def copies_of_a_sparsified_model_are_sharded_with_their_own_values(rank):
+def copies_are_sharded_with_their_own_values(rank):
+    """bitsandbytes copies the scales of a weight and those of its layer apart."""
     for kind in kinds("bf16", "int8"):
-        model = load(kind, **ODD)
-        sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
-        copied = shard(copy.deepcopy(model))
-        values = [value for value in copied.parameters() if linked(value) is not None]
-        train(rank, copied, SparseAdamW(values, **OPTIONS))
         whole, expected, other = start(kind, sharded=False)
         train(rank, whole, other)
+        model, values, optimizer = start(kind, model=copy.deepcopy(load(kind, **ODD)))
+        train(rank, model, optimizer)
+        assert_equal_values(values, expected)
+        model = load(kind, **ODD)
+        sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+        model = shard(copy.deepcopy(model))
+        values = [value for value in model.parameters() if linked(value) is not None]
+        train(rank, model, SparseAdamW(values, **OPTIONS))
         assert_equal_values(values, expected)
 
 
@@ -484,7 +488,7 @@ SCENARIOS = [
     mixed_precision_never_casts_quantised_values,
     *([int8_scales_that_fully_shard_would_lose] if INTEGERS else []),
     whole_weights_are_freed_as_they_are_sharded,
-    copies_of_a_sparsified_model_are_sharded_with_their_own_values,
+    copies_are_sharded_with_their_own_values,
     quantised_weights_stay_frozen_when_all_is_thawed,
     checkpoints_resumed_by_two_processes_and_by_one,
     a_state_dict_of_one_process_needs_no_other,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from speft_optim.kernels.entries import gather_entries
 from speft_optim.masks.mask import Mask
-from speft_optim.weights.four_bit import FourBitWeight
+from speft_optim.weights.four_bit import quantisation_state
 from speft_optim.weights.int8 import Int8Weight
 from speft_optim.weights.quantized_weight import QuantizedWeight
 from speft_optim.weights.scales import plain_scales
@@ -39,24 +39,32 @@ _SEAL = (
 
 def save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
     """State dict post-hook: add the layer's trained entries, and seal its quantised weight if it has any."""
-    weight = frozen_weight(module)
-    if is_sharded(module._parameters["weight"]) and isinstance(weight, FourBitWeight):
-        _add_quantisation(module._parameters["weight"], weight, state, f"{prefix}weight.")
+    if is_sharded(module._parameters["weight"]):
+        _add_quantisation(module, state, f"{prefix}weight.")
     for key, part in state.items():
         state[key] = plain_scales(part)
-    mask, values = weight.entries()
+    mask, values = frozen_weight(module).entries()
     if len(mask):
         state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
         _seal(state, prefix)
 
 
-def _add_quantisation(parameter: Tensor, weight: FourBitWeight, state: dict, prefix: str) -> None:
-    """Add the parts of a sharded weight's quantisation state, under the names that bitsandbytes gives them."""
-    parts = weight.state.as_dict(packed=True)
+def _quantisation(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parts of a 4-bit layer's quantisation state by the names in state dicts; those of int8 are not there.
+
+    bitsandbytes itself finds them with the weight only, where a sharded weight has none.
+    """
+    return quantisation_state(module).as_dict(packed=True) if hasattr(module, "quant_state") else {}
+
+
+def _add_quantisation(module: nn.Module, state: dict, prefix: str) -> None:
+    """Add the parts of a sharded weight's quantisation state to a state dict."""
+    parameter, parts = module._parameters["weight"], _quantisation(module)
     state.update({prefix + key: part for key, part in parts.items()})
-    # torch.distributed.checkpoint needs an attribute for each key.
-    parameter.quant_state = weight.state
-    parameter.__dict__.update(dict.fromkeys((key for key in parts if "." not in key), "in state_dict() only"))
+    if parts:
+        # torch.distributed.checkpoint needs an attribute for each key.
+        parameter.quant_state = quantisation_state(module)
+        parameter.__dict__.update(dict.fromkeys((key for key in parts if "." not in key), "in state_dict() only"))
 
 
 def load_entries(
@@ -148,8 +156,7 @@ def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
 
     The parts are removed from `state`, since torch would report them as unexpected.
     """
-    weight = frozen_weight(module)
-    own = weight.state.as_dict(packed=True) if isinstance(weight, FourBitWeight) else {}
+    own = _quantisation(module)
     found = {key: state.pop(f"{name}.{key}", None) for key in own}
     return [
         f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved with."

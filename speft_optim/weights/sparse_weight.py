@@ -211,7 +211,7 @@ class SparseWeight(CompactEntries):
             # It moves what it divides to the GPU itself.
             self.values.data = self.values.data.to(self.place.shards.device)
             if not self.holds_entries:
-                # The layer's scales replace the weight's, which a copied model has apart.
+                # On a GPU one copy of the mask serves both.
                 self.base.overlays[-1:] = [(self.placed_mask(), self.values)]
 
     def _weight_is_as_seen(self) -> bool:
