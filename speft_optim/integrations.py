@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speft_optim.checkpoint.export import save_merged
 from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.quantized_linear import FrozenForward, forward_of
 from speft_optim.weights.storage import frozen_weight
 
@@ -129,8 +130,15 @@ class _SaveMerged:
         """Write an ordinary checkpoint of the merged weights; a `state_dict` that is passed is not used.
 
         Raises:
-            ValueError: an option asks for more than writing a folder.
+            ValueError: an option asks for more than writing a folder, or the model is sharded: trainers call this in
+                one process only, which cannot get the rows of the others.
         """
+        if is_fully_sharded(self.model):
+            raise ValueError(
+                "save_pretrained is not possible on a sharded quantised model, of which each process has some rows; "
+                "call export_merged(model, folder) in all processes, and let a Trainer save "
+                "state_dict_type='SHARDED_STATE_DICT'."
+            )
         if refused := [name for name, value in options.items() if value and name not in _HARMLESS]:
             raise ValueError(
                 f"save_pretrained({refused[0]}=...) is not possible on a quantised sparsified model; write the folder "

@@ -463,19 +463,6 @@ def quantised_weights_that_are_left_whole(rank):
             assert_equal_on_all(value.detach())
 
 
-def quantised_weights_that_would_be_sharded(rank):
-    pytest.importorskip("bitsandbytes")
-    from quantized_models import load_quantized, save_original
-
-    folder = save_original(f"{FOLDER[-1]}/stored")
-    dist.barrier()
-    model = load_quantized(folder, "nf4", bnb_4bit_quant_storage=torch.float32)
-    masks = select_masks(model, salience="random", density=0.05, progress=False)
-    shard(model)
-    with pytest.raises(ValueError, match="is a quantised weight under fully_shard, which cannot be trained yet"):
-        sparsify(model, masks)
-
-
 def rows_changed_past_the_dtensor_are_refused(rank):
     model, values, optimizer, _ = start()
     train(rank, model, optimizer, steps=1)
@@ -1038,7 +1025,6 @@ SCENARIOS = [
     uses_without_a_call_of_the_module_count,
     masked_weights_stay_frozen_when_all_is_thawed,
     quantised_weights_that_are_left_whole,
-    quantised_weights_that_would_be_sharded,
     rows_changed_past_the_dtensor_are_refused,
     whole_weights_are_freed_as_they_are_sharded,
     salience_of_each_processes_own_batches,

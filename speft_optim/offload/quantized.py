@@ -111,6 +111,10 @@ class HostQuantized:
         """Return the entries at flat positions (k,) with the overlays, (k,) fp32."""
         return self._host.gather(indices.cpu()).to(indices.device)
 
+    def overlaid(self, indices: Tensor) -> Tensor:
+        """Return the entries at flat positions (k,) that all have overlays, (k,) fp32."""
+        return self._host.overlaid(indices)
+
     def gather_base(self, indices: Tensor) -> Tensor:
         """Return the entries at flat positions (k,) without the overlays, (k,) fp32."""
         return self._host.gather_base(indices.cpu()).to(indices.device)

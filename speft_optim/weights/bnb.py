@@ -3,6 +3,9 @@
 A read of such a weight changes nothing. Where bitsandbytes rearranges storage or leaves scales on another device,
 `settle_storage` mends that once, when a model first comes in. Our forward places the scales again, since models also
 move during training.
+
+`fully_shard` replaces a weight by a plain DTensor, without the scales that bitsandbytes keeps as attributes of the
+parameter. Those of a 4-bit weight are with its layer too; those of an int8 weight are after `settle_storage`.
 """
 
 import functools
@@ -11,9 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from speft_optim.weights.four_bit import FourBitWeight, quantisation_state, undo_cpu_layout
+from speft_optim.weights.four_bit import FourBitWeight, has_cpu_layout, quantisation_state, undo_cpu_layout, was_cast
 from speft_optim.weights.int8 import Int8Weight
 from speft_optim.weights.quantized_weight import QuantizedWeight
+from speft_optim.weights.sharded import is_sharded
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
@@ -46,10 +50,34 @@ def settle_storage(model: nn.Module) -> None:
     """Bring the storage of a model's quantised weights into the form that is read; call it when a model comes in.
 
     It undoes the layout that bitsandbytes gives 4-bit weights for evaluation on CPUs with AVX512-BF16, and moves the
-    scales of int8 weights to the device that the weights were moved to.
+    scales of int8 weights to the device that the weights were moved to. Layers keep their scales for `fully_shard`.
     """
     for _, module in quantized_linears(model):
+        # What cannot be mended is refused by those who ask for `lost_by_sharding`.
+        if is_sharded(module.weight) and lost_by_sharding(module):
+            continue
         if _layer_kind(type(module)) == "Linear8bitLt":
-            Int8Weight(module).place_scales()
+            weight = Int8Weight(module)
+            weight.place_scales()
+            weight.settle()
         else:
             undo_cpu_layout(module)
+            # They differ in a model that was copied.
+            module.quant_state = quantisation_state(module)
+
+
+def lost_by_sharding(module: nn.Module) -> str | None:
+    """Return what a layer of bitsandbytes lacks after `fully_shard` replaced its weight, and what to do; else None."""
+    kind = _layer_kind(type(module))
+    if kind == "Linear8bitLt" and module.weight.dtype == torch.int8 and module.state.SCB is None:
+        return (
+            "an int8 weight that lost its scales in fully_shard; call sparsify first, and fully_shard after it, or "
+            "load the base with load_in_4bit=True and bnb_4bit_quant_storage"
+        )
+    if kind == "Linear4bit" and quantisation_state(module) is None:
+        return "a 4-bit weight without its quantisation state; quantise the base before fully_shard"
+    if kind == "Linear4bit" and was_cast(module):
+        return f"a 4-bit weight that was cast to {module.weight.dtype}, which destroyed it; load the base anew"
+    if kind == "Linear4bit" and has_cpu_layout(module):
+        return "a 4-bit weight that bitsandbytes rearranged for evaluation on a CPU; call sparsify before evaluation"
+    return None

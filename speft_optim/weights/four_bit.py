@@ -12,30 +12,35 @@ from speft_optim.kernels.dequantize import dequantize_4bit
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask
 from speft_optim.weights.quantized_weight import QuantizedWeight
+from speft_optim.weights.sharded import device_of, whole
 
 
 class FourBitWeight(QuantizedWeight):
     """A weight of two codes in a byte, high half first, in flat order, with a scale for each run of `blocksize`.
 
     Attributes:
-        packed: the quantised weight, two codes in a byte, in bitsandbytes' shape.
-        state: its `QuantState`.
+        state: its `QuantState`, which bitsandbytes keeps with the weight, and with the layer when that is sharded.
     """
 
     attribute = "absmax"
 
     def __init__(self, module: nn.Module):
-        state, self.packed = quantisation_state(module), module.weight.detach()
+        state, self._stored = quantisation_state(module), module.weight
         if _has_cpu_layout(state):
             state = copy.copy(state)
-            self.packed = _unpack_cpu_layout_(self.packed, state)
+            self._stored = _unpack_cpu_layout_(self._stored.detach(), state)
         super().__init__(module, state)
         self.state = state
-        self.shape, self.device = torch.Size(state.shape), module.weight.device
+        self.shape, self.device = torch.Size(state.shape), device_of(module.weight)
+
+    @property
+    def packed(self) -> Tensor:
+        """The quantised weight, two codes in a byte, in bitsandbytes' shape; all processes ask for a sharded one."""
+        return whole(self._stored)
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
         undo_cpu_layout(self.module)
-        self.state, self.packed = quantisation_state(self.module), self.module.weight.detach()
+        self.state, self._stored = quantisation_state(self.module), self.module.weight
         self.holder = self.state
         super()._carry(overlays)
         if hasattr(self.module, "support_avx512bf16_for_cpu"):
@@ -46,14 +51,14 @@ class FourBitWeight(QuantizedWeight):
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """Dequantise by a kernel, with an overlay whose mask is in row form; None where no kernel runs."""
-        state, codes = self.state, self._bytes()
-        if self.shape[1] % state.blocksize or not launches(codes):
+        state = self.state
+        if self.shape[1] % state.blocksize or not launches(self._stored):
             return None
         second = None
         if state.nested:
             twice = state.state2
             second = twice.code, twice.absmax, twice.blocksize, state.offset
-        scales = codes, state.code, self.scales, state.blocksize, second
+        scales = self._bytes(), state.code, self.scales, state.blocksize, second
         return dequantize_4bit(*scales, self.shape, dtype, None if mask is None else mask.positions, values)
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -112,6 +117,17 @@ def quantisation_state(module: nn.Module):
 
 def _has_cpu_layout(state: object) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
+
+
+def has_cpu_layout(module: nn.Module) -> bool:
+    """Return whether a 4-bit weight has the layout that bitsandbytes gives it for evaluation on some CPUs."""
+    return _has_cpu_layout(quantisation_state(module))
+
+
+def was_cast(module: nn.Module) -> bool:
+    """Return whether a 4-bit weight has another number of bytes than its entries need, as after a cast."""
+    weight, entries = module.weight, torch.Size(quantisation_state(module).shape).numel()
+    return round(2 * weight.numel() * weight.itemsize / max(1, entries)) != 1
 
 
 def undo_cpu_layout(module: nn.Module) -> None:

@@ -8,12 +8,14 @@ from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask
 from speft_optim.weights.quantized_weight import QuantizedWeight
 from speft_optim.weights.scales import TRAINED
+from speft_optim.weights.sharded import device_of, whole
 
 
 class Int8Weight(QuantizedWeight):
     """A weight of (out, in) int8 with one fp32 scale for each row.
 
-    In its first forward, bitsandbytes moves the scales from the weight (`Int8Params`) to the layer's state.
+    In its first forward, bitsandbytes moves the scales from the weight (`Int8Params`) to the layer's state. Of a weight
+    that `fully_shard` replaced they are in the layer's state alone.
     """
 
     attribute = "SCB"
@@ -21,21 +23,33 @@ class Int8Weight(QuantizedWeight):
     def __init__(self, module: nn.Module):
         weight = module.weight
         super().__init__(module, weight if _has_scales(weight) else module.state)
-        self.codes = weight.detach()
-        self.shape, self.device = self.codes.shape, self.codes.device
+        self._stored = weight
+        self.shape, self.device = weight.shape, device_of(weight)
+
+    @property
+    def codes(self) -> Tensor:
+        """The quantised weight, (out, in) int8; all processes ask for a sharded one."""
+        return whole(self._stored)
+
+    def settle(self) -> None:
+        """Keep the scales with the weight, to move along with it, and with the layer, for `fully_shard`."""
+        weight, state = self.module.weight, self.module.state
+        # What replaces the weight in `fully_shard` has no place for them.
+        if hasattr(weight, "SCB"):
+            if self.holder is state:
+                weight.SCB, self.holder = state.SCB, weight
+            # This is their place before bitsandbytes' first forward, which moves them to the layer by itself.
+            weight.CB, state.CB, state.SCB = weight.data, None, weight.SCB
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
-        # Move the scales back to the weight, where they are before bitsandbytes' first forward, to move along with it.
-        weight, state = self.module.weight, self.module.state
-        if self.holder is state:
-            weight.SCB, self.holder = state.SCB, weight
-        weight.CB, state.CB, state.SCB = weight.data, None, None
+        self.settle()
         super()._carry(overlays)
+        self.settle()
 
     def _launch(self, dtype: torch.dtype, mask: Mask | None, values: Tensor | None) -> Tensor | None:
         """Dequantise by a kernel, with an overlay whose mask is in row form; None where no kernel runs."""
         positions = None if mask is None else mask.positions
-        return dequantize_int8(self.codes, self.scales, dtype, positions, values) if launches(self.codes) else None
+        return dequantize_int8(self.codes, self.scales, dtype, positions, values) if launches(self._stored) else None
 
     def _row_scales(self) -> Tensor:
         return self.scales.float() * (1 / 127)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from speft_optim.distributed import together
-from speft_optim.weights.bnb import is_quantized_linear
+from speft_optim.weights.bnb import lost_by_sharding
 from speft_optim.weights.sharded import is_managed, is_sharded
 from speft_optim.weights.wrappers import plain_modules
 
@@ -16,7 +16,7 @@ def check_divisions(model: nn.Module) -> None:
     """Refuse a model of which a weight is divided otherwise than by rows.
 
     Raises:
-        ValueError: see `check_division`; or a layer is quantised.
+        ValueError: see `check_division`.
     """
     for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
@@ -29,14 +29,11 @@ def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> Non
     """Refuse a weight that is divided otherwise than by rows.
 
     Raises:
-        ValueError: it is divided in two dimensions, over some processes only, by columns or by no FSDP, or it is
-            quantised.
+        ValueError: it is divided in two dimensions, over some processes only, by columns or by no FSDP, or the scales
+            of a quantised one are lost.
     """
-    if is_quantized_linear(module):
-        raise ValueError(
-            f"{name} is a quantised weight under fully_shard, which cannot be trained yet; load the base in bf16, or "
-            "use DistributedDataParallel."
-        )
+    if lost := lost_by_sharding(module):
+        raise ValueError(f"{name} is {lost}.")
     if how := _other_division(module, parameter):
         raise ValueError(
             f"{name} is {how}. Masked weights can be divided by rows, with copies of all rows or without: call "

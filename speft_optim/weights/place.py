@@ -8,7 +8,7 @@ from speft_optim.weights.attached import name_beside, sparse_weights
 from speft_optim.weights.compact_values import version
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import check_division, gathered_parameter, sharded_parameter
-from speft_optim.weights.sharded import ShardedWeight, is_managed
+from speft_optim.weights.sharded import ShardedParameter, ShardedWeight, is_managed, is_sharded
 from speft_optim.weights.storage import FrozenWeight, frozen_weight
 from speft_optim.weights.targets import AddedModule, Target
 from speft_optim.weights.wrappers import steps_to
@@ -33,14 +33,14 @@ class Place:
         base = frozen_weight(*target.sites[0])
         # A quantised weight may be stored under a floating dtype, so the dtype does not decide this.
         self.is_dense, self._shape = isinstance(base, FloatingWeight), base.shape
-        self.shards = base if isinstance(base, ShardedWeight) else None
+        self.shards = self._shards() if is_sharded(target.parameter) else None
         self._path = target.name.rpartition(".")[0]
         self._steps = steps_to(model, self._path)
 
     @property
     def base(self) -> FrozenWeight:
         """The weight behind one interface, dense or quantised."""
-        return self.shards or frozen_weight(*self.target.sites[0])
+        return self.shards if isinstance(self.shards, ShardedWeight) else frozen_weight(*self.target.sites[0])
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -50,9 +50,9 @@ class Place:
 
     def version(self, weight: Tensor) -> tuple | None:
         """Return what changes with each write into a dense weight; None for a quantised one, which is only read."""
-        if self.shards is not None:
-            return self.shards.state()
-        return version(weight) if self.is_dense else None
+        if not self.is_dense:
+            return None
+        return version(weight) if self.shards is None else self.shards.state()
 
     def change(self, seen: Tensor | None) -> str | None:
         """Return what happened to the weight since `sparsify` if it can no longer be trained here, else None.
@@ -112,8 +112,12 @@ class Place:
         if (parameter := sharded_parameter((module, attribute), self.parents())) is None:
             return False
         check_division(self.target.name, module, parameter)
-        self.shards = ShardedWeight(module, attribute, parameter)
+        self.shards = self._shards(parameter)
         return True
+
+    def _shards(self, parameter: nn.Parameter | None = None) -> ShardedParameter:
+        """Return the process's own rows, those of a quantised weight in its storage; `parameter` is the DTensor."""
+        return (ShardedWeight if self.is_dense else ShardedParameter)(*self.target.sites[0], parameter)
 
     def gathered(self) -> nn.Parameter | None:
         """The parameter that FSDP fills with the whole weight in each pass; None before the first."""

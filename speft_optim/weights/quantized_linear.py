@@ -99,7 +99,7 @@ class FrozenForward:
         self.module = module
         module.__dict__[LAYER_NAME] = name
         # It is looked up here, since older compilers cannot trace the names of base classes.
-        self.kind = type(quantized_weight(module))
+        self.kind, self._stored_as = type(quantized_weight(module)), module.weight.dtype
         # accelerate wraps the forward to move inputs between devices, and keeps the layer's own as `_old_forward`.
         self.attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.before = module.__dict__.get(self.attribute)
@@ -114,6 +114,7 @@ class FrozenForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., out) in the dtype of `x`, for `x` (..., in)."""
+        self._check_storage()
         dtype = self.compute_dtype(x)
         hooks = self.gradient_hooks if torch.is_grad_enabled() else ()
         accumulators, grad_anchors = tuple(hook.accumulator for hook in hooks), (hook.grad_anchor for hook in hooks)
@@ -126,6 +127,19 @@ class FrozenForward:
         if self.module.bias is not None:
             output = output + self.module.bias.to(dtype)
         return output.to(x.dtype)
+
+    def _check_storage(self) -> None:
+        """Refuse a quantised weight whose numbers were cast: it is no longer what its scales are for.
+
+        Raises:
+            ValueError: its dtype is another one than before.
+        """
+        if (dtype := self.module.weight.dtype) != self._stored_as:
+            raise ValueError(
+                f"The quantised weight of {self.module.__dict__.get(LAYER_NAME) or 'a layer'} is stored in "
+                f"{self._stored_as} and was cast to {dtype}, as by MixedPrecisionPolicy(param_dtype=...), which "
+                "destroys it; load the base with bnb_4bit_quant_storage of that dtype, or do not cast."
+            )
 
     def __deepcopy__(self, memo: dict) -> "FrozenForward":
         made = memo[id(self)] = object.__new__(type(self))

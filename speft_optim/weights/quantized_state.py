@@ -6,6 +6,9 @@ another name, and a sentence is appended to the dtype noted in a packed 4-bit qu
 know of trained entries thus refuses the weight, instead of loading it without them. A sparsified model undoes the seal
 and takes the saved entries to be all that were trained. It also loads states that were saved without a seal.
 
+Of a weight that `fully_shard` divided, the state dict has the process's rows, as a DTensor, and all else whole.
+bitsandbytes looks for scales on the parameter, which that is no longer, so they are saved and loaded here.
+
 Loading also accepts a floating `<layer>.weight`, as in a merged checkpoint: the layer reads the values of its trained
 entries from it, and the quantised weight stays.
 """
@@ -17,8 +20,11 @@ from torch import Tensor, nn
 
 from speft_optim.kernels.entries import gather_entries
 from speft_optim.masks.mask import Mask
+from speft_optim.weights.four_bit import quantisation_state
+from speft_optim.weights.int8 import Int8Weight
 from speft_optim.weights.quantized_weight import QuantizedWeight
 from speft_optim.weights.scales import plain_scales
+from speft_optim.weights.sharded import is_sharded
 from speft_optim.weights.storage import as_stored, frozen_weight
 
 # Keys of state dicts that are no attributes of the layer; torch.distributed.checkpoint needs an attribute for each key.
@@ -33,12 +39,32 @@ _SEAL = (
 
 def save_entries(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
     """State dict post-hook: add the layer's trained entries, and seal its quantised weight if it has any."""
+    if is_sharded(module._parameters["weight"]):
+        _add_quantisation(module, state, f"{prefix}weight.")
     for key, part in state.items():
         state[key] = plain_scales(part)
     mask, values = frozen_weight(module).entries()
     if len(mask):
         state[f"{prefix}trained_indices"], state[f"{prefix}trained_values"] = mask.indices, values
         _seal(state, prefix)
+
+
+def _quantisation(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parts of a 4-bit layer's quantisation state by the names in state dicts; those of int8 are not there.
+
+    bitsandbytes itself finds them with the weight only, where a sharded weight has none.
+    """
+    return quantisation_state(module).as_dict(packed=True) if hasattr(module, "quant_state") else {}
+
+
+def _add_quantisation(module: nn.Module, state: dict, prefix: str) -> None:
+    """Add the parts of a sharded weight's quantisation state to a state dict."""
+    parameter, parts = module._parameters["weight"], _quantisation(module)
+    state.update({prefix + key: part for key, part in parts.items()})
+    if parts:
+        # torch.distributed.checkpoint needs an attribute for each key.
+        parameter.quant_state = quantisation_state(module)
+        parameter.__dict__.update(dict.fromkeys((key for key in parts if "." not in key), "in state_dict() only"))
 
 
 def load_entries(
@@ -62,6 +88,8 @@ def load_entries(
             return
         _unseal(state, prefix)
     stored = state.get(name)
+    if (scales := _scales_beside(module, weight, state, prefix)) is not None:
+        weight.scales.copy_(scales)
     if stored is not None and (stored.shape, stored.dtype) == (quantised.shape, quantised.dtype):
         errors += _differences(module, state, name)
         _reset(weight, saved)
@@ -72,6 +100,12 @@ def load_entries(
         weight.put(saved, values)
     elif stored is not None and stored.is_floating_point() and _read_merged(module, weight, stored):
         state[name] = quantised
+
+
+def _scales_beside(module: nn.Module, weight: QuantizedWeight, state: dict, prefix: str) -> Tensor | None:
+    """Take the scales of a sharded int8 weight out of `state`; bitsandbytes loads them only into its own parameter."""
+    is_beside = isinstance(weight, Int8Weight) and not hasattr(module._parameters["weight"], Int8Weight.attribute)
+    return state.pop(f"{prefix}SCB", None) if is_beside else None
 
 
 def _read_merged(module: nn.Module, weight: QuantizedWeight, stored: Tensor) -> bool:
@@ -122,8 +156,7 @@ def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
 
     The parts are removed from `state`, since torch would report them as unexpected.
     """
-    quantisation = getattr(module._parameters["weight"], "quant_state", None)
-    own = {} if quantisation is None else quantisation.as_dict(packed=True)
+    own = _quantisation(module)
     found = {key: state.pop(f"{name}.{key}", None) for key in own}
     return [
         f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved with."

@@ -60,12 +60,21 @@ class QuantizedWeight:
         return scales if scales.device == self.device else scales.to(self.device)
 
     def place_scales(self) -> None:
-        """Move the scales to the weight's device: bitsandbytes leaves them behind when an int8 weight moves."""
+        """Move scales and overlays to the weight's device.
+
+        bitsandbytes leaves the scales behind when an int8 weight moves, and `fully_shard` moves parameters alone. The
+        values that train move by themselves.
+        """
         entries = trained_entries(self.holder, self.attribute)
         before = getattr(self.holder, self.attribute) if entries is None else entries.scales
         if (scales := self.scales) is not before:
             kept = scales if entries is None else TrainedScales(TrainedEntries(scales, entries.overlays, entries.layer))
             setattr(self.holder, self.attribute, kept)
+        if entries is not None and not torch.compiler.is_compiling():
+            for place, (mask, values) in enumerate(entries.overlays):
+                if mask.device != self.device:
+                    values = values if isinstance(values, nn.Parameter) else values.to(self.device)
+                    entries.overlays[place] = mask.to(self.device), values
 
     def _carry(self, overlays: list[tuple[Mask, Tensor]]) -> None:
         """Attach these overlays to the scales in place of the present ones; without any, the scales are plain again."""
@@ -109,7 +118,14 @@ class QuantizedWeight:
 
     def gather(self, indices: Tensor) -> Tensor:
         """Return the entries at flat positions (k,) with the overlays, (k,) fp32."""
-        entries = self.gather_base(indices)
+        return self._overlay(self.gather_base(indices), indices)
+
+    def overlaid(self, indices: Tensor) -> Tensor:
+        """Return the entries at flat positions (k,) that all have overlays, (k,) fp32; the weight is not read."""
+        return self._overlay(torch.zeros(len(indices), device=indices.device), indices)
+
+    def _overlay(self, entries: Tensor, indices: Tensor) -> Tensor:
+        """Set the entries (k,) at flat positions (k,) that have an overlay to its values, in place."""
         for mask, values in self.overlays:
             place, inside = find(mask.to(indices.device).indices, indices)
             entries[inside] = values.detach().to(entries.device)[place[inside]]
@@ -160,4 +176,4 @@ class QuantizedWeight:
         if len(masks) != 1:
             parts = [own.indices.to(self.device) for own in masks]
             masks = [Mask(torch.cat(parts).unique() if parts else self._none().int(), self.shape)]
-        return masks[0], self.gather(masks[0].indices.to(self.device))
+        return masks[0], self.overlaid(masks[0].indices.to(self.device))

@@ -56,7 +56,7 @@ class TrainedEntries:
             RuntimeError: the copy is on the meta device.
         """
         if scales.is_meta and self.overlays:
-            raise self.lost("a move to the meta device, as for offloading,")
+            raise self.lost("a move to the meta device, as for offloading or accelerate's cpu_ram_efficient_loading,")
         return TrainedScales(TrainedEntries(scales, self.overlays, self.layer))
 
     def lost(self, use: str) -> RuntimeError:

@@ -1,8 +1,10 @@
-"""A dense weight that `fully_shard` divided over processes: each holds some rows, all of them hold the compact values.
+"""A weight that `fully_shard` divided over processes: each holds some rows, all of them hold the compact values.
 
 Between passes the module holds a DTensor; during its forward and backward FSDP puts the gathered weight in its place,
-and that is what gradient hooks see. A process writes the values into its own rows, for which it needs no other.
-Entries are read from all processes at once, in an exchange: at `sparsify`, after a load, and to save.
+and that is what gradient hooks see. A process writes the values of a dense weight into its own rows, for which it needs
+no other. Entries are read from all processes at once, in an exchange: at `sparsify`, after a load, and to save.
+
+The rows of a quantised weight are only read. bitsandbytes' scales and the overlays are whole on every process.
 """
 
 import torch
@@ -33,8 +35,22 @@ def local_rows(parameter: Tensor) -> Tensor:
     return parameter.to_local()
 
 
-class ShardedWeight(FloatingWeight):
-    """A floating parameter of a module, of which this process holds some rows.
+def device_of(parameter: Tensor) -> torch.device:
+    """Return where a parameter is computed with: under an offload policy the rows of a DTensor lie on the CPU."""
+    if not is_sharded(parameter):
+        return parameter.device
+    kind = parameter.device_mesh.device_type
+    return torch.device(kind, None if kind == "cpu" else torch.get_device_module(kind).current_device())
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return all rows of a parameter, detached, in its own memory if it is whole; all processes ask for a DTensor's."""
+    parameter = parameter.detach()
+    return parameter.to(device_of(parameter)).full_tensor() if is_sharded(parameter) else parameter
+
+
+class ShardedParameter:
+    """A parameter of a module, of which this process holds some rows, as the module holds it between passes.
 
     Args:
         module: the module.
@@ -43,19 +59,13 @@ class ShardedWeight(FloatingWeight):
 
     Attributes:
         parameter: the DTensor, also while the module holds the gathered weight.
-        device: where the weight is computed with; under an offload policy its rows lie on the CPU.
+        device: where the weight is computed with, see `device_of`.
     """
 
     def __init__(self, module: nn.Module, attribute: str, parameter: nn.Parameter | None = None):
         self._site = module, attribute
         self.parameter = module._parameters[attribute] if parameter is None else parameter
-        self.shape, self.dtype = self.parameter.shape, self.parameter.dtype
-        # The last one of the mesh: in hybrid sharding the dimension before it holds copies.
-        self._dimension = self.parameter.device_mesh.ndim - 1
-        kind = self.parameter.device_mesh.device_type
-        self.device = torch.device(kind, None if kind == "cpu" else torch.get_device_module(kind).current_device())
-        self._own: tuple[Mask, slice, Mask] | None = None
-        self._rows_seen: tuple[int, int] = (0, 0)
+        self.shape, self.dtype, self.device = self.parameter.shape, self.parameter.dtype, device_of(self.parameter)
 
     def held(self) -> Tensor | None:
         """The DTensor that the module holds between passes; what it holds now where that is no gathered weight."""
@@ -64,6 +74,30 @@ class ShardedWeight(FloatingWeight):
         if is_sharded(now):
             self.parameter = now
         return self.parameter if self._gathered() is not None else now
+
+    def _gathered(self) -> Tensor | None:
+        """The weight of all rows that FSDP put into the module for a pass, or None between passes."""
+        module, attribute = self._site
+        now = module._parameters.get(attribute)
+        fits = now is not None and not is_sharded(now) and now.shape == self.shape
+        return now if fits and is_managed(module) else None
+
+    def remember_rows(self) -> None:
+        """Do nothing: the rows of a quantised weight hold no values."""
+
+    def check_rows(self, name: str, mask: Mask, values: Tensor) -> None:
+        """Do nothing: the rows of a quantised weight hold no values."""
+
+
+class ShardedWeight(ShardedParameter, FloatingWeight):
+    """A floating parameter of a module, of which this process holds some rows. Arguments are as above."""
+
+    def __init__(self, module: nn.Module, attribute: str, parameter: nn.Parameter | None = None):
+        super().__init__(module, attribute, parameter)
+        # The last one of the mesh: in hybrid sharding the dimension before it holds copies.
+        self._dimension = self.parameter.device_mesh.ndim - 1
+        self._own: tuple[Mask, slice, Mask] | None = None
+        self._rows_seen: tuple[int, int] = (0, 0)
 
     def state(self) -> tuple:
         """Changes with every operation on the DTensor, in all processes alike, so that all begin an exchange."""
@@ -96,12 +130,12 @@ class ShardedWeight(FloatingWeight):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in `dtype`; all processes ask for it."""
-        return self.parameter.detach().to(self.device).full_tensor().to(dtype)
+        return whole(self.parameter).to(dtype)
 
     @property
     def tensor(self) -> Tensor:
         """The whole weight; all processes ask for it."""
-        return self.dense(self.dtype)
+        return whole(self.parameter)
 
     @torch.no_grad()
     def rows(self, first: int, last: int) -> Tensor:
@@ -143,13 +177,6 @@ class ShardedWeight(FloatingWeight):
             overlay_(rows, own.positions, values.detach()[places].to(rows.device))
         if (gathered := self._gathered()) is not None:
             overlay_(gathered.detach(), mask.positions, values.detach())
-
-    def _gathered(self) -> Tensor | None:
-        """The weight of all rows that FSDP put into the module for a pass, or None between passes."""
-        module, attribute = self._site
-        now = module._parameters.get(attribute)
-        fits = now is not None and not is_sharded(now) and now.shape == self.shape
-        return now if fits and is_managed(module) else None
 
     def _range(self, rows: Tensor) -> tuple[int, int]:
         """The flat positions of the process's own rows, first and last (exclusive)."""

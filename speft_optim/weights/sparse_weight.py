@@ -161,7 +161,7 @@ class SparseWeight(CompactEntries):
 
     def previous_entries(self) -> Tensor:
         """Return the entries of `previously_trained`, (k,) fp32, of a quantised weight; (0,) of a dense one."""
-        return self.values.new_empty(0) if self.holds_entries else self.base.gather(self.previously_trained.indices)
+        return self.values.new_empty(0) if self.holds_entries else self.base.overlaid(self.previously_trained.indices)
 
     def restore_previous(self, previous: Mask | None, entries: Tensor | None) -> None:
         """Set `previously_trained`, and in a quantised weight its entries to those of `previous_entries`."""
@@ -210,6 +210,9 @@ class SparseWeight(CompactEntries):
             self.uses.leave()
             # It moves what it divides to the GPU itself.
             self.values.data = self.values.data.to(self.place.shards.device)
+            if not self.holds_entries:
+                # On a GPU one copy of the mask serves both.
+                self.base.overlays[-1:] = [(self.placed_mask(), self.values)]
 
     def _weight_is_as_seen(self) -> bool:
         place, (seen, weight_seen, _) = self.place, self._seen

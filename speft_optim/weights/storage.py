@@ -60,10 +60,10 @@ def frozen_weight(module: nn.Module, attribute: str = "weight") -> FrozenWeight:
     """
     if STREAMED in module.__dict__:
         return module.__dict__[STREAMED][attribute]
-    if is_sharded(module._parameters[attribute]):
-        return ShardedWeight(module, attribute)
     if attribute == "weight" and is_quantized_linear(module):
         return quantized_weight(module)
+    if is_sharded(module._parameters[attribute]):
+        return ShardedWeight(module, attribute)
     return DenseWeight(module, attribute)
 
 
