@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from recipes.compiled import eagerly
 from recipes.data import Sample, make_batches
-from recipes.loss import IGNORED, frozen_head, is_known, linear_cross_entropy
+from recipes.loss import IGNORED, frozen_head, head_loss, is_known
 
 
 def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, Tensor | int]:
@@ -55,7 +55,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tenso
     hidden = hidden.index_select(0, batch["places"])
     softcap = getattr(model.config, "final_logit_softcapping", None)
     if (head := frozen_head(model)) is not None:
-        return linear_cross_entropy(hidden, head, targets, softcap=softcap), count
+        return head_loss(head, hidden, targets, softcap=softcap), count
     logits = model.get_output_embeddings()(hidden).float()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED), count

@@ -15,6 +15,9 @@ for every mode alike.
     moving-bf16, -nf4          the same with masks that move: a group of weights sums its gradients (see
                                `recipes.moving`), and every few steps a selection adds `selection_ms` to the step
     lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
+    streamed-bf16, -int8, -nf4 as ours, with the frozen weights in host memory (`sparsify(..., offload=)`)
+    fsdp-offload-bf16          as lora, with the frozen weights in host memory by torch's fully_shard and CPUOffloadPolicy
+    accelerate-offload-bf16    as lora, with the frozen weights in host memory by accelerate's cpu_offload
 
 `--liger` puts Liger's kernels for norms, rotary embedding and gated activation into every mode alike
 (`pip install liger-kernel`); the estimate is that of transformers' own, which keep a little more for backward.
@@ -54,6 +57,11 @@ MODES = [
     "ours-nf4",
     "moving-nf4",
     "qlora-nf4",
+    "streamed-bf16",
+    "streamed-int8",
+    "streamed-nf4",
+    "fsdp-offload-bf16",
+    "accelerate-offload-bf16",
 ]
 BITS = {"bf16": 16, "int8": 8, "nf4": 4}
 
@@ -137,7 +145,7 @@ def run_apart(mode: str, argv: list[str]) -> dict:
 
 def measure(mode: str, args: argparse.Namespace) -> dict:
     """Measure one mode beside its estimate; running out of memory becomes a row too."""
-    method, precision = mode.split("-")
+    method, _, precision = mode.rpartition("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
     if method in ("ours", "moving"):

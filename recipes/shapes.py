@@ -15,6 +15,11 @@ SHAPES = {
         dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
         | dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
     ),
+    "llama3-70b": (
+        "llama",
+        dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+        | dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
+    ),
     "qwen2-7b": (
         "qwen2",
         dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from eval.records import package_version
 from recipes import moving
-from recipes.loss import linear_cross_entropy
+from recipes.host_peers import HOST_ATTACH
+from recipes.loss import head_loss
 from recipes.memory import GIB
 from recipes.peers import ATTACH
 from recipes.random_models import build, use_liger
@@ -20,11 +21,15 @@ from speft_optim import desparsify
 def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
     """Build the model of a mode, take a few steps, and return their times and memory."""
     torch.manual_seed(0)
-    model = build(args.shape, precision, device, args.layers)
+    streams = method in HOST_ATTACH
+    model = build(args.shape, precision, device, args.layers, in_host_memory=streams)
     if args.liger:
         use_liger(model)
     weights = allocated(device, model)
-    optimizer, held = ATTACH[method](model, args)
+    optimizer, held = (HOST_ATTACH if streams else ATTACH)[method](model, args, device)
+    if streams:
+        # These are the buffers of weights on the GPU that are there throughout.
+        weights = max(0, allocated(device) - held)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
@@ -59,7 +64,7 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
 
 def trained_bytes(method: str, optimizer: torch.optim.Optimizer, held: int) -> dict[str, int]:
     """Return the bytes of the trained part, `held`, and of what its optimizer keeps, by kind."""
-    if method in ("ours", "moving"):
+    if method in ("ours", "moving", "streamed"):
         summary = optimizer.memory_summary()
         parts = {"values and positions": held, "moments": summary["moments"]}
         return parts | ({"sums of gradients": summary["salience"]} if method == "moving" else {})
@@ -92,7 +97,7 @@ def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, devic
     own first step too.
     """
     desparsify(model)
-    optimizer, _ = ATTACH["ours"](model, args)
+    optimizer, _ = ATTACH["ours"](model, args, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     whole, _ = take_step(model, optimizer, ids, device)
@@ -130,7 +135,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     softcap = getattr(model.config, "final_logit_softcapping", None)
     flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    return linear_cross_entropy(flat, model.lm_head.weight, targets, softcap=softcap) / targets.numel()
+    return head_loss(model.lm_head, flat, targets, softcap=softcap) / targets.numel()
 
 
 def limit_memory(most_bytes: float) -> None:
@@ -146,10 +151,10 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def allocated(device: torch.device, model: nn.Module) -> int:
-    """Return the bytes of the model: measured on a GPU, counted elsewhere."""
+def allocated(device: torch.device, *models: nn.Module) -> int:
+    """Return the bytes on the device: measured on a GPU, elsewhere counted of the models."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for model in models for tensor in (*model.parameters(), *model.buffers()))
