@@ -16,7 +16,7 @@ for every mode alike.
                                `recipes.moving`), and every few steps a selection adds `selection_ms` to the step
     lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
     streamed-bf16, -int8, -nf4 as ours, with the frozen weights in host memory (`sparsify(..., offload=)`)
-    fsdp-offload-bf16          as lora, with the frozen weights in host memory by torch's fully_shard and CPUOffloadPolicy
+    fsdp-offload-bf16          as lora, with the frozen weights in host memory by torch's fully_shard (CPUOffloadPolicy)
     accelerate-offload-bf16    as lora, with the frozen weights in host memory by accelerate's cpu_offload
 
 `--liger` puts Liger's kernels for norms, rotary embedding and gated activation into every mode alike
@@ -40,9 +40,10 @@ if __package__ in (None, ""):  # started as `python recipes/benchmark.py`
 import torch
 
 from eval.records import write_json
-from recipes import moving, salience_cost, timed_steps
+from recipes import host_memory, moving, salience_cost, timed_steps
 from recipes.benchmark_report import draw, table
-from recipes.memory import GIB, GPU_SIZES, estimate, let_segments_grow, peak_bytes, usable_bytes
+from recipes.host_peers import HOST_ATTACH
+from recipes.memory import GIB, GPU_SIZES, estimate, host_bytes, let_segments_grow, peak_bytes, usable_bytes
 from recipes.random_models import build, shaped
 from recipes.shapes import SHAPES, Shape
 
@@ -148,22 +149,37 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
     method, _, precision = mode.rpartition("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
-    if method in ("ours", "moving"):
+    if method in ("ours", "moving", "streamed"):
         row["masks"] = args.masks
-    if method in ("ours", "moving", "frozen"):
-        shape = Shape.of(shaped(args.shape, args.layers))
-        total = sum(rows * columns for rows, columns in shape.targets())
-        entries = 0 if method == "frozen" else round(args.density * total)
-        sums = moving.sum_bytes(total) if method == "moving" else 0
-        sizes = dict(batch=args.batch, length=args.seq, state_bits=args.state_bits, sums=sums)
-        moments = estimate(shape, bits=BITS[precision], entries=entries, **sizes)
-        row["estimate_gib"] = round(peak_bytes(moments) / GIB, 3)
+    shape, bits = Shape.of(shaped(args.shape, args.layers)), BITS[precision]
+    if method in ("ours", "moving", "frozen", "streamed"):
+        row["estimate_gib"] = round(peak_bytes(estimated(shape, method, bits, args)) / GIB, 3)
+    if method in HOST_ATTACH:
+        needed = host_bytes(shape, bits=bits, batch=args.batch, length=args.seq)
+        row["host_estimate_gib"] = round(needed / GIB, 3)
+        if lacking := host_memory.shortage(needed):
+            return row | {"error": lacking}
     if args.gpu_gb:
         timed_steps.limit_memory(usable_bytes(args.gpu_gb))
     try:
         return row | timed_steps.run_steps(method, precision, args, device)
     except torch.OutOfMemoryError:
         return row | {"error": "out of memory"}
+
+
+def estimated(shape: Shape, method: str, bits: int, args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Estimate the memory of a mode; see `recipes.memory.estimate`."""
+    total = sum(rows * columns for rows, columns in shape.targets())
+    return estimate(
+        shape,
+        bits=bits,
+        entries=0 if method == "frozen" else round(args.density * total),
+        batch=args.batch,
+        length=args.seq,
+        state_bits=args.state_bits,
+        sums=moving.sum_bytes(total) if method == "moving" else 0,
+        offload=method == "streamed",
+    )
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ import argparse
 import torch
 from torch import distributed, nn
 
-from recipes.peers import attach_lora, held_by, random_masks
+from recipes.peers import Attached, attach_lora, held_by, random_masks
 from speft_optim import SparseAdamW, sparsify
 
 
-def attach_streamed(model: nn.Module, args: argparse.Namespace, device: torch.device):
+def attach_streamed(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach the masks of `ours` to a model that stays in host memory; return SparseAdamW and its bytes held."""
     values = sparsify(model, random_masks(model, args.density, args.masks, device), offload=device)
     optimizer = SparseAdamW(values, lr=1e-5, state_bits=args.state_bits)
     return optimizer, held_by(optimizer)
 
 
-def attach_fsdp_offload(model: nn.Module, args: argparse.Namespace, device: torch.device):
+def attach_fsdp_offload(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach LoRA and let torch's `fully_shard` keep all other weights in host memory, as a group of one process.
 
     Embedding, blocks and head are groups of weights of their own: each is on the GPU only while it is needed.
@@ -40,7 +40,7 @@ def attach_fsdp_offload(model: nn.Module, args: argparse.Namespace, device: torc
     return optimizer, held
 
 
-def attach_accelerate_offload(model: nn.Module, args: argparse.Namespace, device: torch.device):
+def attach_accelerate_offload(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach LoRA and let accelerate's `cpu_offload` copy the weights of each frozen module for its own forward.
 
     Modules with adapters are left to themselves: accelerate would give their forward copies, which train nothing.

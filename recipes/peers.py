@@ -12,24 +12,26 @@ from recipes import moving
 from recipes.random_models import PROJECTIONS
 from speft_optim import Mask, Masks, SparseAdamW, find_targets, patch_model, sparsify
 
+# An optimizer, and the bytes that the trained part holds beside it.
+Attached = tuple[torch.optim.Optimizer, int]
 MASK_PROFILE = Path(__file__).with_name("mask_profile.json")
 
 
-def attach_nothing(model: nn.Module, args: argparse.Namespace, device: torch.device) -> tuple[torch.optim.Optimizer, int]:
+def attach_nothing(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Freeze the model; its quantised layers are computed as in ours."""
     patch_model(model)
     # An optimizer over a scalar outside the model lets all modes share one training step.
     return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0
 
 
-def attach_ours(model: nn.Module, args: argparse.Namespace, device: torch.device) -> tuple[torch.optim.Optimizer, int]:
+def attach_ours(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach random masks of the seven projections; return SparseAdamW and the bytes of values and positions."""
     values = sparsify(model, random_masks(model, args.density, args.masks, device))
     optimizer = SparseAdamW(values, lr=1e-5, state_bits=args.state_bits)
     return optimizer, held_by(optimizer)
 
 
-def attach_moving(model: nn.Module, args: argparse.Namespace, device: torch.device) -> tuple[torch.optim.Optimizer, int]:
+def attach_moving(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach the same masks, a group of which moves every few steps; return as `attach_ours`."""
     masks = random_masks(model, args.density, args.masks, device)
     # Without waiting, gradients are summed in each step, as they are of a large model, which has many groups.
@@ -86,7 +88,7 @@ def concentrated(projection: str, rows: int, columns: int, density: float, devic
     return chances.add_(noise).flatten().topk(round(density * rows * columns)).indices
 
 
-def attach_lora(model: nn.Module, args: argparse.Namespace, device: torch.device) -> tuple[torch.optim.Optimizer, int]:
+def attach_lora(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Inject PEFT's LoRA in place, in bf16 as QLoRA trains it; return AdamW and the bytes of the adapters.
 
     The adapters are on `device`, wherever the base is.
