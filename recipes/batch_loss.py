@@ -79,9 +79,15 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss / count
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that computes: where masked values are, if the weights themselves are in host memory."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
 def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
     """Return the mean loss over the label tokens of all samples, in evaluation mode, without gradients."""
-    device, was_training = next(model.parameters()).device, model.training
+    device, was_training = device_of(model), model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     try:

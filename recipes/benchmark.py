@@ -44,6 +44,7 @@ from recipes import host_memory, moving, salience_cost, timed_steps
 from recipes.benchmark_report import draw, table
 from recipes.host_peers import HOST_ATTACH
 from recipes.memory import GIB, GPU_SIZES, estimate, host_bytes, let_segments_grow, peak_bytes, usable_bytes
+from recipes.models import computing_device
 from recipes.random_models import build, shaped
 from recipes.shapes import SHAPES, Shape
 
@@ -147,7 +148,7 @@ def run_apart(mode: str, argv: list[str]) -> dict:
 def measure(mode: str, args: argparse.Namespace) -> dict:
     """Measure one mode beside its estimate; running out of memory becomes a row too."""
     method, _, precision = mode.rpartition("-")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
     if method in ("ours", "moving", "streamed"):
         row["masks"] = args.masks

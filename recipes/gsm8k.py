@@ -6,6 +6,7 @@
     python -m recipes.gsm8k --model FOLDER --data FOLDER --no-moving --salience fisher
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method full
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method lora --budget-rank 4 --lr 3e-3
+    python -m recipes.gsm8k --preset llama3-70b --base-bits 4 --offload
     python -m recipes.gsm8k --preset llama3-8b --base-bits 4 --dry-run
     python -m recipes.gsm8k --list-presets
 
@@ -65,7 +66,7 @@ class Job:
 
     Attributes:
         base: folder of the base checkpoint.
-        model: on its device; after training without an adapter around its layers.
+        model: on its device, or in CPU memory with `--offload`; after training without an adapter around its layers.
         tokenizer: its tokenizer, with a pad token.
         samples: training problems as tokens.
         held_out: problems for the held-out loss as tokens.
@@ -99,12 +100,12 @@ def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 def prepare(run: Run, base: Path, train_problems: list[data.Example], test_problems: list[data.Example]) -> Job:
     """Load the model and tokenise the problems."""
     args, record = run.args, run.record
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = models.computing_device()
     with run.stage("prepare"):
         torch.manual_seed(args.seed)
         dtype = models.DTYPES[record["dtype"]] if "dtype" in record else choose_dtype(args, device)
         record["dtype"] = str(dtype).removeprefix("torch.")
-        model, tokenizer = models.load(base, dtype=dtype, device=device, bits=args.base_bits)
+        model, tokenizer = models.load(base, dtype=dtype, device=device, bits=args.base_bits, offload=args.offload)
         samples = data.tokenize(tokenizer, train_problems, max_length=args.max_length)
         held_out = data.tokenize(tokenizer, test_problems[: args.held_out], max_length=args.max_length)
         if args.checkpointing:
@@ -228,9 +229,13 @@ def main(argv: list[str] | None = None) -> dict:
         train_problems, test_problems, data_folder = read_data(args)
     run.score("before", base, data_folder)
     job = prepare(run, base, train_problems, test_problems)
-    run.measure_loss("before", job.model, job.held_out, job.pad_id)
+    if not args.offload:
+        run.measure_loss("before", job.model, job.held_out, job.pad_id)
 
     trained = attach(run, job.model, job.samples, job.pad_id, job.dtype)
+    if args.offload:
+        # Only now the device computes with the weights. The values are still those of the base.
+        run.measure_loss("before", job.model, job.held_out, job.pad_id)
     if args.compile:
         compiled.compile_model(job.model, args.compile)
     # A resumed run takes the number of steps from the record, which also tells whether training is over.

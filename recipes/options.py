@@ -28,6 +28,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "checkpoint then has the dequantised weights and not the original ones: it is the very model that was "
         "trained, with its held-out loss",
     )
+    group.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave the frozen weights in host memory, for a model that is too large for the GPU: they are copied to "
+        "it block by block, in forward and again in backward. The more tokens in a forward pass, the less that costs",
+    )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
