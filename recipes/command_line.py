@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from recipes import baselines, moving
+from recipes import baselines, fitting, moving
 from recipes.options import GROUPS
 from recipes.presets import PAPER, PRESETS, preset_table
 
@@ -32,7 +32,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         # A preset's learning rate is meant for its mask.
         args.lr = chosen.lr
     fill_in(args)
+    typed = {"base_bits": args.base_bits, "offload": args.offload}
+    args.base_bits, args.offload = args.base_bits or 16, bool(args.offload)
     check(parser, args)
+    if args.gpu_gb:
+        vars(args).update(typed)
+        print(fitting.choose(args))
+        check(parser, args)
     return args
 
 
@@ -152,8 +158,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--interval and --window are for masks that move; leave out what keeps this one where it is")
     if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
         parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
-    if args.dry_run and (args.method != "sparse" or args.dtype == "float32"):
-        parser.error("--dry-run counts sparse training in bfloat16; leave out --method and --dtype float32")
+    for flag in ("dry_run", "gpu_gb"):
+        if getattr(args, flag) and (args.method != "sparse" or args.dtype == "float32"):
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} counts sparse training in bfloat16; leave out --method and --dtype float32")
     if args.offload:
         check_offload(parser, args)
     if args.cuda_graphs and not torch.cuda.is_available():

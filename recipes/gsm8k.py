@@ -42,7 +42,7 @@ import torch
 
 from recipes import baselines, compiled, data, ending, loop, memory, models, moving, report, word_problems
 from recipes.command_line import parse
-from recipes.presets import expected_memory
+from recipes.presets import expected_host_bytes, expected_memory
 from recipes.run import MASKS, Run, is_trained
 from recipes.trainable import Trained, attach
 from recipes.training_state import remove_checkpoints
@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.dry_run:
         moments = expected_memory(args)
         print(memory.describe(moments))
+        if args.offload:
+            print(f"host memory {expected_host_bytes(args) / memory.GIB:.2f} GiB for weights and inputs of blocks")
         return moments
     run = Run(args)
     record, out = run.record, run.out

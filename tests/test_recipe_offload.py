@@ -7,7 +7,7 @@ from quantized_models import SIZES
 from safetensors.torch import load_file
 from tiny_job import save_tiny
 
-from recipes import batch_loss, command_line, gsm8k, word_problems
+from recipes import batch_loss, command_line, fitting, gsm8k, memory, moving, presets, shapes, word_problems
 from speft_optim import SparseAdamW
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparsified_roots
@@ -105,3 +105,57 @@ def test_what_cannot_be_offloaded_is_refused_at_once(more, message, capsys):
     with pytest.raises(SystemExit):
         command_line.parse(["--model", "m", "--data", "d", "--offload", *more])
     assert message in capsys.readouterr().err
+
+
+def test_the_dry_run_counts_offloaded_bytes_on_gpu_and_host(capsys):
+    command = "--preset llama3-70b --base-bits 4 --offload --batch-size 2 --max-length 2048 --dry-run".split()
+    moments, printed = gsm8k.main(command), capsys.readouterr().out
+    shape = shapes.Shape.of(shapes.configuration("llama3-70b"))
+    sizes = dict(bits=4, batch=2, length=2048)
+    sums = moving.sum_bytes(sum(rows * columns for rows, columns in shape.targets()))
+    counted = dict(entries=262_144_000, state_bits=8, accumulation=4, sums=sums, offload=True)
+    assert moments == memory.estimate(shape, **sizes, **counted)
+    host = memory.host_bytes(shape, **sizes)
+    assert memory.describe(moments) in printed and f"host memory {host / memory.GIB:.2f} GiB" in printed
+    resident = memory.peak_bytes(memory.estimate(shape, **sizes, **{**counted, "offload": False}))
+    assert memory.peak_bytes(moments) < 0.25 * resident
+
+
+@pytest.mark.parametrize(
+    ("gb", "more", "bits", "offload", "reason"),
+    [
+        (24, [], 16, False, "no other mode is faster"),
+        (16, [], 8, False, "the next faster mode, 16 bits on the GPU needs"),
+        (12, [], 4, False, "the next faster mode, 8 bits on the GPU needs"),
+        (6, [], 4, True, "the next faster mode, 4 bits on the GPU needs"),
+        # Copies of 16-bit weights hide behind long batches.
+        (16, ["--batch-size", 4, "--max-length", 2048], 16, True, "16 bits on the GPU needs"),
+        # What was typed stays.
+        (24, ["--base-bits", 4], 4, False, "no other mode is faster"),
+        (8, ["--base-bits", 16], 16, True, "16 bits on the GPU needs"),
+        (24, ["--offload"], 4, True, "no other mode is faster"),
+    ],
+)
+def test_the_fastest_mode_that_fits_is_chosen_and_says_why(gb, more, bits, offload, reason, capsys):
+    words = ["--preset", "llama3-8b", "--gpu-gb", gb, *more]
+    args = command_line.parse([str(word) for word in words])
+    sentence = capsys.readouterr().out
+    assert (args.base_bits, args.offload) == (bits, offload) and reason in sentence
+    needed = memory.peak_bytes(presets.expected_memory(args))
+    assert needed <= memory.usable_bytes(gb)
+    place = "in host memory" if offload else "on the GPU"
+    assert sentence.startswith(f"{bits} bits {place} needs {needed / memory.GIB:.1f} GiB of the ")
+
+
+def test_a_gpu_that_nothing_fits_and_methods_without_modes_are_refused(capsys):
+    with pytest.raises(ValueError, match="nothing fits: 4 bits in host memory needs 8.* a GPU of 6 GB has"):
+        command_line.parse("--preset llama3-70b --gpu-gb 6".split())
+    with pytest.raises(SystemExit):
+        command_line.parse("--preset demo --method full --gpu-gb 24".split())
+    assert "--gpu-gb counts sparse training in bfloat16" in capsys.readouterr().err
+
+
+def test_every_mode_is_tried_whatever_the_tokens():
+    few, many = fitting.by_speed(2048), fitting.by_speed(fitting.HIDING_TOKENS)
+    assert set(few) == set(many) and len(few) == len(many) == 6
+    assert few[0] == many[0] == fitting.Mode(16, offload=False) and many[1] == fitting.Mode(16, offload=True)
