@@ -23,7 +23,13 @@ def shaped(name: str, layers: int | None = None):
 
 
 def build(
-    name: str, precision: str, device: torch.device, layers: int | None = None, *, in_host_memory: bool = False
+    name: str,
+    precision: str,
+    device: torch.device,
+    layers: int | None = None,
+    *,
+    in_host_memory: bool = False,
+    storage: torch.dtype = torch.uint8,
 ) -> nn.Module:
     """Build a random model of a shape: first without data, then one tensor at a time on the GPU.
 
@@ -34,6 +40,7 @@ def build(
         layers: number of blocks, instead of the model's own.
         in_host_memory: whether the weights are left in CPU memory. Only the first block is drawn then, and the others
             are copies of it in memory of their own: a model of 70 billion would take minutes to draw and to quantise.
+        storage: dtype under which bitsandbytes stores 4-bit weights, `bnb_4bit_quant_storage` of transformers.
     """
     import accelerate
     import transformers
@@ -50,7 +57,7 @@ def build(
     first = {} if in_host_memory else None
     for path, module in list(model.named_modules()):
         if precision != "bf16" and path.rpartition(".")[2] in PROJECTIONS:
-            layer = _once(first, path, lambda module=module: quantized_linear(module, precision, device, home))
+            layer = _once(first, path, lambda module=module: quantized_linear(module, precision, device, home, storage))
             model.set_submodule(path, layer)
             continue
         for key, parameter in module._parameters.items():
@@ -96,7 +103,9 @@ def random_parameter(shape: torch.Size, device: torch.device, home: torch.device
     return nn.Parameter(data.to(home or device), requires_grad=False)
 
 
-def quantized_linear(plain: nn.Linear, precision: str, device: torch.device, home: torch.device) -> nn.Module:
+def quantized_linear(
+    plain: nn.Linear, precision: str, device: torch.device, home: torch.device, storage: torch.dtype
+) -> nn.Module:
     """Build a bitsandbytes layer with random weights, of the shape of a plain one, on the device `home`."""
     import bitsandbytes as bnb
 
@@ -108,12 +117,9 @@ def quantized_linear(plain: nn.Linear, precision: str, device: torch.device, hom
         codes, scales = codes.to(home), scales.to(home)
         layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     else:
-        layer = bnb.nn.Linear4bit(
-            *sizes, bias=bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
-        )
-        quantised = bnb.nn.Params4bit(
-            weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-        ).to(device)
+        options = dict(compress_statistics=True, quant_type="nf4", quant_storage=storage)
+        layer = bnb.nn.Linear4bit(*sizes, bias=bias, compute_dtype=torch.bfloat16, device="meta", **options)
+        quantised = bnb.nn.Params4bit(weight.data, requires_grad=False, module=layer, **options).to(device)
         layer.weight = quantised if home == device else quantised.to(home)
     if bias:
         layer.bias = random_parameter(plain.bias.shape, device, home)
