@@ -116,6 +116,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     known = vars(args).pop("known_modes")
     if unknown := [mode for mode in args.modes.split(",") if mode not in known]:
         parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(known)}")
+    if args.command == "several" and len(set(args.modes.split(","))) < len(args.modes.split(",")):
+        parser.error(f"--modes {args.modes} names a mode twice; start the command twice")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -154,10 +156,10 @@ def report(modes: list[str], words: list[str], args: argparse.Namespace) -> list
 def report_several(modes: list[str], words: list[str], args: argparse.Namespace) -> list[dict]:
     """Run each mode on all GPUs; the first process reports."""
     rows, alone, out = [], {}, Path(args.out)
-    for number, mode in enumerate(modes):
+    for mode in modes:
         if mode.startswith("one-") and several.rank():
             continue  # The others meet the first process again in the next mode.
-        row = run_apart(mode, words, several.environment(number, mode))
+        row = run_apart(mode, words, several.environment(mode))
         precision = mode.rpartition("-")[2]
         rows.append(several.add_rates(row, args, alone.get(precision)))
         if mode.startswith("one-"):

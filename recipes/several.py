@@ -21,6 +21,7 @@ from datetime import timedelta
 
 import torch
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from recipes import timed_steps
 from recipes.peers import Attached, attach_lora, held_by, random_masks
@@ -40,14 +41,20 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def environment(number: int, mode: str) -> dict[str, str]:
-    """Return the environment of the process that runs mode `number`.
+def environment(mode: str) -> dict[str, str] | None:
+    """Return the environment of the process that runs a mode: without the others if it uses one GPU alone."""
+    if not mode.startswith("one-"):
+        return None
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
-    Processes of several modes meet at torchrun's one store, each time under another number of a restart.
-    """
-    if mode.startswith("one-"):
-        return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**os.environ, "TORCHELASTIC_RESTART_COUNT": str(number)}
+
+def start_group(mode: str, device: torch.device) -> None:
+    """Form the process group of a mode. All modes share torchrun's one store, in which each has names of its own."""
+    store, number, count = next(rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # If one process fails, the others wait for it no longer than this.
+    options = dict(rank=number, world_size=count, timeout=timedelta(minutes=5))
+    distributed.init_process_group(backend, store=distributed.PrefixStore(mode, store), **options)
 
 
 def device_of_process() -> torch.device:
@@ -61,7 +68,7 @@ def device_of_process() -> torch.device:
 
 def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
     """Divide the model of a mode, take a few steps, and return the slowest times and the largest peak of all GPUs."""
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
+    start_group(f"{method}-{precision}", device)
     try:
         torch.manual_seed(0)
         # A model may be larger than a GPU, so that it comes to it block by block, as `fully_shard` takes it.
