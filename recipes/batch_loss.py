@@ -10,7 +10,7 @@ from tqdm import tqdm
 from recipes import processes
 from recipes.compiled import eagerly
 from recipes.data import Sample, make_batches
-from recipes.loss import IGNORED, frozen_head, is_known, linear_cross_entropy
+from recipes.loss import IGNORED, frozen_head, head_loss, is_known
 
 
 def locate_labels(batch: dict[str, Tensor], *, multiple: int = 1) -> dict[str, Tensor | int]:
@@ -56,7 +56,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor | int]) -> tuple[Tenso
     hidden = hidden.index_select(0, batch["places"])
     softcap = getattr(model.config, "final_logit_softcapping", None)
     if (head := frozen_head(model)) is not None:
-        return linear_cross_entropy(hidden, head, targets, softcap=softcap), count
+        return head_loss(head, hidden, targets, softcap=softcap), count
     logits = model.get_output_embeddings()(hidden).float()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED), count
@@ -80,12 +80,18 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss / count
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that computes: where masked values are, if the weights themselves are in host memory."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
 def evaluate(model: nn.Module, samples: Sequence[Sample], *, batch_size: int, pad_id: int) -> float:
     """Return the mean loss over the label tokens of all samples, in evaluation mode, without gradients.
 
     Several processes share the batches.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    device, was_training = device_of(model), model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     try:

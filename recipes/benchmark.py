@@ -1,8 +1,10 @@
-"""Memory and step time of sparse fine-tuning beside its peers, on one GPU: each mode in a process of its own.
+"""Memory and step time of sparse fine-tuning beside its peers: each mode in a process of its own.
 
     python -m recipes.benchmark memory --shape llama3-8b
     python -m recipes.benchmark memory --shape qwen2-7b --modes ours-int8,ours-nf4 --batch 1 --gpu-gb 12
     python -m recipes.benchmark memory --shape llama3-8b --layers 2 --batch 1 --seq 64     # a trial, also on a CPU
+    python -m recipes.benchmark memory --shape llama3-70b --modes streamed-nf4 --gpu-gb 24
+    torchrun --nproc-per-node 2 -m recipes.benchmark several --batch 4                     # see recipes.several
 
 Random weights of the model's shape, built tensor by tensor: neither memory nor time depends on their values. Masks are
 uniform, the worst case for the sampled gradient, or with `--masks gradient` concentrated in few rows and columns, as
@@ -15,6 +17,9 @@ for every mode alike.
     moving-bf16, -nf4          the same with masks that move: a group of weights sums its gradients (see
                                `recipes.moving`), and every few steps a selection adds `selection_ms` to the step
     lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
+    streamed-bf16, -int8, -nf4 as ours, with the frozen weights in host memory (`sparsify(..., offload=)`)
+    fsdp-offload-bf16          as lora, with the frozen weights in host memory by torch's fully_shard (CPUOffloadPolicy)
+    accelerate-offload-bf16    as lora, with the frozen weights in host memory by accelerate's cpu_offload
 
 `--liger` puts Liger's kernels for norms, rotary embedding and gated activation into every mode alike
 (`pip install liger-kernel`); the estimate is that of transformers' own, which keep a little more for backward.
@@ -37,9 +42,10 @@ if __package__ in (None, ""):  # started as `python recipes/benchmark.py`
 import torch
 
 from eval.records import write_json
-from recipes import moving, salience_cost, timed_steps
+from recipes import host_memory, moving, processes, salience_cost, several, timed_steps
 from recipes.benchmark_report import draw, table
-from recipes.memory import GIB, GPU_SIZES, estimate, let_segments_grow, peak_bytes, usable_bytes
+from recipes.host_peers import HOST_ATTACH
+from recipes.memory import GIB, GPU_SIZES, estimate, host_bytes, let_segments_grow, peak_bytes, usable_bytes
 from recipes.random_models import build, shaped
 from recipes.shapes import SHAPES, Shape
 
@@ -54,6 +60,11 @@ MODES = [
     "ours-nf4",
     "moving-nf4",
     "qlora-nf4",
+    "streamed-bf16",
+    "streamed-int8",
+    "streamed-nf4",
+    "fsdp-offload-bf16",
+    "accelerate-offload-bf16",
 ]
 BITS = {"bf16": 16, "int8": 8, "nf4": 4}
 
@@ -63,29 +74,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m recipes.benchmark", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     memory = commands.add_parser("memory", help="peak memory and step time, with peers")
-    memory.add_argument("--shape", choices=SHAPES, default="llama3-8b", help="model (default %(default)s)")
-    memory.add_argument("--modes", default=",".join(MODES), help="comma-separated (default all: %(default)s)")
-    memory.add_argument("--layers", type=int, help="blocks, instead of the model's own")
-    memory.add_argument("--batch", type=int, default=2, help="sequences (default %(default)s)")
-    memory.add_argument("--seq", type=int, default=2048, help="tokens in each (default %(default)s)")
-    memory.add_argument("--density", type=float, default=0.01, help="share of the seven (default %(default)s)")
-    memory.add_argument(
-        "--masks", choices=["uniform", "gradient"], default="uniform", help="how entries lie (default %(default)s)"
-    )
-    memory.add_argument("--state-bits", type=int, choices=[8, 32], default=8, help="moments (default %(default)s)")
-    memory.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
-    memory.add_argument("--steps", type=int, default=6, help="timed steps after two more (default %(default)s)")
+    add_arguments(memory, MODES)
     memory.add_argument("--liger", action="store_true", help="Liger's norms, rotary embedding and gated activation")
-    memory.add_argument("--gpu-gb", type=int, choices=GPU_SIZES, help="simulate a GPU of so many GB")
-    memory.add_argument("--out", default="out/benchmark", help="folder for JSON and PNG (default %(default)s)")
-    memory.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    add_arguments(commands.add_parser("several", help=several.__doc__.split("\n")[0]), several.MODES)
     salience_cost.add_arguments(
         commands.add_parser("salience", help=salience_cost.__doc__.split("\n")[0]), list(SHAPES)
     )
     args = parser.parse_args(argv)
-    if args.command == "memory":
+    if args.command != "salience":
         check(parser, args)
     return args
+
+
+def add_arguments(parser: argparse.ArgumentParser, modes: list[str]) -> None:
+    """Add the options that the modes on one GPU and on several have."""
+    parser.add_argument("--shape", choices=SHAPES, default="llama3-8b", help="model (default %(default)s)")
+    parser.add_argument("--modes", default=",".join(modes), help="comma-separated (default all: %(default)s)")
+    parser.add_argument("--layers", type=int, help="blocks, instead of the model's own")
+    parser.add_argument("--batch", type=int, default=2, help="sequences on a GPU (default %(default)s)")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens in each (default %(default)s)")
+    parser.add_argument("--density", type=float, default=0.01, help="share of the seven (default %(default)s)")
+    parser.add_argument(
+        "--masks", choices=["uniform", "gradient"], default="uniform", help="how entries lie (default %(default)s)"
+    )
+    parser.add_argument("--state-bits", type=int, choices=[8, 32], default=8, help="moments (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps after two more (default %(default)s)")
+    parser.add_argument("--gpu-gb", type=int, choices=GPU_SIZES, help="simulate a GPU of so many GB")
+    parser.add_argument("--out", default="out/benchmark", help="folder for the results (default %(default)s)")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(liger=False, known_modes=modes)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -94,8 +112,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--gpu-gb {args.gpu_gb} simulates a small GPU on a larger one, but there is no CUDA device")
     if args.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
         parser.error("--liger needs a CUDA device and the package: pip install liger-kernel")
-    if unknown := [mode for mode in args.modes.split(",") if mode not in MODES]:
-        parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(MODES)}")
+    known = vars(args).pop("known_modes")
+    if unknown := [mode for mode in args.modes.split(",") if mode not in known]:
+        parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(known)}")
+    if args.command == "several" and len(set(args.modes.split(","))) < len(args.modes.split(",")):
+        parser.error(f"--modes {args.modes} names a mode twice; start the command twice")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -106,15 +127,20 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if args.memory_limit:
             timed_steps.limit_memory(args.memory_limit * 10**9)
         return salience_cost.run(args, build)
-    modes = args.modes.split(",")
+    modes, words = args.modes.split(","), sys.argv[1:] if argv is None else argv
     if args.in_process:
-        rows = [measure(mode, args) for mode in modes]
+        rows = [(measure_several if args.command == "several" else measure)(mode, args) for mode in modes]
         print(json.dumps(rows[0]), flush=True)
         return rows
+    return (report_several if args.command == "several" else report)(modes, words, args)
+
+
+def report(modes: list[str], words: list[str], args: argparse.Namespace) -> list[dict]:
+    """Run each mode on one GPU and report."""
     rows, out = [], Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for mode in modes:
-        rows.append(run_apart(mode, sys.argv[1:] if argv is None else argv))
+        rows.append(run_apart(mode, words))
         print(json.dumps(rows[-1]), flush=True)
         write_json({"arguments": vars(args), "rows": rows}, out / "memory.json")
     print(table(rows))
@@ -126,36 +152,93 @@ def main(argv: list[str] | None = None) -> list[dict]:
     return rows
 
 
-def run_apart(mode: str, argv: list[str]) -> dict:
+def report_several(modes: list[str], words: list[str], args: argparse.Namespace) -> list[dict]:
+    """Run each mode on all GPUs; the first process reports."""
+    rows, alone, out = [], {}, Path(args.out)
+    for mode in modes:
+        if mode.startswith("one-") and not processes.is_first():
+            continue  # The others meet the first process again in the next mode.
+        row = run_apart(mode, words, several.environment(mode))
+        precision = mode.rpartition("-")[2]
+        rows.append(several.add_rates(row, args, alone.get(precision)))
+        if mode.startswith("one-"):
+            alone[precision] = row
+        if processes.is_first():
+            print(json.dumps(row), flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json({"arguments": vars(args), "rows": rows}, out / "several.json")
+    if processes.is_first():
+        print(several.table(rows))
+    return rows
+
+
+def run_apart(mode: str, words: list[str], environment: dict[str, str] | None = None) -> dict:
     """Run one mode in a new process, so that its peak is its own; an error becomes a row, and others still run."""
-    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--modes", mode, "--in-process"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(Path(__file__).resolve()), *words, "--modes", mode, "--in-process"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return json.loads(done.stdout.strip().splitlines()[-1])
     return {"mode": mode, "error": (done.stderr.strip() or "no message").splitlines()[-1][:300]}
 
 
+def measure_several(mode: str, args: argparse.Namespace) -> dict:
+    """Measure one mode in this process of several; what cannot be trained becomes a row."""
+    method, _, precision = mode.rpartition("-")
+    if method == "one":
+        return measure(f"ours-{precision}", args) | {"mode": mode}
+    row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
+    device = processes.device()
+    shape = Shape.of(shaped(args.shape, args.layers))
+    # Every process builds the whole model, which `fully_shard` then takes apart.
+    needed = processes.count() * host_bytes(shape, bits=BITS[precision], batch=0, length=0)
+    if lacking := host_memory.shortage(needed):
+        return row | {"error": lacking}
+    if args.gpu_gb:
+        timed_steps.limit_memory(usable_bytes(args.gpu_gb))
+    try:
+        return row | several.run_steps(method, precision, args, device)
+    except torch.OutOfMemoryError:
+        return row | {"error": "out of memory"}
+    except ValueError as error:
+        return row | {"error": str(error)[:300]}
+
+
 def measure(mode: str, args: argparse.Namespace) -> dict:
     """Measure one mode beside its estimate; running out of memory becomes a row too."""
-    method, precision = mode.split("-")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method, _, precision = mode.rpartition("-")
+    device = processes.device()
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
-    if method in ("ours", "moving"):
+    if method in ("ours", "moving", "streamed"):
         row["masks"] = args.masks
-    if method in ("ours", "moving", "frozen"):
-        shape = Shape.of(shaped(args.shape, args.layers))
-        total = sum(rows * columns for rows, columns in shape.targets())
-        entries = 0 if method == "frozen" else round(args.density * total)
-        sums = moving.sum_bytes(total) if method == "moving" else 0
-        sizes = dict(batch=args.batch, length=args.seq, state_bits=args.state_bits, sums=sums)
-        moments = estimate(shape, bits=BITS[precision], entries=entries, **sizes)
-        row["estimate_gib"] = round(peak_bytes(moments) / GIB, 3)
+    shape, bits = Shape.of(shaped(args.shape, args.layers)), BITS[precision]
+    if method in ("ours", "moving", "frozen", "streamed"):
+        row["estimate_gib"] = round(peak_bytes(estimated(shape, method, bits, args)) / GIB, 3)
+    if method in HOST_ATTACH:
+        needed = host_bytes(shape, bits=bits, batch=args.batch, length=args.seq)
+        row["host_estimate_gib"] = round(needed / GIB, 3)
+        if lacking := host_memory.shortage(needed):
+            return row | {"error": lacking}
     if args.gpu_gb:
         timed_steps.limit_memory(usable_bytes(args.gpu_gb))
     try:
         return row | timed_steps.run_steps(method, precision, args, device)
     except torch.OutOfMemoryError:
         return row | {"error": "out of memory"}
+
+
+def estimated(shape: Shape, method: str, bits: int, args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Estimate the memory of a mode; see `recipes.memory.estimate`."""
+    total = sum(rows * columns for rows, columns in shape.targets())
+    return estimate(
+        shape,
+        bits=bits,
+        entries=0 if method == "frozen" else round(args.density * total),
+        batch=args.batch,
+        length=args.seq,
+        state_bits=args.state_bits,
+        sums=moving.sum_bytes(total) if method == "moving" else 0,
+        offload=method == "streamed",
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from recipes import baselines, moving, processes
+from recipes import baselines, fitting, moving, processes
 from recipes.options import GROUPS
 from recipes.presets import PAPER, PRESETS, preset_table
 
@@ -32,7 +32,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         # A preset's learning rate is meant for its mask.
         args.lr = chosen.lr
     fill_in(args)
+    typed = {"base_bits": args.base_bits, "offload": args.offload}
+    args.base_bits, args.offload = args.base_bits or 16, bool(args.offload)
     check(parser, args)
+    if args.gpu_gb:
+        vars(args).update(typed)
+        print(fitting.choose(args))
+        check(parser, args)
     return args
 
 
@@ -156,14 +162,33 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--interval and --window are for masks that move; leave out what keeps this one where it is")
     if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
         parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
-    if args.dry_run and (args.method != "sparse" or args.dtype == "float32"):
-        parser.error("--dry-run counts sparse training in bfloat16; leave out --method and --dtype float32")
+    for flag in ("dry_run", "gpu_gb"):
+        if getattr(args, flag) and (args.method != "sparse" or args.dtype == "float32"):
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} counts sparse training in bfloat16; leave out --method and --dtype float32")
+    if args.offload:
+        check_offload(parser, args)
     if args.cuda_graphs and not torch.cuda.is_available():
         parser.error("--cuda-graphs needs a CUDA device, and there is none")
     if args.cuda_graphs and args.checkpointing:
         parser.error("--checkpointing reads the random state, which --cuda-graphs cannot replay; leave one of both out")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
+
+
+def check_offload(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot be done with frozen weights in host memory."""
+    if args.method != "sparse":
+        parser.error(
+            f"--offload leaves frozen weights in host memory for a mask; leave it out of --method {args.method}"
+        )
+    if processes.count() > 1:
+        parser.error("--offload is for one process, and this run has several; leave it out, or start one")
+    for flag in ("compile", "cuda_graphs"):
+        if getattr(args, flag):
+            parser.error(f"--offload copies weights to the GPU from Python; leave out --{flag.replace('_', '-')}")
+    if args.salience in ("grasp", "synflow"):
+        parser.error(f"--salience {args.salience} needs the whole model on its device; choose another with --offload")
 
 
 def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

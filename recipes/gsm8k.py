@@ -6,6 +6,7 @@
     python -m recipes.gsm8k --model FOLDER --data FOLDER --no-moving --salience fisher
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method full
     python -m recipes.gsm8k --model FOLDER --data FOLDER --method lora --budget-rank 4 --lr 3e-3
+    python -m recipes.gsm8k --preset llama3-70b --base-bits 4 --offload
     python -m recipes.gsm8k --preset llama3-8b --base-bits 4 --dry-run
     torchrun --nproc-per-node 2 -m recipes.gsm8k --preset gemma2-2b
     python -m recipes.gsm8k --list-presets
@@ -42,7 +43,7 @@ import torch
 
 from recipes import baselines, compiled, data, ending, loop, memory, models, moving, processes, report, word_problems
 from recipes.command_line import parse
-from recipes.presets import expected_memory
+from recipes.presets import expected_host_bytes, expected_memory
 from recipes.run import MASKS, Run, is_trained
 from recipes.trainable import Trained, attach
 from recipes.training_state import remove_checkpoints
@@ -66,7 +67,7 @@ class Job:
 
     Attributes:
         base: folder of the base checkpoint.
-        model: on its device; after training without an adapter around its layers.
+        model: on its device, or in CPU memory with `--offload`; after training without an adapter around its layers.
         tokenizer: its tokenizer, with a pad token.
         samples: training problems as tokens.
         held_out: problems for the held-out loss as tokens.
@@ -105,7 +106,7 @@ def prepare(run: Run, base: Path, train_problems: list[data.Example], test_probl
         torch.manual_seed(args.seed)
         dtype = models.DTYPES[record["dtype"]] if "dtype" in record else choose_dtype(args, device)
         record["dtype"] = str(dtype).removeprefix("torch.")
-        model, tokenizer = models.load(base, dtype=dtype, device=device, bits=args.base_bits)
+        model, tokenizer = models.load(base, dtype=dtype, device=device, bits=args.base_bits, offload=args.offload)
         samples = data.tokenize(tokenizer, train_problems, max_length=args.max_length)
         held_out = data.tokenize(tokenizer, test_problems[: args.held_out], max_length=args.max_length)
         if args.checkpointing:
@@ -220,6 +221,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.dry_run:
         moments = expected_memory(args)
         print(memory.describe(moments))
+        if args.offload:
+            print(f"host memory {expected_host_bytes(args) / memory.GIB:.2f} GiB for weights and inputs of blocks")
         return moments
     with processes.joined():
         return work(args)
@@ -235,9 +238,13 @@ def work(args: argparse.Namespace) -> dict:
         train_problems, test_problems, data_folder = read_data(args)
     run.score("before", base, data_folder)
     job = prepare(run, base, train_problems, test_problems)
-    run.measure_loss("before", job.model, job.held_out, job.pad_id)
+    if not args.offload:
+        run.measure_loss("before", job.model, job.held_out, job.pad_id)
 
     trained = attach(run, job.model, job.samples, job.pad_id, job.dtype)
+    if args.offload:
+        # Only now the device computes with the weights. The values are still those of the base.
+        run.measure_loss("before", job.model, job.held_out, job.pad_id)
     if args.compile:
         compiled.compile_model(job.model, args.compile)
     # A resumed run takes the number of steps from the record, which also tells whether training is over.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recipes import processes
+from recipes.batch_loss import device_of
 from recipes.data import Sample, sample_windows
 from recipes.passes import Passes, ReplayedPasses
 from recipes.random_state import random_state, restore_random_state
@@ -74,7 +75,7 @@ def train(
     """Train whatever in `model` requires a gradient.
 
     Args:
-        model: a causal language model of transformers, on its device.
+        model: a causal language model of transformers, on its device, or sparsified with `offload`.
         optimizer: over the trained tensors; the rates in its groups are the peak rates.
         samples: tokenised training problems, passed over as often as `steps` asks.
         steps: optimizer steps of the whole run, those before a resume included.
@@ -217,7 +218,7 @@ def seconds_per_step(
         pad_multiple: lengths are padded to a multiple of this.
     """
     state, was_training, seconds = random_state(), model.training, []
-    device = next(model.parameters()).device
+    device = device_of(model)
     model.train()
     for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed, pool=pool), 3):
         begin = time.perf_counter()

@@ -24,16 +24,39 @@ def is_known(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) in DECODERS
 
 
-def frozen_head(model: nn.Module) -> Tensor | None:
-    """Return the head's weight, (vocabulary, width), if `linear_cross_entropy` can replace head and loss, else None.
+def frozen_head(model: nn.Module) -> nn.Module | None:
+    """Return the head if `head_loss` can replace its logits and their loss, else None.
 
-    It cannot for an unknown architecture, a trained head, or a head with hooks, which must be called.
+    It cannot for an unknown architecture, a trained head, or a head with hooks, which would see a loss as its output.
     """
     if not is_known(model):
         return None
     head = model.get_output_embeddings()
     hooked = head._forward_hooks or head._forward_pre_hooks
-    return None if hooked or head.weight.requires_grad else head.weight
+    return None if hooked or head.weight.requires_grad else head
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, *, softcap: float | None = None) -> Tensor:
+    """Compute `linear_cross_entropy` with the weight of a frozen head, inside a call of the head.
+
+    A weight that is kept in host memory, or divided among processes, is whole and beside `hidden` only then.
+
+    Args:
+        head: a linear layer without bias, (vocabulary, width).
+        hidden: see `linear_cross_entropy`, as are `targets` and `softcap`.
+        targets: (tokens,).
+        softcap: the cap of the logits.
+    """
+    # accelerate's hooks are in the place of `forward`, and call the module's own under this name.
+    name = "_old_forward" if hasattr(head, "_old_forward") else "forward"
+    covered = head.__dict__.get(name)
+    setattr(head, name, lambda rows: linear_cross_entropy(rows, head.weight, targets, softcap=softcap))
+    try:
+        return head(hidden)
+    finally:
+        delattr(head, name)
+        if covered is not None:
+            setattr(head, name, covered)
 
 
 def linear_cross_entropy(

@@ -14,13 +14,17 @@ from recipes.shapes import Shape
 
 GIB = 2**30
 # Common sizes in GB of 10^9 bytes: GPUs with error correction have little more for tensors.
-GPU_SIZES = (12, 16, 24, 40, 48, 80)
+GPU_SIZES = (6, 8, 12, 16, 24, 40, 48, 80)
 # The CUDA context takes a few hundred MiB, which depend on GPU and driver; the rest is for gaps between tensors.
 OVERHEAD_BYTES = 3 * 2**28
 # cuBLAS takes this workspace on an H100; less on other GPUs.
 WORKSPACE_BYTES = 64 * 2**20
 # The library forms the gradients of uniform masks in dense panels of at most so many bytes.
 PANEL_BYTES = 64 * 2**20
+# Where the weights are in host memory, those of a block start at multiples of so many bytes in a buffer on the GPU.
+ALIGNMENT = 256
+# Each 4-bit weight of bitsandbytes has its own tables of 16 and 256 fp32 numbers, and the mean of its scales.
+TABLE_BYTES = 4 * (16 + 256 + 1)
 
 
 def let_segments_grow() -> None:
@@ -44,6 +48,7 @@ def estimate(
     accumulation: int = 1,
     checkpointing: bool = True,
     sums: int = 0,
+    offload: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Return the bytes of each part at the moments that can set the peak of a training step; see `peak_bytes`.
 
@@ -58,11 +63,14 @@ def estimate(
         accumulation: forward passes in a step; gradients of the first are there during the others.
         checkpointing: whether blocks are recomputed in backward.
         sums: bytes of the sums of gradients by which masks move.
+        offload: whether the frozen weights and the inputs of blocks are in host memory; blocks are then checkpointed.
 
     Returns:
         By moment (`loss`, `last block`, `first block`) the bytes by part. The loss is taken in chunks (`recipes.loss`).
     """
-    held = {"weights": _weight_bytes(shape, bits), **_entry_bytes(shape.targets(targets), entries, state_bits)}
+    weights = _buffer_bytes(shape, bits) if offload else _weight_bytes(shape, bits)
+    held = {"weights": weights, **_entry_bytes(shape.targets(targets), entries, state_bits)}
+    checkpointing = checkpointing or offload
     gradients, block, saved = 4 * entries, *_block_bytes(shape, batch, length, bits, entries > 0)
     row = batch * length * shape.width  # numbers in the hidden states
     # Attention that forms whole scores also forms the masks of full and of sliding attention.
@@ -76,7 +84,9 @@ def estimate(
     held["workspace"] = WORKSPACE_BYTES
     if sums:
         held["sums of gradients"] = sums
-    kept = boundary * shape.layers + masks
+    # From host memory the input of the next block comes while one is computed; the head comes for the loss.
+    kept = boundary * (2 if offload else shape.layers) + masks
+    loss += 2 * shape.vocabulary * shape.width if offload else 0
     recomputed = block if checkpointing else block - saved
     return {
         "loss": held | {"gradients": earlier, "kept activations": kept, "loss chunk": loss},
@@ -114,20 +124,35 @@ def describe(moments: Mapping[str, Mapping[str, int]]) -> str:
     return "\n".join([*lines, f"expected peak {needed / GIB:.2f} GiB; {overhead} it {fits}"])
 
 
+def host_bytes(shape: Shape, *, bits: int, batch: int, length: int) -> int:
+    """Return the bytes of host memory that the frozen weights and the inputs of all blocks take under `offload`."""
+    return _weight_bytes(shape, bits) + 2 * batch * length * shape.width * shape.layers
+
+
 def _weight_bytes(shape: Shape, bits: int) -> int:
-    total = 2 * shape.others
-    for rows, columns in shape.linears.values():
-        entries = rows * columns
-        if bits == 16:
-            total += 2 * entries
-        elif bits == 8:
-            total += entries + 4 * rows
-        else:
-            # A byte holds two codes, 64 codes share a one-byte scale, and 256 scales share an fp32 number. Each weight
-            # has its own tables of 16 and 256 fp32 numbers, and the mean of its scales.
-            blocks = -(-entries // 64)
-            total += -(-entries // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
-    return total
+    tables = TABLE_BYTES * len(shape.linears) if bits == 4 else 0
+    return 2 * shape.others + tables + sum(sum(_linear_bytes(*size, bits)) for size in shape.linears.values())
+
+
+def _linear_bytes(rows: int, columns: int, bits: int) -> list[int]:
+    """Return the bytes of each tensor of a linear weight, without the tables of 4-bit ones."""
+    entries = rows * columns
+    if bits == 16:
+        return [2 * entries]
+    if bits == 8:
+        return [entries, 4 * rows]
+    # A byte holds two codes, 64 codes share a one-byte scale, and 256 scales share an fp32 number.
+    blocks = -(-entries // 64)
+    return [-(-entries // 2), blocks, 4 * -(-blocks // 256)]
+
+
+def _buffer_bytes(shape: Shape, bits: int) -> int:
+    """Return the bytes on the GPU of two blocks' weights, and of the tables of all 4-bit weights."""
+    tables = TABLE_BYTES * len(shape.linears) if bits == 4 else 0
+    each = [2 * count for count in shape.block_others]
+    for rows, columns in list(shape.linears.values())[: len(shape.linears) // shape.layers]:
+        each += _linear_bytes(rows, columns, bits)
+    return min(2, shape.layers) * sum(-(-size // ALIGNMENT) * ALIGNMENT for size in each) + tables
 
 
 def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: int) -> dict[str, int]:

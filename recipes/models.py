@@ -49,15 +49,23 @@ def configuration(name: str, *, cache: str | Path = "models") -> PretrainedConfi
         ) from error
 
 
-def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", bits: int = 16):
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    bits: int = 16,
+    offload: bool = False,
+):
     """Load a checkpoint folder for training.
 
     Args:
         folder: a local checkpoint.
         dtype: dtype of the weights; of a quantised base, of the weights that are not quantised and of all products.
-        device: the device of the model.
+        device: the device that computes, and that holds the model unless it is offloaded.
         bits: 16 leaves the weights in `dtype`. With 8, or 4 (nf4, double quantisation), bitsandbytes quantises the
             linear weights of the blocks as they are read, so that the dense model never exists.
+        offload: whether the model is left in CPU memory, for `sparsify(..., offload=device)`.
 
     Returns:
         The model, in training mode, and its tokenizer, which always has a pad token.
@@ -70,10 +78,11 @@ def load(folder: str | Path, *, dtype: torch.dtype, device: torch.device | str =
         tokenizer.pad_token = tokenizer.eos_token
     config = AutoConfig.from_pretrained(folder)
     options = dict(dtype=dtype, attn_implementation=attention_backend(config, device))
+    home = "cpu" if offload else device
     if bits == 16:
-        return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).train(), tokenizer
+        return AutoModelForCausalLM.from_pretrained(folder, **options).to(home).train(), tokenizer
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=_quantisation(bits, dtype), device_map={"": device}, **options
+        folder, quantization_config=_quantisation(bits, dtype), device_map={"": home}, **options
     )
     # Patched before training, the model gives a loss that can be compared with the one after.
     patch_model(model)

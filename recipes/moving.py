@@ -7,6 +7,7 @@ where many entries are trained.
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from speft_optim import Mask, MaskSchedule, SparseAdamW, sparsify
@@ -50,6 +51,7 @@ def attach(
     power: float,
     window: int = WINDOW,
     interval: int = INTERVAL,
+    offload: torch.device | None = None,
     **options,
 ) -> tuple[SparseAdamW, MaskSchedule]:
     """Attach masks that move, and the optimizer that moves them.
@@ -61,9 +63,11 @@ def attach(
         power: `magnitude_power` of the optimizer.
         window: over how many optimizer steps gradients are summed to rank the entries.
         interval: the least number of steps between two selections of a weight.
+        offload: the device that computes while the model's weights stay in CPU memory; None for a model on its device.
         **options: further options of the optimizer.
     """
-    optimizer = SparseAdamW(sparsify(model, masks, keep_empty=True), magnitude_power=power, **options)
+    values = sparsify(model, masks, keep_empty=True, offload=offload)
+    optimizer = SparseAdamW(values, magnitude_power=power, **options)
     steps = dict(window=window, interval=interval)
     options = dict(salience=salience, scope="global", memory_budget=BUDGET)
     return optimizer, MaskSchedule(model, optimizer, **options, **steps)

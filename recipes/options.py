@@ -2,7 +2,7 @@
 
 import argparse
 
-from recipes import baselines, compiled, loop, moving
+from recipes import baselines, compiled, loop, memory, moving
 from recipes.models import DTYPES
 from recipes.packaged_models import PACKAGED
 from speft_optim import MEASURES
@@ -23,10 +23,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--base-bits",
         type=int,
         choices=[16, 8, 4],
-        default=16,
-        help="let bitsandbytes keep the frozen weights of the blocks in 8 or 4 bits (default %(default)s). The bf16 "
+        help="let bitsandbytes keep the frozen weights of the blocks in 8 or 4 bits (default 16). The bf16 "
         "checkpoint then has the dequantised weights and not the original ones: it is the very model that was "
         "trained, with its held-out loss",
+    )
+    group.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help="leave the frozen weights in host memory, for a model that is too large for the GPU: they are copied to "
+        "it block by block, in forward and again in backward. The more tokens in a forward pass, the less that costs",
+    )
+    group.add_argument(
+        "--gpu-gb",
+        type=int,
+        choices=memory.GPU_SIZES,
+        help="choose --base-bits and --offload, where they are not given: the fastest that fit a GPU of so many GB",
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recipes.batch_loss import summed_loss
+from recipes.batch_loss import device_of, summed_loss
 from recipes.loss import is_known
 from speft_optim import MaskSchedule
 
@@ -35,7 +35,7 @@ class Passes:
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None):
         self.model, self.autocast = model, autocast
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
 
     def backward(self, batch: Batch, labels: int) -> Tensor:
         """Add the gradient of a batch's summed loss over `labels`; return the loss, a scalar."""

@@ -12,26 +12,28 @@ from recipes import moving
 from recipes.random_models import PROJECTIONS
 from speft_optim import Mask, Masks, SparseAdamW, find_targets, patch_model, sparsify
 
+# An optimizer, and the bytes that the trained part holds beside it.
+Attached = tuple[torch.optim.Optimizer, int]
 MASK_PROFILE = Path(__file__).with_name("mask_profile.json")
 
 
-def attach_nothing(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+def attach_nothing(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Freeze the model; its quantised layers are computed as in ours."""
     patch_model(model)
     # An optimizer over a scalar outside the model lets all modes share one training step.
     return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0
 
 
-def attach_ours(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+def attach_ours(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach random masks of the seven projections; return SparseAdamW and the bytes of values and positions."""
-    values = sparsify(model, random_masks(model, args.density, args.masks))
+    values = sparsify(model, random_masks(model, args.density, args.masks, device))
     optimizer = SparseAdamW(values, lr=1e-5, state_bits=args.state_bits)
     return optimizer, held_by(optimizer)
 
 
-def attach_moving(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
+def attach_moving(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach the same masks, a group of which moves every few steps; return as `attach_ours`."""
-    masks = random_masks(model, args.density, args.masks)
+    masks = random_masks(model, args.density, args.masks, device)
     # Without waiting, gradients are summed in each step, as they are of a large model, which has many groups.
     steps = dict(window=moving.WINDOW, interval=moving.WINDOW)
     options = dict(salience="snip", power=moving.power_for(args.density), state_bits=args.state_bits, lr=1e-5)
@@ -45,12 +47,18 @@ def held_by(optimizer: SparseAdamW) -> int:
     return held["values"] + held["positions"]
 
 
-def random_masks(model: nn.Module, density: float, kind: str):
-    """Draw masks of the seven projections: the same share of every row, or concentrated as gradients choose them."""
+def random_masks(model: nn.Module, density: float, kind: str, device: torch.device) -> Masks:
+    """Draw masks of the seven projections: the same share of every row, or concentrated as gradients choose them.
+
+    Args:
+        model: the model, on any device.
+        density: share of the entries of each weight.
+        kind: `uniform` or `gradient`.
+        device: the device that draws the masks and holds them.
+    """
     masks = Masks()
     for name, target in find_targets(model, PROJECTIONS).items():
         rows, columns = target.matrix_shape
-        device = target.device
         if kind == "uniform":
             count = max(1, round(density * columns))
             columns_of = torch.rand(rows, columns, device=device).topk(count, dim=1).indices.sort(dim=1).values
@@ -80,15 +88,18 @@ def concentrated(projection: str, rows: int, columns: int, density: float, devic
     return chances.add_(noise).flatten().topk(round(density * rows * columns)).indices
 
 
-def attach_lora(model: nn.Module, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, int]:
-    """Inject PEFT's LoRA in place, in bf16 as QLoRA trains it; return AdamW and the bytes of the adapters."""
+def attach_lora(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
+    """Inject PEFT's LoRA in place, in bf16 as QLoRA trains it; return AdamW and the bytes of the adapters.
+
+    The adapters are on `device`, wherever the base is.
+    """
     import peft
 
     options = dict(r=args.rank, lora_alpha=2 * args.rank, target_modules=PROJECTIONS)
     peft.inject_adapter_in_model(peft.LoraConfig(**options), model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(device, torch.bfloat16)
     fused = trained[0].is_cuda
     return torch.optim.AdamW(trained, lr=1e-5, fused=fused), sum(parameter.nbytes for parameter in trained)
 

@@ -10,6 +10,7 @@ PRESETS = {
     "gemma2-2b": {"model": "google/gemma-2-2b", "budget": 25_559_040, **METAMATH},
     "qwen2-7b": {"model": "Qwen/Qwen2-7B", "budget": 40_370_176, **METAMATH},
     "llama3-8b": {"model": "meta-llama/Meta-Llama-3-8B", "budget": 54_525_952, **METAMATH},
+    "llama3-70b": {"model": "meta-llama/Meta-Llama-3-70B", "budget": 262_144_000, **METAMATH},
     "demo": {
         "model": "smollm2",
         "data": "generator",
@@ -48,32 +49,49 @@ PAPER = {
 }
 
 
+# Batches of the table of presets: the recipe's own, and longer ones.
+BATCHES = ((4, 512), (2, 2048), (4, 2048))
+
+
 def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
-    """Format the expected peaks of the presets for three sizes of batch, and the smallest common GPU for each.
+    """Format the expected peaks of the presets for several batches, and the smallest common GPU for each.
 
     Args:
         parse: the function that reads a command line.
     """
-    lines = ["| preset | entries | batch | 16 bits | 8 bits | 4 bits |", "|---|---|---|---|---|---|"]
+    modes = [(bits, offload) for offload in (False, True) for bits in (16, 8, 4)]
+    names = [f"{bits} bits{', offload' if offload else ''}" for bits, offload in modes]
+    lines = [f"| preset | entries | batch | {' | '.join(names)} |", "|---" * (3 + len(modes)) + "|"]
     for name in [name for name in PRESETS if name in shapes.SHAPES]:
-        for batch in ([], ["--batch-size=1", "--max-length=2048"], ["--batch-size=2", "--max-length=2048"]):
-            cells = []
-            for bits in (16, 8, 4):
-                args = parse(["--preset", name, "--base-bits", str(bits), *batch])
+        for batch, length in BATCHES:
+            size, cells = [f"--batch-size={batch}", f"--max-length={length}"], []
+            for bits, offload in modes:
+                mode = ["--base-bits", str(bits), "--offload" if offload else "--no-offload"]
+                args = parse(["--preset", name, *mode, *size])
                 needed = memory.peak_bytes(expected_memory(args))
-                cells.append(f"{needed / memory.GIB:.1f} GiB: {memory.smallest_gpu(needed)} GB")
-            size = f"{args.batch_size} x {args.max_length}"
-            lines.append(f"| {name} | {args.budget:,} | {size} | " + " | ".join(cells) + " |")
+                gb = memory.smallest_gpu(needed)
+                cells.append(f"{needed / memory.GIB:.1f} GiB: {f'{gb} GB' if gb else 'none'}")
+            lines.append(f"| {name} | {args.budget:,} | {batch} x {length} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Estimate the memory of training with the longest batch, by moment and part; see `recipes.memory.estimate`."""
+def shape_of(args: argparse.Namespace) -> shapes.Shape:
+    """Return the sizes of the model, from its configuration alone."""
     if args.preset in shapes.SHAPES and args.model == PRESETS[args.preset]["model"]:
         config = shapes.configuration(args.preset)  # needs no network and no accepted licence
     else:
         config = models.configuration(args.model, cache=args.cache)
-    shape = shapes.Shape.of(config)
+    return shapes.Shape.of(config)
+
+
+def expected_host_bytes(args: argparse.Namespace) -> int:
+    """Estimate the host memory of training with --offload, with the longest batch."""
+    return memory.host_bytes(shape_of(args), bits=args.base_bits, batch=args.batch_size, length=args.max_length)
+
+
+def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Estimate the memory of training with the longest batch, by moment and part; see `recipes.memory.estimate`."""
+    shape = shape_of(args)
     sizes = shape.targets(args.targets)
     total = sum(rows * columns for rows, columns in sizes)
     entries = args.budget or sum((args.budget_rank or 0) * (rows + columns) for rows, columns in sizes)
@@ -91,4 +109,5 @@ def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
         accumulation=args.accumulation,
         checkpointing=args.checkpointing,
         sums=moving.sum_bytes(total) if args.moving else 0,
+        offload=args.offload,
     )

@@ -15,6 +15,11 @@ SHAPES = {
         dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
         | dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
     ),
+    "llama3-70b": (
+        "llama",
+        dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+        | dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
+    ),
     "qwen2-7b": (
         "qwen2",
         dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
@@ -55,6 +60,7 @@ class Shape:
         score_heads: query heads whose scores are formed whole, (batch, heads, length, length); 0 for fused attention.
         capped: whether logits are capped.
         linears: from name to (rows, columns), the linear weights of the blocks.
+        block_others: numbers in each other parameter of a block.
         others: numbers in all other parameters.
     """
 
@@ -69,6 +75,7 @@ class Shape:
     score_heads: int
     capped: bool
     linears: Mapping[str, tuple[int, int]]
+    block_others: tuple[int, ...]
     others: int
 
     @classmethod
@@ -88,6 +95,7 @@ class Shape:
         head = model.get_output_embeddings()
         found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
         linears = {name: tuple(module.weight.shape) for name, module in found.items()}
+        weights = {id(module.weight) for module in found.values()}
         block = model.get_decoder().layers[0]
         norms = [module.weight.numel() for module in block.modules() if type(module).__name__.endswith("RMSNorm")]
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -104,6 +112,7 @@ class Shape:
             score_heads=config.num_attention_heads if scores_whole else 0,
             capped=getattr(config, "final_logit_softcapping", None) is not None,
             linears=linears,
+            block_others=tuple(p.numel() for p in block.parameters() if id(p) not in weights),
             others=sum(p.numel() for p in model.parameters())
             - sum(rows * columns for rows, columns in linears.values()),
         )

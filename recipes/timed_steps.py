@@ -4,13 +4,15 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from eval.records import package_version
 from recipes import moving
-from recipes.loss import linear_cross_entropy
+from recipes.host_peers import HOST_ATTACH
+from recipes.loss import head_loss
 from recipes.memory import GIB
 from recipes.peers import ATTACH
 from recipes.random_models import build, use_liger
@@ -20,46 +22,69 @@ from speft_optim import desparsify
 def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
     """Build the model of a mode, take a few steps, and return their times and memory."""
     torch.manual_seed(0)
-    model = build(args.shape, precision, device, args.layers)
+    streams = method in HOST_ATTACH
+    model = build(args.shape, precision, device, args.layers, in_host_memory=streams)
     if args.liger:
         use_liger(model)
     weights = allocated(device, model)
-    optimizer, held = ATTACH[method](model, args)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    model.train()
-    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step_ms, optimizer_ms = [], []
+    optimizer, held = (HOST_ATTACH if streams else ATTACH)[method](model, args, device)
+    if streams:
+        # These are the buffers of weights on the GPU that are there throughout.
+        weights = max(0, allocated(device) - held)
     # Masks that move do so twice, at the end of the last step too.
     steps = max(args.steps + 2, 2 * moving.WINDOW) if method == "moving" else args.steps + 2
-    for number in range(steps):
-        whole, last = take_step(model, optimizer, ids, device)
-        if number >= 2:
-            step_ms.append(whole)
-            optimizer_ms.append(last)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    parts = {"weights": weights, **trained_bytes(method, optimizer, held)}
-    row = {
-        "layers": model.config.num_hidden_layers,
-        "trained": trained,
-        "step_ms": round(statistics.median(step_ms), 1),
-        "optimizer_ms": round(statistics.median(optimizer_ms), 2),
-        **memory_of(device, parts),
-    }
+    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
+    row, step_ms = train(model, optimizer, ids, device, steps)
+    row |= memory_of(device, {"weights": weights, **trained_bytes(method, optimizer, held)})
     if method == "moving":
         # The slowest step is one at whose end masks changed.
         row["selection_ms"] = round(max(step_ms) - statistics.median(step_ms), 1)
     del optimizer
     check = verified_step(model, args, ids, device) if method == "ours" and precision == "bf16" else {}
+    return row | check | software(device)
+
+
+def software(device: torch.device) -> dict:
+    """Return the GPU and the versions that times depend on."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return row | check | {"gpu": gpu} | {name: package_version(name) for name in ("torch", "transformers")}
+    return {"gpu": gpu} | {name: package_version(name) for name in ("torch", "transformers")}
+
+
+def train(
+    model: nn.Module, optimizer, ids: Tensor, device: torch.device, steps: int, loss: Callable | None = None
+) -> tuple[dict, list[float]]:
+    """Take steps on checkpointed blocks.
+
+    Args:
+        model: the model, with what is trained attached.
+        optimizer: its optimizer.
+        ids: (batch, length), the tokens of each step.
+        device: the device that computes.
+        steps: their number; the first two are not timed.
+        loss: from model and tokens to the loss; None for `loss_of`.
+
+    Returns:
+        The row of the result so far, and the milliseconds of each timed step.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timed = [take_step(model, optimizer, ids, device, loss) for _ in range(steps)][2:]
+    step_ms, optimizer_ms = ([step[part] for step in timed] for part in (0, 1))
+    row = {
+        "layers": model.config.num_hidden_layers,
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "step_ms": round(statistics.median(step_ms), 1),
+        "optimizer_ms": round(statistics.median(optimizer_ms), 2),
+    }
+    return row, step_ms
 
 
 def trained_bytes(method: str, optimizer: torch.optim.Optimizer, held: int) -> dict[str, int]:
     """Return the bytes of the trained part, `held`, and of what its optimizer keeps, by kind."""
-    if method in ("ours", "moving"):
+    if method in ("ours", "moving", "streamed"):
         summary = optimizer.memory_summary()
         parts = {"values and positions": held, "moments": summary["moments"]}
         return parts | ({"sums of gradients": summary["salience"]} if method == "moving" else {})
@@ -92,7 +117,7 @@ def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, devic
     own first step too.
     """
     desparsify(model)
-    optimizer, _ = ATTACH["ours"](model, args)
+    optimizer, _ = ATTACH["ours"](model, args, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     whole, _ = take_step(model, optimizer, ids, device)
@@ -100,14 +125,16 @@ def verified_step(model: nn.Module, args: argparse.Namespace, ids: Tensor, devic
     return {"verified_step_ms": round(whole, 1), "verified_step_peak_gib": None if peak is None else round(peak, 3)}
 
 
-def take_step(model: nn.Module, optimizer, ids: Tensor, device: torch.device) -> tuple[float, float]:
+def take_step(
+    model: nn.Module, optimizer, ids: Tensor, device: torch.device, loss: Callable | None = None
+) -> tuple[float, float]:
     """Take a training step; return milliseconds of all of it, and of the optimizer's part after backward.
 
     As in a training loop, the CPU does not wait for the GPU between the two.
     """
     settle(device)
     begin = time.perf_counter()
-    loss_of(model, ids).backward()
+    (loss or loss_of)(model, ids).backward()
     middle = mark(device)
     optimizer.step()
     end = mark(device)
@@ -130,7 +157,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     softcap = getattr(model.config, "final_logit_softcapping", None)
     flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    return linear_cross_entropy(flat, model.lm_head.weight, targets, softcap=softcap) / targets.numel()
+    return head_loss(model.lm_head, flat, targets, softcap=softcap) / targets.numel()
 
 
 def limit_memory(most_bytes: float) -> None:
@@ -146,10 +173,10 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def allocated(device: torch.device, model: nn.Module) -> int:
-    """Return the bytes of the model: measured on a GPU, counted elsewhere."""
+def allocated(device: torch.device, *models: nn.Module) -> int:
+    """Return the bytes on the device: measured on a GPU, elsewhere counted of the models."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for model in models for tensor in (*model.parameters(), *model.buffers()))

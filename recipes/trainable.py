@@ -75,10 +75,16 @@ def attach_masks(run: Run, model, samples: list[data.Sample], pad_id: int, dtype
     power = args.magnitude_power
     if args.moving:
         power = moving.power_for(masks.density) if power is None else power
-        steps = dict(window=args.window, interval=args.interval)
-        optimizer, schedule = moving.attach(model, masks, salience=args.salience, power=power, **steps, **options)
+        options |= dict(window=args.window, interval=args.interval, offload=offload_device(args))
+        optimizer, schedule = moving.attach(model, masks, salience=args.salience, power=power, **options)
         return Trained(optimizer, masks, schedule=schedule)
-    return Trained(SparseAdamW(sparsify(model, masks), magnitude_power=power or 0, **options), masks)
+    values = sparsify(model, masks, offload=offload_device(args))
+    return Trained(SparseAdamW(values, magnitude_power=power or 0, **options), masks)
+
+
+def offload_device(args: argparse.Namespace) -> torch.device | None:
+    """Return the device that computes while the weights stay in host memory; None without --offload."""
+    return processes.device() if args.offload else None
 
 
 def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int, resumes: bool) -> Masks:
@@ -99,6 +105,7 @@ def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pa
         # Second derivatives need the model's own loss, which forms all logits.
         loss=None if MEASURES[args.salience].differentiates_twice else mean_loss,
         seed=args.seed,
+        offload=offload_device(args),
         progress=processes.is_first(),
     )
     if processes.is_first():

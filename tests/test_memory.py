@@ -12,14 +12,29 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recipes import benchmark, benchmark_report, memory, peers, random_models, shapes, timed_steps
+from recipes import (
+    benchmark,
+    benchmark_report,
+    host_memory,
+    host_peers,
+    memory,
+    peers,
+    random_models,
+    shapes,
+    timed_steps,
+)
 from recipes.loss import frozen_head, linear_cross_entropy
 from recipes.memory import GIB, estimate, peak_bytes
 from recipes.shapes import Shape
 from speft_optim import Mask, SparseAdamW, select_masks, sparsify
 from speft_optim.kernels.product import PANEL_BYTES
-from speft_optim.weights.bnb import quantized_linears
+from speft_optim.offload.quantized import HostQuantized
+from speft_optim.offload.training import OffloadedBase
+from speft_optim.weights.attached import record_of
+from speft_optim.weights.bnb import is_quantized_linear, quantized_linears
+from speft_optim.weights.targets import all_targets
 
+CPU = torch.device("cpu")
 SMALL = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {
     "llama": dict(vocab_size=128, tie_word_embeddings=False),
@@ -100,7 +115,7 @@ def test_loss_cannot_be_differentiated_twice_in_silence():
 
 def test_head_is_left_out_only_where_nobody_needs_it_called():
     model = tiny_model("llama").requires_grad_(False)
-    assert frozen_head(model) is model.lm_head.weight
+    assert frozen_head(model) is model.lm_head
     hook = model.lm_head.register_forward_hook(lambda *_: None)
     assert frozen_head(model) is None
     hook.remove()
@@ -169,6 +184,50 @@ class LiveBytes(TorchDispatchMode):
 
     def forget(self, key):
         self.now -= self.sizes.pop(key)
+
+
+@every_family
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+def test_estimate_counts_what_offload_holds_to_the_byte(family, precision):
+    model = random_models.build(family, precision, CPU, in_host_memory=True)
+    shape, before = Shape.of(random_models.shaped(family)), stored_bytes(model)
+    masks = random_masks(model, random_models.PROJECTIONS, density=1 / 64)
+    optimizer = SparseAdamW(sparsify(model, masks, offload="cpu"), state_bits=8)
+    timed_steps.loss_of(model, torch.randint(0, 128, (1, 8))).backward()
+    optimizer.step()
+    sizes = dict(bits=benchmark.BITS[precision], batch=1, length=8)
+    parts = estimate(shape, entries=masks.count, state_bits=8, offload=True, **sizes)["first block"]
+    (base,) = (hook for hook in record_of(model).hooks if isinstance(hook, OffloadedBase))
+    tables = 4 * (16 + 256 + 1) * len(shape.linears) if precision == "nf4" else 0
+    assert parts["weights"] == base.prefetcher.nbytes + tables
+    held = optimizer.memory_summary()
+    assert all(parts[name] == held[name] for name in ("values", "positions", "moments", "gradients"))
+    inputs = 2 * 8 * shape.width * shape.layers
+    assert memory.host_bytes(shape, **sizes) == before + inputs
+
+
+@every_family
+def test_estimate_of_activations_with_offload_is_near_what_lives(family):
+    model = random_models.build(family, "bf16", CPU, in_host_memory=True).train()
+    # A panel of the sampled gradient would be larger than this model.
+    sparsify(model, random_masks(model, ["layers.0.self_attn.k_proj"], density=1 / 64), offload="cpu", verify=False)
+    model.enable_input_require_grads()
+    ids = torch.randint(0, 128, (4, 256))
+    existing = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), ids)}
+    with LiveBytes() as live:
+        live.sizes = dict.fromkeys(existing, 0)
+        timed_steps.loss_of(model, ids).backward()
+    shape = Shape.of(model.config)
+    moments = estimate(shape, bits=16, entries=0, batch=4, length=256, offload=True)
+    resident = {"weights", "values", "positions", "moments", "workspace"}
+    # On a CPU the host's copies of the inputs of blocks live too, and the head is not copied.
+    head, row = 2 * shape.vocabulary * shape.width, 2 * 4 * 256 * shape.width
+    on_host = {"loss": row * shape.layers - head, "last block": row * shape.layers, "first block": row}
+    expected = max(
+        sum(size for part, size in parts.items() if part not in resident) + on_host[moment]
+        for moment, parts in moments.items()
+    )
+    assert expected == pytest.approx(live.peak, rel=0.1)
 
 
 @every_family
@@ -315,7 +374,7 @@ def test_modes_train_what_they_should(method):
     pytest.importorskip("peft")
     arguments = type("Arguments", (), dict(density=0.02, state_bits=32, rank=4, masks="uniform"))
     model = random_models.build("tiny", "nf4", torch.device("cpu"))
-    optimizer, held = peers.ATTACH[method](model, arguments)
+    optimizer, held = peers.ATTACH[method](model, arguments, torch.device("cpu"))
     model.enable_input_require_grads()
     ids = torch.randint(0, 512, (2, 16))
     first = timed_steps.loss_of(model, ids).item()
@@ -325,6 +384,83 @@ def test_modes_train_what_they_should(method):
         timed_steps.take_step(model, optimizer, ids, torch.device("cpu"))
     last = timed_steps.loss_of(model, ids).item()
     assert (last < first - 0.1 and held > 0) if method != "frozen" else (last == first and held == 0)
+
+
+def losses_of(attach, precision):
+    """Losses of three steps of a mode on the tiny shape, and what it trains."""
+    torch.manual_seed(0)
+    model = random_models.build("tiny", precision, CPU, in_host_memory=True)
+    arguments = type("Arguments", (), dict(density=0.02, state_bits=8, rank=4, masks="uniform"))
+    torch.manual_seed(1)
+    optimizer, held = attach(model, arguments, CPU)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    ids = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(2))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    losses = []
+    for _ in range(3):
+        losses.append(timed_steps.loss_of(model, ids).item())
+        timed_steps.take_step(model, optimizer, ids, CPU)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return losses, trained, held
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+def test_streamed_mode_trains_as_the_resident_one(precision):
+    streamed = losses_of(host_peers.HOST_ATTACH["streamed"], precision)
+    assert streamed == losses_of(peers.ATTACH["ours"], precision) and streamed[0][2] < streamed[0][0]
+
+
+@pytest.mark.parametrize("method", ["fsdp-offload", "accelerate-offload"])
+def test_peers_with_weights_in_host_memory_train_as_resident_lora(method):
+    pytest.importorskip("peft")
+    try:
+        found = losses_of(host_peers.HOST_ATTACH[method], "bf16")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert found == losses_of(peers.ATTACH["lora"], "bf16") and found[0][2] < found[0][0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+def test_blocks_in_host_memory_are_equal_and_share_nothing(precision):
+    model = random_models.build("tiny", precision, CPU, in_host_memory=True)
+    first, second = (list(block.parameters()) for block in model.model.layers)
+    assert all(torch.equal(one.data, other.data) for one, other in zip(first, second, strict=True))
+    assert not {one.data_ptr() for one in first} & {other.data_ptr() for other in second}
+    if precision != "bf16":
+        scales = [[w.sources() for w in quantised_sources(block)] for block in model.model.layers]
+        one, other = ({tensor.data_ptr() for parts in each for tensor in parts} for each in scales)
+        assert not one & other and len(one) == (14 if precision == "int8" else 21)
+
+
+def quantised_sources(block):
+    """The quantised weights of a block as offload copies them."""
+    return [
+        HostQuantized(target, CPU) for target in all_targets(block).values() if is_quantized_linear(target.sites[0][0])
+    ]
+
+
+def test_a_host_with_too_little_memory_is_a_result(monkeypatch):
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 2**20)
+    command = ["memory", "--shape", "llama3-70b", "--modes", "streamed-nf4", "--in-process"]
+    (row,) = benchmark.main(command)
+    assert "the base takes 41.8 GiB of host memory and 0.0 GiB are free" in row["error"]
+    monkeypatch.undo()
+    assert 0 < host_memory.free_bytes() and host_memory.shortage(0) is None
+
+
+def test_free_host_memory_keeps_to_the_limit_of_a_container(monkeypatch, tmp_path):
+    limit, taken = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(host_memory, "_LIMIT", limit)
+    monkeypatch.setattr(host_memory, "_TAKEN", taken)
+    limit.write_text("5000\n")
+    taken.write_text("2000\n")
+    assert host_memory.free_bytes() == 3000
+    limit.write_text("max\n")
+    assert host_memory.free_bytes() > 3000
 
 
 def test_masks_like_those_of_gradients_are_concentrated():

@@ -255,7 +255,7 @@ def whole_weights_are_freed_as_they_are_sharded(rank):
 
 
 def copies_are_sharded_with_their_own_values(rank):
-    """bitsandbytes copies the scales of a weight and those of its layer apart."""
+    """Bitsandbytes copies the scales of a weight and those of its layer apart."""
     for kind in kinds("bf16", "int8"):
         whole, expected, other = start(kind, sharded=False)
         train(rank, whole, other)

@@ -1,0 +1,81 @@
+"""The fastest way to hold frozen weights so that training fits a GPU: there or in host memory, and in how many bits.
+
+Quantised weights cost a few percent of a step, and weights in host memory what their copies take beyond the
+computation. That falls with the tokens in a forward pass: see docs/benchmarks.md, "Base in host memory".
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from recipes import memory, presets
+
+# From so many tokens in a forward pass on, 16-bit weights are copied to an H100 while it computes.
+HIDING_TOKENS = 4 * 2048
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to hold the frozen weights.
+
+    Attributes:
+        bits: bits of each, as `--base-bits`.
+        offload: whether they are in host memory.
+    """
+
+    bits: int
+    offload: bool
+
+    @property
+    def name(self) -> str:
+        """The name of the mode for people."""
+        return f"{self.bits} bits {'in host memory' if self.offload else 'on the GPU'}"
+
+
+def by_speed(tokens: int) -> list[Mode]:
+    """Return all modes, the fastest first, for so many tokens in a forward pass."""
+    on_gpu = [Mode(bits, offload=False) for bits in (16, 8, 4)]
+    if tokens >= HIDING_TOKENS:
+        # The copies cost less than dequantising does.
+        return [on_gpu[0], Mode(16, offload=True), *on_gpu[1:], Mode(8, offload=True), Mode(4, offload=True)]
+    # What is copied sets the time.
+    return [*on_gpu, *(Mode(bits, offload=True) for bits in (4, 8, 16))]
+
+
+def choose(args: argparse.Namespace) -> str:
+    """Set `base_bits` and `offload` to the fastest mode that fits the GPU of `--gpu-gb`, and return why.
+
+    An option of the two that was typed, and so is not None, stays.
+
+    Raises:
+        ValueError: no mode fits, or memory of this architecture is not known.
+    """
+    limit, missed = memory.usable_bytes(args.gpu_gb), {}
+    has = f"of the {limit / memory.GIB:.1f} GiB that a GPU of {args.gpu_gb} GB has for tensors"
+    for mode in by_speed(args.batch_size * args.max_length):
+        if args.base_bits not in (None, mode.bits) or args.offload not in (None, mode.offload):
+            continue
+        moments = presets.expected_memory(argparse.Namespace(**{**vars(args), **options_of(mode)}))
+        needed = memory.peak_bytes(moments)
+        if needed <= limit:
+            vars(args).update(options_of(mode))
+            return f"{_needs(mode, needed)} {has}; {_compared(missed)}"
+        missed[mode] = needed
+    leanest = min(missed, key=missed.__getitem__)
+    raise ValueError(
+        f"nothing fits: {_needs(leanest, missed[leanest])} {has}; take fewer or shorter sequences, a smaller budget or "
+        "a larger GPU"
+    )
+
+
+def _needs(mode: Mode, needed: int) -> str:
+    return f"{mode.name} needs {needed / memory.GIB:.1f} GiB"
+
+
+def _compared(missed: dict[Mode, int]) -> str:
+    """Say why no faster mode was taken, by the one that is faster by least."""
+    return f"the next faster mode, {_needs(*list(missed.items())[-1])}" if missed else "no other mode is faster"
+
+
+def options_of(mode: Mode) -> dict:
+    """Return the options of the command line that choose a mode."""
+    return {"base_bits": mode.bits, "offload": mode.offload}

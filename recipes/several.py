@@ -1,0 +1,138 @@
+"""Training on several GPUs under torch's `fully_shard`, beside one GPU: tokens a second and peak memory of each GPU.
+
+    torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-8b --batch 4
+    torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-70b --modes sharded-nf4,fsdp-qlora-nf4 \
+        --density 0.002 --gpu-gb 24
+
+`--batch` sequences a GPU, random weights and masks, blocks checkpointed, and the loss in chunks, as in `memory`.
+
+    one-bf16, one-nf4          the mode `ours` on the first GPU alone, while the others wait
+    sharded-bf16, sharded-nf4  the same masks, with the frozen weights divided by `fully_shard`
+    fsdp-lora-bf16, fsdp-qlora-nf4  PEFT LoRA of rank --rank on the same seven, divided by `fully_shard` with the base
+
+Values are whole on every GPU, so that 1 % of 70 billion would not fit beside half of the base in 24 GB. Embedding, head
+and each block are groups of weights of their own. Each mode runs in processes of its own, one a GPU;
+the first prints one JSON line a mode: the slowest step and the largest peak of all GPUs.
+"""
+
+import argparse
+import functools
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
+
+from recipes import processes, timed_steps
+from recipes.peers import Attached, attach_lora, held_by, random_masks
+from recipes.random_models import build
+from speft_optim import Masks, SparseAdamW, sparsify
+
+MODES = ["one-bf16", "sharded-bf16", "fsdp-lora-bf16", "one-nf4", "sharded-nf4", "fsdp-qlora-nf4"]
+
+
+def environment(mode: str) -> dict[str, str] | None:
+    """Return the environment of the process that runs a mode: without the others if it uses one GPU alone."""
+    if not mode.startswith("one-"):
+        return None
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def start_group(mode: str, device: torch.device) -> None:
+    """Form the process group of a mode. All modes share torchrun's one store, in which each has names of its own."""
+    store, number, count = next(rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # If one process fails, the others wait for it no longer than this.
+    options = dict(rank=number, world_size=count, timeout=timedelta(minutes=5))
+    distributed.init_process_group(backend, store=distributed.PrefixStore(mode, store), **options)
+
+
+def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
+    """Divide the model of a mode, take a few steps, and return the slowest times and the largest peak of all GPUs."""
+    start_group(f"{method}-{precision}", device)
+    try:
+        torch.manual_seed(0)
+        # A model may be larger than a GPU, so that it comes to it block by block, as `fully_shard` takes it.
+        model = build(args.shape, precision, device, args.layers, in_host_memory=True, storage=torch.bfloat16)
+        # The loss is computed in the model's own call, before which FSDP gathers what the blocks do not hold.
+        model.forward = functools.partial(timed_steps.loss_of, model)
+        optimizer, held = ATTACH[method](model, args, device)
+        torch.manual_seed(1 + processes.number())
+        ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
+        row, _ = timed_steps.train(model, optimizer, ids, device, args.steps + 2, loss=_called)
+        row |= timed_steps.memory_of(device, {"trained": held})
+        return _of_all(row) | {"processes": distributed.get_world_size()} | timed_steps.software(device)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _called(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids)
+
+
+def _of_all(row: dict) -> dict:
+    """Return the row of this process with the largest times and memory of all processes."""
+    rows = [None] * distributed.get_world_size()
+    distributed.all_gather_object(rows, row)
+    largest = ("step_ms", "optimizer_ms", "peak_gib", "reserved_gib")
+    return row | {name: max(each[name] for each in rows) for name in largest if row[name] is not None}
+
+
+def attach_sharded(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
+    """Divide the model, and attach the masks of `ours`, whose values are whole on every process."""
+    # All processes draw the same masks: they have the same seed.
+    masks = random_masks(model, args.density, args.masks, device)
+    shard(model, device)
+    optimizer = SparseAdamW(sparsify(model, Masks(masks)), lr=1e-5, state_bits=args.state_bits)
+    return optimizer, held_by(optimizer)
+
+
+def attach_sharded_lora(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
+    """Attach LoRA and divide it with the model; return AdamW over the rows of this process, and their bytes."""
+    attach_lora(model, args, torch.device("cpu"))
+    shard(model, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
+    return optimizer, sum(parameter.to_local().nbytes for parameter in trained)
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Divide the model among all processes, block by block."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
+    for module in (model.model.embed_tokens, *model.model.layers, model.lm_head, model):
+        fully_shard(module, mesh=mesh)
+
+
+def add_rates(row: dict, args: argparse.Namespace, alone: dict | None) -> dict:
+    """Add tokens a second of each GPU, and its share of those of one GPU alone, where that was measured."""
+    if "error" in row:
+        return row
+    row["tokens_per_second_a_gpu"] = round(args.batch * args.seq / row["step_ms"] * 1e3, 1)
+    if alone and "error" not in alone:
+        row["scaling"] = round(row["tokens_per_second_a_gpu"] / alone["tokens_per_second_a_gpu"], 3)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """Format the rows for people."""
+    lines = [
+        "| mode | GPUs | trained | ms a step | tokens/s a GPU | of one GPU's | peak GiB a GPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['mode']} | - | - | - | - | - | {row['error']} |")
+            continue
+        peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        cells = [row["mode"], str(row.get("processes", 1)), f"{row['trained']:,}", f"{row['step_ms']:.0f}"]
+        cells += [f"{row['tokens_per_second_a_gpu']:.0f}", f"{row['scaling']:.2f}" if "scaling" in row else "-", peak]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+ATTACH = {"sharded": attach_sharded, "fsdp-lora": attach_sharded_lora, "fsdp-qlora": attach_sharded_lora}

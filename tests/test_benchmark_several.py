@@ -1,0 +1,99 @@
+"""The benchmark on several GPUs: its modes train what they should, and run under torchrun."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from recipes import benchmark, peers, random_models, several, timed_steps
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def losses_of(attach, precision, storage=torch.uint8):
+    """Losses of three steps of a mode on the tiny shape, in the model's own call."""
+    torch.manual_seed(0)
+    model = random_models.build("tiny", precision, CPU, in_host_memory=True, storage=storage)
+    model.forward = functools.partial(timed_steps.loss_of, model)
+    arguments = type("Arguments", (), dict(density=0.02, state_bits=8, rank=4, masks="uniform"))
+    torch.manual_seed(1)
+    optimizer, _ = attach(model, arguments, CPU)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    losses = []
+
+    def loss(model, ids):
+        losses.append(model(ids))
+        return losses[-1]
+
+    ids = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(2))
+    row, timed = timed_steps.train(model, optimizer, ids, CPU, 3, loss)
+    assert len(timed) == 1 and row["step_ms"] > 0
+    return [one.item() for one in losses]
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A process group of this process alone, as torchrun would start it."""
+    variables = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    several.start_group("mode", CPU)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("sharded", "whole", "precision", "storage"),
+    [
+        ("sharded", "ours", "bf16", torch.uint8),
+        ("fsdp-lora", "lora", "bf16", torch.uint8),
+        ("fsdp-qlora", "qlora", "nf4", torch.bfloat16),
+    ],
+)
+def test_divided_modes_train_as_whole_ones(sharded, whole, precision, storage, group):
+    pytest.importorskip("peft")
+    found = losses_of(several.ATTACH[sharded], precision, storage)
+    assert found == losses_of(peers.ATTACH[whole], precision) and found[2] < found[0]
+
+
+def test_rates_compare_with_one_gpu_and_errors_stay_in_the_table():
+    args = type("Arguments", (), dict(batch=2, seq=1000))
+    alone = several.add_rates(dict(mode="one-bf16", step_ms=500.0, peak_gib=17.5, trained=9), args, None)
+    divided = dict(mode="sharded-bf16", step_ms=625.0, peak_gib=9.25, trained=9, processes=2)
+    divided = several.add_rates(divided, args, alone)
+    assert (alone["tokens_per_second_a_gpu"], divided["scaling"]) == (4000.0, 0.8)
+    failed = several.add_rates(dict(mode="sharded-nf4", error="out of memory"), args, alone)
+    text = several.table([alone, divided, failed])
+    assert "| sharded-bf16 | 2 | 9 | 625 | 3200 | 0.80 | 9.25 |" in text and "out of memory" in text
+
+
+def test_a_mode_named_twice_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["several", "--modes", "one-bf16,one-bf16"])
+    assert "names a mode twice" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_report_once(tmp_path):
+    modes = "one-bf16,sharded-bf16,fsdp-lora-bf16,sharded-nf4"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["recipes.benchmark", "several", "--shape", "tiny", "--batch", "2", "--seq", "16", "--steps", "1"]
+    command += ["--density", "0.02", "--modes", modes, "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["mode"] for row in rows] == modes.split(",")
+    assert json.loads((tmp_path / "several.json").read_text())["rows"] == rows
+    one, sharded, lora, quantised = rows
+    assert sharded["processes"] == lora["processes"] == 2 and sharded["trained"] == one["trained"] > 0
+    assert sharded["scaling"] == round(sharded["tokens_per_second_a_gpu"] / one["tokens_per_second_a_gpu"], 3)
+    assert quantised.get("trained") == one["trained"] or "quantised weight under fully_shard" in quantised["error"]
