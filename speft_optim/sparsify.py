@@ -10,6 +10,7 @@ parameter of the layer, because a module can keep itself out of `state_dict()`, 
 `model.to(bfloat16)`, and be copied and pickled with its model; a bare parameter would need a hook for each of these.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from speft_optim.integrations import (
     unpatch_model,
 )
 from speft_optim.masks.mask import Mask
-from speft_optim.offload.training import OffloadedBase, check_offload
+from speft_optim.offload.training import OffloadedBase, check_offload, map_checkpoint
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.weights.attached import (
     Record,
@@ -73,7 +74,11 @@ def sparsify(
         masks: from the full names of parameters to their masks.
         base: None starts the values from the weight's own entries, dequantised if need be, so that the model computes
             what it did before. The folder of the checkpoint that the model was quantised from starts them from the
-            entries there, which have no rounding error.
+            entries there, which have no rounding error. With `offload`, also the folder of the checkpoint whose
+            safetensors files hold the weights of a model on the meta device: they are memory-mapped and stay in the
+            files, for a model that does not fit in CPU memory either. Memory then holds the pages that something wrote
+            (`desparsify`, `load_state_dict`, `state_dict` and masks that move do); `save_adapter`, `load_adapter`,
+            `export_merged` and `save_pretrained` write none.
         keep_empty: whether weights with an empty mask get (empty) values too, so that a `MaskSchedule` can give them
             entries.
         verify: whether to compare the gradient of each dense linear weight once, in its first backward, with autograd's
@@ -96,19 +101,39 @@ def sparsify(
             is not a mapping to `Mask`.
         RuntimeError: another process of the group failed; the model is as it was.
     """
+    wrapper, model = model, unwrapped(model)
+    with contextlib.ExitStack() as undo:
+        with together():
+            check_not_parallel(wrapper)
+            mapped = {} if base is None or offload is None else map_checkpoint(model, base, undo)
+            targets = _prepare(model, masks)
+            if offload is not None:
+                offload = check_offload(model, offload)
+            unread = {name: mask for name, mask in masks.items() if name not in mapped}
+            entries = {} if base is None else _base_entries(model, base, unread, targets)
+        check_equal_masks(masks)
+        # This is the first change, since the device may lack memory for it.
+        offloaded = [] if offload is None else [OffloadedBase(model, offload, mapped)]
+        weights = _attach_all(model, masks, targets, entries, offloaded, keep_empty=keep_empty, verify=verify)
+        undo.pop_all()
+    compare_weights(weights)
+    return [weight.values for weight in weights]
+
+
+def _attach_all(
+    model: nn.Module,
+    masks: Mapping[str, Mask],
+    targets: dict[str, Target],
+    entries: dict[str, Tensor],
+    offloaded: list[OffloadedBase],
+    *,
+    keep_empty: bool,
+    verify: bool,
+) -> list[SparseWeight]:
+    """Freeze the model and attach the values of all masks; an error leaves the model as it was."""
     # This import loads the compiler and Triton, which importing the package must not.
     from speft_optim.eager import refresh_before_forward
 
-    wrapper, model = model, unwrapped(model)
-    with together():
-        check_not_parallel(wrapper)
-        targets = _prepare(model, masks)
-        if offload is not None:
-            offload = check_offload(model, offload)
-        entries = {} if base is None else _base_entries(model, base, masks, targets)
-    check_equal_masks(masks)
-    # This is the first change, since the device may lack memory for it.
-    offloaded = [] if offload is None else [OffloadedBase(model, offload)]
     _follow_optimizers()
     required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
     model.requires_grad_(False)
@@ -130,8 +155,7 @@ def sparsify(
     keep_record(model, Record(weights, required_grad, hooks))
     if is_sharded:
         average_gradients(model)
-    compare_weights(weights)
-    return [weight.values for weight in weights]
+    return weights
 
 
 def desparsify(model: nn.Module) -> None:

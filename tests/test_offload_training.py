@@ -745,9 +745,10 @@ def on_pretended_gpu(monkeypatch, model):
     def lock(tensors, device, stack):
         done.append("locked")
         stack.callback(done.append, "unlocked")
+        return set()
 
-    monkeypatch.setattr("speft_optim.offload.training.lock_pages", lock)
-    return OffloadedBase(model, device), done
+    monkeypatch.setattr("speft_optim.offload.engine.lock_pages", lock)
+    return OffloadedBase(model, device, {}), done
 
 
 def test_pages_are_unlocked_when_the_model_is_gone(monkeypatch):

@@ -30,7 +30,7 @@ from speft_optim.weights.compact_values import linked
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import is_fully_sharded, reshard
 from speft_optim.weights.storage import as_stored, frozen_weight
-from speft_optim.weights.targets import Target, all_targets
+from speft_optim.weights.targets import Target, all_names, all_targets
 from speft_optim.weights.wrappers import plain_modules, unwrapped
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -189,11 +189,7 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
 
 def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> dict[str, Target]:
     """Return the model's weights by their names in a checkpoint; a shared one may be stored under several names."""
-    names: dict[int, list[str]] = {}
-    for path, module in plain_modules(model):
-        for attribute, parameter in module._parameters.items():
-            names.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
-    targets = {}
+    names, targets = all_names(model), {}
     for first, target in all_targets(model).items():
         # A weight on the meta device is offloaded and cannot have been trained.
         if not target.parameter.is_meta:

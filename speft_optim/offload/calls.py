@@ -60,7 +60,7 @@ def compute_with_copies(
         weight, here = own[name], prefetcher.resident.get((module, name))
         if here is not None:
             return here
-        is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and not weight.parameter.is_meta
+        is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and weight.source().dtype == weight.dtype
         return HostTable.of(weight) if is_table else weight.whole()
 
     def make(present: Callable) -> Callable:

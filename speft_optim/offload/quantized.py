@@ -25,7 +25,7 @@ class HostQuantized:
         device: the device of the copies.
     """
 
-    is_overlaid = False
+    is_overlaid = is_mapped = False
 
     def __init__(self, target: Target, device: torch.device):
         self.name, self.device, self._module = target.name, device, target.sites[0][0]
