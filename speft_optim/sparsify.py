@@ -24,6 +24,7 @@ from speft_optim.integrations import (
     declare_trainable,
     let_checkpoints_see_gradients,
     patch_model,
+    save_from_files,
     sharding_wrapper,
     unpatch_model,
 )
@@ -115,6 +116,8 @@ def sparsify(
         # This is the first change, since the device may lack memory for it.
         offloaded = [] if offload is None else [OffloadedBase(model, offload, mapped)]
         weights = _attach_all(model, masks, targets, entries, offloaded, keep_empty=keep_empty, verify=verify)
+        if mapped:
+            save_from_files(model)
         undo.pop_all()
     compare_weights(weights)
     return [weight.values for weight in weights]

@@ -81,8 +81,14 @@ def export_merged(
             _write_onto(model, Path(base), folder, dtype, limit)
 
 
-def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-    """Write the merged checkpoint of a quantised model in bfloat16 into a folder that may hold other files.
+def save_merged(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the merged checkpoint of a model, one tensor at a time, into a folder that may hold other files.
 
     Trainers save into such folders. Other files than weights and configuration stay; see `whole_folder` for the state
     that a killed process leaves.
@@ -90,6 +96,7 @@ def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str 
     Args:
         model: the model.
         out: the folder, created if missing.
+        dtype: of the floating tensors.
         max_shard_size: size of the largest file, in bytes or such as "5GB".
 
     Raises:
@@ -99,10 +106,10 @@ def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str 
     out, limit = Path(out), size_in_bytes(max_shard_size)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() and not any(out.glob(_WEIGHTS)):
-        _move_in(model, out, limit)
+        _move_in(model, out, dtype, limit)
         return
     with whole_folder(out, keep=lambda name: not fnmatch(name, _WEIGHTS)) as folder:
-        _write_model(model, folder, torch.bfloat16, limit)
+        _write_model(model, folder, dtype, limit)
 
 
 @contextmanager
@@ -122,10 +129,10 @@ def _new_folder(model: nn.Module, out: Path) -> Iterator[Path | None]:
             stack.close()
 
 
-def _move_in(model: nn.Module, out: Path, limit: int) -> None:
+def _move_in(model: nn.Module, out: Path, dtype: torch.dtype, limit: int) -> None:
     """Write into a folder without weights, file by file: other processes of a trainer may be adding their own."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".tmp", dir=out.absolute().parent) as temporary:
-        _write_model(model, Path(temporary), torch.bfloat16, limit)
+        _write_model(model, Path(temporary), dtype, limit)
         # The index comes last: without it a reader finds no checkpoint rather than half of one.
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("index.json")):
             os.replace(file, out / file.name)
