@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from speft_optim.checkpoint.base import original_entries
+from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.integrations import (
     declare_trainable,
@@ -59,6 +60,7 @@ def sparsify(
     keep_empty: bool = False,
     verify: bool = True,
     offload: str | torch.device | None = None,
+    activations: str = "host",
 ) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
@@ -88,9 +90,12 @@ def sparsify(
             gradient at a time in the first backward. With False only the use in a weight's own module is seen.
         offload: device to compute on while the frozen weights of a model in CPU memory stay there, for a model that
             does not fit on the device: they are copied to it block by block, in forward and again in backward, where
-            each block is recomputed. The inputs of blocks are kept in CPU memory. Values, moments and gradients are on
-            the device. `model.to(device)` moves nothing from here on, and weights in CPU memory get the trained values
-            when they are read or saved. One process only; not for compiled models.
+            each block is recomputed. Values, moments and gradients are on the device. `model.to(device)` moves nothing
+            from here on, and weights in CPU memory get the trained values when they are read or saved. One process
+            only; not for compiled models.
+        activations: where `offload` keeps the inputs of blocks between forward and backward. "host" is pinned CPU
+            memory, to which they are copied beside the computation, a few hundredths of what the weights take on the
+            bus. "device" saves these copies for batch * length * width entries a block on the device.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -106,6 +111,7 @@ def sparsify(
     with contextlib.ExitStack() as undo:
         with together():
             check_not_parallel(wrapper)
+            _check_activations(activations, offload)
             mapped = {} if base is None or offload is None else map_checkpoint(model, base, undo)
             targets = _prepare(model, masks)
             if offload is not None:
@@ -114,7 +120,9 @@ def sparsify(
             entries = {} if base is None else _base_entries(model, base, unread, targets)
         check_equal_masks(masks)
         # This is the first change, since the device may lack memory for it.
-        offloaded = [] if offload is None else [OffloadedBase(model, offload, mapped)]
+        offloaded = (
+            [] if offload is None else [OffloadedBase(model, offload, mapped, inputs_on_host=activations == "host")]
+        )
         weights = _attach_all(model, masks, targets, entries, offloaded, keep_empty=keep_empty, verify=verify)
         if mapped:
             save_from_files(model)
@@ -199,6 +207,14 @@ def _prepare(model: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Target]:
     _check_model(model)
     _check_masks(model, masks, targets)
     return targets
+
+
+def _check_activations(activations: str, offload: str | torch.device | None) -> None:
+    check_choice("activations", activations, ("host", "device"))
+    if activations != "host" and offload is None:
+        raise ValueError(
+            f"activations={activations!r} is read only with offload; pass offload='cuda' too, or leave it."
+        )
 
 
 def _base_entries(

@@ -600,6 +600,28 @@ def test_inputs_of_blocks_are_kept_in_host_memory_and_come_back_one_ahead(monkey
     assert done == forward + backward
 
 
+def test_inputs_of_blocks_may_stay_on_the_device(monkeypatch):
+    """Nothing is copied, and the losses are the same."""
+
+    def refuse(*_):
+        raise AssertionError("an input was copied")
+
+    monkeypatch.setattr(HostActivations, "_keep", refuse)
+    results = []
+    for options in ({}, dict(offload="cpu", activations="device")):
+        model = tiny_model("llama", num_hidden_layers=4)
+        optimizer = SparseAdamW(sparsify(model, random_masks(model), **options), **OPTIONS)
+        results.append((train(model, optimizer, 3), weights_of(model)))
+    assert equal_states(*results)
+    model = tiny_model()
+    before = state(model)
+    with pytest.raises(ValueError, match="activations='cpu' .*choose"):
+        sparsify(model, random_masks(model), offload="cpu", activations="cpu")
+    with pytest.raises(ValueError, match="activations='device' is read only with offload"):
+        sparsify(model, random_masks(model), activations="device")
+    assert state(model) == before
+
+
 def test_blocks_that_change_their_input_in_place_are_refused():
     setup = offloaded()
 

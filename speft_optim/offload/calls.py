@@ -86,17 +86,19 @@ def compute_with_copies(
 
 def run_by_block(
     prefetcher: Prefetcher,
-    activations: HostActivations,
+    device: torch.device,
+    activations: HostActivations | None,
     block: nn.Module,
     number: int,
     count: int,
     stack: contextlib.ExitStack,
 ) -> None:
-    """Replace the block's call: prefetched weights, checkpointed, its inputs kept in CPU memory.
+    """Replace the block's call: prefetched weights, checkpointed, its inputs kept in CPU memory if asked for.
 
     Args:
         prefetcher: brings the weights.
-        activations: keeps the inputs.
+        device: the device that computes.
+        activations: keeps the inputs in CPU memory; None leaves them on the device.
         block: the block.
         number: its number.
         count: the number of blocks.
@@ -123,8 +125,8 @@ def run_by_block(
                 return work(None, *args, **kwargs)
             args, kwargs = without_caches(number, args, kwargs)
             # A checkpoint keeps the random state of the devices of its positional arguments.
-            on_device = torch.empty(0, device=activations.device)
-            with activations.keeping((*args, *kwargs.values())):
+            on_device = torch.empty(0, device=device)
+            with activations.keeping((*args, *kwargs.values())) if activations else contextlib.nullcontext():
                 return checkpoint(work, on_device, *args, use_reentrant=False, **kwargs)
 
         return call

@@ -137,6 +137,7 @@ def compute_on(
     stack: contextlib.ExitStack,
     *,
     by_block: bool = True,
+    inputs_on_host: bool = True,
 ) -> Prefetcher:
     """Replace the calls of the model's modules by calls on `device` with copies of the weights.
 
@@ -147,6 +148,7 @@ def compute_on(
         direct: see `make_direct`.
         stack: undoes it, and frees all that is on the device.
         by_block: see `streaming`.
+        inputs_on_host: whether the inputs of blocks are kept in CPU memory until backward, or on the device.
     """
     blocks = blocks_of(model) if by_block else []
     by_blocks = [{site: weights[site] for part in block.modules() for site in sites_of(part)} for block in blocks]
@@ -154,9 +156,9 @@ def compute_on(
     for module in model.modules():
         own = {name: weights[module, name] for _, name in sites_of(module)}
         compute_with_copies(module, own, prefetcher, device, stack)
-    activations = HostActivations(device)
+    activations = HostActivations(device) if inputs_on_host else None
     for number, block in enumerate(blocks):
-        run_by_block(prefetcher, activations, block, number, len(blocks), stack)
+        run_by_block(prefetcher, device, activations, block, number, len(blocks), stack)
     run_model(model, blocks, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)

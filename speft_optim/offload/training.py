@@ -109,12 +109,15 @@ class OffloadedBase:
         model: the model, after `check_offload`.
         device: the device that computes.
         mapped: what `map_checkpoint` returned.
+        inputs_on_host: see `compute_on`.
 
     Attributes:
         prefetcher: what brings the weights of blocks.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, mapped: Mapping[str, Tensor]):
+    def __init__(
+        self, model: nn.Module, device: torch.device, mapped: Mapping[str, Tensor], *, inputs_on_host: bool = True
+    ):
         weights = host_weights(model, device, mapped)
         pages = contextlib.ExitStack()
         # Memory must not be freed while its pages are locked, so they are unlocked as soon as the model is gone.
@@ -132,7 +135,7 @@ class OffloadedBase:
             self._weights = list(dict.fromkeys(weights.values()))
             for weight in self._weights:
                 stack.callback(weight.close)
-            self.prefetcher = compute_on(model, device, weights, direct, stack)
+            self.prefetcher = compute_on(model, device, weights, direct, stack, inputs_on_host=inputs_on_host)
             _refuse_dense_training(model, weights, stack)
             _call_eagerly(model, stack)
             for module in model.modules():
