@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.offload.activations import HostActivations
-from speft_optim.offload.calls import blocks_of, compute_with_copies, run_by_block, run_model, sites_of
+from speft_optim.offload.calls import (
+    blocks_of,
+    compute_with_copies,
+    head_of,
+    run_by_block,
+    run_model,
+    sites_of,
+)
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import lock_pages
 from speft_optim.offload.prefetch import Prefetcher, Site
@@ -159,7 +166,7 @@ def compute_on(
     activations = HostActivations(device) if inputs_on_host else None
     for number, block in enumerate(blocks):
         run_by_block(prefetcher, device, activations, block, number, len(blocks), stack)
-    run_model(model, blocks, device, stack)
+    run_model(model, blocks, head_of(model, weights) if by_block else None, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
     return prefetcher

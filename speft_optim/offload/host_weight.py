@@ -45,6 +45,7 @@ class HostWeight(FloatingWeight):
         self._behind: tuple[nn.Parameter, int] | None = None
         self._writes = 0
         self._kind: type = nn.Parameter
+        self._is_watched = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -205,15 +206,21 @@ class HostWeight(FloatingWeight):
         self.settle()
         self._mask = self._values = None
 
+    def watch(self) -> None:
+        """Let the parameter catch up by itself and be copied by whole pages, until `close`."""
+        self._is_watched = True
+        self._watch()
+
     def _watch(self) -> None:
-        """Let the parameter that the model has now catch up by itself."""
+        """Watch the parameter that the model has now."""
         parameter = self.parameter
-        if self._values is not None and not isinstance(parameter, HostParameter):
+        if self._is_watched and not isinstance(parameter, HostParameter):
             self._kind = type(parameter)
             parameter.__class__, parameter.behind = host_class(self._kind), self
 
     def close(self) -> None:
         """Give the parameter its own class back."""
+        self._is_watched = False
         parameter = self.parameter
         if isinstance(parameter, HostParameter):
             parameter.__class__ = self._kind

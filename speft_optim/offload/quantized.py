@@ -143,6 +143,9 @@ class HostQuantized:
         """Move the overlays to a device, in place, since all copies of the scales share the list."""
         self.overlays[:] = [(mask.to(device), values.to(device)) for mask, values in self.overlays]
 
+    def watch(self) -> None:
+        """Do nothing: the trained entries are an overlay, so that the weight never falls behind."""
+
     def close(self) -> None:
         """Bring the overlays back to the host."""
         self._place(torch.device("cpu"))

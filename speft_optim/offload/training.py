@@ -135,6 +135,7 @@ class OffloadedBase:
             self._weights = list(dict.fromkeys(weights.values()))
             for weight in self._weights:
                 stack.callback(weight.close)
+                weight.watch()
             self.prefetcher = compute_on(model, device, weights, direct, stack, inputs_on_host=inputs_on_host)
             _refuse_dense_training(model, weights, stack)
             _call_eagerly(model, stack)
