@@ -37,9 +37,11 @@ from speft_optim.offload import activations
 from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.lookup import on_host, sent
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparse_weights
 from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.targets import all_targets
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2"]
 
@@ -644,6 +646,74 @@ def test_only_the_rows_that_a_batch_needs_are_looked_up(monkeypatch):
     assert train(resident.model, resident.optimizer, 1) == losses
 
 
+class LossInChunks:
+    """A forward that forms the logits of a few tokens at a time, as fused losses do, and never calls the head."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def __call__(self, input_ids, labels, **_):
+        hidden = self.model.model(input_ids=input_ids).last_hidden_state[:, :-1].flatten(0, 1)
+        self.seen.append(vars(self.model.lm_head).get("weight"))
+        parts = zip(hidden.split(5), labels[:, 1:].flatten().split(5), strict=True)
+        losses = [
+            nn.functional.cross_entropy(part @ self.model.lm_head.weight.t(), words, reduction="sum")
+            for part, words in parts
+        ]
+        return SimpleNamespace(loss=sum(losses) / len(hidden))
+
+
+@pytest.mark.parametrize("targets", [None, every])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_loss_inside_the_model_may_read_the_weight_of_the_head(kind, targets):
+    """On the device, and with its gradient if the head has a mask."""
+    results = []
+    for make in (attach, offloaded):
+        setup = make(kind, targets=targets)
+        setup.model.forward = LossInChunks(setup.model)
+        losses = train(setup.model, setup.optimizer, 3)
+        results.append((losses, weights_of(setup.model)))
+        (head, *_) = setup.model.forward.seen
+        assert (head is not None) == (make is offloaded)
+    assert results[0][0] == results[1][0] and equal_states(results[0][1], results[1][1])
+    assert head.requires_grad == (targets is every) and "weight" not in vars(setup.model.lm_head)
+
+
+def test_token_ids_from_host_memory_are_looked_up_there():
+    """To fetch them from the device would wait for it; from this one nothing can be fetched."""
+    ids, meta = torch.arange(6).view(2, 3), torch.device("meta")
+    there = sent(ids, meta)
+    assert there.is_meta and on_host(there) is ids
+    there.add_(1)
+    with pytest.raises(NotImplementedError):
+        on_host(there)
+    assert sent(ids, torch.device("cpu")) is ids and on_host(ids) is ids
+
+
+def test_a_weight_is_moved_to_the_device_as_its_copies_are(monkeypatch):
+    """By whole pages, in any way of asking for it."""
+    model, moved = tiny_model(), []
+    target = all_targets(model)["lm_head.weight"]
+    weight, whole = HostWeight(target, torch.device("meta")), HostWeight.whole
+    monkeypatch.setattr(HostWeight, "whole", lambda weight: moved.append(weight.name) or whole(weight))
+    weight.watch()
+    head = model.lm_head.weight
+    there = [
+        head.to("meta"),
+        head.to("meta", torch.bfloat16),
+        head.detach().to("meta"),
+        head.to(device="meta", copy=True),
+    ]
+    assert [(part.is_meta, part.dtype) for part in there] == [
+        (True, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float32)
+    ]
+    assert len(moved) == 3, "a detached weight is a plain tensor"
+    assert head.to(torch.bfloat16).device.type == "cpu" and head.to("cpu") is head and len(moved) == 3
+    assert there[0].grad_fn is not None, "its gradient is passed on"
+    weight.close()
+    assert type(head) is nn.Parameter
+
+
 @pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: nn.ModuleList([m]).to("cpu")])
 def test_the_base_stays_where_it_is_when_a_trainer_moves_the_model(move):
     setup = offloaded()
@@ -762,7 +832,8 @@ def on_pretended_gpu(monkeypatch, model):
     gpu = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: None)
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("synchronised"))
-    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: None)
+    memory = SimpleNamespace(memory=SimpleNamespace(record_stream=lambda stream: None))
+    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: memory)
 
     def lock(tensors, device, stack):
         done.append("locked")

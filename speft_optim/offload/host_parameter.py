@@ -55,8 +55,9 @@ class HostParameter(nn.Parameter):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """Bring the weights among the arguments up to date, and call the function on them as on plain parameters."""
         kwargs = kwargs or {}
-        if function in (Tensor.to, Tensor.cuda) and _goes_to(args[0].behind.device, function, args, kwargs):
-            return function(on_device(args[0]), *args[1:], **kwargs)
+        if function in (Tensor.to, Tensor.cuda) and isinstance(args[0], HostParameter):
+            if _goes_to(args[0].behind.device, function, args, kwargs):
+                return function(on_device(args[0]), *args[1:], **kwargs)
         if function not in OF_FORM:
             for argument in tree_leaves((args, kwargs)):
                 if isinstance(argument, HostParameter):

@@ -66,7 +66,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)
     there = (tensor.clone() if tensor.is_pinned() else tensor).to(device, non_blocking=True)
-    if not there.is_inference():
+    if not there.is_floating_point() and not there.is_inference():
         # Token ids are looked up in host memory, and to fetch them from the device would wait for it.
         there._sent_from = tensor, there._version
     return there

@@ -95,6 +95,9 @@ class Prefetcher:
         size = max((sum(map(_bytes, weights.values())) for weights in blocks), default=0)
         # The buffer in use comes last.
         self._buffers = [_Buffer(size, device) for _ in blocks[:2]]
+        for buffer in self._buffers if device.type == "cuda" else ():
+            # A model may be given up while copies are under way.
+            buffer.memory.record_stream(self._stream)
         self.nbytes = size * len(self._buffers)
         self._staging = Staging(device, self._stream)
         stack.callback(self._buffers.clear)
