@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.caches import without_caches
-from speft_optim.offload.host_parameter import on_device
+from speft_optim.offload.host_parameter import HostParameter, on_device
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable, sent
 from speft_optim.offload.prefetch import Prefetcher, Site
@@ -193,8 +193,9 @@ def _held(head: tuple[nn.Module, HostWeight] | None) -> contextlib.AbstractConte
     if head is None:
         return contextlib.nullcontext()
     module, weight = head
-    recorded = torch.is_grad_enabled() and is_recorded(weight.parameter)
-    return _covered(module, {"weight": on_device(weight.parameter) if recorded else weight.whole()})
+    parameter = weight.parameter
+    is_watched = isinstance(parameter, HostParameter) and torch.is_grad_enabled() and is_recorded(parameter)
+    return _covered(module, {"weight": on_device(parameter) if is_watched else weight.whole()})
 
 
 def head_of(
