@@ -261,7 +261,7 @@ def test_one_block_at_a_time_has_copies_of_its_weights():
     alive = []
 
     def note(module, args, output):
-        alive.append(sum("weight" in part.__dict__ for part in model.modules()))
+        alive.append(sum("weight" in part.__dict__ for part in model.model.modules()))
 
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_hook(note)
