@@ -79,9 +79,9 @@ def sparsify(
             what it did before. The folder of the checkpoint that the model was quantised from starts them from the
             entries there, which have no rounding error. With `offload`, also the folder of the checkpoint whose
             safetensors files hold the weights of a model on the meta device: they are memory-mapped and stay in the
-            files, for a model that does not fit in CPU memory either. Memory then holds the pages that something wrote
-            (`desparsify`, `load_state_dict`, `state_dict` and masks that move do); `save_adapter`, `load_adapter`,
-            `export_merged` and `save_pretrained` write none.
+            files, which nothing may change meanwhile, for a model that does not fit in CPU memory either. Memory then
+            holds the pages that something wrote (`desparsify`, `load_state_dict`, `state_dict` and masks that move
+            do); `save_adapter`, `load_adapter`, `export_merged` and `save_pretrained` write none.
         keep_empty: whether weights with an empty mask get (empty) values too, so that a `MaskSchedule` can give them
             entries.
         verify: whether to compare the gradient of each dense linear weight once, in its first backward, with autograd's

@@ -131,6 +131,28 @@ def test_a_run_is_resumed_from_the_files_and_an_adapter(tmp_path):
     assert written_bytes(tmp_path) == 0
 
 
+def test_trainer_trains_saves_and_resumes_as_with_a_resident_model(tmp_path):
+    from test_scripts import Samples, halving, trainer_arguments
+    from transformers import Trainer
+
+    results, model = [], tiny_model()
+    masks = random_masks(model)
+    for folder, checkpoint in (("resident", None), ("files", None), ("files", "checkpoint-2")):
+        trained, options = tiny_model(), {}
+        if folder == "files":
+            base = tmp_path / f"base {checkpoint}"
+            trained, options = on_meta(model, base), dict(offload="cpu", base=base)
+        optimizer = SparseAdamW(sparsify(trained, masks, **options), **OPTIONS)
+        arguments = trainer_arguments(tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2)
+        optimizers = (optimizer, halving(optimizer))
+        trainer = Trainer(trained, arguments, train_dataset=Samples(), optimizers=optimizers)
+        trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / folder / checkpoint))
+        if folder == "files" and checkpoint is None:
+            assert written_bytes(base) == 0
+        results.append((weights_of(trained), optimizer.state_dict()))
+    assert equal_states(results[0], results[1]) and equal_states(results[1], results[2])
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_that_is_loaded_wins_and_the_files_stay_as_they_are(assign, tmp_path):
     model = tiny_model()

@@ -29,7 +29,8 @@ def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextli
     Returns:
         The addresses of the storages that the device reads directly.
     """
-    mapped, room = mapped_ranges(), available_bytes()
+    # Locked memory cannot be given back under need, so an eighth is left to others.
+    mapped, room = mapped_ranges(), 7 / 8 * available_bytes()
     direct, left, reason = set(), 0, ""
     for address, (first, size) in _whole_pages(tensors).items():
         taken = size if any(first in run for run in mapped) else 0
