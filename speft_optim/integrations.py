@@ -15,6 +15,7 @@ from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.quantized_linear import FrozenForward, forward_of
 from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.targets import all_targets
 
 # transformers reads this flag as "a quantised model, which cannot train". The flags `is_loaded_in_8bit` and
 # `is_loaded_in_4bit` stay: peft chooses by them layers that can merge into quantised weights.
@@ -49,6 +50,21 @@ def patch_model(model: nn.Module) -> None:
         for part in inner:
             # `save_pretrained` of transformers asks the quantiser, which is an attribute of the whole model only.
             part.__dict__.setdefault("hf_quantizer", quantizer)
+
+
+def save_from_files(model: nn.Module) -> None:
+    """Let `save_pretrained` write the weights one at a time; `unpatch_model` undoes it.
+
+    transformers' own needs the whole state dict, in which each page of a mapped weight that has a trained entry is
+    memory. It stays where weights are in several floating dtypes, since ours writes one.
+
+    Args:
+        model: a model with weights that are memory-mapped from a checkpoint.
+    """
+    for part in model.modules():
+        dtypes = {target.parameter.dtype for target in all_targets(part).values()}
+        if hasattr(part, "save_pretrained") and len(dtypes) == 1:
+            part.__dict__["save_pretrained"] = _SaveMerged(part, dtypes.pop())
 
 
 def _quantizers(model: nn.Module) -> Iterator[tuple[object, list[nn.Module]]]:
@@ -123,8 +139,8 @@ class _SaveMerged:
     It is an object rather than a closure, so that it can be pickled and the model copied.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16):
+        self.model, self.dtype = model, dtype
 
     def __call__(self, save_directory, is_main_process: bool = True, max_shard_size="5GB", **options) -> None:
         """Write an ordinary checkpoint of the merged weights; a `state_dict` that is passed is not used.
@@ -141,11 +157,11 @@ class _SaveMerged:
             )
         if refused := [name for name, value in options.items() if value and name not in _HARMLESS]:
             raise ValueError(
-                f"save_pretrained({refused[0]}=...) is not possible on a quantised sparsified model; write the folder "
-                "first, with export_merged(model, folder)."
+                f"save_pretrained({refused[0]}=...) is not possible on a sparsified model that is quantised or whose "
+                "weights stay in files; write the folder first, with export_merged(model, folder)."
             )
         if is_main_process:
-            save_merged(self.model, save_directory, max_shard_size=max_shard_size)
+            save_merged(self.model, save_directory, dtype=self.dtype, max_shard_size=max_shard_size)
 
 
 _HARMLESS = ("state_dict", "safe_serialization", "save_function", "save_original_format", "save_peft_format")

@@ -10,6 +10,7 @@ parameter of the layer, because a module can keep itself out of `state_dict()`, 
 `model.to(bfloat16)`, and be copied and pickled with its model; a bare parameter would need a hook for each of these.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,16 +19,18 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from speft_optim.checkpoint.base import original_entries
+from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.integrations import (
     declare_trainable,
     let_checkpoints_see_gradients,
     patch_model,
+    save_from_files,
     sharding_wrapper,
     unpatch_model,
 )
 from speft_optim.masks.mask import Mask
-from speft_optim.offload.training import OffloadedBase, check_offload
+from speft_optim.offload.training import OffloadedBase, check_offload, map_checkpoint
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.weights.attached import (
     Record,
@@ -57,6 +60,7 @@ def sparsify(
     keep_empty: bool = False,
     verify: bool = True,
     offload: str | torch.device | None = None,
+    activations: str = "host",
 ) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
@@ -73,7 +77,11 @@ def sparsify(
         masks: from the full names of parameters to their masks.
         base: None starts the values from the weight's own entries, dequantised if need be, so that the model computes
             what it did before. The folder of the checkpoint that the model was quantised from starts them from the
-            entries there, which have no rounding error.
+            entries there, which have no rounding error. With `offload`, also the folder of the checkpoint whose
+            safetensors files hold the weights of a model on the meta device: they are memory-mapped and stay in the
+            files, which nothing may change meanwhile, for a model that does not fit in CPU memory either. Memory then
+            holds the pages that something wrote (`desparsify`, `load_state_dict`, `state_dict` and masks that move
+            do); `save_adapter`, `load_adapter`, `export_merged` and `save_pretrained` write none.
         keep_empty: whether weights with an empty mask get (empty) values too, so that a `MaskSchedule` can give them
             entries.
         verify: whether to compare the gradient of each dense linear weight once, in its first backward, with autograd's
@@ -82,9 +90,12 @@ def sparsify(
             gradient at a time in the first backward. With False only the use in a weight's own module is seen.
         offload: device to compute on while the frozen weights of a model in CPU memory stay there, for a model that
             does not fit on the device: they are copied to it block by block, in forward and again in backward, where
-            each block is recomputed. The inputs of blocks are kept in CPU memory. Values, moments and gradients are on
-            the device. `model.to(device)` moves nothing from here on, and weights in CPU memory get the trained values
-            when they are read or saved. One process only; not for compiled models.
+            each block is recomputed. Values, moments and gradients are on the device. `model.to(device)` moves nothing
+            from here on, and weights in CPU memory get the trained values when they are read or saved. One process
+            only; not for compiled models.
+        activations: where `offload` keeps the inputs of blocks between forward and backward. "host" is pinned CPU
+            memory, to which they are copied beside the computation, a few hundredths of what the weights take on the
+            bus. "device" saves these copies for batch * length * width entries a block on the device.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -96,19 +107,44 @@ def sparsify(
             is not a mapping to `Mask`.
         RuntimeError: another process of the group failed; the model is as it was.
     """
+    wrapper, model = model, unwrapped(model)
+    with contextlib.ExitStack() as undo:
+        with together():
+            check_not_parallel(wrapper)
+            _check_activations(activations, offload)
+            mapped = {} if base is None or offload is None else map_checkpoint(model, base, undo)
+            targets = _prepare(model, masks)
+            if offload is not None:
+                offload = check_offload(model, offload)
+            unread = {name: mask for name, mask in masks.items() if name not in mapped}
+            entries = {} if base is None else _base_entries(model, base, unread, targets)
+        check_equal_masks(masks)
+        # This is the first change, since the device may lack memory for it.
+        offloaded = (
+            [] if offload is None else [OffloadedBase(model, offload, mapped, inputs_on_host=activations == "host")]
+        )
+        weights = _attach_all(model, masks, targets, entries, offloaded, keep_empty=keep_empty, verify=verify)
+        if mapped:
+            save_from_files(model)
+        undo.pop_all()
+    compare_weights(weights)
+    return [weight.values for weight in weights]
+
+
+def _attach_all(
+    model: nn.Module,
+    masks: Mapping[str, Mask],
+    targets: dict[str, Target],
+    entries: dict[str, Tensor],
+    offloaded: list[OffloadedBase],
+    *,
+    keep_empty: bool,
+    verify: bool,
+) -> list[SparseWeight]:
+    """Freeze the model and attach the values of all masks; an error leaves the model as it was."""
     # This import loads the compiler and Triton, which importing the package must not.
     from speft_optim.eager import refresh_before_forward
 
-    wrapper, model = model, unwrapped(model)
-    with together():
-        check_not_parallel(wrapper)
-        targets = _prepare(model, masks)
-        if offload is not None:
-            offload = check_offload(model, offload)
-        entries = {} if base is None else _base_entries(model, base, masks, targets)
-    check_equal_masks(masks)
-    # This is the first change, since the device may lack memory for it.
-    offloaded = [] if offload is None else [OffloadedBase(model, offload)]
     _follow_optimizers()
     required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
     model.requires_grad_(False)
@@ -130,8 +166,7 @@ def sparsify(
     keep_record(model, Record(weights, required_grad, hooks))
     if is_sharded:
         average_gradients(model)
-    compare_weights(weights)
-    return [weight.values for weight in weights]
+    return weights
 
 
 def desparsify(model: nn.Module) -> None:
@@ -172,6 +207,14 @@ def _prepare(model: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Target]:
     _check_model(model)
     _check_masks(model, masks, targets)
     return targets
+
+
+def _check_activations(activations: str, offload: str | torch.device | None) -> None:
+    check_choice("activations", activations, ("host", "device"))
+    if activations != "host" and offload is None:
+        raise ValueError(
+            f"activations={activations!r} is read only with offload; pass offload='cuda' too, or leave it."
+        )
 
 
 def _base_entries(

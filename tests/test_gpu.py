@@ -100,12 +100,12 @@ def test_two_blocks_are_on_the_gpu_and_the_model_stays_as_it_is(salience):
         assert parameter.data_ptr() == place and torch.equal(parameter, values) and not parameter.is_pinned()
 
 
-def trained_on_gpu(model, masks, offload, steps=4):
+def trained_on_gpu(model, masks, offload, steps=4, **options):
     """Losses of a few steps, the values after them, and the bytes that the GPU held at most beyond the start."""
     gc.collect()
     start = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    optimizer = SparseAdamW(sparsify(model, masks, offload=offload), lr=1e-3, weight_decay=0.1)
+    optimizer = SparseAdamW(sparsify(model, masks, offload=offload, **options), lr=1e-3, weight_decay=0.1)
     if offload:
         # Trainers move models; one whose base is in host memory stays there.
         model.to(CUDA)
@@ -153,6 +153,32 @@ def test_a_base_in_host_memory_trains_as_one_on_the_gpu(dtype):
     del values
     gc.collect()
     model(**token_batch())
+
+
+@pytest.mark.parametrize("activations", ["host", "device"])
+def test_a_base_in_files_trains_as_one_on_the_gpu(tmp_path, activations):
+    """Weights longer than a staging buffer; what is in files is copied by another thread than the one that computes."""
+    from test_offload import on_meta
+    from test_offload_mapped import written_bytes
+
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=4)
+    model = tiny_model("llama", torch.float32, **sizes)
+    masks, twin = random_masks(model, density=0.01), on_meta(model, tmp_path)
+    expected, expected_values, _ = trained_on_gpu(model.to(CUDA), masks, None)
+    losses, values, _ = trained_on_gpu(twin, masks, CUDA, base=tmp_path, activations=activations)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert relative(values, expected_values) < 1e-3
+    assert written_bytes(tmp_path) == 0
+
+
+def test_a_weight_with_locked_pages_is_moved_to_the_gpu():
+    """CUDA refuses one copy of it: its first and its last page are not locked."""
+    model = tiny_model("llama", hidden_size=1024, intermediate_size=4096)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    sparsify(model, random_masks(model, density=0.01), offload=CUDA)
+    for name, weight in weights.items():
+        for moved in (model.get_parameter(name).to(CUDA), model.get_parameter(name).cuda()):
+            assert moved.is_cuda and torch.equal(moved.detach().cpu(), weight)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "double"])

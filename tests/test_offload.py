@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import moved_blocks, tiny_model, token_batch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speft_optim import select_masks, sparsify
 from speft_optim.offload.engine import streaming
+from speft_optim.offload.host_memory import available_bytes
 from speft_optim.offload.pages import copy_pages_, lock_pages
 from speft_optim.salience.measures import MEASURES
 
@@ -210,7 +213,25 @@ def test_pages_that_cannot_be_locked_are_left_with_a_warning(monkeypatch, caplog
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *arguments: 2))
     with contextlib.ExitStack() as stack:
         lock_pages([torch.zeros(2**20), torch.zeros(2**21)], torch.device("cpu"), stack)
-    assert [record.getMessage()[:12] for record in caplog.records] == ["CUDA error 2"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "bytes of host memory cannot be locked (CUDA error 2), so that the CPU copies them once more" in message
+
+
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_files_in_memory_are_locked_only_where_there_is_room_to_read_them(room, tmp_path, monkeypatch, caplog):
+    save_file({"weight": torch.zeros(2**20)}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        tensors = [file.get_tensor("weight"), torch.zeros(2**20)]
+    runtime = SimpleNamespace(cudaHostRegister=lambda *arguments: 0, cudaHostUnregister=lambda first: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    assert 0 < available_bytes() < 2**50
+    monkeypatch.setattr("speft_optim.offload.pages.available_bytes", lambda: room)
+    with contextlib.ExitStack() as stack:
+        direct = lock_pages(tensors, torch.device("cpu"), stack)
+    places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    assert direct == set(places if room else places[1:])
+    expected = [] if room else ["memory-mapped from files, and larger than the memory left"]
+    assert [record.getMessage().partition("(")[2].partition(")")[0] for record in caplog.records] == expected
 
 
 @pytest.mark.parametrize("by_block", [True, False])
@@ -221,10 +242,12 @@ def test_pages_are_locked_for_a_gpu_until_all_copies_are_over(monkeypatch, by_bl
     def lock(tensors, device, stack):
         done.append(tensors)
         stack.callback(done.append, "unlocked")
+        return set()
 
     gpu = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: done.append("synchronised"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
-    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: None)
+    memory = SimpleNamespace(memory=SimpleNamespace(record_stream=lambda stream: None))
+    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: memory)
     monkeypatch.setattr("speft_optim.offload.engine.device_of_tensors", torch.device)
     monkeypatch.setattr("speft_optim.offload.engine.lock_pages", lock)
     with streaming(model, "cuda:0", by_block=by_block):
@@ -238,7 +261,7 @@ def test_one_block_at_a_time_has_copies_of_its_weights():
     alive = []
 
     def note(module, args, output):
-        alive.append(sum("weight" in part.__dict__ for part in model.modules()))
+        alive.append(sum("weight" in part.__dict__ for part in model.model.modules()))
 
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_hook(note)

@@ -37,9 +37,11 @@ from speft_optim.offload import activations
 from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.lookup import on_host, sent
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparse_weights
 from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.targets import all_targets
 
 KINDS = ["llama", "qwen2", "gemma2", "gpt2"]
 
@@ -600,6 +602,28 @@ def test_inputs_of_blocks_are_kept_in_host_memory_and_come_back_one_ahead(monkey
     assert done == forward + backward
 
 
+def test_inputs_of_blocks_may_stay_on_the_device(monkeypatch):
+    """Nothing is copied, and the losses are the same."""
+
+    def refuse(*_):
+        raise AssertionError("an input was copied")
+
+    monkeypatch.setattr(HostActivations, "_keep", refuse)
+    results = []
+    for options in ({}, dict(offload="cpu", activations="device")):
+        model = tiny_model("llama", num_hidden_layers=4)
+        optimizer = SparseAdamW(sparsify(model, random_masks(model), **options), **OPTIONS)
+        results.append((train(model, optimizer, 3), weights_of(model)))
+    assert equal_states(*results)
+    model = tiny_model()
+    before = state(model)
+    with pytest.raises(ValueError, match="activations='cpu' .*choose"):
+        sparsify(model, random_masks(model), offload="cpu", activations="cpu")
+    with pytest.raises(ValueError, match="activations='device' is read only with offload"):
+        sparsify(model, random_masks(model), activations="device")
+    assert state(model) == before
+
+
 def test_blocks_that_change_their_input_in_place_are_refused():
     setup = offloaded()
 
@@ -617,9 +641,77 @@ def test_only_the_rows_that_a_batch_needs_are_looked_up(monkeypatch):
     monkeypatch.setattr(HostWeight, "whole", lambda weight: copied.append(weight.name) or whole(weight))
     losses = train(setup.model, setup.optimizer, 1)
     # The head, which is tied to the embedding, needs all of them, once.
-    assert copied == ["model.norm.weight", "model.embed_tokens.weight"]
+    assert copied == ["model.embed_tokens.weight", "model.norm.weight"]
     resident = attach("gemma2")
     assert train(resident.model, resident.optimizer, 1) == losses
+
+
+class LossInChunks:
+    """A forward that forms the logits of a few tokens at a time, as fused losses do, and never calls the head."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def __call__(self, input_ids, labels, **_):
+        hidden = self.model.model(input_ids=input_ids).last_hidden_state[:, :-1].flatten(0, 1)
+        self.seen.append(vars(self.model.lm_head).get("weight"))
+        parts = zip(hidden.split(5), labels[:, 1:].flatten().split(5), strict=True)
+        losses = [
+            nn.functional.cross_entropy(part @ self.model.lm_head.weight.t(), words, reduction="sum")
+            for part, words in parts
+        ]
+        return SimpleNamespace(loss=sum(losses) / len(hidden))
+
+
+@pytest.mark.parametrize("targets", [None, every])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_loss_inside_the_model_may_read_the_weight_of_the_head(kind, targets):
+    """On the device, and with its gradient if the head has a mask."""
+    results = []
+    for make in (attach, offloaded):
+        setup = make(kind, targets=targets)
+        setup.model.forward = LossInChunks(setup.model)
+        losses = train(setup.model, setup.optimizer, 3)
+        results.append((losses, weights_of(setup.model)))
+        (head, *_) = setup.model.forward.seen
+        assert (head is not None) == (make is offloaded)
+    assert results[0][0] == results[1][0] and equal_states(results[0][1], results[1][1])
+    assert head.requires_grad == (targets is every) and "weight" not in vars(setup.model.lm_head)
+
+
+def test_token_ids_from_host_memory_are_looked_up_there():
+    """To fetch them from the device would wait for it; from this one nothing can be fetched."""
+    ids, meta = torch.arange(6).view(2, 3), torch.device("meta")
+    there = sent(ids, meta)
+    assert there.is_meta and on_host(there) is ids
+    there.add_(1)
+    with pytest.raises(NotImplementedError):
+        on_host(there)
+    assert sent(ids, torch.device("cpu")) is ids and on_host(ids) is ids
+
+
+def test_a_weight_is_moved_to_the_device_as_its_copies_are(monkeypatch):
+    """By whole pages, in any way of asking for it."""
+    model, moved = tiny_model(), []
+    target = all_targets(model)["lm_head.weight"]
+    weight, whole = HostWeight(target, torch.device("meta")), HostWeight.whole
+    monkeypatch.setattr(HostWeight, "whole", lambda weight: moved.append(weight.name) or whole(weight))
+    weight.watch()
+    head = model.lm_head.weight
+    there = [
+        head.to("meta"),
+        head.to("meta", torch.bfloat16),
+        head.detach().to("meta"),
+        head.to(device="meta", copy=True),
+    ]
+    assert [(part.is_meta, part.dtype) for part in there] == [
+        (True, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float32)
+    ]
+    assert len(moved) == 3, "a detached weight is a plain tensor"
+    assert head.to(torch.bfloat16).device.type == "cpu" and head.to("cpu") is head and len(moved) == 3
+    assert there[0].grad_fn is not None, "its gradient is passed on"
+    weight.close()
+    assert type(head) is nn.Parameter
 
 
 @pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: nn.ModuleList([m]).to("cpu")])
@@ -740,14 +832,16 @@ def on_pretended_gpu(monkeypatch, model):
     gpu = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: None)
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("synchronised"))
-    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: None)
+    memory = SimpleNamespace(memory=SimpleNamespace(record_stream=lambda stream: None))
+    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: memory)
 
     def lock(tensors, device, stack):
         done.append("locked")
         stack.callback(done.append, "unlocked")
+        return set()
 
-    monkeypatch.setattr("speft_optim.offload.training.lock_pages", lock)
-    return OffloadedBase(model, device), done
+    monkeypatch.setattr("speft_optim.offload.engine.lock_pages", lock)
+    return OffloadedBase(model, device, {}), done
 
 
 def test_pages_are_unlocked_when_the_model_is_gone(monkeypatch):

@@ -30,7 +30,7 @@ from speft_optim.weights.compact_values import linked
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import is_fully_sharded, reshard
 from speft_optim.weights.storage import as_stored, frozen_weight
-from speft_optim.weights.targets import Target, all_targets
+from speft_optim.weights.targets import Target, all_names, all_targets
 from speft_optim.weights.wrappers import plain_modules, unwrapped
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -81,8 +81,14 @@ def export_merged(
             _write_onto(model, Path(base), folder, dtype, limit)
 
 
-def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-    """Write the merged checkpoint of a quantised model in bfloat16 into a folder that may hold other files.
+def save_merged(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the merged checkpoint of a model, one tensor at a time, into a folder that may hold other files.
 
     Trainers save into such folders. Other files than weights and configuration stay; see `whole_folder` for the state
     that a killed process leaves.
@@ -90,6 +96,7 @@ def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str 
     Args:
         model: the model.
         out: the folder, created if missing.
+        dtype: of the floating tensors.
         max_shard_size: size of the largest file, in bytes or such as "5GB".
 
     Raises:
@@ -99,10 +106,10 @@ def save_merged(model: nn.Module, out: str | Path, *, max_shard_size: int | str 
     out, limit = Path(out), size_in_bytes(max_shard_size)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() and not any(out.glob(_WEIGHTS)):
-        _move_in(model, out, limit)
+        _move_in(model, out, dtype, limit)
         return
     with whole_folder(out, keep=lambda name: not fnmatch(name, _WEIGHTS)) as folder:
-        _write_model(model, folder, torch.bfloat16, limit)
+        _write_model(model, folder, dtype, limit)
 
 
 @contextmanager
@@ -122,10 +129,10 @@ def _new_folder(model: nn.Module, out: Path) -> Iterator[Path | None]:
             stack.close()
 
 
-def _move_in(model: nn.Module, out: Path, limit: int) -> None:
+def _move_in(model: nn.Module, out: Path, dtype: torch.dtype, limit: int) -> None:
     """Write into a folder without weights, file by file: other processes of a trainer may be adding their own."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", suffix=".tmp", dir=out.absolute().parent) as temporary:
-        _write_model(model, Path(temporary), torch.bfloat16, limit)
+        _write_model(model, Path(temporary), dtype, limit)
         # The index comes last: without it a reader finds no checkpoint rather than half of one.
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("index.json")):
             os.replace(file, out / file.name)
@@ -189,11 +196,7 @@ def _write_onto(model: nn.Module, base: Path, folder: Path, dtype: torch.dtype, 
 
 def _stored_targets(model: nn.Module, files: Mapping[str, Path], base: Path) -> dict[str, Target]:
     """Return the model's weights by their names in a checkpoint; a shared one may be stored under several names."""
-    names: dict[int, list[str]] = {}
-    for path, module in plain_modules(model):
-        for attribute, parameter in module._parameters.items():
-            names.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
-    targets = {}
+    names, targets = all_names(model), {}
     for first, target in all_targets(model).items():
         # A weight on the meta device is offloaded and cannot have been trained.
         if not target.parameter.is_meta:

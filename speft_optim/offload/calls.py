@@ -6,7 +6,7 @@ exception, KeyboardInterrupt included, which hooks do not.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.caches import without_caches
+from speft_optim.offload.host_parameter import HostParameter, on_device
 from speft_optim.offload.host_weight import HostWeight
-from speft_optim.offload.lookup import HostTable
+from speft_optim.offload.lookup import HostTable, sent
 from speft_optim.offload.prefetch import Prefetcher, Site
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.weights.replacement import replace_method
 from speft_optim.weights.storage import STREAMED
 from speft_optim.weights.targets import AddedModule
+from speft_optim.weights.verification import is_recorded
 
 
 def sites_of(module: nn.Module) -> list[Site]:
@@ -60,22 +62,18 @@ def compute_with_copies(
         weight, here = own[name], prefetcher.resident.get((module, name))
         if here is not None:
             return here
-        is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and not weight.parameter.is_meta
+        if name in module.__dict__:
+            # The head's copy is here for the whole call of the model. What the module does with it its hooks see.
+            return module.__dict__[name].detach()
+        is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and weight.source().dtype == weight.dtype
         return HostTable.of(weight) if is_table else weight.whole()
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
             copies = {name: copy(name) for name in own}
-            copies.update((name, module._buffers[name].to(device)) for name in buffers)
-            covered = {name: module.__dict__.get(name) for name in copies}
-            try:
-                module.__dict__.update(copies)
+            copies.update((name, sent(module._buffers[name], device)) for name in buffers)
+            with _covered(module, copies):
                 return present(*args, **kwargs)
-            finally:
-                for name, tensor in covered.items():
-                    module.__dict__.pop(name, None)
-                    if tensor is not None:
-                        module.__dict__[name] = tensor
 
         return call
 
@@ -84,19 +82,35 @@ def compute_with_copies(
     replace_call(module, make, stack)
 
 
+@contextlib.contextmanager
+def _covered(module: nn.Module, copies: dict[str, Tensor]) -> Iterator[None]:
+    """Shadow parameters and buffers of a module by copies while the context lasts."""
+    covered = {name: module.__dict__.get(name) for name in copies}
+    try:
+        module.__dict__.update(copies)
+        yield
+    finally:
+        for name, tensor in covered.items():
+            module.__dict__.pop(name, None)
+            if tensor is not None:
+                module.__dict__[name] = tensor
+
+
 def run_by_block(
     prefetcher: Prefetcher,
-    activations: HostActivations,
+    device: torch.device,
+    activations: HostActivations | None,
     block: nn.Module,
     number: int,
     count: int,
     stack: contextlib.ExitStack,
 ) -> None:
-    """Replace the block's call: prefetched weights, checkpointed, its inputs kept in CPU memory.
+    """Replace the block's call: prefetched weights, checkpointed, its inputs kept in CPU memory if asked for.
 
     Args:
         prefetcher: brings the weights.
-        activations: keeps the inputs.
+        device: the device that computes.
+        activations: keeps the inputs in CPU memory; None leaves them on the device.
         block: the block.
         number: its number.
         count: the number of blocks.
@@ -123,8 +137,8 @@ def run_by_block(
                 return work(None, *args, **kwargs)
             args, kwargs = without_caches(number, args, kwargs)
             # A checkpoint keeps the random state of the devices of its positional arguments.
-            on_device = torch.empty(0, device=activations.device)
-            with activations.keeping((*args, *kwargs.values())):
+            on_device = torch.empty(0, device=device)
+            with activations.keeping((*args, *kwargs.values())) if activations else contextlib.nullcontext():
                 return checkpoint(work, on_device, *args, use_reentrant=False, **kwargs)
 
         return call
@@ -145,25 +159,55 @@ def _without_checkpoints(blocks: list[nn.Module]) -> Iterator[None]:
             block.gradient_checkpointing = True
 
 
-def run_model(model: nn.Module, blocks: list[nn.Module], device: torch.device, stack: contextlib.ExitStack) -> None:
+def run_model(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    head: tuple[nn.Module, HostWeight] | None,
+    device: torch.device,
+    stack: contextlib.ExitStack,
+) -> None:
     """Replace the model's call: tensors among its arguments are moved to the device, wherever they are.
 
     Args:
         model: the model.
         blocks: its blocks, of which older versions of transformers decide before their call whether to checkpoint them.
+        head: the module of the logits and its weight, which is on the device during the call: losses that form logits
+            in chunks read it and do not call the module.
         device: the device that computes.
         stack: undoes it.
     """
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
-            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-            with _without_checkpoints(blocks):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: sent(tensor, device), (args, kwargs))
+            with _without_checkpoints(blocks), _held(head):
                 return present(*args, **kwargs)
 
         return call
 
     replace_call(model, make, stack)
+
+
+def _held(head: tuple[nn.Module, HostWeight] | None) -> contextlib.AbstractContextManager:
+    """Shadow the head's weight by a copy while the context lasts; what reads it passes its gradient on."""
+    if head is None:
+        return contextlib.nullcontext()
+    module, weight = head
+    parameter = weight.parameter
+    is_watched = isinstance(parameter, HostParameter) and torch.is_grad_enabled() and is_recorded(parameter)
+    return _covered(module, {"weight": on_device(parameter) if is_watched else weight.whole()})
+
+
+def head_of(
+    model: nn.Module, weights: Mapping[Site, HostWeight | HostQuantized]
+) -> tuple[nn.Module, HostWeight] | None:
+    """Return the module of the model's logits and its weight, if transformers knows one and it is not quantised."""
+    head = None
+    # Some models have the method and raise in it.
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        head = model.get_output_embeddings()
+    weight = weights.get((head, "weight"))
+    return (head, weight) if isinstance(weight, HostWeight) else None
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

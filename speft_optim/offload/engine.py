@@ -8,25 +8,32 @@ attributes that shadow the parameters. A pass thus needs GPU memory for the weig
 one, the head and, in estimation, the accumulators. For each batch a block is copied once in forward and, down to the
 lowest one with a weight whose gradient is needed, once in backward.
 
-Estimation also takes weights from disk: the model is then on the meta device, and its tensors are read from a
-checkpoint's safetensors files as they are needed. accelerate's hooks, which move whole modules, were rejected: they
-drop their copies before backward, where the weights are needed again.
+Of a model on the meta device the tensors come from a checkpoint, whose safetensors files are memory-mapped and read as
+they are needed. accelerate's hooks, which move whole modules, were rejected: they drop their copies before backward,
+where the weights are needed again.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from speft_optim.offload.activations import HostActivations
-from speft_optim.offload.calls import blocks_of, compute_with_copies, run_by_block, run_model, sites_of
+from speft_optim.offload.calls import (
+    blocks_of,
+    compute_with_copies,
+    head_of,
+    run_by_block,
+    run_model,
+    sites_of,
+)
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import lock_pages
 from speft_optim.offload.prefetch import Prefetcher, Site
 from speft_optim.offload.quantized import HostQuantized
-from speft_optim.offload.shards import Shards
+from speft_optim.offload.shards import check_buffers, mapped_tensors
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.targets import all_targets
 
@@ -60,10 +67,9 @@ def streaming(
     with contextlib.ExitStack() as stack:
         if (present := offloaded_to(model)) is None:
             weights = _weights(model, device, folder)
-            if device.type == "cuda":
-                # This comes before the prefetcher, which waits for all copies as it ends; only then are pages unlocked.
-                lock_pages(in_memory(weights), device, stack)
-            compute_on(model, device, weights, stack, by_block=by_block)
+            # This comes before the prefetcher, which waits for all copies as it ends; only then are pages unlocked.
+            direct = make_direct(in_memory(weights), device, stack)
+            compute_on(model, device, weights, direct, stack, by_block=by_block)
         elif present != device:
             raise ValueError(f"The model is offloaded to {present} by sparsify, not to {device}; leave offload out.")
         yield
@@ -92,40 +98,53 @@ def device_of_tensors(device: str | torch.device) -> torch.device:
 
 def _weights(model: nn.Module, device: torch.device, folder: str | Path | None) -> Weights:
     """Return the model's weights by the places that hold them, after the checks that `streaming` names."""
-    shards = Shards(folder) if folder is not None else None
+    mapped = mapped_tensors(model, folder) if folder is not None else {}
     for target in all_targets(model).values():
-        if target.parameter.is_meta:
-            if shards is None:
-                raise ValueError(f"{target.name} is on the meta device; pass base=folder with its safetensors.")
-            shards.check(target)
-    _check_buffers(model)
-    return host_weights(model, device, shards)
+        if target.parameter.is_meta and target.name not in mapped:
+            raise ValueError(f"{target.name} is on the meta device; pass base=folder with its safetensors.")
+    check_buffers(model)
+    return host_weights(model, device, mapped)
 
 
-def host_weights(model: nn.Module, device: torch.device, shards: Shards | None = None) -> Weights:
-    """Return the model's weights by the places that hold them; a shared one has several."""
+def host_weights(model: nn.Module, device: torch.device, mapped: Mapping[str, Tensor]) -> Weights:
+    """Return the model's weights by the places that hold them; a shared one has several.
+
+    Args:
+        model: the model.
+        device: the device that computes.
+        mapped: by name the tensors of weights that are memory-mapped from a checkpoint, see `mapped_tensors`.
+    """
     weights = {}
     for target in all_targets(model).values():
         module, attribute = target.sites[0]
         quantised = attribute == "weight" and is_quantized_linear(module)
-        weight = HostQuantized(target, device) if quantised else HostWeight(target, device, shards)
+        weight = HostQuantized(target, device) if quantised else HostWeight(target, device, mapped.get(target.name))
         weights.update(dict.fromkeys(target.sites, weight))
     return weights
 
 
 def in_memory(weights: Weights) -> list[Tensor]:
-    """Return the tensors in CPU memory that copies are made of."""
+    """Return the tensors in CPU memory that copies are made of, but for those mapped from a checkpoint."""
     distinct = dict.fromkeys(weights.values())
-    return [source for weight in distinct if not weight.parameter.is_meta for source in weight.sources()]
+    return [source for weight in distinct if not weight.is_mapped for source in weight.sources()]
+
+
+def make_direct(sources: list[Tensor], device: torch.device, stack: contextlib.ExitStack) -> set[int]:
+    """Return the addresses of storages that the device reads directly until the stack closes, see `lock_pages`."""
+    if device.type == "cuda":
+        return lock_pages(sources, device, stack)
+    return {source.untyped_storage().data_ptr() for source in sources}
 
 
 def compute_on(
     model: nn.Module,
     device: torch.device,
     weights: Weights,
+    direct: Set[int],
     stack: contextlib.ExitStack,
     *,
     by_block: bool = True,
+    inputs_on_host: bool = True,
 ) -> Prefetcher:
     """Replace the calls of the model's modules by calls on `device` with copies of the weights.
 
@@ -133,28 +152,21 @@ def compute_on(
         model: the model.
         device: the device that computes.
         weights: its weights, see `host_weights`.
+        direct: see `make_direct`.
         stack: undoes it, and frees all that is on the device.
         by_block: see `streaming`.
+        inputs_on_host: whether the inputs of blocks are kept in CPU memory until backward, or on the device.
     """
     blocks = blocks_of(model) if by_block else []
     by_blocks = [{site: weights[site] for part in block.modules() for site in sites_of(part)} for block in blocks]
-    prefetcher = Prefetcher(by_blocks, device, stack)
+    prefetcher = Prefetcher(by_blocks, device, stack, direct)
     for module in model.modules():
         own = {name: weights[module, name] for _, name in sites_of(module)}
         compute_with_copies(module, own, prefetcher, device, stack)
-    activations = HostActivations(device)
+    activations = HostActivations(device) if inputs_on_host else None
     for number, block in enumerate(blocks):
-        run_by_block(prefetcher, activations, block, number, len(blocks), stack)
-    run_model(model, blocks, device, stack)
+        run_by_block(prefetcher, device, activations, block, number, len(blocks), stack)
+    run_model(model, blocks, head_of(model, weights) if by_block else None, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
     return prefetcher
-
-
-def _check_buffers(model: nn.Module) -> None:
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            raise ValueError(
-                f"Buffer {name} is on the meta device and in no checkpoint; build the model under "
-                "accelerate's init_empty_weights(include_buffers=False)."
-            )

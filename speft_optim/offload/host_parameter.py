@@ -1,4 +1,4 @@
-"""A parameter in host memory that is brought up to date before it is used.
+"""A parameter in host memory that is brought up to date before it is used, and copied to the device by whole pages.
 
 While a model is trained with its base in host memory, the newest values of masked entries are on the device, and
 writing them into the host's weight at each step would cost more than the step. So the weight falls behind, and catches
@@ -34,7 +34,7 @@ OF_FORM = frozenset(
 
 
 class HostParameter(nn.Parameter):
-    """A frozen weight in host memory whose trained entries are on a device.
+    """A frozen weight in host memory, of which a device computes with copies; trained entries of it are on the device.
 
     The class of a parameter is changed to this one in place, and back; copies are plain parameters.
 
@@ -55,11 +55,36 @@ class HostParameter(nn.Parameter):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """Bring the weights among the arguments up to date, and call the function on them as on plain parameters."""
         kwargs = kwargs or {}
+        if function in (Tensor.to, Tensor.cuda) and isinstance(args[0], HostParameter):
+            if _goes_to(args[0].behind.device, function, args, kwargs):
+                return function(on_device(args[0]), *args[1:], **kwargs)
         if function not in OF_FORM:
             for argument in tree_leaves((args, kwargs)):
                 if isinstance(argument, HostParameter):
                     argument.behind.settle()
         return plainly(function, *args, **kwargs)
+
+
+def on_device(parameter: HostParameter) -> Tensor:
+    """Return a copy of a parameter on its device, which passes its gradient on."""
+    return _Copy.apply(parameter)
+
+
+class _Copy(torch.autograd.Function):
+    """CUDA refuses a copy of a weight whose memory is locked but for its first and last page, so this is by pages."""
+
+    @staticmethod
+    def forward(ctx, parameter: HostParameter) -> Tensor:
+        return parameter.behind.whole()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.cpu()
+
+
+def _goes_to(device: torch.device, function, args: tuple, kwargs: dict) -> bool:
+    """Return whether a function moves its first argument to a device of this kind, which is not the CPU."""
+    return device.type != "cpu" and function(torch.empty(0), *args[1:], **kwargs).device.type == device.type
 
 
 def plainly(function, *args, **kwargs):

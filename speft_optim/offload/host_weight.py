@@ -1,7 +1,8 @@
-"""A weight in host memory, or on disk, of which a device computes with copies.
+"""A weight in host memory, or memory-mapped from a checkpoint, of which a device computes with copies.
 
 In training the host's weight falls behind the trained values, which are on the device, and copies of it get them as an
-overlay. The weight catches up when it is used (see `offload/host_parameter.py`).
+overlay. The weight catches up when it is used (see `offload/host_parameter.py`). This library reads it with the values
+as an overlay too, without a write: each page of a mapped weight that is written would stay in memory.
 """
 
 import torch
@@ -10,40 +11,41 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from speft_optim.kernels.entries import gather_entries, scatter_entries_
 from speft_optim.kernels.overlay import overlay_
-from speft_optim.masks.mask import Mask
+from speft_optim.masks.mask import Mask, find
 from speft_optim.offload.host_parameter import HostParameter, host_class, plainly
 from speft_optim.offload.pages import copy_pages_
 from speft_optim.offload.quantized import NOT_COPIED
-from speft_optim.offload.shards import Shards
 from speft_optim.weights.compact_values import linked
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.targets import Target
 
 
 class HostWeight(FloatingWeight):
-    """A floating parameter in CPU memory or on disk that is copied to a device, whole or in rows.
+    """A floating parameter in CPU memory that is copied to a device, whole or in rows.
 
     Args:
         target: the weight in the model, in CPU memory or on the meta device.
         device: the device of the copies.
-        shards: the checkpoint that holds the weight if it is on the meta device.
+        mapped: the weight in a checkpoint, if it is memory-mapped; in the dtype of the checkpoint.
 
     Attributes:
         device: where the weight is computed with, and where its values and mask are.
         forms: shape and dtype of each tensor of a copy; a floating weight is one.
+        is_mapped: whether the weight is memory-mapped.
     """
 
-    def __init__(self, target: Target, device: torch.device, shards: Shards | None = None):
+    def __init__(self, target: Target, device: torch.device, mapped: Tensor | None = None):
         parameter = target.parameter
         self.name, self.shape, self.dtype, self.device = target.name, parameter.shape, parameter.dtype, device
         self.forms = [(self.shape, self.dtype)]
-        self._site, self._shards = target.sites[0], shards
+        self._site, self._mapped, self.is_mapped = target.sites[0], mapped, mapped is not None
         self._mask: Mask | None = None
         self._values: nn.Parameter | None = None
         # The parameter that lacks the newest values, and its version when it was left behind.
         self._behind: tuple[nn.Parameter, int] | None = None
         self._writes = 0
         self._kind: type = nn.Parameter
+        self._is_watched = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -69,10 +71,8 @@ class HostWeight(FloatingWeight):
         return held.data_ptr(), held._version, self._writes
 
     def source(self, rows: slice = slice(None)) -> Tensor:
-        """Return the weight or some rows of it in CPU memory, perhaps behind; from disk in the checkpoint's dtype."""
-        if self.parameter.is_meta:
-            return self._shards.read(self.name, rows)
-        held = self._held()
+        """Return the weight or some rows of it in CPU memory, perhaps behind; of a checkpoint in its dtype."""
+        held = self._mapped if self.parameter.is_meta else self._held()
         return held if rows == slice(None) else held[rows]
 
     def sources(self) -> list[Tensor]:
@@ -91,10 +91,15 @@ class HostWeight(FloatingWeight):
         self.overlay_(out)
         return out
 
+    @torch.no_grad()
     def rows(self, first: int, last: int) -> Tensor:
         """Copy rows `first` to `last` (exclusive) to the device; 2-D: the first dimension by all others."""
-        self.settle()
-        return self._bring(self.source(slice(first, last))).reshape(last - first, -1)
+        rows = self._bring(self.source(slice(first, last))).reshape(last - first, -1)
+        if not self._lacks_values():
+            return rows
+        indices, start = self._mask.indices.long(), first * rows.shape[1]
+        inside = slice(*torch.searchsorted(indices, indices.new_tensor([start, start + rows.numel()])).tolist())
+        return scatter_entries_(rows.clone(), indices[inside] - start, self._values[inside])
 
     @torch.no_grad()
     def overlay_(self, copy: Tensor) -> None:
@@ -113,17 +118,25 @@ class HostWeight(FloatingWeight):
 
     @property
     def tensor(self) -> Tensor:
-        """The whole weight in host memory, up to date."""
-        self.settle()
-        return self.source()
+        """The whole weight in host memory, up to date; not to be written."""
+        return self.dense(self.dtype)
 
+    @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the whole weight in `dtype`, in host memory, up to date."""
-        return self.tensor.to(dtype)
+        held = self.source().to(self.dtype)
+        if self._lacks_values():
+            held = scatter_entries_(held.clone(), self._mask.indices.cpu(), self._values.cpu())
+        return held.to(dtype)
 
+    @torch.no_grad()
     def gather(self, indices: Tensor) -> Tensor:
         """Return the entries at flat positions (k,), (k,) in the weight's dtype, on the device of the positions."""
-        return gather_entries(self.tensor, indices.cpu()).to(indices.device, self.dtype)
+        entries = gather_entries(self.source(), indices.cpu()).to(indices.device, self.dtype)
+        if self._lacks_values():
+            places, inside = find(self._mask.indices, indices.to(self.device))
+            entries[inside.to(entries.device)] = self._values[places[inside]].to(entries)
+        return entries
 
     @torch.no_grad()
     def write(self, mask: Mask, values: Tensor) -> None:
@@ -132,9 +145,35 @@ class HostWeight(FloatingWeight):
             self._mask = mask
             self._watch()
             self._behind = self.parameter, self._held()._version
-        else:
+            return
+        rest = torch.ones(len(mask), dtype=torch.bool)
+        if self._values is not None:
+            places, inside = find(self._mask.indices, mask.indices.to(self.device))
+            places, rest = places[inside], ~inside.cpu()
+            self._values[places] = _rounded_to(values.to(self.device)[inside], self._values[places], self.dtype)
+        if rest.any():
             self.settle()
-            scatter_entries_(self._held(), mask.indices.cpu(), values.cpu())
+            scatter_entries_(self._held(), mask.indices.cpu()[rest], values.cpu()[rest])
+
+    def _lacks_values(self) -> bool:
+        """Return whether the parameter lacks the newest of the attached values.
+
+        Raises:
+            ValueError: the weight was changed past its parameter while it was behind.
+        """
+        if self._behind is None:
+            return False
+        parameter, version = self._behind
+        if parameter is self.parameter and self._held()._version == version:
+            return True
+        self._behind = None
+        if parameter is self.parameter:
+            raise ValueError(
+                f"{self.name} was changed through a tensor that shared its memory before the last step, as those of an "
+                "earlier state_dict() do; change the parameter itself, or call load_state_dict."
+            )
+        # It was replaced, as by `load_state_dict(assign=True)`, and the new one wins.
+        return False
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -143,18 +182,9 @@ class HostWeight(FloatingWeight):
         Raises:
             ValueError: the weight was changed past its parameter while it was behind.
         """
-        if self._behind is None:
+        if not self._lacks_values():
             return
-        (parameter, version), self._behind = self._behind, None
-        if parameter is not self.parameter:
-            # It was replaced, as by `load_state_dict(assign=True)`, and the new one wins.
-            return
-        held = self._held()
-        if held._version != version:
-            raise ValueError(
-                f"{self.name} was changed through a tensor that shared its memory before the last step, as those of an "
-                "earlier state_dict() do; change the parameter itself, or call load_state_dict."
-            )
+        held, self._behind = self._held(), None
         # The values are not a change from outside, which version counters tell.
         with _unsafe_preserve_version_counter(held):
             scatter_entries_(held, self._mask.indices.cpu(), self._values.detach().cpu())
@@ -176,15 +206,21 @@ class HostWeight(FloatingWeight):
         self.settle()
         self._mask = self._values = None
 
+    def watch(self) -> None:
+        """Let the parameter catch up by itself and be copied by whole pages, until `close`."""
+        self._is_watched = True
+        self._watch()
+
     def _watch(self) -> None:
-        """Let the parameter that the model has now catch up by itself."""
+        """Watch the parameter that the model has now."""
         parameter = self.parameter
-        if self._values is not None and not isinstance(parameter, HostParameter):
+        if self._is_watched and not isinstance(parameter, HostParameter):
             self._kind = type(parameter)
             parameter.__class__, parameter.behind = host_class(self._kind), self
 
     def close(self) -> None:
         """Give the parameter its own class back."""
+        self._is_watched = False
         parameter = self.parameter
         if isinstance(parameter, HostParameter):
             parameter.__class__ = self._kind
@@ -192,3 +228,9 @@ class HostWeight(FloatingWeight):
 
     def __reduce_ex__(self, protocol: int):
         raise ValueError(NOT_COPIED)
+
+
+def _rounded_to(entries: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return entries, rounded to `dtype`, in fp32; a value that rounds to its entry stays exact."""
+    entries = entries.to(dtype)
+    return torch.where(values.to(dtype) == entries, values, entries.to(values.dtype))

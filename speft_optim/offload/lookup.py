@@ -49,9 +49,30 @@ class HostTable(Tensor):
 @torch.no_grad()
 def _rows(host: HostWeight, ids: Tensor) -> Tensor:
     """Return (*ids.shape, width) rows on the device, in the weight's dtype."""
-    source, places = host.source(), ids.reshape(-1).cpu()
+    source, places = host.source(), on_host(ids).reshape(-1)
     out = torch.empty(
         len(places), source.shape[1], dtype=source.dtype, pin_memory=host.device.type == "cuda", device=source.device
     )
     torch.index_select(source, 0, places, out=out)
     return out.to(host.device, host.dtype, non_blocking=True).view(*ids.shape, -1)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the device; of one in CPU memory a copy, for which the CPU does not wait.
+
+    CUDA has read pageable memory when the call returns, so that it may change then. Locked memory is read later, and so
+    copied first.
+    """
+    if tensor.device.type != "cpu" or device.type == "cpu":
+        return tensor.to(device)
+    there = (tensor.clone() if tensor.is_pinned() else tensor).to(device, non_blocking=True)
+    if not there.is_floating_point() and not there.is_inference():
+        # Token ids are looked up in host memory, and to fetch them from the device would wait for it.
+        there._sent_from = tensor, there._version
+    return there
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor in CPU memory: the one that it was sent from, if it has not changed since."""
+    source, version = getattr(tensor, "_sent_from", (None, None))
+    return tensor.cpu() if source is None or tensor._version != version else source

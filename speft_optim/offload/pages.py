@@ -8,33 +8,62 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from speft_optim.offload.host_memory import available_bytes, mapped_ranges
+
 logger = logging.getLogger(__name__)
 
 
-def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextlib.ExitStack) -> None:
+def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextlib.ExitStack) -> set[int]:
     """Lock the host memory of `tensors` in place until the stack closes, so that a CUDA device can read it directly.
 
     CUDA refuses a copy that crosses the edge of locked memory. So only pages that lie wholly inside a storage are
-    locked, and `copy_pages_` copies the rest apart. If the system refuses to lock, copies are slower, and one warning
-    says so.
+    locked, and `copy_pages_` copies the rest apart. Memory that is mapped from files, as `from_pretrained` leaves it,
+    is read when it is locked, and so locked only where there is room for it. If some memory is not locked, copies of it
+    are slower, and one warning says so.
 
     Args:
         tensors: tensors in CPU memory.
         device: a CUDA device.
         stack: unlocks the pages.
+
+    Returns:
+        The addresses of the storages that the device reads directly.
     """
+    # Locked memory cannot be given back under need, so an eighth is left to others.
+    mapped, room = mapped_ranges(), 7 / 8 * available_bytes()
+    direct, left, reason = set(), 0, ""
+    for address, (first, size) in _whole_pages(tensors).items():
+        taken = size if any(first in run for run in mapped) else 0
+        if taken > room:
+            problem = "memory-mapped from files, and larger than the memory left"
+        else:
+            problem = _lock(first, size, device, stack)
+        if problem:
+            left, reason = left + size, reason or problem
+        else:
+            room -= taken
+            direct.add(address)
+    if left:
+        logger.warning(
+            "%d bytes of host memory cannot be locked (%s), so that the CPU copies them once more, which is slower.",
+            left,
+            reason,
+        )
+    return direct
+
+
+def _lock(first: int, size: int, device: torch.device, stack: contextlib.ExitStack) -> str:
+    """Lock `size` bytes from address `first` on until the stack closes; return why not, or nothing."""
     cudart = torch.cuda.cudart()
-    for first, last in _whole_pages(tensors):
-        code = int(cudart.cudaHostRegister(first, last - first, 0))
-        if code:
-            logger.warning(
-                "CUDA error %d: %d bytes of host memory cannot be locked, so that offload is slow.", code, last - first
-            )
-            # The runtime reports its last error at the next launch, so this launch takes it.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros((), device=device)
-            return
-        stack.callback(cudart.cudaHostUnregister, first)
+    if not size:
+        return ""
+    if code := int(cudart.cudaHostRegister(first, size, 0)):
+        # The runtime reports its last error at the next launch, so this launch takes it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros((), device=device)
+        return f"CUDA error {code}"
+    stack.callback(cudart.cudaHostUnregister, first)
+    return ""
 
 
 def copy_pages_(out: Tensor, source: Tensor) -> None:
@@ -51,19 +80,15 @@ def copy_pages_(out: Tensor, source: Tensor) -> None:
         part.copy_(piece, non_blocking=True)
 
 
-def _whole_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Return the address ranges of the pages that lie whole inside the storages of `tensors`."""
-    storages = {}
+def _whole_pages(tensors: Iterable[Tensor]) -> dict[int, tuple[int, int]]:
+    """Return by the addresses of the storages of `tensors` the first whole page inside and the bytes of all of them."""
+    runs = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if not tensor.is_pinned():
-            storages[storage.data_ptr()] = storage.nbytes()
-    ranges = []
-    for address, size in storages.items():
-        before, pages = _pages(address, size)
-        if pages:
-            ranges.append((address + before, address + before + pages))
-    return ranges
+            before, pages = _pages(storage.data_ptr(), storage.nbytes())
+            runs[storage.data_ptr()] = storage.data_ptr() + before, pages
+    return runs
 
 
 def _pages(address: int, size: int) -> tuple[int, int]:

@@ -4,8 +4,8 @@ Two buffers on the device hold the weights in turn, so that no more than two blo
 one buffer while the device computes with the other. It reads host memory directly: the pages of the weights are locked
 meanwhile, without which a copy would neither overlap with computation nor reach the bus's full speed. Locking leaves
 every storage of the model as it is. A pinned copy of the model was rejected since it takes the host memory twice or
-puts other storages into the model; pinned staging buffers since the CPU would copy every byte once more, slower than
-the bus.
+puts other storages into the model. Memory that is not locked, a mapped checkpoint above all, goes through small locked
+buffers (`offload/staging.py`), where the CPU copies every byte once more.
 
 Passing several batches through a block each time that it is on the device would copy less. It was rejected: every
 batch's forward would have to stop at every block and autograd's backward be cut there, so that the user's model and
@@ -13,7 +13,9 @@ loss would no longer run as they are. Larger batches save as much.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import Future, wait
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import copy_pages_
 from speft_optim.offload.quantized import HostQuantized
+from speft_optim.offload.staging import Staging
 
 Site = tuple[nn.Module, str]
 
@@ -36,6 +39,7 @@ class _Buffer:
         block: number of the block whose weights it holds.
         weights: the copies in this memory, by module and attribute.
         states: the states of the weights in host memory that were copied, see `HostWeight.state`.
+        job: the work of the thread that queues the copies, or None where they are queued.
         filled: the event after which they are complete.
     """
 
@@ -44,7 +48,22 @@ class _Buffer:
         self.block: int | None = None
         self.weights: dict[Site, Tensor] = {}
         self.states: list[tuple] = []
+        self.job: Future | None = None
         self.filled = None
+
+    def wait_until_queued(self) -> None:
+        """Wait for the thread that queues the copies, if there is one.
+
+        Raises:
+            Exception: what the thread raised; the buffer then holds no block.
+        """
+        if self.job is not None:
+            try:
+                self.job.result()
+            except BaseException:
+                self.block = None
+                raise
+            self.job = None
 
 
 class Prefetcher:
@@ -54,6 +73,7 @@ class Prefetcher:
         blocks: the weights of each block, by the (module, attribute) that holds them.
         device: the device that computes.
         stack: frees the buffers as it closes, after all work on them is done.
+        direct: the addresses of storages in host memory that the device reads directly; others are staged.
 
     Attributes:
         resident: the weights on the device of the block that is being computed.
@@ -61,19 +81,28 @@ class Prefetcher:
     """
 
     def __init__(
-        self, blocks: list[Mapping[Site, HostWeight | HostQuantized]], device: torch.device, stack: contextlib.ExitStack
+        self,
+        blocks: list[Mapping[Site, HostWeight | HostQuantized]],
+        device: torch.device,
+        stack: contextlib.ExitStack,
+        direct: Set[int],
     ):
         self.resident: dict[Site, Tensor] = {}
-        self._blocks, self._device = blocks, device
+        self._blocks, self._device, self._direct = blocks, device, direct
         # `torch.cpu` has streams too, whose methods do nothing, since copies there end before the call returns.
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
         size = max((sum(map(_bytes, weights.values())) for weights in blocks), default=0)
         # The buffer in use comes last.
         self._buffers = [_Buffer(size, device) for _ in blocks[:2]]
+        for buffer in self._buffers if device.type == "cuda" else ():
+            # A model may be given up while copies are under way.
+            buffer.memory.record_stream(self._stream)
         self.nbytes = size * len(self._buffers)
+        self._staging = Staging(device, self._stream)
         stack.callback(self._buffers.clear)
         stack.callback(self._backend.synchronize, device)
+        stack.callback(self._staging.close)
 
     @contextlib.contextmanager
     def holding(self, block: int, following: int) -> Iterator[None]:
@@ -84,6 +113,7 @@ class Prefetcher:
             following: number of the block that is expected next; a wrong guess costs time only.
         """
         buffer = self._fetch(block)
+        buffer.wait_until_queued()
         self._backend.current_stream(self._device).wait_event(buffer.filled)
         self._buffers.sort(key=lambda other: other is buffer)
         self._fetch(following)
@@ -107,22 +137,42 @@ class Prefetcher:
         self._fill(buffer, block, states)
         return buffer
 
-    @torch.no_grad()
     def _fill(self, buffer: _Buffer, block: int, states: list[tuple]) -> None:
+        if buffer.job is not None:
+            # It still queues copies of a block that was expected and did not come.
+            wait([buffer.job])
         # All work that reads the buffer was queued before this. That holds in backward too: autograd runs the youngest
         # node that is ready, so it has queued one block's backward before it recomputes the block below.
         self._stream.wait_stream(self._backend.current_stream(self._device))
-        buffer.block, buffer.weights, start = None, {}, 0
+        buffer.block, buffer.weights, copies, start = None, {}, [], 0
+        for site, weight in self._blocks[block].items():
+            sources = weight.sources()
+            parts = []
+            for shape, dtype in weight.forms:
+                size = shape.numel() * dtype.itemsize
+                parts.append(buffer.memory.narrow(0, start, size).view(dtype).view(shape))
+                start += _aligned(size)
+            buffer.weights[site] = weight.assemble(parts)
+            copies += zip(parts, sources, strict=True)
+        copy = partial(self._copy, buffer, copies)
+        buffer.job = None if all(self._is_direct(source) for _, source in copies) else self._staging.submit(copy)
+        if buffer.job is None:
+            copy()
+        buffer.block, buffer.states = block, states
+
+    @torch.no_grad()
+    def _copy(self, buffer: _Buffer, copies: list[tuple[Tensor, Tensor]]) -> None:
+        """Queue copies of (part of the buffer, host memory) on the side stream."""
         with self._backend.stream(self._stream):
-            for site, weight in self._blocks[block].items():
-                parts = []
-                for (shape, dtype), source in zip(weight.forms, weight.sources(), strict=True):
-                    size = shape.numel() * dtype.itemsize
-                    parts.append(buffer.memory.narrow(0, start, size).view(dtype).view(shape))
-                    copy_pages_(parts[-1], source)
-                    start += _aligned(size)
-                buffer.weights[site] = weight.assemble(parts)
-        buffer.block, buffer.states, buffer.filled = block, states, self._stream.record_event()
+            for part, source in copies:
+                if self._is_direct(source):
+                    copy_pages_(part, source)
+                else:
+                    self._staging.copy_(part, source)
+        buffer.filled = self._stream.record_event()
+
+    def _is_direct(self, source: Tensor) -> bool:
+        return source.untyped_storage().data_ptr() in self._direct or source.is_pinned()
 
 
 def _bytes(weight: HostWeight | HostQuantized) -> int:

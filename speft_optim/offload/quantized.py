@@ -25,7 +25,7 @@ class HostQuantized:
         device: the device of the copies.
     """
 
-    is_overlaid = False
+    is_overlaid = is_mapped = False
 
     def __init__(self, target: Target, device: torch.device):
         self.name, self.device, self._module = target.name, device, target.sites[0][0]
@@ -146,6 +146,9 @@ class HostQuantized:
     def _place(self, device: torch.device) -> None:
         """Move the overlays to a device, in place, since all copies of the scales share the list."""
         self.overlays[:] = [(mask.to(device), values.to(device)) for mask, values in self.overlays]
+
+    def watch(self) -> None:
+        """Do nothing: the trained entries are an overlay, so that the weight never falls behind."""
 
     def close(self) -> None:
         """Bring the overlays back to the host."""

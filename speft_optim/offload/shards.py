@@ -1,43 +1,61 @@
-"""The tensors of a checkpoint, for a model on the meta device."""
+"""The tensors of a checkpoint, memory-mapped, for a model on the meta device.
+
+A mapping is private: the pages of a file are read as they are needed and can be dropped again, and a page that is
+written becomes memory of the process. The files never change.
+"""
 
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from speft_optim.files import tensor_files
-from speft_optim.weights.targets import Target
+from speft_optim.weights.targets import Target, all_names, all_targets
 
 
-class Shards:
-    """The tensors of a checkpoint folder, read one at a time.
+def mapped_tensors(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
+    """Map the tensors of a checkpoint that the model's weights on the meta device stand for.
 
     Args:
+        model: the model.
         folder: a folder of safetensors files.
 
+    Returns:
+        By the weights' names, in the dtype of the files.
+
     Raises:
-        ValueError: it holds no such file.
+        ValueError: the folder holds no such file, no tensor of a weight's name, or one of another shape.
     """
+    files, names = tensor_files(folder), all_names(model)
+    opened, found = {}, {}
+    for target in all_targets(model).values():
+        if target.parameter.is_meta:
+            name = next((name for name in names[id(target.parameter)] if name in files), None)
+            if name is None:
+                raise ValueError(f"{target.name} is on the meta device and {folder} has no tensor of that name.")
+            if files[name] not in opened:
+                # All tensors of a file are views of one mapping, which is there for as long as one of them is.
+                opened[files[name]] = safe_open(files[name], "pt")
+            found[target.name] = _checked(opened[files[name]].get_tensor(name), target, folder)
+    return found
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self._files = tensor_files(self.folder)
 
-    def check(self, target: Target) -> None:
-        """Refuse a weight that the checkpoint does not hold in this shape.
+def check_buffers(model: nn.Module) -> None:
+    """Refuse buffers on the meta device.
 
-        Raises:
-            ValueError: the checkpoint has no tensor of this name, or one of another shape.
-        """
-        if target.name not in self._files:
-            raise ValueError(f"{target.name} is on the meta device and {self.folder} has no tensor of that name.")
-        with safe_open(self._files[target.name], "pt") as file:
-            shape = tuple(file.get_slice(target.name).get_shape())
-        if shape != tuple(target.parameter.shape):
-            here = tuple(target.parameter.shape)
-            raise ValueError(f"{target.name} has shape {here} in the model and {shape} in {self.folder}.")
+    Raises:
+        ValueError: there is one.
+    """
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(
+                f"Buffer {name} is on the meta device and in no checkpoint; build the model under "
+                "accelerate's init_empty_weights(include_buffers=False)."
+            )
 
-    def read(self, name: str, rows: slice) -> Tensor:
-        """Read some rows of a tensor, or all."""
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
+
+def _checked(tensor: Tensor, target: Target, folder: str | Path) -> Tensor:
+    if tensor.shape != target.parameter.shape:
+        here, there = tuple(target.parameter.shape), tuple(tensor.shape)
+        raise ValueError(f"{target.name} has shape {here} in the model and {there} in {folder}.")
+    return tensor

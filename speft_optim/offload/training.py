@@ -2,10 +2,11 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speft_optim.distributed import is_distributed
 from speft_optim.offload.calls import blocks_of, replace_call
@@ -15,12 +16,50 @@ from speft_optim.offload.engine import (
     device_of_tensors,
     host_weights,
     in_memory,
+    make_direct,
 )
 from speft_optim.offload.host_weight import HostWeight
-from speft_optim.offload.pages import lock_pages
+from speft_optim.offload.shards import check_buffers, mapped_tensors
 from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.replacement import replace_method
 from speft_optim.weights.storage import STREAMED
+from speft_optim.weights.targets import all_targets
+
+
+def map_checkpoint(model: nn.Module, folder: str | Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    """Put the memory-mapped tensors of a checkpoint in the place of the model's weights on the meta device.
+
+    Args:
+        model: the model.
+        folder: a folder of safetensors files.
+        stack: puts the weights on the meta device back.
+
+    Returns:
+        The tensors by the names of the weights; none if no weight is on the meta device.
+
+    Raises:
+        ValueError: see `mapped_tensors`; or a tensor has another dtype than the weight.
+    """
+    targets = {name: target for name, target in all_targets(model).items() if target.parameter.is_meta}
+    if not targets:
+        return {}
+    check_buffers(model)
+    mapped = mapped_tensors(model, folder)
+    for name, target in targets.items():
+        if mapped[name].dtype != target.parameter.dtype:
+            raise ValueError(
+                f"{name} is in {mapped[name].dtype} in {folder} and in {target.parameter.dtype} in the model, and "
+                f"weights that stay in files are not cast; build the model in {mapped[name].dtype}."
+            )
+    for name, target in targets.items():
+        before = target.parameter
+        parameter = nn.Parameter(mapped[name], before.requires_grad)
+        # transformers notes on a parameter that it has been initialised.
+        vars(parameter).update(vars(before))
+        for module, attribute in target.sites:
+            stack.callback(module._parameters.__setitem__, attribute, before)
+            module._parameters[attribute] = parameter
+    return mapped
 
 
 def check_offload(model: nn.Module, device: str | torch.device) -> torch.device:
@@ -40,9 +79,12 @@ def check_offload(model: nn.Module, device: str | torch.device) -> torch.device:
     device = device_of_tensors(device)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
+            remedy = "load it without device_map, do not move it, and leave moving to offload"
+            if tensor.is_meta:
+                remedy += ", or pass base=folder with its safetensors"
             raise ValueError(
-                f"{name} is on {tensor.device}, and offload={str(device)!r} needs the whole model in CPU memory; load "
-                "it without device_map, do not move it, and leave moving to offload."
+                f"{name} is on {tensor.device}, and offload={str(device)!r} needs the whole model in CPU memory; "
+                f"{remedy}."
             )
     if any("_hf_hook" in module.__dict__ for module in model.modules()):
         raise ValueError("accelerate's hooks move this model's weights; load it without device_map to use offload=.")
@@ -66,13 +108,17 @@ class OffloadedBase:
     Args:
         model: the model, after `check_offload`.
         device: the device that computes.
+        mapped: what `map_checkpoint` returned.
+        inputs_on_host: see `compute_on`.
 
     Attributes:
         prefetcher: what brings the weights of blocks.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        weights = host_weights(model, device)
+    def __init__(
+        self, model: nn.Module, device: torch.device, mapped: Mapping[str, Tensor], *, inputs_on_host: bool = True
+    ):
+        weights = host_weights(model, device, mapped)
         pages = contextlib.ExitStack()
         # Memory must not be freed while its pages are locked, so they are unlocked as soon as the model is gone.
         self._unlock = weakref.finalize(model, pages.close)
@@ -80,16 +126,17 @@ class OffloadedBase:
         self._unlock.atexit = False
         with contextlib.ExitStack() as stack:
             stack.callback(self._unlock)
+            # Weights that are replaced stay in memory for as long as their pages are locked.
+            sources = in_memory(weights)
+            pages.callback(sources.clear)
+            direct = make_direct(sources, device, pages)
             if device.type == "cuda":
-                # Weights that are replaced stay in memory for as long as their pages are locked.
-                sources = in_memory(weights)
-                pages.callback(sources.clear)
-                lock_pages(sources, device, pages)
                 pages.callback(torch.cuda.synchronize, device)
             self._weights = list(dict.fromkeys(weights.values()))
             for weight in self._weights:
                 stack.callback(weight.close)
-            self.prefetcher = compute_on(model, device, weights, stack)
+                weight.watch()
+            self.prefetcher = compute_on(model, device, weights, direct, stack, inputs_on_host=inputs_on_host)
             _refuse_dense_training(model, weights, stack)
             _call_eagerly(model, stack)
             for module in model.modules():

@@ -93,6 +93,15 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
     return {name: Target(name, tuple(sites[key])) for key, name in names.items()}
 
 
+def all_names(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of each parameter by its id, several where it is shared."""
+    names: dict[int, list[str]] = {}
+    for path, module in plain_modules(model):
+        for attribute, parameter in module._parameters.items():
+            names.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
+    return names
+
+
 def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
     """Return the weights that `targets` names, for which `select_masks` and `MaskSchedule` would choose entries.
 
@@ -156,7 +165,8 @@ def check_in_memory(name: str, parameter: nn.Parameter) -> None:
     """
     if parameter.is_meta:
         raise ValueError(
-            f"{name} is on the meta device (offloaded to CPU or disk?); load the model without offloading."
+            f"{name} is on the meta device (offloaded to CPU or disk?); load the model without offloading, or pass "
+            "offload='cuda' and base=folder with its safetensors."
         )
 
 

@@ -1,0 +1,54 @@
+"""Copies of host memory that a device cannot read directly, through small locked buffers, in a thread of their own.
+
+A GPU reads locked pages beside its computation. Of other memory, such as a mapped checkpoint, it copies only while the
+CPU waits. So a thread copies it into one of two locked buffers, and the GPU takes it from there, while the caller goes
+on to queue the kernels of the block before.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_BYTES = 32 * 2**20
+
+
+class Staging:
+    """Two buffers in host memory, and the thread that fills them.
+
+    Args:
+        device: the device that computes.
+        stream: the stream on which it takes copies.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.Stream):
+        self._device, self._stream = device, stream
+        # The buffers are made when they are needed, in the thread. The next one to fill comes first, each with the
+        # event after which the device has taken what was in it.
+        self._buffers: list[tuple[Tensor, torch.Event | None]] = []
+        self._thread = ThreadPoolExecutor(1, "speft_optim_staging")
+
+    def submit(self, work: Callable[[], None]) -> Future:
+        """Let the thread do some work after all that was submitted before."""
+        return self._thread.submit(work)
+
+    def copy_(self, out: Tensor, source: Tensor) -> None:
+        """Copy host memory to contiguous `out` on the device, cast to its dtype; called in the thread."""
+        if not self._buffers:
+            pinned = self._device.type == "cuda"
+            self._buffers = [(torch.empty(_BYTES, dtype=torch.uint8, pin_memory=pinned), None) for _ in range(2)]
+        length = _BYTES // out.itemsize
+        parts = source.contiguous().view(-1).split(length)
+        for target, part in zip(out.view(-1).split(length), parts, strict=True):
+            memory, taken = self._buffers.pop(0)
+            if taken is not None:
+                taken.synchronize()
+            staged = memory[: target.nbytes].view(out.dtype)
+            staged.copy_(part)
+            target.copy_(staged, non_blocking=True)
+            self._buffers.append((memory, self._stream.record_event()))
+
+    def close(self) -> None:
+        """Wait for all submitted work, and end the thread."""
+        self._thread.shutdown()
