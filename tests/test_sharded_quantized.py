@@ -270,6 +270,21 @@ def copies_are_sharded_with_their_own_values(rank):
         assert_equal_values(values, expected)
 
 
+def taken_off_a_sharded_model_leaves_the_trained_function(rank):
+    """Layers without trained entries too, whose own forward bitsandbytes has again where it can compute them."""
+    for kind in kinds(*KINDS):
+        model = load(kind, **ODD)
+        masks = select_masks(model, salience="random", density=0.05, targets=["q_proj"], progress=False)
+        values = sparsify(model, masks)
+        shard(model)
+        train(rank, model, SparseAdamW(values, **OPTIONS))
+        logits = model(**token_batch(0)).logits.detach()
+        desparsify(model)
+        assert not any(linked(parameter) for parameter in model.parameters())
+        # The forward of bitsandbytes may round otherwise.
+        assert_close(model(**token_batch(0)).logits.detach(), logits, atol=1e-5, rtol=1e-4)
+
+
 def values_that_start_from_the_original_checkpoint(rank):
     model, one = load("bf16", **ODD), load("bf16", **ODD)
     masks = select_masks(model, salience="random", density=0.05, progress=False)
@@ -501,6 +516,7 @@ SCENARIOS = [
     *([int8_scales_that_fully_shard_would_lose] if INTEGERS else []),
     whole_weights_are_freed_as_they_are_sharded,
     copies_are_sharded_with_their_own_values,
+    taken_off_a_sharded_model_leaves_the_trained_function,
     values_that_start_from_the_original_checkpoint,
     quantised_weights_stay_frozen_when_all_is_thawed,
     checkpoints_resumed_by_two_processes_and_by_one,
