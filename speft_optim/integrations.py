@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.export import save_merged
-from speft_optim.weights.bnb import quantized_linears
+from speft_optim.weights.bnb import needs_our_forward, quantized_linears
 from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.quantized_linear import FrozenForward, forward_of
 from speft_optim.weights.storage import frozen_weight
@@ -110,10 +110,13 @@ def declare_trainable(model: nn.Module) -> None:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undo `patch_model` and `declare_trainable`, except on layers whose overlay still holds trained entries."""
+    """Undo `patch_model` and `declare_trainable`, except on layers whose overlay still holds trained entries.
+
+    Int8 layers that were sharded meanwhile keep our forward too.
+    """
     kept = False
     for _, module in quantized_linears(model):
-        if frozen_weight(module).overlays:
+        if frozen_weight(module).overlays or needs_our_forward(module):
             kept = True
         elif (forward := forward_of(module)) is not None:
             forward.remove()

@@ -70,7 +70,8 @@ def sparsify(
     SFTTrainer accept the model. `save_pretrained` writes the merged weights, as `export_merged` does.
 
     Under torch's `fully_shard`, called before this or after, the values stay whole on every process and their gradients
-    are averaged at the end of each backward. All processes call this with the same masks.
+    are averaged at the end of each backward. All processes call this with the same masks. Weights in int8 lose their
+    scales in `fully_shard`, unless this or `select_masks` came before it.
 
     Args:
         model: a model in memory; its weights stay in place and in their dtype (fp32, bf16, fp16 or quantised).
@@ -222,7 +223,9 @@ def _base_entries(
 ) -> dict[str, Tensor]:
     """Return the entries of the checkpoint in `base` at the masks, by name."""
     if is_fully_sharded(model):
-        raise ValueError("base= is for a quantised model, and this one is sharded in its own precision; leave it out.")
+        raise ValueError(
+            "base= is compared with whole weights; call sparsify with base= first, and fully_shard after it."
+        )
     return original_entries(base, {name: mask for name, mask in masks.items() if len(mask)}, targets)
 
 

@@ -255,7 +255,7 @@ def whole_weights_are_freed_as_they_are_sharded(rank):
 
 
 def copies_are_sharded_with_their_own_values(rank):
-    """Bitsandbytes copies the scales of a weight and those of its layer apart."""
+    """The scales of a weight and those of its layer are copied apart by bitsandbytes."""
     for kind in kinds("bf16", "int8"):
         whole, expected, other = start(kind, sharded=False)
         train(rank, whole, other)
@@ -268,6 +268,33 @@ def copies_are_sharded_with_their_own_values(rank):
         values = [value for value in model.parameters() if linked(value) is not None]
         train(rank, model, SparseAdamW(values, **OPTIONS))
         assert_equal_values(values, expected)
+
+
+def taken_off_a_sharded_model_leaves_the_trained_function(rank):
+    """Layers without trained entries too, whose own forward bitsandbytes has again where it can compute them."""
+    for kind in kinds(*KINDS):
+        model = load(kind, **ODD)
+        masks = select_masks(model, salience="random", density=0.05, targets=["q_proj"], progress=False)
+        values = sparsify(model, masks)
+        shard(model)
+        train(rank, model, SparseAdamW(values, **OPTIONS))
+        logits = model(**token_batch(0)).logits.detach()
+        desparsify(model)
+        assert not any(linked(parameter) for parameter in model.parameters())
+        # The forward of bitsandbytes may round otherwise.
+        assert_close(model(**token_batch(0)).logits.detach(), logits, atol=1e-5, rtol=1e-4)
+
+
+def values_that_start_from_the_original_checkpoint(rank):
+    model, one = load("bf16", **ODD), load("bf16", **ODD)
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    folder = original(**ODD)
+    values, expected = sparsify(model, masks, base=folder), sparsify(one, masks, base=folder)
+    assert_equal_values(values, expected)
+    shard(model)
+    assert_close(model(**token_batch(0)).logits.detach(), one(**token_batch(0)).logits.detach())
+    with pytest.raises(ValueError, match="call sparsify with base= first, and fully_shard after it"):
+        sparsify(shard(load("bf16", **ODD)), masks, base=folder)
 
 
 def quantised_weights_stay_frozen_when_all_is_thawed(rank):
@@ -489,6 +516,8 @@ SCENARIOS = [
     *([int8_scales_that_fully_shard_would_lose] if INTEGERS else []),
     whole_weights_are_freed_as_they_are_sharded,
     copies_are_sharded_with_their_own_values,
+    taken_off_a_sharded_model_leaves_the_trained_function,
+    values_that_start_from_the_original_checkpoint,
     quantised_weights_stay_frozen_when_all_is_thawed,
     checkpoints_resumed_by_two_processes_and_by_one,
     a_state_dict_of_one_process_needs_no_other,

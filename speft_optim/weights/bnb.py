@@ -38,6 +38,11 @@ def quantized_weight(module: nn.Module) -> QuantizedWeight:
     return Int8Weight(module) if _layer_kind(type(module)) == "Linear8bitLt" else FourBitWeight(module)
 
 
+def needs_our_forward(module: nn.Module) -> bool:
+    """Return whether bitsandbytes' own forward cannot compute the layer: it wants the parameter of an int8 weight."""
+    return _layer_kind(type(module)) == "Linear8bitLt" and not hasattr(module.weight, Int8Weight.attribute)
+
+
 @functools.cache
 def _layer_kind(cls: type) -> str | None:
     """Return the linear layer of bitsandbytes that a class is or derives from, "Linear8bitLt", "Linear4bit" or None."""

@@ -89,6 +89,7 @@ def load_entries(
         _unseal(state, prefix)
     stored = state.get(name)
     if (scales := _scales_beside(module, weight, state, prefix)) is not None:
+        weight.place_scales()
         weight.scales.copy_(scales)
     if stored is not None and (stored.shape, stored.dtype) == (quantised.shape, quantised.dtype):
         errors += _differences(module, state, name)
