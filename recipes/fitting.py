@@ -1,7 +1,7 @@
 """The fastest way to hold frozen weights so that training fits a GPU: there or in host memory, and in how many bits.
 
 Quantised weights cost a few percent of a step, and weights in host memory what their copies take beyond the
-computation. That falls with the tokens in a forward pass: see docs/benchmarks.md, "Base in host memory".
+computation, which falls with the tokens in a forward pass.
 """
 
 import argparse
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from recipes import memory, presets
 
-# From so many tokens in a forward pass on, 16-bit weights are copied to an H100 while it computes.
+# From so many tokens in a forward pass on, 16-bit weights are copied to an H100 while it computes: a bare loop over the
+# blocks of Llama-3-8B took 1.36 of the resident step at half of them, 1.03 at these and 1.01 at twice.
 HIDING_TOKENS = 4 * 2048
 
 

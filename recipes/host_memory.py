@@ -1,20 +1,31 @@
 """How much memory the host has free for the weights of a model that is trained from there."""
 
+import os
 from pathlib import Path
 
-import psutil
-
-# A container's own limit; the host's memory is larger, and taking more than the limit ends the process.
-_LIMIT, _TAKEN = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+_HOST = Path("/proc/meminfo")
+# The limits of a container, which is ended if it takes more, are in this folder.
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int:
     """Return the bytes that can be taken without swapping, within the container's limit if there is one."""
-    free = psutil.virtual_memory().available
     try:
-        return min(free, int(_LIMIT.read_text()) - int(_TAKEN.read_text()))
+        free = 1024 * _number(_HOST, "MemAvailable:")
+    except OSError:  # other systems do not tell, so that all of their memory is taken for free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit, taken = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # there is no such file, or it says "max"
         return free
+    # Files that the system keeps in memory make room when memory is needed.
+    return min(free, limit - taken + _number(_CONTAINER / "memory.stat", "file"))
+
+
+def _number(path: Path, name: str) -> int:
+    """Return the number behind a name at the beginning of a line."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return int(next(words[1] for words in lines if words[0] == name))
 
 
 def shortage(needed: int) -> str | None:

@@ -453,14 +453,15 @@ def test_a_host_with_too_little_memory_is_a_result(monkeypatch):
 
 
 def test_free_host_memory_keeps_to_the_limit_of_a_container(monkeypatch, tmp_path):
-    limit, taken = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(host_memory, "_LIMIT", limit)
-    monkeypatch.setattr(host_memory, "_TAKEN", taken)
-    limit.write_text("5000\n")
-    taken.write_text("2000\n")
-    assert host_memory.free_bytes() == 3000
-    limit.write_text("max\n")
-    assert host_memory.free_bytes() > 3000
+    host = tmp_path / "meminfo"
+    monkeypatch.setattr(host_memory, "_HOST", host)
+    monkeypatch.setattr(host_memory, "_CONTAINER", tmp_path)
+    host.write_text("MemTotal:       20 kB\nMemAvailable:   10 kB\n")
+    for name, text in (("max", "5000"), ("current", "2000"), ("stat", "anon 1500\nfile 400\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert host_memory.free_bytes() == 3400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.free_bytes() == 10240
 
 
 def test_masks_like_those_of_gradients_are_concentrated():
