@@ -19,36 +19,33 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from speft_optim.checkpoint.base import original_entries
-from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.integrations import (
     declare_trainable,
     let_checkpoints_see_gradients,
     patch_model,
     save_from_files,
-    sharding_wrapper,
     unpatch_model,
 )
 from speft_optim.masks.mask import Mask
 from speft_optim.offload.training import OffloadedBase, check_offload, map_checkpoint
 from speft_optim.optim.adamw import SparseAdamW
+from speft_optim.preconditions import check_activations, check_masks, check_model
 from speft_optim.weights.attached import (
     Record,
     keep_record,
     record_of,
-    sparse_weights,
     sparsified_roots,
     take_record,
 )
 from speft_optim.weights.averaging import average_gradients
-from speft_optim.weights.bnb import is_quantized_linear, settle_storage
+from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.compact_values import linked, warn_if_built_before
-from speft_optim.weights.foreign import check_layers, check_parameters
-from speft_optim.weights.mesh import check_divisions, is_fully_sharded, reshard
+from speft_optim.weights.mesh import is_fully_sharded, reshard
 from speft_optim.weights.provenance import compare_at_first_step, compare_weights
 from speft_optim.weights.sparse_weight import SparseWeight
 from speft_optim.weights.storage import frozen_weight
-from speft_optim.weights.targets import Target, all_targets, check_called, check_differentiable, check_in_memory
+from speft_optim.weights.targets import Target, all_targets, check_differentiable
 from speft_optim.weights.wrappers import check_not_parallel, unwrapped
 
 
@@ -112,7 +109,7 @@ def sparsify(
     with contextlib.ExitStack() as undo:
         with together():
             check_not_parallel(wrapper)
-            _check_activations(activations, offload)
+            check_activations(activations, offload)
             mapped = {} if base is None or offload is None else map_checkpoint(model, base, undo)
             targets = _prepare(model, masks)
             if offload is not None:
@@ -205,17 +202,9 @@ def _prepare(model: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Target]:
     settle_storage(model)
     reshard(model)
     targets = all_targets(model)
-    _check_model(model)
-    _check_masks(model, masks, targets)
+    check_model(model)
+    check_masks(model, masks, targets)
     return targets
-
-
-def _check_activations(activations: str, offload: str | torch.device | None) -> None:
-    check_choice("activations", activations, ("host", "device"))
-    if activations != "host" and offload is None:
-        raise ValueError(
-            f"activations={activations!r} is read only with offload; pass offload='cuda' too, or leave it."
-        )
 
 
 def _base_entries(
@@ -236,57 +225,6 @@ def _attach(model: nn.Module, target: Target, mask: Mask, entries: Tensor | None
     weight = SparseWeight(model, target, mask, verify)
     weight.place.add(weight)
     return weight
-
-
-def _check_model(model: nn.Module) -> None:
-    if sparse_weights(model) or sparsified_roots(model):
-        raise ValueError("The model is sparsified already; call desparsify(model) first.")
-    if wrapper := sharding_wrapper(model):
-        if wrapper != "fully_shard":
-            raise ValueError(
-                f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
-                "Shard it with torch.distributed.fsdp.fully_shard (FSDP version 2), or use DistributedDataParallel; "
-                "gradients and optimizer state are no longer than the masks."
-            )
-        check_divisions(model)
-
-
-def _check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:
-    if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
-        raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
-    check_parameters(model)
-    for name, mask in masks.items():
-        if name not in targets:
-            check_layers(model, str(name).removesuffix(".weight"))
-            _refuse_name(model, name, targets)
-        _check_mask(targets[name], mask)
-    if not any(len(mask) for mask in masks.values()):
-        raise ValueError(f"The {len(masks)} masks hold no entry, so nothing would train; raise density or budget.")
-
-
-def _refuse_name(model: nn.Module, name: str, targets: dict[str, Target]) -> None:
-    shared = dict(model.named_parameters(remove_duplicate=False)).get(name)
-    first = next((n for n, target in targets.items() if target.parameter is shared), None)
-    remedy = f": the weight is shared and goes by its first name, {first}; use that."
-    raise ValueError(
-        f"There is a mask for {name}, but {type(model).__name__} has no parameter of that name"
-        + (remedy if first else "; select the masks on this model.")
-    )
-
-
-def _check_mask(target: Target, mask: Mask) -> None:
-    name, parameter, shape = target.name, target.parameter, target.shape
-    if shape != mask.shape:
-        shapes = f"{tuple(mask.shape)}, the parameter {tuple(shape)}"
-        raise ValueError(f"The mask of {name} is for shape {shapes}; select the masks on this model.")
-    floating = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if not floating and not is_quantized_linear(target.sites[0][0]):
-        raise TypeError(
-            f"{name} has dtype {parameter.dtype}; weights of fp32, bf16 and fp16 and those of bitsandbytes' linear "
-            "layers can be sparsified."
-        )
-    check_in_memory(name, parameter)
-    check_called(name, target)
 
 
 def _follow_optimizers() -> None:

@@ -76,6 +76,7 @@ ORDER = [
     {"offload"},
     {"optim", "salience", "checkpoint"},
     {"schedule", "integrations", "eager"},
+    {"preconditions"},
     {"sparsify", "adapters"},
 ]
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -1,0 +1,95 @@
+"""What `sparsify` asks of a model and its masks, checked before anything is changed."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from speft_optim.checks import check_choice
+from speft_optim.integrations import sharding_wrapper
+from speft_optim.masks.mask import Mask
+from speft_optim.weights.attached import sparse_weights, sparsified_roots
+from speft_optim.weights.bnb import is_quantized_linear
+from speft_optim.weights.foreign import check_layers, check_parameters
+from speft_optim.weights.mesh import check_divisions
+from speft_optim.weights.targets import Target, check_called, check_in_memory
+
+
+def check_activations(activations: str, offload: str | torch.device | None) -> None:
+    """Refuse a place for the inputs of blocks that is unknown, or that nothing would read.
+
+    Raises:
+        ValueError: says which.
+    """
+    check_choice("activations", activations, ("host", "device"))
+    if activations != "host" and offload is None:
+        raise ValueError(
+            f"activations={activations!r} is read only with offload; pass offload='cuda' too, or leave it."
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that is sparsified already, or divided in a way that masked weights cannot be.
+
+    Raises:
+        ValueError: says which.
+    """
+    if sparse_weights(model) or sparsified_roots(model):
+        raise ValueError("The model is sparsified already; call desparsify(model) first.")
+    if wrapper := sharding_wrapper(model):
+        if wrapper != "fully_shard":
+            raise ValueError(
+                f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
+                "Shard it with torch.distributed.fsdp.fully_shard (FSDP version 2), or use DistributedDataParallel; "
+                "gradients and optimizer state are no longer than the masks."
+            )
+        check_divisions(model)
+
+
+def check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:
+    """Refuse masks that do not fit the model's weights.
+
+    Args:
+        model: the model.
+        masks: from the full names of parameters to their masks.
+        targets: all weights of the model by name.
+
+    Raises:
+        TypeError: `masks` is not a mapping to `Mask`, or a masked weight has no floating dtype.
+        ValueError: a name or shape does not fit, or no mask has an entry.
+    """
+    if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
+        raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
+    check_parameters(model)
+    for name, mask in masks.items():
+        if name not in targets:
+            check_layers(model, str(name).removesuffix(".weight"))
+            _refuse_name(model, name, targets)
+        _check_mask(targets[name], mask)
+    if not any(len(mask) for mask in masks.values()):
+        raise ValueError(f"The {len(masks)} masks hold no entry, so nothing would train; raise density or budget.")
+
+
+def _refuse_name(model: nn.Module, name: str, targets: dict[str, Target]) -> None:
+    shared = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    first = next((n for n, target in targets.items() if target.parameter is shared), None)
+    remedy = f": the weight is shared and goes by its first name, {first}; use that."
+    raise ValueError(
+        f"There is a mask for {name}, but {type(model).__name__} has no parameter of that name"
+        + (remedy if first else "; select the masks on this model.")
+    )
+
+
+def _check_mask(target: Target, mask: Mask) -> None:
+    name, parameter, shape = target.name, target.parameter, target.shape
+    if shape != mask.shape:
+        shapes = f"{tuple(mask.shape)}, the parameter {tuple(shape)}"
+        raise ValueError(f"The mask of {name} is for shape {shapes}; select the masks on this model.")
+    floating = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not floating and not is_quantized_linear(target.sites[0][0]):
+        raise TypeError(
+            f"{name} has dtype {parameter.dtype}; weights of fp32, bf16 and fp16 and those of bitsandbytes' linear "
+            "layers can be sparsified."
+        )
+    check_in_memory(name, parameter)
+    check_called(name, target)
