@@ -1,6 +1,7 @@
 """Models under torch's `fully_shard`, over two and four processes with gloo: equal to one with all batches."""
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import signal
@@ -778,11 +779,20 @@ def accelerate_of_version_2(rank):
             assert equal_states(whole(model), expected)
 
 
-def trainer_of_transformers(rank):
-    """Trainer builds SparseAdamW itself under FSDP; its run, saved model and resumed run are those under DDP."""
-    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+def trainers_agree(trainer, arguments, data, targets, options, **rest):
+    """A trainer builds SparseAdamW itself under FSDP; its run, saved model and resumed run are those under DDP.
 
-    class UnderFSDP(Trainer):
+    Args:
+        trainer: the trainer's class.
+        arguments: the class of its arguments.
+        data: a data set of token ids.
+        targets: what is masked.
+        options: arguments beside the common ones.
+        rest: what the trainer takes beside these.
+    """
+    from transformers import LlamaForCausalLM
+
+    class UnderFSDP(trainer):
         def create_accelerator_and_postprocess(self):
             from accelerate import FullyShardedDataParallelPlugin
 
@@ -790,30 +800,49 @@ def trainer_of_transformers(rank):
             use_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT"))
             self.is_fsdp_enabled = True
 
-    data = [{key: part[0] for key, part in token_batch(i, batch=1).items()} for i in range(16)]
-
     def run(kind, resume=None):
         model = tiny_model(**UNEVEN)
-        sparsify(model, select_masks(model, salience="random", density=0.05, targets=everything, progress=False))
-        folder = f"{FOLDER[-1]}/{kind.__name__}"
-        options = dict(use_cpu=True, report_to=[], disable_tqdm=True, save_steps=2, logging_strategy="no", max_steps=3)
-        options.update(per_device_train_batch_size=2, learning_rate=1e-2, max_grad_norm=0.05)
+        sparsify(model, select_masks(model, salience="random", density=0.05, targets=targets, progress=False))
+        folder = f"{FOLDER[-1]}/{trainer.__name__}-{kind.__name__}"
+        common = dict(use_cpu=True, report_to=[], disable_tqdm=True, save_steps=2, logging_strategy="no", max_steps=3)
+        common.update(per_device_train_batch_size=2, learning_rate=1e-2, max_grad_norm=0.05)
         built = (SparseAdamW, dict(lr=1e-2, weight_decay=0.1))
-        arguments = TrainingArguments(folder, **options)
-        trainer = kind(model=model, args=arguments, train_dataset=data, optimizer_cls_and_kwargs=built)
+        given = arguments(folder, **common, **options)
+        made = kind(model=model, args=given, train_dataset=data, optimizer_cls_and_kwargs=built, **rest)
         with reset_accelerate():
-            trainer.train(resume_from_checkpoint=resume)
+            made.train(resume_from_checkpoint=resume)
             if resume is None:
-                trainer.save_model(f"{folder}/final")
+                made.save_model(f"{folder}/final")
         dist.barrier()
         return whole(model), folder
 
-    expected, _ = run(Trainer)
+    expected, _ = run(trainer)
+    assert not equal_states(expected, dict(tiny_model(**UNEVEN).state_dict()))
     actual, folder = run(UnderFSDP)
     for name, weight in expected.items():
         assert_close(actual[name], weight, atol=1e-6, rtol=0)
     assert equal_states(dict(LlamaForCausalLM.from_pretrained(f"{folder}/final").state_dict()), actual)
     assert equal_states(run(UnderFSDP, f"{folder}/checkpoint-2")[0], actual)
+
+
+def trainer_of_transformers(rank):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{key: part[0] for key, part in token_batch(i, batch=1).items()} for i in range(16)]
+    trainers_agree(Trainer, TrainingArguments, data, everything, {})
+
+
+def trainer_of_trl(rank):
+    if importlib.util.find_spec("trl") is None:
+        return
+    from byte_tokenizer import byte_tokenizer
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"input_ids": [token_batch(i, batch=1)["input_ids"][0].tolist() for i in range(16)]})
+    options = dict(bf16=False, gradient_checkpointing=False, max_length=24)
+    # Its loss reads the head's weight outside the head, which under DDP would not be averaged.
+    trainers_agree(SFTTrainer, SFTConfig, data, None, options, processing_class=byte_tokenizer())
 
 
 @contextlib.contextmanager
@@ -1037,6 +1066,7 @@ SCENARIOS = [
     losses_that_fail_in_one_process,
     accelerate_of_version_2,
     trainer_of_transformers,
+    trainer_of_trl,
     divisions_that_are_refused,
     saved_by_the_first_process_and_loaded_by_one,
     adapters_loaded_on_a_sharded_model,
