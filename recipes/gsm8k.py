@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.offload:
             print(f"host memory {expected_host_bytes(args) / memory.GIB:.2f} GiB for weights and inputs of blocks")
         return moments
+    memory.let_segments_grow()
     with processes.joined():
         return work(args)
 
@@ -232,7 +233,6 @@ def work(args: argparse.Namespace) -> dict:
     """Do the work of a run, of several processes each its share; return the record."""
     run = Run(args)
     record, out = run.record, run.out
-    memory.let_segments_grow()
     with processes.first_before_others(), run.stage("load"):
         base = models.resolve(args.model, cache=args.cache)
         train_problems, test_problems, data_folder = read_data(args)
