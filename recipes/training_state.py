@@ -215,6 +215,9 @@ def _check_content(state: dict) -> None:
         raise ValueError(f"its step is {state['step']!r}, which is no whole number from 0 on")
     if not all(isinstance(tensor, Tensor) for tensor in state["trained"].values()):
         raise ValueError("its trained tensors are none")
+    for name, saved in state["moved"].items():
+        if saved.keys() != {"positions", "entries"} or not all(isinstance(part, Tensor) for part in saved.values()):
+            raise ValueError(f"its entries of {name} are no positions and entries")
     if not {"state", "param_groups"} <= state["optimizer"].keys():
         raise ValueError("its optimizer has no state or no parameter groups")
 

@@ -1315,11 +1315,15 @@ def mutated(content, generator):
 
 
 @pytest.fixture
-def small_state(samples, tmp_path):
-    """A file of a training of a few hundred entries, with its model and optimizer."""
+def small_state(request, samples, tmp_path):
+    """A file of a training of a few hundred entries, with its model and optimizer: of masks that moved, or "full"."""
     model = tiny("llama", hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1)
-    optimizer = attach(model)
-    options = dict(steps=1, batch_size=2, pad_id=PAD, checkpoint_folder=tmp_path / "states")
+    if getattr(request, "param", "moved") == "full":
+        optimizer = optimize_all(model)
+    else:
+        steps = dict(window=1, interval=1)
+        optimizer, schedule = moving.attach(model, random_masks(model), salience="snip", power=0, lr=3e-3, **steps)
+    options = dict(steps=2, batch_size=2, pad_id=PAD, checkpoint_folder=tmp_path / "states")
     loop.train(model, optimizer, samples, **options)
     return loop.newest_checkpoint(tmp_path / "states"), model, optimizer
 
@@ -1327,7 +1331,7 @@ def small_state(samples, tmp_path):
 def test_a_thousand_damaged_states_are_refused_and_change_nothing(small_state, tmp_path):
     path, model, optimizer = small_state
     content, generator = path.read_bytes(), random.Random(0)
-    changed = {mutated(content, generator) for _ in range(1100)} - {content}
+    changed = {mutated(content, generator) for _ in range(1400)} - {content}
     assert len(changed) >= 1000
     assert all(refused(tmp_path / "bad", changed, model, optimizer))
     assert refused(tmp_path / "good", [content], model, optimizer) == [False]
@@ -1345,6 +1349,17 @@ def rewritten(path, change):
     return serialise({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
 
 
+def of_moved(key, change):
+    """A change of one tensor of the entries that were ever trained."""
+
+    def apply(state):
+        assert state["moved"]
+        for saved in state["moved"].values():
+            saved[key] = change(saved[key])
+
+    return apply
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -1358,13 +1373,34 @@ def rewritten(path, change):
         lambda state: state.update(random={}),
         lambda state: state["random"].update(torch=torch.ones(3, dtype=torch.uint8)),
         lambda state: state["random"].update(python=[3, [1, 2], None]),
+        lambda state: state.update(moved=[]),
+        lambda state: state["moved"].update(unknown=next(iter(state["moved"].values()))),
+        lambda state: next(iter(state["moved"].values())).pop("entries"),
+        of_moved("positions", lambda positions: positions + 2**20),
+        of_moved("positions", lambda positions: positions[1:]),
+        of_moved("positions", lambda positions: positions.double()),
+        of_moved("positions", lambda positions: positions.tolist()),
+        of_moved("entries", lambda entries: entries.double()),
+        of_moved("entries", lambda entries: entries[None]),
+        of_moved("entries", lambda entries: 1.0),
+    ],
+)
+def test_a_state_of_wrong_content_is_refused_and_changes_nothing(change, small_state, tmp_path):
+    path, model, optimizer = small_state
+    assert refused(tmp_path / "bad", [rewritten(path, change)], model, optimizer) == [True]
+
+
+@pytest.mark.parametrize("small_state", ["full"], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    [
         lambda state: state["trained"].popitem(),
         lambda state: state["trained"].update(dict.fromkeys(state["trained"], torch.ones(2))),
         lambda state: state["trained"].update({name: t.double() for name, t in state["trained"].items()}),
         lambda state: state["trained"].update(dict.fromkeys(state["trained"], 1.0)),
     ],
 )
-def test_a_state_of_wrong_content_is_refused_and_changes_nothing(change, small_state, tmp_path):
+def test_trained_tensors_of_wrong_content_are_refused_and_change_nothing(change, small_state, tmp_path):
     path, model, optimizer = small_state
     assert refused(tmp_path / "bad", [rewritten(path, change)], model, optimizer) == [True]
 
