@@ -7,7 +7,6 @@ so that what was saved through one wrapper fits the model in any other wrapper a
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -100,7 +99,6 @@ class RefuseReducer:
     def __init__(self, model: nn.Module):
         self._handle = model.register_forward_pre_hook(self)
 
-    @torch.compiler.disable(recursive=True)
     def __call__(self, model: nn.Module, args: tuple) -> None:
         """Do nothing, unless the model is called by DistributedDataParallel.
 
