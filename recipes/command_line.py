@@ -166,29 +166,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if getattr(args, flag) and (args.method != "sparse" or args.dtype == "float32"):
             name = flag.replace("_", "-")
             parser.error(f"--{name} counts sparse training in bfloat16; leave out --method and --dtype float32")
-    if args.offload:
-        check_offload(parser, args)
+    if args.offload and (refusal := fitting.offload_refusal(args)):
+        parser.error(refusal)
     if args.cuda_graphs and not torch.cuda.is_available():
         parser.error("--cuda-graphs needs a CUDA device, and there is none")
     if args.cuda_graphs and args.checkpointing:
         parser.error("--checkpointing reads the random state, which --cuda-graphs cannot replay; leave one of both out")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
-
-
-def check_offload(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot be done with frozen weights in host memory."""
-    if args.method != "sparse":
-        parser.error(
-            f"--offload leaves frozen weights in host memory for a mask; leave it out of --method {args.method}"
-        )
-    if processes.count() > 1:
-        parser.error("--offload is for one process, and this run has several; leave it out, or start one")
-    for flag in ("compile", "cuda_graphs"):
-        if getattr(args, flag):
-            parser.error(f"--offload copies weights to the GPU from Python; leave out --{flag.replace('_', '-')}")
-    if args.salience in ("grasp", "synflow"):
-        parser.error(f"--salience {args.salience} needs the whole model on its device; choose another with --offload")
 
 
 def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

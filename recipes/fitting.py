@@ -7,7 +7,7 @@ computation, which falls with the tokens in a forward pass.
 import argparse
 from dataclasses import dataclass
 
-from recipes import memory, presets
+from recipes import memory, presets, processes
 
 # From so many tokens in a forward pass on, 16-bit weights are copied to an H100 while it computes: a bare loop over the
 # blocks of Llama-3-8B took 1.36 of the resident step at half of them, 1.03 at these and 1.01 at twice.
@@ -42,18 +42,34 @@ def by_speed(tokens: int) -> list[Mode]:
     return [*on_gpu, *(Mode(bits, offload=True) for bits in (4, 8, 16))]
 
 
+def offload_refusal(args: argparse.Namespace) -> str | None:
+    """Return why the other options leave no frozen weights in host memory; None if they do."""
+    if args.method != "sparse":
+        return f"--offload leaves frozen weights in host memory for a mask; leave it out of --method {args.method}"
+    if processes.count() > 1:
+        return "--offload is for one process, and this run has several; leave it out, or start one"
+    for flag in ("compile", "cuda_graphs"):
+        if getattr(args, flag):
+            return f"--offload copies weights to the GPU from Python; leave out --{flag.replace('_', '-')}"
+    if args.salience in ("grasp", "synflow"):
+        return f"--salience {args.salience} needs the whole model on its device; choose another with --offload"
+    return None
+
+
 def choose(args: argparse.Namespace) -> str:
     """Set `base_bits` and `offload` to the fastest mode that fits the GPU of `--gpu-gb`, and return why.
 
-    An option of the two that was typed, and so is not None, stays.
+    An option of the two that was typed, and so is not None, stays. Modes that do not go with other options are left
+    out.
 
     Raises:
         ValueError: no mode fits, or memory of this architecture is not known.
     """
     limit, missed = memory.usable_bytes(args.gpu_gb), {}
     has = f"of the {limit / memory.GIB:.1f} GiB that a GPU of {args.gpu_gb} GB has for tensors"
+    possible = (False, True) if args.offload is None and offload_refusal(args) is None else (bool(args.offload),)
     for mode in by_speed(args.batch_size * args.max_length):
-        if args.base_bits not in (None, mode.bits) or args.offload not in (None, mode.offload):
+        if args.base_bits not in (None, mode.bits) or mode.offload not in possible:
             continue
         moments = presets.expected_memory(argparse.Namespace(**{**vars(args), **options_of(mode)}))
         needed = memory.peak_bytes(moments)

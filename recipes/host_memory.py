@@ -18,8 +18,9 @@ def free_bytes() -> int:
         limit, taken = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # there is no such file, or it says "max"
         return free
-    # Files that the system keeps in memory make room when memory is needed.
-    return min(free, limit - taken + _number(_CONTAINER / "memory.stat", "file"))
+    # Files that the system keeps in memory make room when memory is needed; those of file systems in memory do not.
+    dropped = sum(_number(_CONTAINER / "memory.stat", name) for name in ("inactive_file", "active_file"))
+    return min(free, limit - taken + dropped)
 
 
 def _number(path: Path, name: str) -> int:

@@ -28,8 +28,9 @@ def world_size() -> int:
 def together() -> Iterator[None]:
     """Re-raise an exception of any process in every process, so that none hangs.
 
-    The block inside must exchange nothing between processes but within blocks of the same kind. An error in one of
-    those is known to all processes and passes; so a process that fails outside them meets the others in the next one.
+    The block inside must exchange nothing between processes but by blocks of the same kind and by the functions of this
+    module that exchange numbers, choices and texts. A process that fails meets the others in the next one of these, in
+    which it is an error in all of them; such an error is known to all processes, and outer blocks let it pass.
 
     Raises:
         RuntimeError: another process failed; the message has its rank and its error.
@@ -41,14 +42,16 @@ def together() -> Iterator[None]:
         if not is_distributed() or getattr(raised, "is_known_to_all", False):
             raise
         error = raised
-    messages = _by_rank("" if error is None else f"{type(error).__name__}: {error}")
-    if not any(messages):
-        return
     if error is None:
-        rank, message = next((rank, message) for rank, message in enumerate(messages) if message)
-        error = RuntimeError(f"Process {rank} failed, so that this one cannot go on. {message}")
+        _by_rank("")
+        return
+    _gather(_Failure(f"{type(error).__name__}: {error}"))
     error.is_known_to_all = True
     raise error
+
+
+class _Failure(str):
+    """What a process that failed sends in the place of what the others exchange."""
 
 
 def check_equal(text: str, what: str, remedy: str) -> None:
@@ -125,9 +128,23 @@ def from_owners_(entries: Tensor) -> Tensor:
 
 
 def _by_rank(thing: int | str | list[bool]) -> list:
-    """Return what each process passed, by rank."""
+    """Return what each process passed, by rank.
+
+    Raises:
+        RuntimeError: another process failed, and sent its error instead; it is known to all processes.
+    """
     if not is_distributed():
         return [thing]
+    things = _gather(thing)
+    for rank, message in enumerate(things):
+        if isinstance(message, _Failure):
+            error = RuntimeError(f"Process {rank} failed, so that this one cannot go on. {message}")
+            error.is_known_to_all = True
+            raise error
+    return things
+
+
+def _gather(thing: object) -> list:
     things: list = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things

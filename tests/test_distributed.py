@@ -236,6 +236,24 @@ def a_failure_in_one_process_ends_all(rank):
         select_masks(tiny_model(), bad if rank else [token_batch()], density=0.1, progress=False)
 
 
+def a_failure_meets_whatever_the_others_exchange(rank):
+    """And not only another failure: the others must not read the error as a number, a choice or a text of their own."""
+    exchanges = [
+        lambda: distributed.everywhere([True, False]),
+        lambda: distributed.largest(3),
+        lambda: distributed.smallest(3),
+        lambda: distributed.total(3),
+        lambda: distributed.check_equal("here", "Places", ""),
+    ]
+    for exchange in exchanges:
+        with pytest.raises((MemoryError, RuntimeError), match="no room" if rank else "Process 1 failed.*no room"):
+            with distributed.together(), distributed.together():
+                if rank:
+                    raise MemoryError("no room")
+                exchange()
+        assert distributed.total(rank) == 1, "the processes are no longer in step"
+
+
 def wrong_arguments_in_one_process_end_all(rank):
     """Before the first exchange of scores, at which the others would wait."""
     good = {"batches": [token_batch()], "density": 0.1, "memory_budget": 2**20, "progress": False}
@@ -329,6 +347,7 @@ SCENARIOS = [
     data_that_differs_between_processes_gives_one_mask,
     each_measure_averages_over_the_processes,
     a_failure_in_one_process_ends_all,
+    a_failure_meets_whatever_the_others_exchange,
     wrong_arguments_in_one_process_end_all,
     a_memory_budget_of_its_own_changes_no_mask,
     sparsify_that_fails_in_one_process_ends_all,

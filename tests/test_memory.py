@@ -457,7 +457,8 @@ def test_free_host_memory_keeps_to_the_limit_of_a_container(monkeypatch, tmp_pat
     monkeypatch.setattr(host_memory, "_HOST", host)
     monkeypatch.setattr(host_memory, "_CONTAINER", tmp_path)
     host.write_text("MemTotal:       20 kB\nMemAvailable:   10 kB\n")
-    for name, text in (("max", "5000"), ("current", "2000"), ("stat", "anon 1500\nfile 400\n")):
+    stat = "anon 1500\nfile 900\nshmem 500\ninactive_file 300\nactive_file 100\n"
+    for name, text in (("max", "5000"), ("current", "2000"), ("stat", stat)):
         (tmp_path / f"memory.{name}").write_text(text)
     assert host_memory.free_bytes() == 3400
     (tmp_path / "memory.max").write_text("max\n")

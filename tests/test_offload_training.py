@@ -684,9 +684,15 @@ def test_token_ids_from_host_memory_are_looked_up_there():
     ids, meta = torch.arange(6).view(2, 3), torch.device("meta")
     there = sent(ids, meta)
     assert there.is_meta and on_host(there) is ids
-    there.add_(1)
-    with pytest.raises(NotImplementedError):
-        on_host(there)
+    # A loader may fill its memory anew before a backward pass looks the ids up again.
+    for is_sent in (True, False):
+        there = sent(ids, meta)
+        (there if is_sent else ids).add_(1)
+        with pytest.raises(NotImplementedError):
+            on_host(there)
+    with torch.inference_mode():
+        inference = torch.arange(6)
+    assert sent(inference, meta).is_meta
     assert sent(ids, torch.device("cpu")) is ids and on_host(ids) is ids
 
 

@@ -147,6 +147,15 @@ def test_the_fastest_mode_that_fits_is_chosen_and_says_why(gb, more, bits, offlo
     assert sentence.startswith(f"{bits} bits {place} needs {needed / memory.GIB:.1f} GiB of the ")
 
 
+@pytest.mark.parametrize("option", [["--compile"], ["--salience", "synflow", "--no-moving"], []])
+def test_a_mode_that_other_options_refuse_is_not_chosen(option, monkeypatch):
+    """Without these options 16 bits in host memory are chosen, which are faster than 8 or 4 on the GPU."""
+    if not option:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    args = command_line.parse("--preset llama3-8b --batch-size 4 --max-length 2048 --gpu-gb 16".split() + option)
+    assert args.base_bits < 16 and not args.offload
+
+
 def test_a_gpu_that_nothing_fits_and_methods_without_modes_are_refused(capsys):
     with pytest.raises(ValueError, match="nothing fits: 4 bits in host memory needs 8.* a GPU of 6 GB has"):
         command_line.parse("--preset llama3-70b --gpu-gb 6".split())

@@ -641,10 +641,22 @@ def trains_as_one_of_two(rank, file):
     sums = {name: part.sum().item() for name, part in weights_of(model).items()}
     dist.all_gather_object(found, (masks_of(model).fingerprint(), sums))
     assert found[0] == found[1] and masks_of(model) != masks and schedule.steps == 5
-    MaskSchedule(parallel, SparseAdamW([w.values for w in sparse_weights(model)]), own, scope="global")
-    for _ in range(2):
+
+    def follow(scope):
+        MaskSchedule(parallel, SparseAdamW([w.values for w in sparse_weights(model)]), own, scope=scope)
+
+    follow("global")
+    # A forward without DistributedDataParallel, as of an evaluation before training, does not tell that it is not used.
+    model(**token_batch(rank))
+    for refused in (parallel, DistributedDataParallel(copy.deepcopy(model))):
         with pytest.raises(ValueError, match="fixed size"):
-            parallel(**token_batch(rank))
+            refused(**token_batch(rank))
+    follow("local")
+    parallel(**token_batch(rank))
+    follow("global")
+    desparsify(model)
+    model.requires_grad_(True)
+    DistributedDataParallel(model)(**token_batch(rank))
 
 
 def test_two_processes_stay_equal(tmp_path):

@@ -66,13 +66,17 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)
     there = (tensor.clone() if tensor.is_pinned() else tensor).to(device, non_blocking=True)
-    if not there.is_floating_point() and not there.is_inference():
+    if not there.is_floating_point() and not there.is_inference() and not tensor.is_inference():
         # Token ids are looked up in host memory, and to fetch them from the device would wait for it.
-        there._sent_from = tensor, there._version
+        there._sent_from = tensor, _versions(tensor, there)
     return there
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """Return a tensor in CPU memory: the one that it was sent from, if it has not changed since."""
-    source, version = getattr(tensor, "_sent_from", (None, None))
-    return tensor.cpu() if source is None or tensor._version != version else source
+    """Return a tensor in CPU memory: the one that it was sent from, if neither has changed since."""
+    source, versions = getattr(tensor, "_sent_from", (None, None))
+    return source if source is not None and versions == _versions(source, tensor) else tensor.cpu()
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    return [tensor._version for tensor in tensors]

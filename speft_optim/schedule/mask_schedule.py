@@ -28,7 +28,7 @@ from speft_optim.salience.streaming import TrainingSalience
 from speft_optim.schedule.amounts import amount_at, trained
 from speft_optim.schedule.arguments import Arguments, check_owner
 from speft_optim.schedule.history import check_tensors, from_tensors, to_tensors
-from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.attached import record_of, sparse_weights, sparsified_roots
 from speft_optim.weights.mesh import reshard
 from speft_optim.weights.sparse_weight import SparseWeight
 from speft_optim.weights.wrappers import RefuseReducer
@@ -55,7 +55,7 @@ class MaskSchedule:
     inf or NaN lets the group's window begin again. Weights that get no gradient keep their masks. With several
     processes each adds up its own gradients, and they are averaged at the end of a turn; a checkpoint within a turn
     holds the sums of the process that saved it. DistributedDataParallel needs local scope and no `density`, since its
-    buffers keep the numbers of entries; otherwise the first forward fails. `magnitude`, `random` and `synflow` need no
+    buffers keep the numbers of entries; otherwise its forward fails. `magnitude`, `random` and `synflow` need no
     gradient: with these measures and no batches, `select_masks` selects at intervals too.
 
     Args:
@@ -125,8 +125,17 @@ class MaskSchedule:
         self.training = None if given.measure is None else self._from_training(weights, given.measure)
         self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)
-        if is_distributed() and (scope == "global" or density is not None):
-            RefuseReducer(self.model)
+        self._refuse_reducer(is_distributed() and (scope == "global" or density is not None))
+
+    def _refuse_reducer(self, is_refused: bool) -> None:
+        """Refuse DistributedDataParallel until `desparsify` or the next schedule of the model, or accept it again."""
+        for root in sparsified_roots(self.model):
+            hooks = record_of(root).hooks
+            for earlier in [hook for hook in hooks if isinstance(hook, RefuseReducer)]:
+                earlier.remove()
+                hooks.remove(earlier)
+            if is_refused:
+                hooks.append(RefuseReducer(root))
 
     def _from_training(self, weights: list[SparseWeight], measure: Measure) -> TrainingSalience:
         """Return the salience of training's own gradients, after a check that all processes have the same arguments."""

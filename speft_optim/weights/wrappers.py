@@ -87,9 +87,10 @@ def steps_to(model: nn.Module, path: str) -> tuple[tuple[nn.Module, str, nn.Modu
 
 
 class RefuseReducer:
-    """Refuses DistributedDataParallel in the next forward of a model whose weights' numbers of entries will change.
+    """Refuses DistributedDataParallel around a model whose weights will change in their numbers of entries.
 
-    Its buffers keep the lengths that gradients had when it was built, and only its forward shows that it is there.
+    Its buffers keep the lengths that gradients had when it was built, and replicas drift apart without a word when
+    these change. Only its forward shows that it is there, and evaluation may come before its first one.
 
     Args:
         model: the model inside.
@@ -99,7 +100,7 @@ class RefuseReducer:
         self._handle = model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
-        """Remove this hook, unless the model is called by DistributedDataParallel.
+        """Do nothing, unless the model is called by DistributedDataParallel.
 
         Raises:
             ValueError: it is.
@@ -109,4 +110,7 @@ class RefuseReducer:
                 "In DistributedDataParallel each weight must keep its number of entries, since its buffers have a "
                 "fixed size; use scope='local' and density=None in MaskSchedule, or shard the model with fully_shard."
             )
+
+    def remove(self) -> None:
+        """Refuse it no longer."""
         self._handle.remove()
