@@ -534,6 +534,29 @@ def test_merging_keeps_the_weights_and_forgets_the_adapters(paths):
             call()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_loaded_into_other_masks_is_saved_with_what_they_train(paths, dtype):
+    train_adapter(paths[0], 0, dtype)
+
+    def resumed(state=None):
+        model = tiny_model(dtype=dtype)
+        optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.05, seed=5)), lr=1e-2)
+        load_adapter(model, paths[0])
+        if state is None:
+            train(model, optimizer, 2)
+        else:
+            optimizer.load_state_dict(state)
+        save_adapter(model, paths[1])
+        fresh = tiny_model(dtype=dtype)
+        load_adapter(fresh, paths[1])
+        assert equal_states(weights_of(fresh), weights_of(model))
+        return model, optimizer
+
+    model, optimizer = resumed()
+    again, _ = resumed(optimizer.state_dict())
+    assert equal_states(weights_of(again), weights_of(model))
+
+
 def test_training_goes_on_from_an_adapter_and_is_never_written_over_unsaved(paths):
     first, masks = train_adapter(paths[0], 0)
     model = tiny_model()

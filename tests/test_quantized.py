@@ -476,6 +476,19 @@ def test_masks_chosen_again_resume_bit_equal(model, loads, tmp_path):
     assert torch.equal(model(**token_batch()).logits, fresh(**token_batch()).logits)
 
 
+def test_entries_that_left_unchanged_keep_the_value_of_the_base_when_a_run_resumes(model):
+    fresh = copy.deepcopy(model)
+    optimizer, _ = scheduled(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, 5)
+    resumed, _ = scheduled(fresh)
+    resumed.load_state_dict(optimizer.state_dict())
+    now = effective(model)
+    assert any(len(weight.previously_trained) for weight in sparse_weights(model))
+    assert all(torch.equal(dense, now[name]) for name, dense in effective(fresh).items())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Undo, copy, keep
 

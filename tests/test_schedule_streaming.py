@@ -180,7 +180,10 @@ class Plain:
             name, indices, state = weight.name, weight.mask.indices.long(), optimizer.state[weight.values]
             yield name, weight.values.detach(), self.weights[name].detach(), indices
             if name in schedule.training.scores:
-                yield f"scores of {name}", schedule.training.scores[name], self.kept_by[name], indices
+                scores = schedule.training.scores[name]
+                # The highest number stands for entries that were not scored yet.
+                scores = torch.where(scores < torch.finfo(scores.dtype).max, scores, 0)
+                yield f"scores of {name}", scores, self.kept_by[name], indices
             if has_moments(state) and "exp_avg_scale" not in state:
                 yield f"first moment of {name}", state["exp_avg"], self.first[name], indices
                 yield f"second moment of {name}", state["exp_avg_sq"], self.second[name], indices
@@ -502,14 +505,17 @@ def test_a_density_that_changes_is_kept(scope, budget):
     assert abs(masks_of(model).count - 0.01 * sum(sizes.values())) < 8
 
 
-def test_a_weight_without_a_gradient_keeps_its_mask(caplog):
-    model, optimizer, schedule = attach(scope="local")
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_weight_without_a_gradient_keeps_its_mask(scope, budget, caplog):
+    model, optimizer, schedule = attach(scope=scope, budget=budget)
     rested = sparse_weights(model)[3]
     rested.values.requires_grad_(False)
     before = masks_of(model)
-    train(model, optimizer, 4)
+    train(model, optimizer, 4 * len(schedule.training.groups))
     after = masks_of(model)
     assert [name for name in before if before[name] == after[name]] == [rested.name]
+    assert before.count == after.count
     assert caplog.text.count("got no gradient in 2 steps") == 1
 
 

@@ -92,9 +92,9 @@ def restore_base(model: nn.Module, loaded: Loaded) -> None:
     """Make the model the plain base again, bit for bit."""
     put(model, loaded.base)
     targets = all_targets(model)
-    for name, (mask, entries) in loaded.base.items():
+    for name, (mask, _) in loaded.base.items():
         if len(mask):
-            frozen_weight(*targets[name].sites[0]).release(entries)
+            frozen_weight(*targets[name].sites[0]).drop_unchanged()
 
 
 def mix(model: nn.Module, loaded: Loaded, shares: dict[str, float]) -> None:

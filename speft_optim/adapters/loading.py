@@ -52,6 +52,10 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             weight.synchronize()
         _check_base(model, adapter, path)
         put(model, {key: (mask, adapter.values[key]) for key, mask in adapter.masks.items()})
+        for weight in weights:
+            if weight.name in adapter.masks:
+                # Entries outside the weight's mask belong into the next adapter too.
+                weight.note_trained(adapter.masks[weight.name])
         if LOADED in model.__dict__:
             model.__dict__[LOADED].note_saved(model, adapter.masks)
         return adapter.sparse_masks

@@ -138,6 +138,11 @@ class HostQuantized:
         self._host.release(values)
         self._place(self.device)
 
+    def drop_unchanged(self) -> None:
+        """Drop the overlays of entries that are the base's own."""
+        self._host.drop_unchanged()
+        self._place(self.device)
+
     def put(self, mask: Mask, values: Tensor) -> None:
         """Set the entries at `mask` to `values` (k,), see `QuantizedWeight.put`."""
         self._host.put(mask, values)

@@ -200,7 +200,8 @@ class SavedOptimizer(Optimizer):
             mask = mask_of(saved)
             if weight.mask != mask:
                 weight.change_mask(mask)
-            weight.restore_previous(previous_of(saved), saved.get("previous_values"))
+            if "previously_trained" in saved:
+                weight.restore_previous(previous_of(saved), saved["previous_values"])
             parameter.copy_(saved["values"])
             weight.write()
 

@@ -81,7 +81,9 @@ class TrainingSalience:
         self._told: set[str] = set()
         dtype = measure.scores(weights[0].name, torch.ones(2), torch.ones(2)).dtype
         stored = weights if scope == "global" and len(self.groups) > 1 else filter(self._is_cut, weights)
-        self.scores = {w.name: torch.zeros(len(w.mask), dtype=dtype, device=w.values.device) for w in stored}
+        # The highest score stands for none, so that a weight without a gradient keeps its entries until it gets one.
+        highest = torch.finfo(dtype).max
+        self.scores = {w.name: torch.full((len(w.mask),), highest, dtype=dtype, device=w.values.device) for w in stored}
         self._begin_turn()
 
     @property
@@ -141,7 +143,10 @@ class TrainingSalience:
             return None
         chosen = {}
         if self.scope == "global" and any(is_used.values()):
-            chosen = self._compete(self.weights, wanted)
+            # Without a gradient all scores would be zero, and the weight would lose its entries to the others.
+            resting = [weight for weight in self.weights if not is_used.get(weight.name, True)]
+            taken = sum(len(weight.mask) for weight in resting)
+            chosen = self._compete([weight for weight in self.weights if weight not in resting], wanted - taken)
         elif self.scope == "local":
             for weight in (weight for weight in self.weights if is_used.get(weight.name)):
                 chosen.update(self._compete([weight], wanted[weight.name]))

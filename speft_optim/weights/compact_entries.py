@@ -56,6 +56,13 @@ class CompactEntries(AddedModule):
         both = [mask.to(self.values.device).indices for mask in (self.mask, self.previously_trained)]
         return Mask(torch.cat(both), self.mask.shape)
 
+    def note_trained(self, mask: Mask) -> None:
+        """Note that the entries at `mask` are not the base's, as those of an adapter that was just loaded."""
+        ever, own = (part.to(self.values.device).indices for part in (self.ever_trained(), self.mask))
+        every = torch.cat([ever, mask.to(self.values.device).indices]).unique()
+        if len(every) > len(own):
+            self.previously_trained = Mask(every[~torch.isin(every, own, assume_unique=True)], self.mask.shape)
+
     def _exchange(self, mask: Mask, entries: Tensor) -> None:
         """Train the entries (k,) fp32 at `mask` from now on; `values` stays the same Parameter."""
         ever = self.ever_trained().to(self.values.device).indices

@@ -32,6 +32,9 @@ class FloatingWeight:
     def release(self, values: Tensor) -> None:
         """Do nothing: the weight has the values already."""
 
+    def drop_unchanged(self) -> None:
+        """Do nothing: there are no overlays."""
+
     def read(self, indices: Tensor, values: Tensor) -> Tensor:
         """Return the values that fit the weight's entries: an fp32 value that still rounds to the entry stays exact.
 

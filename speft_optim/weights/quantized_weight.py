@@ -145,9 +145,14 @@ class QuantizedWeight:
     def release(self, values: Tensor) -> None:
         """Detach `values`, which need not be kept any longer; the entries keep their present values in an overlay."""
         mask, entries = self.entries()
+        # All entries go into one overlay, so that selecting masks again does not pile overlays up.
+        self._carry([(mask.to(self.device), entries)] if len(mask) else [])
+
+    def drop_unchanged(self) -> None:
+        """Drop the overlays of entries that are the base's own; no values that train may be attached."""
+        mask, entries = self.entries()
         indices = mask.indices.to(self.device)
         moved = entries != self.gather_base(indices)
-        # All entries go into one overlay, so that selecting masks again does not pile overlays up; unchanged ones go.
         self._carry([(Mask(indices[moved], self.shape), entries[moved])] if bool(moved.any()) else [])
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:

@@ -235,6 +235,7 @@ class SparseWeight(CompactEntries):
         if self._change() is None:
             self.synchronize()
             self.base.release(self.values)
+            self.base.drop_unchanged()
         for hook in self._hooks:
             hook.remove()
         self.uses.remove()
