@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         # A preset's learning rate is meant for its mask.
         args.lr = chosen.lr
     fill_in(args)
-    typed = {"base_bits": args.base_bits, "offload": args.offload}
+    typed = {name: getattr(args, name) for name in ("base_bits", "offload", "resident_blocks", "resident_head")}
     args.base_bits, args.offload = args.base_bits or 16, bool(args.offload)
     check(parser, args)
     if args.gpu_gb:
@@ -168,6 +168,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} counts sparse training in bfloat16; leave out --method and --dtype float32")
     if args.offload:
         check_offload(parser, args)
+    elif args.resident_blocks or args.resident_head:
+        parser.error("--resident-blocks and --resident-head are for --offload; give that too, or leave them out")
     if args.cuda_graphs and not torch.cuda.is_available():
         parser.error("--cuda-graphs needs a CUDA device, and there is none")
     if args.cuda_graphs and args.checkpointing:
@@ -178,6 +180,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def check_offload(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot be done with frozen weights in host memory."""
+    if args.resident_blocks is not None and args.resident_blocks < 0:
+        parser.error(f"--resident-blocks is {args.resident_blocks}; it must be at least 0")
     if args.method != "sparse":
         parser.error(
             f"--offload leaves frozen weights in host memory for a mask; leave it out of --method {args.method}"

@@ -98,8 +98,8 @@ def sparsify(
             bus. "device" saves these copies for batch * length * width entries a block on the device.
         resident_blocks: how many blocks `offload` leaves on the device, or "all", where the device has room for more
             than two: each is copied once, and fewer bytes travel in a step. They are recomputed as the others are.
-        resident_head: whether `offload` leaves the head's weight on the device too, instead of copying it at each call
-            of the model. If the head has a mask, it is copied all the same.
+        resident_head: whether `offload` leaves the head's weight on the device too, instead of copying it in each
+            forward. If the head has a mask, it is copied all the same.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.

@@ -67,7 +67,7 @@ def compute_with_copies(
             # The head's copy is here for the whole call of the model. What the module does with it its hooks see.
             return module.__dict__[name].detach()
         is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and weight.source().dtype == weight.dtype
-        return HostTable.of(weight) if is_table else weight.whole()
+        return HostTable.of(weight) if is_table else weight.lasting()
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
