@@ -1,12 +1,13 @@
 """A prefetcher of blocks' weights: while one block is computed, the weights of the next are copied to the device.
 
-Two buffers on the device hold the weights in turn, so that no more than two blocks' are ever there. A side stream fills
-one buffer while the device computes with the other. Blocks that are to stay on the device have buffers of their own,
-which are filled once, and again when a weight in host memory has changed. The stream reads host memory directly: the
-pages of the weights are locked meanwhile, without which a copy would neither overlap with computation nor reach the
-bus's full speed. Locking leaves every storage of the model as it is. A pinned copy of the model was rejected since it
-takes the host memory twice or puts other storages into the model. Memory that is not locked, a mapped checkpoint above
-all, goes through small locked buffers (`offload/staging.py`), where the CPU copies every byte once more.
+Two buffers on the device hold the weights in turn, so that no more than two blocks' are ever there, besides blocks that
+are to stay: these have buffers of their own, which are filled once, and again when a weight in host memory has changed.
+A side stream fills one of the two while the device computes with the other, or both while it computes with a block that
+stays. It reads host memory directly: the pages of the weights are locked meanwhile, without which a copy would neither
+overlap with computation nor reach the bus's full speed. Locking leaves every storage of the model as it is. A pinned
+copy of the model was rejected since it takes the host memory twice or puts other storages into the model. Memory that
+is not locked, a mapped checkpoint above all, goes through small locked buffers (`offload/staging.py`), where the CPU
+copies every byte once more.
 
 Passing several batches through a block each time that it is on the device would copy less. It was rejected: every
 batch's forward would have to stop at every block and autograd's backward be cut there, so that the user's model and
