@@ -18,6 +18,8 @@ for every mode alike.
                                `recipes.moving`), and every few steps a selection adds `selection_ms` to the step
     lora-bf16, qlora-nf4       PEFT LoRA of rank --rank on the same seven, adapters in bf16
     streamed-bf16, -int8, -nf4 as ours, with the frozen weights in host memory (`sparsify(..., offload=)`)
+    lean-bf16, -int8, -nf4     as streamed, with all blocks and the head on the GPU (`resident_blocks="all"`): embedding
+                               and inputs of blocks are in host memory
     fsdp-offload-bf16          as lora, with the frozen weights in host memory by torch's fully_shard (CPUOffloadPolicy)
     accelerate-offload-bf16    as lora, with the frozen weights in host memory by accelerate's cpu_offload
 
@@ -63,6 +65,9 @@ MODES = [
     "streamed-bf16",
     "streamed-int8",
     "streamed-nf4",
+    "lean-bf16",
+    "lean-int8",
+    "lean-nf4",
     "fsdp-offload-bf16",
     "accelerate-offload-bf16",
 ]
@@ -208,10 +213,10 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
     method, _, precision = mode.rpartition("-")
     device = processes.device()
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
-    if method in ("ours", "moving", "streamed"):
+    if method in ("ours", "moving", "streamed", "lean"):
         row["masks"] = args.masks
     shape, bits = Shape.of(shaped(args.shape, args.layers)), BITS[precision]
-    if method in ("ours", "moving", "frozen", "streamed"):
+    if method in ("ours", "moving", "frozen", "streamed", "lean"):
         row["estimate_gib"] = round(peak_bytes(estimated(shape, method, bits, args)) / GIB, 3)
     if method in HOST_ATTACH:
         needed = host_bytes(shape, bits=bits, batch=args.batch, length=args.seq)
@@ -237,7 +242,9 @@ def estimated(shape: Shape, method: str, bits: int, args: argparse.Namespace) ->
         length=args.seq,
         state_bits=args.state_bits,
         sums=moving.sum_bytes(total) if method == "moving" else 0,
-        offload=method == "streamed",
+        offload=method in ("streamed", "lean"),
+        resident_blocks=shape.layers if method == "lean" else 0,
+        resident_head=method == "lean",
     )
 
 

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         # A preset's learning rate is meant for its mask.
         args.lr = chosen.lr
     fill_in(args)
-    typed = {"base_bits": args.base_bits, "offload": args.offload}
+    typed = {name: getattr(args, name) for name in ("base_bits", "offload", "resident_blocks", "resident_head")}
     args.base_bits, args.offload = args.base_bits or 16, bool(args.offload)
     check(parser, args)
     if args.gpu_gb:
@@ -168,6 +168,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} counts sparse training in bfloat16; leave out --method and --dtype float32")
     if args.offload and (refusal := fitting.offload_refusal(args)):
         parser.error(refusal)
+    if not args.offload and (args.resident_blocks or args.resident_head):
+        parser.error("--resident-blocks and --resident-head are for --offload; give that too, or leave them out")
     if args.cuda_graphs and not torch.cuda.is_available():
         parser.error("--cuda-graphs needs a CUDA device, and there is none")
     if args.cuda_graphs and args.checkpointing:

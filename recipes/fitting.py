@@ -5,7 +5,10 @@ computation, which falls with the tokens in a forward pass.
 """
 
 import argparse
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from recipes import memory, presets, processes
 
@@ -44,6 +47,8 @@ def by_speed(tokens: int) -> list[Mode]:
 
 def offload_refusal(args: argparse.Namespace) -> str | None:
     """Return why the other options leave no frozen weights in host memory; None if they do."""
+    if args.resident_blocks is not None and args.resident_blocks < 0:
+        return f"--resident-blocks is {args.resident_blocks}; it must be at least 0"
     if args.method != "sparse":
         return f"--offload leaves frozen weights in host memory for a mask; leave it out of --method {args.method}"
     if processes.count() > 1:
@@ -59,8 +64,8 @@ def offload_refusal(args: argparse.Namespace) -> str | None:
 def choose(args: argparse.Namespace) -> str:
     """Set `base_bits` and `offload` to the fastest mode that fits the GPU of `--gpu-gb`, and return why.
 
-    An option of the two that was typed, and so is not None, stays. Modes that do not go with other options are left
-    out.
+    With `offload` this also sets how much of the model stays on the GPU: as much as fits. An option that was typed, and
+    so is not None, stays. Modes that do not go with other options are left out.
 
     Raises:
         ValueError: no mode fits, or memory of this architecture is not known.
@@ -71,17 +76,38 @@ def choose(args: argparse.Namespace) -> str:
     for mode in by_speed(args.batch_size * args.max_length):
         if args.base_bits not in (None, mode.bits) or mode.offload not in possible:
             continue
-        moments = presets.expected_memory(argparse.Namespace(**{**vars(args), **options_of(mode)}))
-        needed = memory.peak_bytes(moments)
+        needed = _needed(args, options_of(mode))
         if needed <= limit:
             vars(args).update(options_of(mode))
-            return f"{_needs(mode, needed)} {has}; {_compared(missed)}"
+            stays = _fill(args, limit) if mode.offload else ""
+            return f"{_needs(mode, _needed(args))} {has}{stays}; {_compared(missed)}"
         missed[mode] = needed
     leanest = min(missed, key=missed.__getitem__)
     raise ValueError(
         f"nothing fits: {_needs(leanest, missed[leanest])} {has}; take fewer or shorter sequences, a smaller budget or "
         "a larger GPU"
     )
+
+
+def _fill(args: argparse.Namespace, limit: int) -> str:
+    """Let the head, whose copy never hides behind the computation, and as many blocks as fit stay on the GPU.
+
+    What was typed, and so is not None, stays. Returns what was chosen, for people.
+    """
+    if args.resident_head is None:
+        args.resident_head = _needed(args, {"resident_head": True}) <= limit
+    layers = presets.shape_of(args).layers
+    if args.resident_blocks is None:
+        # The last two blocks take no more than the buffers through which they would travel.
+        args.resident_blocks = (
+            bisect_right(range(layers + 1), limit, key=lambda number: _needed(args, {"resident_blocks": number})) - 1
+        )
+    head = " and the head" if args.resident_head else ""
+    return f", with {args.resident_blocks} of {layers} blocks{head} on the GPU" if args.resident_blocks or head else ""
+
+
+def _needed(args: argparse.Namespace, options: Mapping = MappingProxyType({})) -> int:
+    return memory.peak_bytes(presets.expected_memory(argparse.Namespace(**{**vars(args), **options})))
 
 
 def _needs(mode: Mode, needed: int) -> str:

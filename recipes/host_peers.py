@@ -15,7 +15,17 @@ from speft_optim import SparseAdamW, sparsify
 
 def attach_streamed(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach the masks of `ours` to a model that stays in host memory; return SparseAdamW and its bytes held."""
-    values = sparsify(model, random_masks(model, args.density, args.masks, device), offload=device)
+    return _attach_offloaded(model, args, device)
+
+
+def attach_lean(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
+    """Attach the same to a model whose blocks and head are on the GPU; in host memory are embedding and inputs."""
+    return _attach_offloaded(model, args, device, resident_blocks="all", resident_head=True)
+
+
+def _attach_offloaded(model: nn.Module, args: argparse.Namespace, device: torch.device, **options) -> Attached:
+    masks = random_masks(model, args.density, args.masks, device)
+    values = sparsify(model, masks, offload=device, **options)
     optimizer = SparseAdamW(values, lr=1e-5, state_bits=args.state_bits)
     return optimizer, held_by(optimizer)
 
@@ -59,6 +69,7 @@ def attach_accelerate_offload(model: nn.Module, args: argparse.Namespace, device
 
 HOST_ATTACH = {
     "streamed": attach_streamed,
+    "lean": attach_lean,
     "fsdp-offload": attach_fsdp_offload,
     "accelerate-offload": attach_accelerate_offload,
 }

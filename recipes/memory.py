@@ -49,6 +49,8 @@ def estimate(
     checkpointing: bool = True,
     sums: int = 0,
     offload: bool = False,
+    resident_blocks: int = 0,
+    resident_head: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Return the bytes of each part at the moments that can set the peak of a training step; see `peak_bytes`.
 
@@ -64,11 +66,15 @@ def estimate(
         checkpointing: whether blocks are recomputed in backward.
         sums: bytes of the sums of gradients by which masks move.
         offload: whether the frozen weights and the inputs of blocks are in host memory; blocks are then checkpointed.
+        resident_blocks: how many blocks `offload` leaves on the GPU.
+        resident_head: whether `offload` leaves the head there.
 
     Returns:
         By moment (`loss`, `last block`, `first block`) the bytes by part. The loss is taken in chunks (`recipes.loss`).
     """
-    weights = _buffer_bytes(shape, bits) if offload else _weight_bytes(shape, bits)
+    head = 2 * shape.vocabulary * shape.width if offload else 0
+    weights = _buffer_bytes(shape, bits, resident_blocks) if offload else _weight_bytes(shape, bits)
+    weights += head if resident_head else 0
     held = {"weights": weights, **_entry_bytes(shape.targets(targets), entries, state_bits)}
     checkpointing = checkpointing or offload
     gradients, block, saved = 4 * entries, *_block_bytes(shape, batch, length, bits, entries > 0)
@@ -86,7 +92,7 @@ def estimate(
         held["sums of gradients"] = sums
     # From host memory the input of the next block comes while one is computed; the head comes for the loss.
     kept = boundary * (2 if offload else shape.layers) + masks
-    loss += 2 * shape.vocabulary * shape.width if offload else 0
+    loss += 0 if resident_head else head
     recomputed = block if checkpointing else block - saved
     return {
         "loss": held | {"gradients": earlier, "kept activations": kept, "loss chunk": loss},
@@ -146,13 +152,13 @@ def _linear_bytes(rows: int, columns: int, bits: int) -> list[int]:
     return [-(-entries // 2), blocks, 4 * -(-blocks // 256)]
 
 
-def _buffer_bytes(shape: Shape, bits: int) -> int:
-    """Return the bytes on the GPU of two blocks' weights, and of the tables of all 4-bit weights."""
+def _buffer_bytes(shape: Shape, bits: int, resident: int) -> int:
+    """Return the bytes on the GPU of `resident` blocks' weights, of two more, and of the tables of 4-bit weights."""
     tables = TABLE_BYTES * len(shape.linears) if bits == 4 else 0
     each = [2 * count for count in shape.block_others]
     for rows, columns in list(shape.linears.values())[: len(shape.linears) // shape.layers]:
         each += _linear_bytes(rows, columns, bits)
-    return min(2, shape.layers) * sum(-(-size // ALIGNMENT) * ALIGNMENT for size in each) + tables
+    return min(resident + 2, shape.layers) * sum(-(-size // ALIGNMENT) * ALIGNMENT for size in each) + tables
 
 
 def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: int) -> dict[str, int]:

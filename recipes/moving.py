@@ -7,7 +7,6 @@ where many entries are trained.
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from speft_optim import Mask, MaskSchedule, SparseAdamW, sparsify
@@ -51,7 +50,7 @@ def attach(
     power: float,
     window: int = WINDOW,
     interval: int = INTERVAL,
-    offload: torch.device | None = None,
+    placement: Mapping | None = None,
     **options,
 ) -> tuple[SparseAdamW, MaskSchedule]:
     """Attach masks that move, and the optimizer that moves them.
@@ -63,10 +62,10 @@ def attach(
         power: `magnitude_power` of the optimizer.
         window: over how many optimizer steps gradients are summed to rank the entries.
         interval: the least number of steps between two selections of a weight.
-        offload: the device that computes while the model's weights stay in CPU memory; None for a model on its device.
+        placement: the options of `sparsify` for a model whose weights stay in CPU memory; None for one on its device.
         **options: further options of the optimizer.
     """
-    values = sparsify(model, masks, keep_empty=True, offload=offload)
+    values = sparsify(model, masks, keep_empty=True, **(placement or {}))
     optimizer = SparseAdamW(values, magnitude_power=power, **options)
     steps = dict(window=window, interval=interval)
     options = dict(salience=salience, scope="global", memory_budget=BUDGET)

@@ -34,10 +34,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "it block by block, in forward and again in backward. The more tokens in a forward pass, the less that costs",
     )
     group.add_argument(
+        "--resident-blocks", type=int, help="how many blocks --offload leaves on the GPU all the time (default 0)"
+    )
+    group.add_argument(
+        "--resident-head",
+        action=argparse.BooleanOptionalAction,
+        help="let --offload leave the head on the GPU too, instead of copying it in each forward pass",
+    )
+    group.add_argument(
         "--gpu-gb",
         type=int,
         choices=memory.GPU_SIZES,
-        help="choose --base-bits and --offload, where they are not given: the fastest that fit a GPU of so many GB",
+        help="choose --base-bits and --offload, where they are not given: the fastest that fit a GPU of so many GB; "
+        "with --offload the head and as many blocks as fit stay on the GPU",
     )
 
 

@@ -92,6 +92,8 @@ def expected_host_bytes(args: argparse.Namespace) -> int:
 def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Estimate the memory of training with the longest batch, by moment and part; see `recipes.memory.estimate`."""
     shape = shape_of(args)
+    if (args.resident_blocks or 0) > shape.layers:
+        raise ValueError(f"--resident-blocks is {args.resident_blocks}; the model has {shape.layers} blocks")
     sizes = shape.targets(args.targets)
     total = sum(rows * columns for rows, columns in sizes)
     entries = args.budget or sum((args.budget_rank or 0) * (rows + columns) for rows, columns in sizes)
@@ -110,4 +112,6 @@ def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
         checkpointing=args.checkpointing,
         sums=moving.sum_bytes(total) if args.moving else 0,
         offload=args.offload,
+        resident_blocks=args.resident_blocks or 0,
+        resident_head=bool(args.resident_head),
     )

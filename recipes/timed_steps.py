@@ -84,7 +84,7 @@ def train(
 
 def trained_bytes(method: str, optimizer: torch.optim.Optimizer, held: int) -> dict[str, int]:
     """Return the bytes of the trained part, `held`, and of what its optimizer keeps, by kind."""
-    if method in ("ours", "moving", "streamed"):
+    if method in ("ours", "moving", "streamed", "lean"):
         summary = optimizer.memory_summary()
         parts = {"values and positions": held, "moments": summary["moments"]}
         return parts | ({"sums of gradients": summary["salience"]} if method == "moving" else {})

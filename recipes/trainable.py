@@ -75,16 +75,24 @@ def attach_masks(run: Run, model, samples: list[data.Sample], pad_id: int, dtype
     power = args.magnitude_power
     if args.moving:
         power = moving.power_for(masks.density) if power is None else power
-        options |= dict(window=args.window, interval=args.interval, offload=offload_device(args))
+        options |= dict(window=args.window, interval=args.interval, placement=placement(args))
         optimizer, schedule = moving.attach(model, masks, salience=args.salience, power=power, **options)
         return Trained(optimizer, masks, schedule=schedule)
-    values = sparsify(model, masks, offload=offload_device(args))
+    values = sparsify(model, masks, **placement(args))
     return Trained(SparseAdamW(values, magnitude_power=power or 0, **options), masks)
 
 
 def offload_device(args: argparse.Namespace) -> torch.device | None:
     """Return the device that computes while the weights stay in host memory; None without --offload."""
     return processes.device() if args.offload else None
+
+
+def placement(args: argparse.Namespace) -> dict:
+    """Return the options of `sparsify` that say where the frozen weights are."""
+    if not args.offload:
+        return {}
+    blocks, head = args.resident_blocks or 0, bool(args.resident_head)
+    return dict(offload=offload_device(args), resident_blocks=blocks, resident_head=head)
 
 
 def choose_masks(args: argparse.Namespace, model, samples: list[data.Sample], pad_id: int, resumes: bool) -> Masks:

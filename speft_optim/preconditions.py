@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from speft_optim.checks import check_choice
+from speft_optim.checks import check_choice, check_flag, check_whole
 from speft_optim.integrations import sharding_wrapper
 from speft_optim.masks.mask import Mask
+from speft_optim.offload.calls import blocks_of, head_module
 from speft_optim.weights.attached import sparse_weights, sparsified_roots
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.foreign import check_layers, check_parameters
@@ -15,17 +16,42 @@ from speft_optim.weights.mesh import check_divisions
 from speft_optim.weights.targets import Target, check_called, check_in_memory
 
 
-def check_activations(activations: str, offload: str | torch.device | None) -> None:
-    """Refuse a place for the inputs of blocks that is unknown, or that nothing would read.
+def check_placement(
+    activations: str, resident_blocks: int | str, resident_head: bool, offload: str | torch.device | None
+) -> None:
+    """Refuse options of `offload` that are unknown, or that nothing would read.
 
     Raises:
+        TypeError: a number or a flag is something else.
         ValueError: says which.
     """
     check_choice("activations", activations, ("host", "device"))
-    if activations != "host" and offload is None:
+    if resident_blocks != "all":
+        check_whole("resident_blocks", resident_blocks, least=0, usual="8, or 'all'")
+    check_flag("resident_head", resident_head)
+    usual = {"activations": "host", "resident_blocks": 0, "resident_head": False}
+    given = {"activations": activations, "resident_blocks": resident_blocks, "resident_head": resident_head}
+    for name, value in given.items():
+        if offload is None and value != usual[name]:
+            raise ValueError(f"{name}={value!r} is read only with offload; pass offload='cuda' too, or leave it.")
+
+
+def check_resident(model: nn.Module, resident_blocks: int | str, resident_head: bool) -> int:
+    """Return how many blocks of a model stay on the device.
+
+    Raises:
+        ValueError: the model has fewer, or has no head that could stay there.
+    """
+    count = len(blocks_of(model))
+    number = count if resident_blocks == "all" else int(resident_blocks)
+    if number > count:
+        raise ValueError(f"resident_blocks={number} is above {count}, the model's blocks; pass 'all' for all of them.")
+    if resident_head and head_module(model) is None:
         raise ValueError(
-            f"activations={activations!r} is read only with offload; pass offload='cuda' too, or leave it."
+            f"resident_head=True needs a head that get_output_embeddings() of {type(model).__name__} returns and that "
+            "is not quantised; leave it out."
         )
+    return number
 
 
 def check_model(model: nn.Module) -> None:

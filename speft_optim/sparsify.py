@@ -30,7 +30,7 @@ from speft_optim.integrations import (
 from speft_optim.masks.mask import Mask
 from speft_optim.offload.training import OffloadedBase, check_offload, map_checkpoint
 from speft_optim.optim.adamw import SparseAdamW
-from speft_optim.preconditions import check_activations, check_masks, check_model
+from speft_optim.preconditions import check_masks, check_model, check_placement, check_resident
 from speft_optim.weights.attached import (
     Record,
     keep_record,
@@ -58,6 +58,8 @@ def sparsify(
     verify: bool = True,
     offload: str | torch.device | None = None,
     activations: str = "host",
+    resident_blocks: int | str = 0,
+    resident_head: bool = False,
 ) -> list[nn.Parameter]:
     """Attach compact values for `masks` and freeze all else.
 
@@ -94,6 +96,10 @@ def sparsify(
         activations: where `offload` keeps the inputs of blocks between forward and backward. "host" is pinned CPU
             memory, to which they are copied beside the computation, a few hundredths of what the weights take on the
             bus. "device" saves these copies for batch * length * width entries a block on the device.
+        resident_blocks: how many blocks `offload` leaves on the device, or "all", where the device has room for more
+            than two: each is copied once, and fewer bytes travel in a step. They are recomputed as the others are.
+        resident_head: whether `offload` leaves the head's weight on the device too, instead of copying it in each
+            forward. If the head has a mask, it is copied all the same.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
@@ -109,18 +115,18 @@ def sparsify(
     with contextlib.ExitStack() as undo:
         with together():
             check_not_parallel(wrapper)
-            check_activations(activations, offload)
+            check_placement(activations, resident_blocks, resident_head, offload)
             mapped = {} if base is None or offload is None else map_checkpoint(model, base, undo)
             targets = _prepare(model, masks)
+            options = dict(inputs_on_host=activations == "host", resident_head=resident_head)
             if offload is not None:
                 offload = check_offload(model, offload)
+                options["resident_blocks"] = check_resident(model, resident_blocks, resident_head)
             unread = {name: mask for name, mask in masks.items() if name not in mapped}
             entries = {} if base is None else _base_entries(model, base, unread, targets)
         check_equal_masks(masks)
         # This is the first change, since the device may lack memory for it.
-        offloaded = (
-            [] if offload is None else [OffloadedBase(model, offload, mapped, inputs_on_host=activations == "host")]
-        )
+        offloaded = [] if offload is None else [OffloadedBase(model, offload, mapped, **options)]
         weights = _attach_all(model, masks, targets, entries, offloaded, keep_empty=keep_empty, verify=verify)
         if mapped:
             save_from_files(model)

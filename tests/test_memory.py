@@ -188,18 +188,23 @@ class LiveBytes(TorchDispatchMode):
 
 @every_family
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
-def test_estimate_counts_what_offload_holds_to_the_byte(family, precision):
+@pytest.mark.parametrize("resident", [0, 1, 4])
+def test_estimate_counts_what_offload_holds_to_the_byte(family, precision, resident, monkeypatch):
+    sizes = shapes.SHAPES[family][1]
+    monkeypatch.setitem(sizes, "num_hidden_layers", 4)
     model = random_models.build(family, precision, CPU, in_host_memory=True)
     shape, before = Shape.of(random_models.shaped(family)), stored_bytes(model)
     masks = random_masks(model, random_models.PROJECTIONS, density=1 / 64)
-    optimizer = SparseAdamW(sparsify(model, masks, offload="cpu"), state_bits=8)
+    stays = dict(resident_blocks=resident, resident_head=resident == 4)
+    optimizer = SparseAdamW(sparsify(model, masks, offload="cpu", **stays), state_bits=8)
     timed_steps.loss_of(model, torch.randint(0, 128, (1, 8))).backward()
     optimizer.step()
     sizes = dict(bits=benchmark.BITS[precision], batch=1, length=8)
-    parts = estimate(shape, entries=masks.count, state_bits=8, offload=True, **sizes)["first block"]
+    parts = estimate(shape, entries=masks.count, state_bits=8, offload=True, **stays, **sizes)["first block"]
     (base,) = (hook for hook in record_of(model).hooks if isinstance(hook, OffloadedBase))
     tables = 4 * (16 + 256 + 1) * len(shape.linears) if precision == "nf4" else 0
-    assert parts["weights"] == base.prefetcher.nbytes + tables
+    head = model.get_output_embeddings().weight.nbytes if resident == 4 else 0
+    assert parts["weights"] == base.prefetcher.nbytes + tables + head
     held = optimizer.memory_summary()
     assert all(parts[name] == held[name] for name in ("values", "positions", "moments", "gradients"))
     inputs = 2 * 8 * shape.width * shape.layers
@@ -407,9 +412,10 @@ def losses_of(attach, precision):
     return losses, trained, held
 
 
+@pytest.mark.parametrize("method", ["streamed", "lean"])
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
-def test_streamed_mode_trains_as_the_resident_one(precision):
-    streamed = losses_of(host_peers.HOST_ATTACH["streamed"], precision)
+def test_modes_with_weights_in_host_memory_train_as_the_resident_one(method, precision):
+    streamed = losses_of(host_peers.HOST_ATTACH[method], precision)
     assert streamed == losses_of(peers.ATTACH["ours"], precision) and streamed[0][2] < streamed[0][0]
 
 

@@ -27,11 +27,11 @@ from speft_optim.weights.attached import sparse_weights
 KINDS = ["llama", "qwen2", "gemma2"]
 
 
-def mapped(model, folder, masks=None, max_shard_size="20KB", **options):
+def mapped(model, folder, masks=None, max_shard_size="20KB", resident=0, **options):
     """A twin of a model in memory, trained from the checkpoint that this writes into `folder`."""
     twin = on_meta(model, folder, max_shard_size).to(model.dtype)
     masks = random_masks(model) if masks is None else masks
-    values = sparsify(twin, masks, offload="cpu", base=folder)
+    values = sparsify(twin, masks, offload="cpu", base=folder, resident_blocks=resident)
     return Setup(twin, masks, values, SparseAdamW(values, **{**OPTIONS, **options}))
 
 
@@ -273,9 +273,10 @@ def test_a_refusal_after_the_files_were_mapped_leaves_the_model_on_the_meta_devi
     assert state(twin) == before and all(parameter.is_meta for parameter in twin.parameters())
 
 
-def test_an_error_of_the_copying_thread_is_raised_and_the_block_copied_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resident", [0, 1, 4])
+def test_an_error_of_the_copying_thread_is_raised_and_the_block_copied_again(resident, tmp_path, monkeypatch):
     model = tiny_model("llama", num_hidden_layers=4)
-    host = mapped(model, tmp_path)
+    host = mapped(model, tmp_path, resident=resident)
     optimizer = SparseAdamW(sparsify(model, host.masks), **OPTIONS)
     copy, left = Staging.copy_, [20]
 

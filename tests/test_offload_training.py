@@ -255,7 +255,8 @@ def test_gradients_are_verified_as_on_a_resident_model(verify, caplog):
 
 
 def test_training_goes_on_after_inference_mode():
-    resident, host = attach(), offloaded()
+    """With more blocks than buffers, so that the next step begins with copies that were made there."""
+    resident, host = (make(tiny_model(num_hidden_layers=4)) for make in (attach, offloaded))
     losses = []
     for setup in (resident, host):
         losses.append(train(setup.model, setup.optimizer, 1))

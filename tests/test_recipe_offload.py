@@ -52,8 +52,10 @@ def offloaded(monkeypatch):
     ],
 )
 def test_a_job_offloaded_equals_the_resident_one_bit_for_bit(kind, more, folders, tmp_path, offloaded):
+    """The job of moving masks with one of the two blocks and the head on the device."""
     records = []
-    for out, where in (("resident", []), ("host", ["--offload"])):
+    stays = ["--resident-blocks", 1, "--resident-head"] if "--interval" in more else []
+    for out, where in (("resident", []), ("host", ["--offload", *stays])):
         records.append(gsm8k.main(command(folders, kind, tmp_path / out, *more, *where)))
     assert offloaded[2:] == [True, True] and not any(offloaded[:2])
     for key in ("loss", "grad_norm", "tokens"):
@@ -98,6 +100,8 @@ def test_an_offloaded_job_resumes_bit_equal(folders, tmp_path, monkeypatch):
         (["--method", "full"], "leave it out of --method full"),
         (["--method", "lora", "--lr", "1e-3"], "leave it out of --method lora"),
         (["--compile"], "leave out --compile"),
+        (["--resident-blocks", "-1"], "--resident-blocks is -1; it must be at least 0"),
+        (["--no-offload", "--resident-head"], "--resident-blocks and --resident-head are for --offload"),
         (["--no-moving", "--salience", "synflow"], "--salience synflow needs the whole model on its device"),
     ],
 )
@@ -154,6 +158,31 @@ def test_a_mode_that_other_options_refuse_is_not_chosen(option, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
     args = command_line.parse("--preset llama3-8b --batch-size 4 --max-length 2048 --gpu-gb 16".split() + option)
     assert args.base_bits < 16 and not args.offload
+
+
+@pytest.mark.parametrize(
+    ("gb", "more", "blocks", "head"),
+    [
+        (16, "--base-bits 16 --offload", None, True),
+        (24, "--base-bits 4 --offload", 32, True),
+        (16, "--base-bits 16 --offload --no-resident-head", None, False),
+        (24, "--base-bits 8 --offload --resident-blocks 3", 3, True),
+    ],
+)
+def test_as_many_blocks_as_fit_stay_on_the_gpu(gb, more, blocks, head, capsys):
+    args = command_line.parse(f"--preset llama3-8b --gpu-gb {gb} {more}".split())
+    sentence, limit = capsys.readouterr().out, memory.usable_bytes(gb)
+    found = args.resident_blocks
+    assert args.resident_head == head and (0 < found < 30 if blocks is None else found == blocks)
+    assert f"with {found} of 32 blocks{' and the head' if head else ''} on the GPU" in sentence
+    needed = memory.peak_bytes(presets.expected_memory(args))
+    assert needed <= limit and f"needs {needed / memory.GIB:.1f} GiB" in sentence
+    if blocks is None:
+        args.resident_blocks += 1
+        assert memory.peak_bytes(presets.expected_memory(args)) > limit
+    args.resident_blocks = 33
+    with pytest.raises(ValueError, match="--resident-blocks is 33; the model has 32 blocks"):
+        presets.expected_memory(args)
 
 
 def test_a_gpu_that_nothing_fits_and_methods_without_modes_are_refused(capsys):

@@ -20,6 +20,7 @@ from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable, sent
 from speft_optim.offload.prefetch import Prefetcher, Site
 from speft_optim.offload.quantized import HostQuantized
+from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.replacement import replace_method
 from speft_optim.weights.storage import STREAMED
 from speft_optim.weights.targets import AddedModule
@@ -66,7 +67,7 @@ def compute_with_copies(
             # The head's copy is here for the whole call of the model. What the module does with it its hooks see.
             return module.__dict__[name].detach()
         is_table = isinstance(module, nn.Embedding) and not weight.is_overlaid and weight.source().dtype == weight.dtype
-        return HostTable.of(weight) if is_table else weight.whole()
+        return HostTable.of(weight) if is_table else weight.lasting()
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -123,11 +124,13 @@ def run_by_block(
                 # A block that another one calls is a part of that.
                 return present(*args, **kwargs)
             recorded = torch.is_grad_enabled()
+            upwards, downwards = range(count), range(count - 1, -1, -1)
             # The first call is in forward, later ones are recomputations in backward, which begins with the last block.
-            above = min(number + 1, count - 1) if recorded else (number + 1) % count
+            in_forward = (*upwards[number + 1 :], *(downwards if recorded else upwards))
             # If no input requires a gradient, backward ends here, and block 0 of the next batch comes next.
             goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
-            following = itertools.chain([above], itertools.repeat(max(0, number - 1) if goes_on else 0))
+            in_backward = (*(downwards[count - number :] if goes_on else ()), *upwards)
+            following = itertools.chain([in_forward], itertools.repeat(in_backward))
 
             def work(_, *args, **kwargs):
                 with prefetcher.holding(number, next(following)), _without_checkpoints([block]):
@@ -195,19 +198,26 @@ def _held(head: tuple[nn.Module, HostWeight] | None) -> contextlib.AbstractConte
     module, weight = head
     parameter = weight.parameter
     is_watched = isinstance(parameter, HostParameter) and torch.is_grad_enabled() and is_recorded(parameter)
-    return _covered(module, {"weight": on_device(parameter) if is_watched else weight.whole()})
+    return _covered(module, {"weight": on_device(parameter) if is_watched else weight.lasting()})
 
 
 def head_of(
     model: nn.Module, weights: Mapping[Site, HostWeight | HostQuantized]
 ) -> tuple[nn.Module, HostWeight] | None:
-    """Return the module of the model's logits and its weight, if transformers knows one and it is not quantised."""
+    """Return what `head_module` returns with its weight."""
+    head = head_module(model)
+    weight = weights.get((head, "weight"))
+    return None if weight is None else (head, weight)
+
+
+def head_module(model: nn.Module) -> nn.Module | None:
+    """Return the module of the model's logits, if transformers knows one and its weight is not quantised."""
     head = None
     # Some models have the method and raise in it.
     with contextlib.suppress(NotImplementedError, AttributeError):
         head = model.get_output_embeddings()
-    weight = weights.get((head, "weight"))
-    return (head, weight) if isinstance(weight, HostWeight) else None
+    is_dense = isinstance(head, nn.Module) and head._parameters.get("weight") is not None
+    return head if is_dense and not is_quantized_linear(head) else None
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -2,11 +2,11 @@
 
 Each block of the model (an element of an `nn.ModuleList`) is checkpointed, so that its weights are needed only while it
 is computed, in forward and again in backward; its inputs are kept in CPU memory meanwhile. A prefetcher
-(`offload/prefetch.py`) copies the weights, of at most two blocks at a time. A module outside the blocks gets copies of
-its parameters for its own forward, but an embedding only the rows that are looked up. The copies are instance
-attributes that shadow the parameters. A pass thus needs GPU memory for the weights of two blocks, the activations of
-one, the head and, in estimation, the accumulators. For each batch a block is copied once in forward and, down to the
-lowest one with a weight whose gradient is needed, once in backward.
+(`offload/prefetch.py`) copies the weights, of at most two blocks at a time, besides those that are to stay there. A
+module outside the blocks gets copies of its parameters for its own forward, but an embedding only the rows that are
+looked up. The copies are instance attributes that shadow the parameters. A pass thus needs GPU memory for the weights
+of two blocks, the activations of one, the head and, in estimation, the accumulators. For each batch a block is copied
+once in forward and, down to the lowest one with a weight whose gradient is needed, once in backward.
 
 Of a model on the meta device the tensors come from a checkpoint, whose safetensors files are memory-mapped and read as
 they are needed. accelerate's hooks, which move whole modules, were rejected: they drop their copies before backward,
@@ -31,7 +31,7 @@ from speft_optim.offload.calls import (
 )
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import lock_pages
-from speft_optim.offload.prefetch import Prefetcher, Site
+from speft_optim.offload.prefetch import Prefetcher, Site, staying_blocks
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.shards import check_buffers, mapped_tensors
 from speft_optim.weights.bnb import is_quantized_linear
@@ -145,6 +145,8 @@ def compute_on(
     *,
     by_block: bool = True,
     inputs_on_host: bool = True,
+    resident_blocks: int = 0,
+    resident_head: bool = False,
 ) -> Prefetcher:
     """Replace the calls of the model's modules by calls on `device` with copies of the weights.
 
@@ -156,17 +158,22 @@ def compute_on(
         stack: undoes it, and frees all that is on the device.
         by_block: see `streaming`.
         inputs_on_host: whether the inputs of blocks are kept in CPU memory until backward, or on the device.
+        resident_blocks: how many blocks stay on the device.
+        resident_head: whether the head does.
     """
     blocks = blocks_of(model) if by_block else []
     by_blocks = [{site: weights[site] for part in block.modules() for site in sites_of(part)} for block in blocks]
-    prefetcher = Prefetcher(by_blocks, device, stack, direct)
+    prefetcher = Prefetcher(by_blocks, device, stack, direct, staying_blocks(len(blocks), resident_blocks))
     for module in model.modules():
         own = {name: weights[module, name] for _, name in sites_of(module)}
         compute_with_copies(module, own, prefetcher, device, stack)
     activations = HostActivations(device) if inputs_on_host else None
     for number, block in enumerate(blocks):
         run_by_block(prefetcher, device, activations, block, number, len(blocks), stack)
-    run_model(model, blocks, head_of(model, weights) if by_block else None, device, stack)
+    head = head_of(model, weights) if by_block else None
+    if resident_head:
+        head[1].stay()
+    run_model(model, blocks, head, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
     return prefetcher

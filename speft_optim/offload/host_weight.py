@@ -44,6 +44,8 @@ class HostWeight(FloatingWeight):
         # The parameter that lacks the newest values, and its version when it was left behind.
         self._behind: tuple[nn.Parameter, int] | None = None
         self._writes = 0
+        # A copy that stays on the device, and the state of the weight when it was made.
+        self._stays, self._copy, self._copied = False, None, ()
         self._kind: type = nn.Parameter
         self._is_watched = False
 
@@ -90,6 +92,27 @@ class HostWeight(FloatingWeight):
             out = out.clone()
         self.overlay_(out)
         return out
+
+    def stay(self) -> None:
+        """Let the copy that `lasting` returns stay on the device until `close`."""
+        self._stays = True
+
+    def lasting(self) -> Tensor:
+        """Return the copy that stays on the device, after a new copy if the weight has changed, or else `whole`.
+
+        A weight with trained values is copied each time, since graphs may hold its copies while the values change.
+        """
+        if not self._stays or self.is_overlaid:
+            self._copy = None
+            return self.whole()
+        state = self.state()
+        if self._copy is None or state != self._copied:
+            # The former copy is dropped before there is a new one.
+            self._copy = None
+            # A copy that is made in inference mode could not be used in training.
+            with torch.inference_mode(False):
+                self._copy, self._copied = self._bring(self.source()), state
+        return self._copy
 
     @torch.no_grad()
     def rows(self, first: int, last: int) -> Tensor:
@@ -220,7 +243,8 @@ class HostWeight(FloatingWeight):
 
     def close(self) -> None:
         """Give the parameter its own class back."""
-        self._is_watched = False
+        self._is_watched = self._stays = False
+        self._copy = None
         parameter = self.parameter
         if isinstance(parameter, HostParameter):
             parameter.__class__ = self._kind

@@ -1,11 +1,13 @@
 """A prefetcher of blocks' weights: while one block is computed, the weights of the next are copied to the device.
 
-Two buffers on the device hold the weights in turn, so that no more than two blocks' are ever there. A side stream fills
-one buffer while the device computes with the other. It reads host memory directly: the pages of the weights are locked
-meanwhile, without which a copy would neither overlap with computation nor reach the bus's full speed. Locking leaves
-every storage of the model as it is. A pinned copy of the model was rejected since it takes the host memory twice or
-puts other storages into the model. Memory that is not locked, a mapped checkpoint above all, goes through small locked
-buffers (`offload/staging.py`), where the CPU copies every byte once more.
+Two buffers on the device hold the weights in turn, so that no more than two blocks' are ever there, besides blocks that
+are to stay: these have buffers of their own, which are filled once, and again when a weight in host memory has changed.
+A side stream fills one of the two while the device computes with the other, or both while it computes with a block that
+stays. It reads host memory directly: the pages of the weights are locked meanwhile, without which a copy would neither
+overlap with computation nor reach the bus's full speed. Locking leaves every storage of the model as it is. A pinned
+copy of the model was rejected since it takes the host memory twice or puts other storages into the model. Memory that
+is not locked, a mapped checkpoint above all, goes through small locked buffers (`offload/staging.py`), where the CPU
+copies every byte once more.
 
 Passing several batches through a block each time that it is on the device would copy less. It was rejected: every
 batch's forward would have to stop at every block and autograd's backward be cut there, so that the user's model and
@@ -13,9 +15,10 @@ loss would no longer run as they are. Larger batches save as much.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, wait
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +77,7 @@ class Prefetcher:
         device: the device that computes.
         stack: frees the buffers as it closes, after all work on them is done.
         direct: the addresses of storages in host memory that the device reads directly; others are staged.
+        staying: numbers of the blocks whose weights stay on the device, see `staying_blocks`.
 
     Attributes:
         resident: the weights on the device of the block that is being computed.
@@ -86,37 +90,42 @@ class Prefetcher:
         device: torch.device,
         stack: contextlib.ExitStack,
         direct: Set[int],
+        staying: Set[int] = frozenset(),
     ):
         self.resident: dict[Site, Tensor] = {}
         self._blocks, self._device, self._direct = blocks, device, direct
         # `torch.cpu` has streams too, whose methods do nothing, since copies there end before the call returns.
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        size = max((sum(map(_bytes, weights.values())) for weights in blocks), default=0)
-        # The buffer in use comes last.
-        self._buffers = [_Buffer(size, device) for _ in blocks[:2]]
-        for buffer in self._buffers if device.type == "cuda" else ():
+        sizes = [sum(map(_bytes, weights.values())) for weights in blocks]
+        streamed = [size for block, size in enumerate(sizes) if block not in staying]
+        # The buffer that was used last comes last.
+        self._buffers = [_Buffer(max(streamed), device) for _ in streamed[:2]]
+        # The buffers of blocks that stay, by their numbers.
+        self._own = {block: _Buffer(sizes[block], device) for block in sorted(staying)}
+        for buffer in (*self._buffers, *self._own.values()) if device.type == "cuda" else ():
             # A model may be given up while copies are under way.
             buffer.memory.record_stream(self._stream)
-        self.nbytes = size * len(self._buffers)
+        self.nbytes = sum(max(streamed) for _ in self._buffers) + sum(sizes[block] for block in self._own)
         self._staging = Staging(device, self._stream)
         stack.callback(self._buffers.clear)
+        stack.callback(self._own.clear)
         stack.callback(self._backend.synchronize, device)
         stack.callback(self._staging.close)
 
     @contextlib.contextmanager
-    def holding(self, block: int, following: int) -> Iterator[None]:
-        """Hold a block's weights in `resident` while the context lasts, and start to copy those of the next block.
+    def holding(self, block: int, following: Iterable[int]) -> Iterator[None]:
+        """Hold a block's weights in `resident` while the context lasts, and start to copy those of the next blocks.
 
         Args:
             block: number of the block.
-            following: number of the block that is expected next; a wrong guess costs time only.
+            following: numbers of the blocks that are expected after it, in order; a wrong guess costs time only.
         """
         buffer = self._fetch(block)
         buffer.wait_until_queued()
         self._backend.current_stream(self._device).wait_event(buffer.filled)
         self._buffers.sort(key=lambda other: other is buffer)
-        self._fetch(following)
+        self._prefetch(block, following)
         # The trained entries come last: an optimizer may have stepped since the block was copied.
         for site, weight in self._blocks[block].items():
             weight.overlay_(buffer.weights[site])
@@ -126,17 +135,33 @@ class Prefetcher:
         finally:
             self.resident = {}
 
-    def _fetch(self, block: int) -> _Buffer:
-        """Return the buffer with the block, which is the free one after a new copy if neither has it as it is now."""
+    def _prefetch(self, block: int, following: Iterable[int]) -> None:
+        """Start to copy the next block, and as many of those that do not stay as buffers are not in use."""
+        following = [other for other in dict.fromkeys(following) if other != block]
+        free = len(self._buffers) - (block not in self._own)
+        streamed = islice((other for other in following if other not in self._own), free)
+        wanted = dict.fromkeys((*(other for other in following[:1] if other in self._own), *streamed))
+        for other in wanted:
+            self._fetch(other, {block, *wanted})
+
+    def _fetch(self, block: int, wanted: Set[int] = frozenset()) -> _Buffer:
+        """Return the buffer with the block as it is now, after a new copy if none has it.
+
+        Args:
+            block: number of the block.
+            wanted: numbers of the blocks that the copy must not replace.
+        """
         states = [weight.state() for weight in self._blocks[block].values()]
-        for buffer in self._buffers:
-            if buffer.block == block and buffer.states == states:
-                return buffer
         # A block that changed in host memory is copied into its own buffer again.
-        buffer = next((buffer for buffer in self._buffers if buffer.block == block), self._buffers[0])
-        self._fill(buffer, block, states)
+        buffer = self._own.get(block) or next((buffer for buffer in self._buffers if buffer.block == block), None)
+        if buffer is None:
+            buffer = next(buffer for buffer in self._buffers if buffer.block not in wanted)
+        if buffer.block != block or buffer.states != states:
+            self._fill(buffer, block, states)
         return buffer
 
+    # What is made in inference mode could not be used in training.
+    @torch.inference_mode(False)
     def _fill(self, buffer: _Buffer, block: int, states: list[tuple]) -> None:
         if buffer.job is not None:
             # It still queues copies of a block that was expected and did not come.
@@ -173,6 +198,16 @@ class Prefetcher:
 
     def _is_direct(self, source: Tensor) -> bool:
         return source.untyped_storage().data_ptr() in self._direct or source.is_pinned()
+
+
+def staying_blocks(count: int, staying: int) -> set[int]:
+    """Return the numbers of `staying` of `count` blocks, with the others spread evenly between them.
+
+    So each copy has the same time to hide behind: that of the blocks that stay between two others. To let the last
+    blocks stay, which backward needs first, was rejected, since the two buffers hold what is needed first there anyway.
+    """
+    streamed = count - staying
+    return set(range(count)) - {(2 * part + 1) * count // (2 * streamed) for part in range(streamed)}
 
 
 def _bytes(weight: HostWeight | HostQuantized) -> int:

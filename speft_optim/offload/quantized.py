@@ -63,6 +63,10 @@ class HostQuantized:
         self.overlay_(copied)
         return copied
 
+    def lasting(self) -> Tensor:
+        """Return what `whole` does, since no copy of a weight outside the blocks stays on the device."""
+        return self.whole()
+
     def assemble(self, parts: list[Tensor]) -> Tensor:
         """Return quantised values that carry their scales as bitsandbytes' parameters do, from copies of `sources`."""
         codes, scales, *second = parts

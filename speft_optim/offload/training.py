@@ -109,15 +109,13 @@ class OffloadedBase:
         model: the model, after `check_offload`.
         device: the device that computes.
         mapped: what `map_checkpoint` returned.
-        inputs_on_host: see `compute_on`.
+        **options: see `compute_on`.
 
     Attributes:
         prefetcher: what brings the weights of blocks.
     """
 
-    def __init__(
-        self, model: nn.Module, device: torch.device, mapped: Mapping[str, Tensor], *, inputs_on_host: bool = True
-    ):
+    def __init__(self, model: nn.Module, device: torch.device, mapped: Mapping[str, Tensor], **options):
         weights = host_weights(model, device, mapped)
         pages = contextlib.ExitStack()
         # Memory must not be freed while its pages are locked, so they are unlocked as soon as the model is gone.
@@ -136,7 +134,7 @@ class OffloadedBase:
             for weight in self._weights:
                 stack.callback(weight.close)
                 weight.watch()
-            self.prefetcher = compute_on(model, device, weights, direct, stack, inputs_on_host=inputs_on_host)
+            self.prefetcher = compute_on(model, device, weights, direct, stack, **options)
             _refuse_dense_training(model, weights, stack)
             _call_eagerly(model, stack)
             for module in model.modules():
