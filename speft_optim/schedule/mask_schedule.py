@@ -58,6 +58,9 @@ class MaskSchedule:
     buffers keep the numbers of entries; otherwise its forward fails. `magnitude`, `random` and `synflow` need no
     gradient: with these measures and no batches, `select_masks` selects at intervals too.
 
+    A copy whose parameters are averages, such as torch's `AveragedModel`, is wrong once masks have moved, since its
+    values are those of the first masks. Average the tensors of `state_dict()` instead.
+
     Args:
         model: the sparsified model, or a wrapper around it.
         optimizer: its `SparseAdamW`, or accelerate's wrapper around it.
