@@ -120,10 +120,15 @@ def average_(accumulators: Iterable[Tensor], count: int) -> None:
         accumulator /= count
 
 
-def from_owners_(entries: Tensor) -> Tensor:
-    """Sum fp32 entries that are zero in all processes but one, in place and without rounding, and return them."""
+def from_owners_(entries: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """Sum fp32 entries that are zero in all processes but one, in place and without rounding, and return them.
+
+    Args:
+        entries: contiguous, fp32.
+        group: the processes; None for all.
+    """
     # The sum of their bits is exact, for -0.0 and NaN too.
-    dist.all_reduce(entries.view(int32))
+    dist.all_reduce(entries.view(int32), group=group)
     return entries
 
 

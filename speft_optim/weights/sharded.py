@@ -8,9 +8,9 @@ The rows of a quantised weight are only read. bitsandbytes' scales and the overl
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from speft_optim.distributed import from_owners_
 from speft_optim.kernels.entries import gather_entries
 from speft_optim.kernels.overlay import overlay_
 from speft_optim.masks.mask import Mask
@@ -161,9 +161,7 @@ class ShardedWeight(ShardedParameter, FloatingWeight):
 
     def _from_owners(self, entries: Tensor) -> Tensor:
         """Entries that are zero in all processes but one, from that, in the weight's dtype."""
-        # The sum of their bits is exact, for -0.0 and NaN too.
-        dist.all_reduce(entries.view(torch.int32), group=self.parameter.device_mesh.get_group(self._dimension))
-        return entries.to(self.dtype)
+        return from_owners_(entries, self.parameter.device_mesh.get_group(self._dimension)).to(self.dtype)
 
     @torch.no_grad()
     def write(self, mask: Mask, values: Tensor) -> None:
