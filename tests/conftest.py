@@ -240,9 +240,15 @@ def live_tensors(among=()):
         if issubclass(type(thing), torch.Tensor):
             # What a compiler has traced, here or in another test, has no data behind it, and all of it one address.
             with contextlib.suppress(RuntimeError):
-                if address := thing.untyped_storage().data_ptr():
+                if address := storage_of(thing).data_ptr():
                     found[address] = thing
     return found
+
+
+def storage_of(tensor):
+    """The storage of a tensor, which does not notice: a weight in host memory would catch up with its values."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.untyped_storage()
 
 
 class BytesSince:
@@ -264,7 +270,7 @@ class BytesSince:
     def __call__(self):
         found = live_tensors(self.before.values())
         new = (tensor for address, tensor in found.items() if address not in self.before)
-        return sum(tensor.untyped_storage().nbytes() for tensor in new if not tensor.is_meta)
+        return sum(storage_of(tensor).nbytes() for tensor in new if not tensor.is_meta)
 
 
 class Reference:
