@@ -36,6 +36,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as `python recipes/benchmark.py`
@@ -108,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser, modes: list[str]) -> None:
     parser.add_argument("--gpu-gb", type=int, choices=GPU_SIZES, help="simulate a GPU of so many GB")
     parser.add_argument("--out", default="out/benchmark", help="folder for the results (default %(default)s)")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(liger=False, known_modes=modes)
+    parser.set_defaults(liger=False)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -117,7 +118,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--gpu-gb {args.gpu_gb} simulates a small GPU on a larger one, but there is no CUDA device")
     if args.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
         parser.error("--liger needs a CUDA device and the package: pip install liger-kernel")
-    known = vars(args).pop("known_modes")
+    known = several.MODES if args.command == "several" else MODES
     if unknown := [mode for mode in args.modes.split(",") if mode not in known]:
         parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(known)}")
     if args.command == "several" and len(set(args.modes.split(","))) < len(args.modes.split(",")):
@@ -196,14 +197,8 @@ def measure_several(mode: str, args: argparse.Namespace) -> dict:
     shape = Shape.of(shaped(args.shape, args.layers))
     # Every process builds the whole model, which `fully_shard` then takes apart.
     needed = processes.count() * host_bytes(shape, bits=BITS[precision], batch=0, length=0)
-    if lacking := host_memory.shortage(needed):
-        return row | {"error": lacking}
-    if args.gpu_gb:
-        timed_steps.limit_memory(usable_bytes(args.gpu_gb))
     try:
-        return row | several.run_steps(method, precision, args, device)
-    except torch.OutOfMemoryError:
-        return row | {"error": "out of memory"}
+        return row | attempt(lambda: several.run_steps(method, precision, args, device), args, needed)
     except ValueError as error:
         return row | {"error": str(error)[:300]}
 
@@ -215,20 +210,31 @@ def measure(mode: str, args: argparse.Namespace) -> dict:
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
     if method in ("ours", "moving", "streamed", "lean"):
         row["masks"] = args.masks
-    shape, bits = Shape.of(shaped(args.shape, args.layers)), BITS[precision]
+    shape, bits, needed = Shape.of(shaped(args.shape, args.layers)), BITS[precision], 0
     if method in ("ours", "moving", "frozen", "streamed", "lean"):
         row["estimate_gib"] = round(peak_bytes(estimated(shape, method, bits, args)) / GIB, 3)
     if method in HOST_ATTACH:
         needed = host_bytes(shape, bits=bits, batch=args.batch, length=args.seq)
         row["host_estimate_gib"] = round(needed / GIB, 3)
-        if lacking := host_memory.shortage(needed):
-            return row | {"error": lacking}
+    return row | attempt(lambda: timed_steps.run_steps(method, precision, args, device), args, needed)
+
+
+def attempt(run: Callable[[], dict], args: argparse.Namespace, needed: int) -> dict:
+    """Return what a mode measures on a GPU of the size asked for, or the error if memory is short.
+
+    Args:
+        run: takes the steps of the mode.
+        args: the options.
+        needed: bytes of host memory that the mode needs for a model there; 0 if none is.
+    """
+    if needed and (lacking := host_memory.shortage(needed)):
+        return {"error": lacking}
     if args.gpu_gb:
         timed_steps.limit_memory(usable_bytes(args.gpu_gb))
     try:
-        return row | timed_steps.run_steps(method, precision, args, device)
+        return run()
     except torch.OutOfMemoryError:
-        return row | {"error": "out of memory"}
+        return {"error": "out of memory"}
 
 
 def estimated(shape: Shape, method: str, bits: int, args: argparse.Namespace) -> dict[str, dict[str, int]]:

@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from recipes import processes, timed_steps
 from recipes.peers import Attached, attach_lora, held_by, random_masks
 from recipes.random_models import build
-from speft_optim import Masks, SparseAdamW, sparsify
+from speft_optim import SparseAdamW, sparsify
 
 MODES = ["one-bf16", "sharded-bf16", "fsdp-lora-bf16", "one-nf4", "sharded-nf4", "fsdp-qlora-nf4"]
 
@@ -86,7 +86,7 @@ def attach_sharded(model: nn.Module, args: argparse.Namespace, device: torch.dev
     # All processes draw the same masks: they have the same seed.
     masks = random_masks(model, args.density, args.masks, device)
     shard(model, device)
-    optimizer = SparseAdamW(sparsify(model, Masks(masks)), lr=1e-5, state_bits=args.state_bits)
+    optimizer = SparseAdamW(sparsify(model, masks), lr=1e-5, state_bits=args.state_bits)
     return optimizer, held_by(optimizer)
 
 
