@@ -26,7 +26,7 @@ from quantized_models import SIZES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as serialise
-from tiny_job import PAD, save_tiny, tiny
+from tiny_job import PAD, Killed, die_in_step, save_tiny, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import speft_optim
@@ -288,10 +288,6 @@ def test_a_frozen_model_is_refused(samples):
 
 
 # --- resume
-
-
-class Killed(Exception):
-    """Stands for a run that is stopped from outside."""
 
 
 @pytest.mark.parametrize("method", ATTACH)
@@ -602,17 +598,9 @@ def test_options_reach_the_library(folders, tmp_path, monkeypatch):
 def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, monkeypatch):
     more = ["--steps", 5, "--density", 0.1, "--checkpoint-every", 2]
     whole = gsm8k.main(command(folders, "llama", tmp_path / "whole", *more))
-    step, taken = SparseAdamW.step, []
-
-    def step_or_die(self, closure=None):
-        taken.append(0)
-        if len(taken) == 4:
-            raise Killed
-        return step(self, closure)
-
     out = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(SparseAdamW, "step", step_or_die)
+        die_in_step(patch, 4)
         with pytest.raises(Killed):
             gsm8k.main(command(folders, "llama", out, *more))
     assert not (out / "checkpoint").exists()
@@ -739,16 +727,8 @@ def test_job_on_a_quantised_base(bits, folders, tmp_path):
 def test_quantised_job_resumes_bit_equal(folders, tmp_path, monkeypatch):
     more = ["--base-bits", 4, "--steps", 5, "--density", 0.1, "--checkpoint-every", 2, "--state-bits", 8]
     whole = gsm8k.main(command(folders, "wide", tmp_path / "whole", *more))
-    step, taken = SparseAdamW.step, []
-
-    def step_or_die(self, closure=None):
-        taken.append(0)
-        if len(taken) == 4:
-            raise Killed
-        return step(self, closure)
-
     with monkeypatch.context() as patch:
-        patch.setattr(SparseAdamW, "step", step_or_die)
+        die_in_step(patch, 4)
         with pytest.raises(Killed):
             gsm8k.main(command(folders, "wide", tmp_path / "killed", *more))
     with pytest.raises(ValueError, match="--resume with --base-bits 8, but the run in .* had 4"):

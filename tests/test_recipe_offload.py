@@ -5,10 +5,9 @@ import tiny_job
 from conftest import equal_states
 from quantized_models import SIZES
 from safetensors.torch import load_file
-from tiny_job import save_tiny
+from tiny_job import Killed, die_in_step, save_tiny
 
 from recipes import batch_loss, command_line, fitting, gsm8k, memory, moving, presets, shapes, word_problems
-from speft_optim import SparseAdamW
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparsified_roots
 
@@ -71,21 +70,10 @@ def test_a_job_offloaded_equals_the_resident_one_bit_for_bit(kind, more, folders
 
 
 def test_an_offloaded_job_resumes_bit_equal(folders, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     more = ["--no-moving", "--offload", "--checkpoint-every", 2]
     whole = gsm8k.main(command(folders, "llama", tmp_path / "whole", *more))
-    step, taken = SparseAdamW.step, []
-
-    def step_or_die(self, closure=None):
-        taken.append(0)
-        if len(taken) == 4:
-            raise Killed
-        return step(self, closure)
-
     with monkeypatch.context() as patch:
-        patch.setattr(SparseAdamW, "step", step_or_die)
+        die_in_step(patch, 4)
         with pytest.raises(Killed):
             gsm8k.main(command(folders, "llama", tmp_path / "killed", *more))
     resumed = gsm8k.main(command(folders, "llama", tmp_path / "killed", *more, "--resume"))

@@ -3,6 +3,8 @@
 from byte_tokenizer import SPECIAL, VOCABULARY, byte_tokenizer
 from conftest import tiny_model
 
+from speft_optim import SparseAdamW
+
 PAD = SPECIAL["<pad>"]
 
 
@@ -22,3 +24,20 @@ def command(model, problems, out, *more):
     folders = ["--model", model, "--data", problems, "--out", out]
     small = ["--batch-size", 4, "--calibration-samples", 8, "--dtype", "float32"]
     return [str(word) for word in [*folders, *small, *more]]
+
+
+class Killed(Exception):
+    """What ends a job as if its process had been killed."""
+
+
+def die_in_step(patch, number):
+    """Let a job end in the `number`-th step of SparseAdamW."""
+    step, taken = SparseAdamW.step, []
+
+    def step_or_die(self, closure=None):
+        taken.append(0)
+        if len(taken) == number:
+            raise Killed
+        return step(self, closure)
+
+    patch.setattr(SparseAdamW, "step", step_or_die)
