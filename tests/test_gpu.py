@@ -323,7 +323,9 @@ def test_all_ways_to_read_a_quantised_weight_agree(tmp_path, kind):
 
     from recipes.random_models import quantized_linear
 
-    module = quantized_linear(nn.Linear(256, 300, bias=False), kind, torch.device(CUDA))
+    module = quantized_linear(
+        nn.Linear(256, 300, bias=False), kind, torch.device(CUDA), torch.device(CUDA), torch.uint8
+    )
     weight = frozen_weight(module)
     entries = weight.gather(torch.arange(300 * 256, device=CUDA)).view(300, 256)
     assert torch.equal(weight.dense(torch.float32), entries)
