@@ -95,6 +95,10 @@ class ReplayedPasses(Passes):
         # Autograd adds a gradient on the stream that its node was made on, so that all passes run on one stream.
         self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
+        # While this graph is in the pool, the memory of dropped ones serves later ones; an empty pool takes no more.
+        self.first = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.first, pool=self.pool, stream=self.stream):
+            torch.zeros((), device=self.device)
         # The first pass of a shape compiles its kernels, those of the first step make `.grad` and verify gradients.
         self.seen: set[tuple] = set()
         self.is_first_step = True

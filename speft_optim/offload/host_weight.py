@@ -136,7 +136,7 @@ class HostWeight(FloatingWeight):
         if self.device.type == "cpu":
             return source.to(self.dtype)
         out = torch.empty(source.shape, dtype=self.dtype, device=self.device)
-        copy_pages_(out, source)
+        copy_pages_([(out, source)])
         return out
 
     @property

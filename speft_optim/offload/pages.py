@@ -66,18 +66,34 @@ def _lock(first: int, size: int, device: torch.device, stack: contextlib.ExitSta
     return ""
 
 
-def copy_pages_(out: Tensor, source: Tensor) -> None:
-    """Copy host memory to contiguous `out` in three parts: before its first whole page, whole pages, and the rest."""
-    source = source.contiguous().view(-1)
-    before, pages = _pages(source.data_ptr(), source.nbytes)
-    size = source.element_size()
-    if before % size:
-        # An element crosses the edge of a page, as it may in views of other libraries' buffers, so copy it first.
-        return copy_pages_(out, source.clone())
-    cuts = [before // size, pages // size]
-    cuts.append(source.numel() - sum(cuts))
-    for part, piece in zip(out.view(-1).split(cuts), source.split(cuts), strict=True):
+def copy_pages_(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy host memory to a device, whole pages directly and the edges through locked memory of their own.
+
+    From memory that is not locked CUDA copies only when all work before on the stream is done, and the CPU waits.
+
+    Args:
+        copies: contiguous tensors on the device, each with the tensor in host memory that it is a copy of.
+    """
+    edges = []
+    for out, source in copies:
+        out, source = _bytes_of(out), _bytes_of(source.to(out.dtype))
+        before, pages = _pages(source.data_ptr(), len(source))
+        cuts = [before, pages, len(source) - before - pages]
+        first, middle, last = zip(out.split(cuts), source.split(cuts), strict=True)
+        middle[0].copy_(middle[1], non_blocking=True)
+        edges += [(part, piece) for part, piece in (first, last) if len(piece)]
+    if not edges:
+        return
+    parts, pieces = zip(*edges, strict=True)
+    sizes = [len(piece) for piece in pieces]
+    locked = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=parts[0].is_cuda)
+    torch.cat(pieces, out=locked)
+    for part, piece in zip(parts, locked.split(sizes), strict=True):
         part.copy_(piece, non_blocking=True)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _whole_pages(tensors: Iterable[Tensor]) -> dict[int, tuple[int, int]]:

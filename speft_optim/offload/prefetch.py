@@ -189,10 +189,9 @@ class Prefetcher:
     def _copy(self, buffer: _Buffer, copies: list[tuple[Tensor, Tensor]]) -> None:
         """Queue copies of (part of the buffer, host memory) on the side stream."""
         with self._backend.stream(self._stream):
+            copy_pages_(pair for pair in copies if self._is_direct(pair[1]))
             for part, source in copies:
-                if self._is_direct(source):
-                    copy_pages_(part, source)
-                else:
+                if not self._is_direct(source):
                     self._staging.copy_(part, source)
         buffer.filled = self._stream.record_event()
 

@@ -57,8 +57,7 @@ class HostQuantized:
     def whole(self) -> Tensor:
         """Copy the weight to the device, see `assemble`."""
         parts = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.forms]
-        for part, source in zip(parts, self.sources(), strict=True):
-            copy_pages_(part, source)
+        copy_pages_(zip(parts, self.sources(), strict=True))
         copied = self.assemble(parts)
         self.overlay_(copied)
         return copied
