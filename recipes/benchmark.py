@@ -82,6 +82,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     memory = commands.add_parser("memory", help="peak memory and step time, with peers")
     add_arguments(memory, MODES)
     memory.add_argument("--liger", action="store_true", help="Liger's norms, rotary embedding and gated activation")
+    memory.add_argument(
+        "--resident-blocks", type=int, default=0, help="blocks on the GPU in the streamed modes (default %(default)s)"
+    )
     add_arguments(commands.add_parser("several", help=several.__doc__.split("\n")[0]), several.MODES)
     salience_cost.add_arguments(
         commands.add_parser("salience", help=salience_cost.__doc__.split("\n")[0]), list(SHAPES)
@@ -109,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser, modes: list[str]) -> None:
     parser.add_argument("--gpu-gb", type=int, choices=GPU_SIZES, help="simulate a GPU of so many GB")
     parser.add_argument("--out", default="out/benchmark", help="folder for the results (default %(default)s)")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(liger=False)
+    parser.set_defaults(liger=False, resident_blocks=0)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -249,7 +252,7 @@ def estimated(shape: Shape, method: str, bits: int, args: argparse.Namespace) ->
         state_bits=args.state_bits,
         sums=moving.sum_bytes(total) if method == "moving" else 0,
         offload=method in ("streamed", "lean"),
-        resident_blocks=shape.layers if method == "lean" else 0,
+        resident_blocks=shape.layers if method == "lean" else args.resident_blocks,
         resident_head=method == "lean",
     )
 

@@ -15,7 +15,7 @@ from speft_optim import SparseAdamW, sparsify
 
 def attach_streamed(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach the masks of `ours` to a model that stays in host memory; return SparseAdamW and its bytes held."""
-    return _attach_offloaded(model, args, device)
+    return _attach_offloaded(model, args, device, resident_blocks=args.resident_blocks)
 
 
 def attach_lean(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
