@@ -62,6 +62,22 @@ def test_lay_over_is_scatter(shape, share, dtype):
     assert weight._version > version
 
 
+@pytest.mark.parametrize("processes", [2, 5])
+@pytest.mark.parametrize("shape, share", MATRICES)
+def test_rows_divided_over_processes_get_their_own_entries(shape, share, processes):
+    """Each writes a part of the values into its rows, in memory where other rows follow; some have no rows at all."""
+    weight, mask = draw(*shape), mask_of(shape, share)
+    values = draw(len(mask), seed=1)
+    expected = scatter_entries_(weight.clone(), mask.indices, values)
+    part, indices = -(-shape[0] // processes), mask.indices.long()
+    for number in range(processes):
+        first, last = (min(place * part, shape[0]) for place in (number, number + 1))
+        begin, end = ((indices < row * shape[1]).sum().item() for row in (first, last))
+        own = Mask(indices[begin:end] - first * shape[1], (last - first, shape[1]))
+        overlay_(weight[first:last], own.positions, values[begin:end])
+    assert_written(weight, expected)
+
+
 def test_an_uneven_mask_with_empty_rows():
     """All entries in two rows of 150, in the last group of rows among them."""
     positions = torch.cat([torch.arange(5 * 60, 6 * 60), torch.arange(149 * 60, 150 * 60, 2)])

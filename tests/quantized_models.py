@@ -5,7 +5,7 @@ import copy
 import bitsandbytes as bnb
 import torch
 import transformers as tf
-from conftest import tiny_model
+from conftest import device, tiny_model
 from torch import nn
 
 from speft_optim.weights.bnb import quantized_linears
@@ -39,7 +39,7 @@ def save_original(folder, architecture="llama", seed=0, **config):
 
 def load_quantized(folder, kind, dtype=torch.float32, **options):
     return tf.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=configuration(kind, **options), dtype=dtype, device_map="cpu"
+        folder, quantization_config=configuration(kind, **options), dtype=dtype, device_map={"": device()}
     )
 
 

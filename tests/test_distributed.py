@@ -1,7 +1,8 @@
-"""Two processes with gloo: replicas stay equal, only compact gradients travel, and what cannot work says so."""
+"""Two processes, gloo or NCCL: replicas stay equal, only compact gradients travel, and what cannot work says so."""
 
 import contextlib
 import copy
+import os
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from conftest import (
     OPTIONS,
     Reference,
     assert_close,
+    assert_same_masks,
     attach,
     attach_with_reference,
+    device,
+    is_on_gpu,
     random_masks,
     tiny_model,
     token_batch,
 )
-from processes import FOLDER, failures_of
+from processes import FOLDER, assert_passed, failures_of, on_two_gpus
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -90,17 +94,17 @@ class _Beside(torch.nn.Module):
 
 
 def a_use_that_replicas_would_not_average_is_refused_by_all(rank):
-    model = _Beside()
+    model = _Beside().to(device())
     values = sparsify(model, random_masks(model, ["first", "second"], density=0.5))
     parallel, optimizer = DistributedDataParallel(model), SparseAdamW(values)
-    parallel(torch.ones(2, 4) + rank).sum().backward()
+    parallel(torch.ones(2, 4, device=device()) + rank).sum().backward()
     with pytest.raises(ValueError, match="second.weight is used outside its module's forward.*leave it out of targets"):
         optimizer.step()
 
 
 def a_layer_with_another_forward_is_averaged_too(rank):
     """Its gradient comes through the values, whose reducer sees it."""
-    model = _Beside()
+    model = _Beside().to(device())
     weight = model.first.weight
     model.first.forward = lambda x: 0.5 * torch.nn.functional.linear(x, model.first.weight)
     model.forward = lambda x: model.second(model.first(x))
@@ -110,8 +114,8 @@ def a_layer_with_another_forward_is_averaged_too(rank):
     parallel = DistributedDataParallel(model)
     for _ in range(2):
         values.grad = None
-        parallel(torch.ones(2, 4) + rank).sum().backward()
-        x = torch.cat([torch.ones(2, 4), torch.ones(2, 4) + 1])
+        parallel(torch.ones(2, 4, device=device()) + rank).sum().backward()
+        x = torch.cat([torch.ones(2, 4, device=device()), torch.ones(2, 4, device=device()) + 1])
         whole = reference.detach().requires_grad_()
         (model.second(0.5 * torch.nn.functional.linear(x, whole)).sum() / 2).backward()
         assert_close(values.grad, whole.grad.flatten()[mask.indices.long()], atol=1e-6)
@@ -121,7 +125,7 @@ def accelerate_on_two_processes(rank):
     from accelerate import Accelerator
 
     model, _, values, optimizer, reference = attach_with_reference()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=not is_on_gpu(), gradient_accumulation_steps=2)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     assert isinstance(prepared, DistributedDataParallel)
     for step in range(STEPS):
@@ -274,7 +278,8 @@ def wrong_arguments_in_one_process_end_all(rank):
 def a_memory_budget_of_its_own_changes_no_mask(rank):
     options = {"density": 0.1, "progress": False}
     expected = select_masks(tiny_model(), [token_batch(rank)], **options)
-    assert select_masks(tiny_model(), [token_batch(rank)], memory_budget=10_000 * 9**rank, **options) == expected
+    masks = select_masks(tiny_model(), [token_batch(rank)], memory_budget=10_000 * 9**rank, **options)
+    assert_same_masks(masks, expected)
 
 
 def sparsify_that_fails_in_one_process_ends_all(rank):
@@ -319,7 +324,7 @@ def weights_of_fsdp_are_refused_before(rank):
 
     model = tiny_model()
     masks = random_masks(model, density=0.05)
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=device())
     with pytest.raises(ValueError, match="FullyShardedDataParallel"):
         sparsify(wrapped, masks)
 
@@ -329,9 +334,9 @@ def weights_of_fsdp_are_refused_after(rank):
 
     model, *_ = attach()
     with pytest.raises(ValueError, match="uniform `requires_grad`|FSDP"):
-        FullyShardedDataParallel(model, device_id=torch.device("cpu"))(**token_batch())
+        FullyShardedDataParallel(model, device_id=device())(**token_batch())
     model, *_ = attach()
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=device())
     with pytest.raises(ValueError, match="FSDP"):
         wrapped(**token_batch())
 
@@ -364,5 +369,49 @@ def failures(tmp_path_factory):
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_processes(failures, scenario):
-    for rank, failed in enumerate(failures):
-        assert scenario not in failed, f"rank {rank}: {failed[scenario]}"
+    assert_passed(failures, scenario)
+
+
+def fails_in_the_second(rank):
+    if rank:
+        raise KeyError("of the second")
+    dist.barrier()
+
+
+def is_left_by_the_second(rank):
+    if rank:
+        os._exit(3)
+    dist.barrier()
+
+
+def is_skipped(rank):
+    pytest.skip("for a reason")
+
+
+def passes(rank):
+    dist.barrier()
+
+
+def test_each_failure_is_reported_by_itself(tmp_path):
+    """Whatever a process that waits for another makes of that, scenarios that come later run."""
+    scenarios = [fails_in_the_second, is_skipped, is_left_by_the_second, passes]
+    first, second = failures = failures_of(scenarios, tmp_path, "forkserver")
+    assert "KeyError: 'of the second'" in second["fails_in_the_second"]
+    assert second["is_left_by_the_second"] == "the process ended with 3"
+    assert set(first) == set(second) == {"fails_in_the_second", "is_skipped", "is_left_by_the_second"}
+    assert_passed(failures, "passes")
+    with pytest.raises(pytest.skip.Exception, match="for a reason"):
+        assert_passed(failures, "is_skipped")
+    with pytest.raises(AssertionError, match="rank 1: the process ended with 3"):
+        assert_passed(failures, "is_left_by_the_second")
+
+
+@pytest.fixture(scope="module")
+def failures_on_gpus(tmp_path_factory):
+    return failures_of(SCENARIOS, tmp_path_factory.mktemp("gpus"), "spawn", kind="cuda")
+
+
+@on_two_gpus
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_gpus(failures_on_gpus, scenario):
+    assert_passed(failures_on_gpus, scenario)
