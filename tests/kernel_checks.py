@@ -268,7 +268,7 @@ def test_one_launch_steps_many_weights_as_the_reference_does(bits, dtype, maximi
             for parts in ([case[1] for case in cases], [twin[0] for twin in twins])
         )
         updates = [
-            Update(values, gradient, *stored_moments(state), step + number, weight, mask.positions, ours)
+            Update(values, gradient, *stored_moments(state), step + number, weight, mask.positions, mean=ours)
             for number, ((mask, values, state, weight), gradient) in enumerate(zip(cases, gradients, strict=True))
         ]
         fused_adamw(updates, **options)()
@@ -290,6 +290,23 @@ def test_one_launch_steps_many_weights_as_the_reference_does(bits, dtype, maximi
         if weight is not None:
             scatter_entries_(expected_weight, mask.indices, values)
             assert_written(weight, expected_weight)
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+@pytest.mark.parametrize("shape, share", MATRICES)
+def test_a_step_is_written_into_the_rows_that_a_process_holds(shape, share, processes):
+    """All values are stepped in each process; some have no rows at all."""
+    options = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, maximize=False)
+    mask, weight, start = mask_of(shape, share), *(draw(*shape) for _ in range(2))
+    rows = -(-shape[0] // processes)
+    for number in range(processes):
+        values, gradient = draw(len(mask), seed=1), draw(len(mask), seed=2)
+        moments = stored_moments(state_of(values, 32))
+        first, last = (min(place * rows, shape[0]) for place in (number, number + 1))
+        fused_adamw([Update(values, gradient, *moments, 1, weight[first:last], mask.positions, first)], **options)()
+        # The others' rows are as before.
+        expected = scatter_entries_(start.clone(), mask.indices, values)
+        assert torch.equal(weight[:last], expected[:last]) and torch.equal(weight[last:], start[last:])
 
 
 @pytest.mark.parametrize("bits", [32, 8])

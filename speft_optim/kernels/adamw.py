@@ -70,8 +70,9 @@ class Update:
         moments: first and second moment, (k,) each, updated: fp32, or quantised to uint8 by `quantize_blockwise`.
         scales: (blocks,) fp32 scales of the two quantised moments, updated; empty for fp32 moments.
         step: number of this step, from 1.
-        weight: the dense weight to write the new values into, or None.
-        positions: the entries of `weight` that the values belong to; None without `weight`.
+        weight: the dense weight to write the new values into, or some of its rows, or None.
+        positions: the entries of the whole weight that the values belong to; None without `weight`.
+        first_row: the row of the whole weight that is the first in `weight`; values of rows outside are not written.
         mean: fp32 scalar of `magnitudes.mean_power` for learning rates by magnitude, or None.
     """
 
@@ -82,6 +83,7 @@ class Update:
     step: int
     weight: Tensor | None = None
     positions: CSR | None = None
+    first_row: int = 0
     mean: Tensor | None = None
 
     @property
@@ -95,10 +97,11 @@ class Update:
         row = [self.values.numel(), *(part.data_ptr() for part in (self.values, self.gradient, *self.moments))]
         row += [scale.data_ptr() for scale in self.scales] or [0, 0]
         if self.weight is None:
-            return row + [0] * 5
+            return row + [0] * 7
         pointers, columns = self.positions
         rows, width = len(pointers) - 1, self.weight.shape[-1]
-        return [*row, self.weight.data_ptr(), pointers.data_ptr(), columns.data_ptr(), rows, width]
+        row += [self.weight.data_ptr(), pointers.data_ptr(), columns.data_ptr(), rows, width]
+        return [*row, self.first_row, self.weight.numel() // width]
 
 
 def fused_adamw(updates: Iterable[Update], **options: float) -> Callable[[], None]:

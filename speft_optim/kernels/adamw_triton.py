@@ -200,6 +200,7 @@ def _adamw(
         row_pointers = tl.load(fields + 8).to(tl.pointer_type(tl.int32))
         columns = tl.load(fields + 9).to(tl.pointer_type(tl.uint16))
         rows, width = tl.load(fields + 10), tl.load(fields + 11)
-        row = _row_of(entry, row_pointers, rows.to(tl.int32))
+        first_row, own_rows = tl.load(fields + 12), tl.load(fields + 13)
+        row = _row_of(entry, row_pointers, rows.to(tl.int32)).to(tl.int64) - first_row
         column = tl.load(columns + entry, inside, other=0).to(tl.int64)
-        tl.store(weight + row.to(tl.int64) * width + column, value.to(WEIGHT), inside)
+        tl.store(weight + row * width + column, value.to(WEIGHT), inside & (row >= 0) & (row < own_rows))

@@ -50,10 +50,9 @@ class Prepared:
         moments, scales = stored_moments(state)
         if not _can_launch(parameter, moments, scales):
             return cls(parameter, weight, state, None, mean)
-        writable = None if weight is None else weight.writable()
-        positions = None if writable is None else weight.mask.positions
+        written = {} if weight is None else weight.writable()
         step = int(state["step"]) + 1
-        update = Update(parameter.detach(), parameter.grad, moments, scales, step, writable, positions, mean)
+        update = Update(parameter.detach(), parameter.grad, moments, scales, step, **written, mean=mean)
         return cls(parameter, weight, state, update, mean)
 
 

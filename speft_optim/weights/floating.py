@@ -22,6 +22,10 @@ class FloatingWeight:
         """Write `values` (k,) fp32 into the weight at `mask`, rounded to its dtype."""
         raise NotImplementedError
 
+    def writable(self) -> tuple[Tensor | None, int]:
+        """Return the rows that a kernel may write, and the number of the first; None where `write` must."""
+        return None, 0
+
     def gather_base(self, indices: Tensor) -> Tensor:
         """Return the entries at flat positions (k,), as `gather`: what they were before training is not stored."""
         return self.gather(indices)

@@ -176,6 +176,13 @@ class ShardedWeight(ShardedParameter, FloatingWeight):
         if (gathered := self._gathered()) is not None:
             overlay_(gathered.detach(), mask.positions, values.detach())
 
+    def writable(self) -> tuple[Tensor | None, int]:
+        """Return the process's own rows and the number of the first; None where the gathered weight is written too."""
+        if self._gathered() is not None or len(self.shape) < 2:
+            return None, 0
+        rows = local_rows(self.parameter)
+        return rows, self._range(rows)[0] // max(1, self.shape[-1])
+
     def _range(self, rows: Tensor) -> tuple[int, int]:
         """The flat positions of the process's own rows, first and last (exclusive)."""
         mesh = self.parameter.device_mesh

@@ -4,6 +4,7 @@
 hooks, and writes the values into the weight, or reads them from it, whichever of the two changed last.
 """
 
+from typing import Any
 from weakref import ref
 
 import torch
@@ -17,7 +18,7 @@ from speft_optim.weights.compact_entries import CompactEntries
 from speft_optim.weights.compact_values import unlink, version
 from speft_optim.weights.mesh import keep_whole
 from speft_optim.weights.place import Place
-from speft_optim.weights.storage import DenseWeight, FrozenWeight, keep_attached
+from speft_optim.weights.storage import FrozenWeight, keep_attached
 from speft_optim.weights.targets import Target
 from speft_optim.weights.uses import Uses
 
@@ -106,14 +107,17 @@ class SparseWeight(CompactEntries):
             self.base.write(self.placed_mask(), self.values)
         self._remember()
 
-    def writable(self) -> Tensor | None:
-        """Return the weight if a kernel can write the values into it, or None where `write` must.
+    def writable(self) -> dict[str, Any]:
+        """Return what a kernel needs to write the values into the weight, see `Update`; nothing where `write` must.
 
-        A kernel needs a dense, contiguous weight on the values' device, and a mask in row form.
+        It needs a dense, contiguous weight on the values' device, or the rows of it that this process holds, and a
+        mask in row form.
         """
-        weight = self.weight
-        writable = isinstance(self.base, DenseWeight) and weight.device == self.values.device and launches(weight)
-        return weight.detach() if writable and isinstance(self.placed_mask().positions, CSR) else None
+        weight, first_row = self.base.writable() if self.holds_entries else (None, 0)
+        fits = weight is not None and weight.device == self.values.device and launches(weight)
+        if not fits or not isinstance(positions := self.placed_mask().positions, CSR):
+            return {}
+        return {"weight": weight, "positions": positions, "first_row": first_row}
 
     def written(self) -> None:
         """Note that a kernel wrote the values into `writable()`."""

@@ -47,6 +47,10 @@ class DenseWeight(FloatingWeight):
         """Write `values` (k,) fp32 into the weight at `mask`, rounded to its dtype."""
         overlay_(self.tensor, mask.positions, values)
 
+    def writable(self) -> tuple[Tensor, int]:
+        """Return the whole weight, which begins with row 0."""
+        return self.tensor, 0
+
 
 FrozenWeight = DenseWeight | ShardedWeight | QuantizedWeight
 
