@@ -354,6 +354,7 @@ def test_a_gpu_that_is_too_small_is_a_result(monkeypatch):
 
     monkeypatch.setattr(timed_steps, "run_steps", fill)
     arguments = type("Arguments", (), dict(shape="tiny", layers=None, batch=1, seq=16, density=0.02, state_bits=8))
+    arguments.resident_blocks = 0
     arguments.masks = "uniform"
     arguments.gpu_gb = None
     row = benchmark.measure("ours-int8", arguments)
