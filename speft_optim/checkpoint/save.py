@@ -76,6 +76,7 @@ def _collect(model: nn.Module, weights: list[SparseWeight]) -> AdapterFile:
         weight.synchronize()
         masks[weight.name], entries = weight.base.entries(weight.ever_trained())
         values[weight.name] = entries.cpu()
+    _warn_of_statistics(model)
     whole = _trained_beside(model, masks)
     for name, target in whole.items():
         masks[name] = whole_mask(target.shape)
@@ -107,6 +108,22 @@ def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
             found[left_out[0]].parameter.dtype,
         )
     return {name: target for name, target in found.items() if name not in left_out}
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    """Warn of batch norms in training mode: their statistics move with it, and are no parameters."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.running_mean is not None
+    ]
+    if moving:
+        logger.warning(
+            "The running statistics of %d batch norms, e.g. %s, are left out of the adapter, which holds parameters only; "
+            "keep the base's by calling eval() on these modules in training, or save the model's state_dict() too.",
+            len(moving),
+            moving[0],
+        )
 
 
 def named_root(model: nn.Module) -> nn.Module:
