@@ -17,8 +17,8 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     """
     if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError(
-            "torch.func (grad, vmap, jvp) cannot differentiate masked weights, whose gradients hooks form; call backward "
-            "as usual, or desparsify(model) first."
+            "torch.func (grad, vmap, jvp) cannot differentiate masked weights, whose gradients hooks form; call "
+            "backward as usual, or desparsify(model) first."
         )
     # The weights are listed, since searching the model would cost time in each forward.
     weights = record_of(model).weights

@@ -121,6 +121,6 @@ def _check_mask(target: Target, mask: Mask) -> None:
     check_called(name, target)
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         raise ValueError(
-            f"{name} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which its compact "
-            "values would not pass through; remove them, and register them on what sparsify returns."
+            f"{name} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which its "
+            "compact values would not pass through; remove them, and register them on what sparsify returns."
         )

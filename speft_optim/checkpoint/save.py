@@ -119,8 +119,8 @@ def _warn_of_statistics(model: nn.Module) -> None:
     ]
     if moving:
         logger.warning(
-            "The running statistics of %d batch norms, e.g. %s, are left out of the adapter, which holds parameters only; "
-            "keep the base's by calling eval() on these modules in training, or save the model's state_dict() too.",
+            "The running statistics of %d batch norms, e.g. %s, are left out of the adapter, which holds parameters "
+            "only; keep the base's by calling eval() on these modules in training, or save the model's state_dict() too.",
             len(moving),
             moving[0],
         )

@@ -97,8 +97,8 @@ def hook_weight(
 
 
 _TWICE = (
-    b"The gradient of masked weights cannot be differentiated again, as create_graph=True and penalties on gradients do; "
-    b"leave that term out of the loss, or call desparsify(model) and train with a dense optimizer."
+    b"The gradient of masked weights cannot be differentiated again, as create_graph=True and penalties on gradients "
+    b"do; leave that term out of the loss, or call desparsify(model) and train with a dense optimizer."
 )
 
 
