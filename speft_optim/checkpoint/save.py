@@ -120,7 +120,7 @@ def _warn_of_statistics(model: nn.Module) -> None:
     if moving:
         logger.warning(
             "The running statistics of %d batch norms, e.g. %s, are left out of the adapter, which holds parameters "
-            "only; keep the base's by calling eval() on these modules in training, or save the model's state_dict() too.",
+            "only; call eval() on these modules in training to keep the base's, or save the state_dict() too.",
             len(moving),
             moving[0],
         )

@@ -89,9 +89,7 @@ class SparseWeight(CompactEntries):
             return change
         if not self.holds_entries and not self._is_attached():
             return "was quantised anew, its trained entries with it,"
-        return (
-            None if self._has_its_values() else "has values that were replaced, as by functional_call or torch.export"
-        )
+        return None if self._has_its_values() else "has values that were replaced, as in functional_call and export"
 
     def _has_its_values(self) -> bool:
         return self._parameters["values"] is self._linked[0]
