@@ -82,15 +82,15 @@ def check_parameter(parameter: Tensor, saved: dict[str, Any], schedule: Schedule
         schedule.check_state_of(weight, saved)
 
 
-def warn_of_lost_entries(pairs: list[tuple[Tensor, dict[str, Any]]]) -> None:
+def warn_of_lost_entries(checksums: Iterable[tuple[Tensor, int]]) -> None:
     """Warn of entries that left their masks and are not in the weights as they were saved.
 
     Args:
-        pairs: each parameter with the saved state that was restored.
+        checksums: each parameter with that of these entries, as saved.
     """
     lost = []
-    for parameter, saved in pairs:
-        weight, checksum = linked(parameter), int(saved.get("previous_checksum", 0))
+    for parameter, checksum in checksums:
+        weight = linked(parameter)
         # Zero is that of a weight that was divided over processes, or of none that left.
         if checksum and weight.place.shards is None and checksum != int(previous_checksum(weight)):
             lost.append(weight.name)
