@@ -810,6 +810,17 @@ def test_a_weight_that_became_another_parameter_is_named_at_the_next_forward():
         model(draw(3, 4))
 
 
+def test_a_module_converted_by_torch_is_refused_by_name():
+    model = Pair()
+    sparsify(model, some_entries(model, ("first.weight", "second.weight")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(ValueError, match="module of first.weight was replaced by a Linear.*desparsify"):
+        converted(draw(3, 4))
+    model(draw(3, 4)).sum().backward()
+
+
 def test_an_embedding_with_a_largest_norm_trains():
     class Table(nn.Module):
         def __init__(self):
