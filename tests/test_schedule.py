@@ -406,7 +406,9 @@ def test_without_a_schedule_changed_masks_are_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key", ["values", "indices", "previously_trained", "previous_values", "exp_avg"])
+@pytest.mark.parametrize(
+    "key", ["values", "indices", "previously_trained", "all previously trained", "previous_values", "exp_avg"]
+)
 def test_damaged_state_is_refused_whole(key):
     model, optimizer, _ = attach()
     train(model, optimizer, 4)
@@ -414,7 +416,11 @@ def test_damaged_state_is_refused_whole(key):
     before, masks = weights_of(other), masks_of(other)
     state = copy.deepcopy(optimizer.state_dict())
     last = state["state"][max(state["state"])]
-    last[key] = last[key][:-1] if key != "previous_values" else torch.zeros(1)
+    damages = {
+        "previous_values": torch.zeros(1),
+        "all previously trained": torch.full_like(last["previously_trained"], 255),
+    }
+    last[key.removeprefix("all ").replace(" ", "_")] = damages[key] if key in damages else last[key][:-1]
     with pytest.raises(ValueError):
         other_optimizer.load_state_dict(state)
     assert masks_of(other) == masks and all(torch.equal(before[n], part) for n, part in weights_of(other).items())

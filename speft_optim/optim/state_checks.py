@@ -190,7 +190,12 @@ def _check_previous(mask: Mask, saved: dict[str, Any], weight_holds_entries: boo
         )
     if checksum.dtype != torch.int64 or checksum.dim():
         raise ValueError(f"previous_checksum is of {checksum.dtype} and shape {tuple(checksum.shape)}, not one int64")
-    previous = None if weight_holds_entries else previous_of(saved)
+    previous = previous_of(saved)
+    own = mask.indices
+    if previous is not None and bool(torch.isin(previous.indices.to(own.device), own, assume_unique=True).any()):
+        raise ValueError("previously_trained has entries that the mask has too")
+    if weight_holds_entries:
+        previous = None
     if entries.dtype != torch.float32 or entries.shape != (0 if previous is None else len(previous),):
         raise ValueError("the entries that left the mask and their previous_values differ in number")
 
