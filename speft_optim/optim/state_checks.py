@@ -143,7 +143,8 @@ def _check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Iter
     for key in ("values", "exp_avg", "exp_avg_sq"):
         if key in saved and saved[key].shape != parameter.shape:
             raise ValueError(
-                f"{what} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; use its masks."
+                f"{what} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; sparsify the "
+                "model with the saved run's masks (Masks.load) before loading."
             )
     step = saved["step"]
     counted = step.numel() == 1 and not step.is_complex() and 0 <= float(step) < math.inf
