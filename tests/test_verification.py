@@ -760,7 +760,7 @@ def example_by_example(model):
 
 
 def exported(model):
-    return torch.export.export(model, (draw(3, 4),))
+    return torch.export.export(model, (draw(3, 4),), strict=False)
 
 
 @pytest.mark.parametrize(
