@@ -10,7 +10,16 @@ from speft_optim.weights.averaging import average_gradients, is_under_fsdp
 
 @torch.compiler.disable(recursive=True)
 def refresh_all(model: nn.Module, args: tuple) -> None:
-    """Bring weights and values into step; a forward pre-hook of a sparsified model."""
+    """Bring weights and values into step; a forward pre-hook of a sparsified model.
+
+    Raises:
+        ValueError: a transform of torch.func differentiates the model.
+    """
+    if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            "torch.func (grad, vmap, jvp) cannot differentiate masked weights, whose gradients hooks form; call "
+            "backward as usual, or desparsify(model) first."
+        )
     # The weights are listed, since searching the model would cost time in each forward.
     weights = record_of(model).weights
     for weight in weights:

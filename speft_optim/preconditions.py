@@ -85,7 +85,11 @@ def check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, 
         ValueError: a name or shape does not fit, or no mask has an entry.
     """
     if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
-        raise TypeError(f"sparsify needs a dict from parameter names to Mask, got {type(masks).__name__}.")
+        given = type(masks).__name__
+        if isinstance(masks, Mapping):
+            other = next(type(mask).__name__ for mask in masks.values() if not isinstance(mask, Mask))
+            given += f" with a {other}; write Mask(t.flatten().nonzero().squeeze(1), t.shape) of a bool tensor t"
+        raise TypeError(f"sparsify needs a dict from parameter names to Mask, got a {given}.")
     check_parameters(model)
     for name, mask in masks.items():
         if name not in targets:
@@ -119,3 +123,8 @@ def _check_mask(target: Target, mask: Mask) -> None:
         )
     check_in_memory(name, parameter)
     check_called(name, target)
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            f"{name} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which its "
+            "compact values would not pass through; remove them, and register them on what sparsify returns."
+        )

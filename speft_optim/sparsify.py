@@ -42,7 +42,7 @@ from speft_optim.weights.averaging import average_gradients
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.compact_values import linked, warn_if_built_before
 from speft_optim.weights.mesh import is_fully_sharded, reshard
-from speft_optim.weights.provenance import compare_at_first_step, compare_weights
+from speft_optim.weights.provenance import compare_at_first_step, note_masks
 from speft_optim.weights.sparse_weight import SparseWeight
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import Target, all_targets, check_differentiable
@@ -131,7 +131,7 @@ def sparsify(
         if mapped:
             save_from_files(model)
         undo.pop_all()
-    compare_weights(weights)
+    note_masks(weights)
     return [weight.values for weight in weights]
 
 

@@ -386,6 +386,29 @@ def test_a_head_trained_beside_is_in_the_file_and_the_base_with_any_head_is_the_
     assert torch.equal(base.score.weight, before.score.weight)
 
 
+@pytest.mark.parametrize("dtype, value", [(torch.float32, float("nan")), (torch.float16, 1e6)])
+def test_values_that_no_adapter_may_hold_are_not_saved(dtype, value, tmp_path):
+    model = tiny_model(dtype=dtype)
+    values, *_ = sparsify(model, random_masks(model))
+    with torch.no_grad():
+        values[0] = value
+    with pytest.raises(ValueError, match="q_proj.weight are inf or NaN in torch.float"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_move_with_training_are_told_of(training, tmp_path, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    sparsify(model, random_masks(model, every, density=0.5))
+    model.train(training)(torch.randn(8, 4)).sum().backward()
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    told = [
+        record.message for record in caplog.records if "running statistics of 1 batch norms, e.g. 1," in record.message
+    ]
+    assert len(told) == training
+
+
 def test_a_head_of_another_shape_is_refused_by_name(tmp_path):
     model = classifier()
     train_classifier(model, random_masks(model))

@@ -154,6 +154,14 @@ def test_sparsify_takes_a_mapping_only(masks):
     assert not works_or_says_why(lambda: sparsify(model, masks), model)
 
 
+def test_masks_as_bool_tensors_are_told_how_to_become_masks():
+    model = nn.Linear(4, 4)
+    chosen = torch.eye(4).bool()
+    with pytest.raises(TypeError, match="got a dict with a Tensor; write Mask"):
+        sparsify(model, {"weight": chosen})
+    sparsify(model, {"weight": Mask(chosen.flatten().nonzero().squeeze(1), chosen.shape)})
+
+
 @FUZZ
 @given(
     st.one_of(

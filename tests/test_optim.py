@@ -628,6 +628,25 @@ def test_an_optimizer_built_before_sparsify_is_told_once(kind, caplog):
     assert name in record.message and "built before sparsify" in record.message
 
 
+class Uncopied(nn.Module):
+    """A module that cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        raise NotImplementedError("no copy")
+
+
+def test_a_copy_of_a_sparsified_model_that_broke_off_disturbs_no_optimizer(caplog):
+    model = nn.Sequential(nn.Linear(4, 4))
+    sparsify(model, random_masks(model, lambda name, parameter: parameter.dim() == 2, density=0.5))
+    model[0].last = Uncopied()
+    with pytest.raises(NotImplementedError) as kept:
+        # The values are copied before the module that holds their weight is whole; the error keeps both alive.
+        copy.deepcopy(model[0])
+    other = tiny_model()
+    train(other, torch.optim.AdamW(other.parameters()), 1)
+    assert kept and not caplog.records
+
+
 @pytest.mark.parametrize("option", ["fused", "foreach", "capturable", "differentiable", "amsgrad"])
 def test_options_of_adamw_that_are_lacking_say_so(option):
     parameters = [nn.Parameter(torch.ones(2))]

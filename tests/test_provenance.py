@@ -64,6 +64,11 @@ def test_a_resume_of_the_same_run_is_in_order(salience, density, told, tmp_path)
     values = sparsify(fresh, masks)
     fresh.load_state_dict(checkpoint)
     steps(fresh, SparseAdamW(values, lr=1e-2))
+    # And where the model begins with random weights, of which the masks are not.
+    fresh = tiny_model(seed=1)
+    values = sparsify(fresh, masks)
+    fresh.load_state_dict(checkpoint)
+    steps(fresh, SparseAdamW(values, lr=1e-2))
     # And where the checkpoint is loaded before.
     fresh = tiny_model()
     fresh.load_state_dict(checkpoint)
@@ -106,7 +111,7 @@ def test_masks_of_the_dense_model_fit_its_quantised_form_and_no_other(kind, told
     steps(model, SparseAdamW(sparsify(model, masks)))
     assert told() == 0
     other = load_quantized(save_original(tmp_path / "other", seed=1), kind)
-    sparsify(other, masks)
+    steps(other, SparseAdamW(sparsify(other, masks)))
     assert told() == 1
 
 

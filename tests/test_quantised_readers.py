@@ -555,6 +555,37 @@ def test_a_state_whose_trained_entries_were_left_out_is_refused(model):
         model.load_state_dict(state, strict=False)
 
 
+def without(key):
+    return lambda state: {name: part for name, part in state.items() if not name.endswith(key)}
+
+
+def changed(key, change):
+    return lambda state: {name: change(part) if name.endswith(key) else part for name, part in state.items()}
+
+
+DAMAGES = {
+    "fewer values": (changed("trained_values", lambda part: part[:-1]), "not one position for each"),
+    "fewer positions": (changed("trained_indices", lambda part: part[1:]), "not one position for each"),
+    "no values": (without("trained_values"), "trained_values is missing"),
+    "values of integers": (changed("trained_values", lambda part: part.long()), "no tensor of floating-point numbers"),
+    "positions of numbers": (changed("trained_indices", lambda part: part.float()), "needs integer positions"),
+    "positions outside": (changed("trained_indices", lambda part: part + 2**20), "lies outside"),
+    "positions in another order": (changed("trained_indices", lambda part: part.flip(0)), "does not increase"),
+    "no scales": (without(("sealed_SCB", "absmax")), "sealed_SCB is not|without its absmax"),
+}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_refused_and_changes_no_trained_entry(models, kind, damage):
+    change, said = DAMAGES[damage]
+    model = copy.deepcopy(models[kind, "sparsified"])
+    expected, state = effective(model), change(model.state_dict())
+    with pytest.raises(RuntimeError, match=said):
+        model.load_state_dict(state, strict=False)
+    assert all(torch.equal(weight, expected[name]) for name, weight in effective(model).items())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_merged_state_gives_its_trained_entries(model, assign):
     expected = effective(model)

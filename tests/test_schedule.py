@@ -225,13 +225,18 @@ def test_resume_is_bit_equal_across_selections(tmp_path, dtype, moments, state_b
 def test_a_run_that_loads_the_optimizer_alone_is_told_what_it_lacks(caplog):
     model, optimizer, _ = attach()
     train(model, optimizer, 4)
-    for whole in (False, True):
+    saved, trained = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    for loaded in ("nothing", "before", "after"):
         other, other_optimizer, _ = attach()
-        if whole:
-            other.load_state_dict(model.state_dict())
+        if loaded == "before":
+            other.load_state_dict(trained)
+        other_optimizer.load_state_dict(saved)
+        if loaded == "after":
+            other.load_state_dict(trained)
         caplog.clear()
-        other_optimizer.load_state_dict(optimizer.state_dict())
-        assert ("lack what those entries learned that their masks left" in caplog.text) is not whole
+        train(other, other_optimizer, 2)
+        told = caplog.text.count("lack what those entries learned that their masks left")
+        assert told == (loaded == "nothing")
 
 
 # --- A graph of before the entries changed ---
@@ -401,7 +406,9 @@ def test_without_a_schedule_changed_masks_are_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key", ["values", "indices", "previously_trained", "previous_values", "exp_avg"])
+@pytest.mark.parametrize(
+    "key", ["values", "indices", "previously_trained", "all previously trained", "previous_values", "exp_avg"]
+)
 def test_damaged_state_is_refused_whole(key):
     model, optimizer, _ = attach()
     train(model, optimizer, 4)
@@ -409,7 +416,11 @@ def test_damaged_state_is_refused_whole(key):
     before, masks = weights_of(other), masks_of(other)
     state = copy.deepcopy(optimizer.state_dict())
     last = state["state"][max(state["state"])]
-    last[key] = last[key][:-1] if key != "previous_values" else torch.zeros(1)
+    damages = {
+        "previous_values": torch.zeros(1),
+        "all previously trained": torch.full_like(last["previously_trained"], 255),
+    }
+    last[key.removeprefix("all ").replace(" ", "_")] = damages[key] if key in damages else last[key][:-1]
     with pytest.raises(ValueError):
         other_optimizer.load_state_dict(state)
     assert masks_of(other) == masks and all(torch.equal(before[n], part) for n, part in weights_of(other).items())

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import warnings
 import weakref
 
 import numpy
@@ -722,6 +723,117 @@ def test_a_loss_scaler_and_accumulation_change_no_gradient():
     expected = dense.first.weight.grad.flatten()[masks["first.weight"].indices.long()]
     assert_close(values.grad / 2**10, expected, atol=1e-5)
     optimizer.step()
+
+
+# --- Uses that are refused, with the cause and the remedy ---
+
+
+def penalised(model):
+    x = draw(3, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return gradient.square().sum()
+
+
+def test_a_second_derivative_is_refused_by_its_name():
+    model = Pair()
+    sparsify(model, some_entries(model, ("first.weight", "second.weight")))
+    with pytest.raises(RuntimeError, match="masked weights cannot be differentiated again.*desparsify"):
+        penalised(model).backward()
+
+
+def with_other_tensors(model):
+    others = {name: part.detach().clone().requires_grad_() for name, part in model.named_parameters()}
+    return torch.func.functional_call(model, others, (draw(3, 4),))
+
+
+def with_other_weights(model):
+    others = {name: part.detach() for name, part in model.named_parameters() if not name.endswith("values")}
+    return torch.func.functional_call(model, others, (draw(3, 4),))
+
+
+def as_a_derivative(model):
+    return torch.func.jvp(model, (draw(3, 4),), (draw(3, 4),))
+
+
+def example_by_example(model):
+    return torch.func.vmap(model)(draw(3, 4))
+
+
+def exported(model):
+    return torch.export.export(model, (draw(3, 4),), strict=False)
+
+
+@pytest.mark.parametrize(
+    "call", [with_other_tensors, with_other_weights, as_a_derivative, example_by_example, exported]
+)
+def test_calls_that_pass_by_the_values_are_refused_and_change_nothing(call):
+    twin = Twin(Pair())
+    twin.step()
+    state = {name: part.clone() for name, part in twin.model.state_dict().items()}
+    exact = [values.detach().clone() for values in twin.values.values()]
+    with pytest.raises(ValueError, match="desparsify"):
+        call(twin.model)
+    assert all(torch.equal(part, state[name]) for name, part in twin.model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(twin.values.values(), exact, strict=True))
+    twin.step(seed=1)
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_weight_with_gradient_hooks_of_its_own_is_refused(hook):
+    model = Pair()
+    handle = getattr(model.first.weight, hook)(lambda gradient: None)
+    masks = some_entries(model, ("first.weight", "second.weight"))
+    with pytest.raises(ValueError, match="first.weight has hooks on its gradient.*what sparsify returns"):
+        sparsify(model, masks)
+    assert not sparse_weights(model) and all(parameter.requires_grad for parameter in model.parameters())
+    handle.remove()
+    sparsify(model, masks)
+
+
+def test_a_loss_from_before_a_step_is_refused_as_by_torch():
+    model = Pair()
+    optimizer = SparseAdamW(sparsify(model, some_entries(model, ("first.weight", "second.weight"))))
+    early, late = model(draw(3, 4)).sum(), model(draw(3, 4, seed=1)).sum()
+    early.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_a_weight_that_became_another_parameter_is_named_at_the_next_forward():
+    model = Pair()
+    sparsify(model, some_entries(model, ("first.weight", "second.weight")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model.first)
+    with pytest.raises(ValueError, match="first.weight is no longer in the model"):
+        model(draw(3, 4))
+
+
+def test_a_module_converted_by_torch_is_refused_by_name():
+    model = Pair()
+    sparsify(model, some_entries(model, ("first.weight", "second.weight")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(ValueError, match="module of first.weight was replaced by a Linear.*desparsify"):
+        converted(draw(3, 4))
+    model(draw(3, 4)).sum().backward()
+
+
+def test_an_embedding_with_a_largest_norm_trains():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Embedding(6, 4, max_norm=1.0)
+
+        def forward(self, x):
+            return self.first(torch.arange(5)) * torch.arange(4)
+
+    twin = Twin(Table(), names=("first.weight",))
+    for _ in range(3):
+        twin.step()
 
 
 # --- Salience ---

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from speft_optim.checkpoint.adapter_file import DTYPES, AdapterFile, whole_mask, write_adapter
 from speft_optim.checkpoint.fingerprint import fingerprint
@@ -43,8 +43,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
             of what is always noted there are refused.
 
     Raises:
-        ValueError: the model is not sparsified or holds two sparsified models, `details` has a reserved name, or the
-            folder of a file's `path` does not exist.
+        ValueError: the model is not sparsified or holds two sparsified models, `details` has a reserved name, a value
+            is not finite, or the folder of a file's `path` does not exist; nothing is written.
         TypeError: `details` is no mapping, or holds something other than strings and numbers.
     """
     model, path = named_root(model), checked_path(path)
@@ -76,10 +76,12 @@ def _collect(model: nn.Module, weights: list[SparseWeight]) -> AdapterFile:
         weight.synchronize()
         masks[weight.name], entries = weight.base.entries(weight.ever_trained())
         values[weight.name] = entries.cpu()
+    _warn_of_statistics(model)
     whole = _trained_beside(model, masks)
     for name, target in whole.items():
         masks[name] = whole_mask(target.shape)
         values[name] = frozen_weight(*target.sites[0]).tensor.flatten().cpu()
+    _check_finite(values)
     config = getattr(model, "config", None)
     base = {
         "name": getattr(config, "_name_or_path", "") or "",
@@ -107,6 +109,32 @@ def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:
             found[left_out[0]].parameter.dtype,
         )
     return {name: target for name, target in found.items() if name not in left_out}
+
+
+def _check_finite(values: Mapping[str, Tensor]) -> None:
+    """Refuse values that no adapter may hold, in the dtype of their weight."""
+    for name, entries in values.items():
+        if not bool(entries.isfinite().all()):
+            raise ValueError(
+                f"The trained values of {name} are inf or NaN in {entries.dtype}, and load_adapter would refuse the "
+                "file; train at a lower learning rate, and load a base of fp16 in bfloat16."
+            )
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    """Warn of batch norms in training mode: their statistics move with it, and are no parameters."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.running_mean is not None
+    ]
+    if moving:
+        logger.warning(
+            "The running statistics of %d batch norms, e.g. %s, are left out of the adapter, which holds parameters "
+            "only; call eval() on these modules in training to keep the base's, or save the state_dict() too.",
+            len(moving),
+            moving[0],
+        )
 
 
 def named_root(model: nn.Module) -> nn.Module:

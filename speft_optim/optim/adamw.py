@@ -19,6 +19,7 @@ from speft_optim.optim.checks import check_gradients, check_options, check_other
 from speft_optim.optim.moments import carry_moments_, moment_bytes, new_moments_
 from speft_optim.optim.saved_optimizer import SavedOptimizer
 from speft_optim.optim.state import has_moments
+from speft_optim.optim.state_checks import warn_of_lost_entries
 from speft_optim.optim.step import planned
 from speft_optim.weights.compact_values import linked
 
@@ -153,6 +154,9 @@ class SparseAdamW(SavedOptimizer):
             check_equal_masks(masks, may_be_divided=True)
             check_gradients(weights)
             warn_of_dense_training(weights)
+            # Only now, since the model's own state may be loaded after that of the optimizer.
+            warn_of_lost_entries(self._checksums)
+            self._checksums = ()
             self._stepped = True
         # The steps are planned while the GPU still computes gradients; only then is their largest magnitude waited for.
         largest = [] if self._on_nonfinite == "ignore" else self._largest_of_gradients()

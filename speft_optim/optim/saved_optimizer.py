@@ -5,6 +5,7 @@ All of it is tensors under each parameter; `state.py` describes their keys and s
 
 import copy
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from speft_optim.optim.state import (
     previous_of,
     text_to_tensor,
 )
-from speft_optim.optim.state_checks import check_common, check_origin, check_parameter, warn_of_lost_entries
+from speft_optim.optim.state_checks import check_common, check_origin, check_parameter
 from speft_optim.weights.compact_values import linked
 
 
@@ -42,6 +43,8 @@ class SavedOptimizer(Optimizer):
     _stepped = False
     skipped_steps = 0
     schedule: Schedule | None = None
+    # Those of entries that left their masks, from a state that was loaded, until the first step compares them.
+    _checksums: Iterable[tuple[Tensor, int]] = ()
 
     def follow(self, schedule: Schedule) -> None:
         """Let a schedule change the masks after steps of this optimizer, from now on."""
@@ -115,7 +118,7 @@ class SavedOptimizer(Optimizer):
                 self.schedule.load_state_dict(saved)
                 self.schedule.load_state_of(linked(parameter), saved)
         self._reserve_state()
-        warn_of_lost_entries(pairs)
+        self._checksums = [(parameter, int(saved.get("previous_checksum", 0))) for parameter, saved in pairs]
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

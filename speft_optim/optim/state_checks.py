@@ -82,15 +82,15 @@ def check_parameter(parameter: Tensor, saved: dict[str, Any], schedule: Schedule
         schedule.check_state_of(weight, saved)
 
 
-def warn_of_lost_entries(pairs: list[tuple[Tensor, dict[str, Any]]]) -> None:
+def warn_of_lost_entries(checksums: Iterable[tuple[Tensor, int]]) -> None:
     """Warn of entries that left their masks and are not in the weights as they were saved.
 
     Args:
-        pairs: each parameter with the saved state that was restored.
+        checksums: each parameter with that of these entries, as saved.
     """
     lost = []
-    for parameter, saved in pairs:
-        weight, checksum = linked(parameter), int(saved.get("previous_checksum", 0))
+    for parameter, checksum in checksums:
+        weight = linked(parameter)
         # Zero is that of a weight that was divided over processes, or of none that left.
         if checksum and weight.place.shards is None and checksum != int(previous_checksum(weight)):
             lost.append(weight.name)
@@ -143,7 +143,8 @@ def _check_saved(what: str, parameter: Tensor, saved: dict[str, Any], keys: Iter
     for key in ("values", "exp_avg", "exp_avg_sq"):
         if key in saved and saved[key].shape != parameter.shape:
             raise ValueError(
-                f"{what} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; use its masks."
+                f"{what} has {parameter.numel():,} entries, its saved {key} {saved[key].numel():,}; sparsify the "
+                "model with the saved run's masks (Masks.load) before loading."
             )
     step = saved["step"]
     counted = step.numel() == 1 and not step.is_complex() and 0 <= float(step) < math.inf
@@ -190,7 +191,12 @@ def _check_previous(mask: Mask, saved: dict[str, Any], weight_holds_entries: boo
         )
     if checksum.dtype != torch.int64 or checksum.dim():
         raise ValueError(f"previous_checksum is of {checksum.dtype} and shape {tuple(checksum.shape)}, not one int64")
-    previous = None if weight_holds_entries else previous_of(saved)
+    previous = previous_of(saved)
+    own = mask.indices
+    if previous is not None and bool(torch.isin(previous.indices.to(own.device), own, assume_unique=True).any()):
+        raise ValueError("previously_trained has entries that the mask has too")
+    if weight_holds_entries:
+        previous = None
     if entries.dtype != torch.float32 or entries.shape != (0 if previous is None else len(previous),):
         raise ValueError("the entries that left the mask and their previous_values differ in number")
 

@@ -121,7 +121,8 @@ def warn_if_built_before(optimizer: Optimizer) -> None:
         return
     held = {id(parameter) for parameter in parameters}
     behind = [weight() for _, weight in list(_weights.values())]
-    names = [weight.name for weight in behind if weight is not None and id(weight.weight) in held]
+    # The weights are those last seen: a copy that broke off half-way has no module to ask.
+    names = [weight.name for weight in behind if weight is not None and id(weight.seen) in held]
     if names:
         _warned.add(optimizer)
         logger.warning(

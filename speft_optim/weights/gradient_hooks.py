@@ -172,8 +172,18 @@ class GradientHook:
         ahead = itertools.takewhile(lambda key: key != self._after_id, module._forward_hooks)
         return tuple(ahead), tuple(_global_forward_hooks), id(module.__dict__.get("forward"))
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook: hide the parameter by an alias, as an instance attribute, which Python finds first."""
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        """Forward pre-hook: hide the parameter by an alias, as an instance attribute, which Python finds first.
+
+        Raises:
+            ValueError: another module was put in the place of this one and given its hooks.
+        """
+        if kwargs is None:
+            # torch.ao.quantization registers the hooks anew, without what they asked for.
+            raise ValueError(
+                f"The module of {self.name} was replaced by a {type(module).__name__} that has its hooks, as by "
+                "torch.ao.quantization; call desparsify(model) before such a conversion."
+            )
         uses = module.__dict__.setdefault(self._key, [])
         if not torch.is_grad_enabled():
             # Nothing is recorded, as in generation, but `after_forward` expects an entry for each call.

@@ -1,11 +1,11 @@
 """Autograd nodes that observe the gradient of a frozen weight, and the accumulators that receive it."""
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from speft_optim.weights.verification import warn_of_inputs
 
@@ -96,6 +96,30 @@ def hook_weight(
     return _HookWeight.apply(weight, grad_anchor, take, other)
 
 
+_TWICE = (
+    b"The gradient of masked weights cannot be differentiated again, as create_graph=True and penalties on gradients "
+    b"do; leave that term out of the loss, or call desparsify(model) and train with a dense optimizer."
+)
+
+
+def _differentiable_once(backward: Callable) -> Callable:
+    """Let whoever differentiates the results of a `backward` raise an error that says what to do.
+
+    torch's `once_differentiable` does the same with a message that names neither cause nor remedy.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, gradient: Tensor):
+        with torch.no_grad():
+            outputs = backward(ctx, gradient)
+        if not (torch.is_grad_enabled() and gradient.requires_grad):
+            return outputs
+        leaves = [None if output is None else output.detach().requires_grad_() for output in outputs]
+        return torch._C._functions.DelayedError(_TWICE, len(leaves))(*leaves)
+
+    return wrapper
+
+
 class _HookOutput(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,7 +136,7 @@ class _HookOutput(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, output_gradient: Tensor):
         (x,) = (ctx.saved_input or ctx).saved_tensors
         anchor_gradient = None
@@ -130,10 +154,11 @@ class _HookWeight(torch.autograd.Function):
         ctx, weight: Tensor, grad_anchor: Tensor, take: Callable[[Tensor], Tensor | None], other: Tensor | None
     ) -> Tensor:
         ctx.take, ctx.has_other = take, other is not None
-        return weight.view_as(weight)
+        # Detached as above: an embedding with max_norm changes its weight in place.
+        return weight.detach()
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, gradient: Tensor):
         if ctx.has_other and not torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
             warn_of_inputs()

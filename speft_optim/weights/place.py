@@ -63,6 +63,8 @@ class Place:
         weight = self.weight
         if weight is None or not self.is_in_model():
             return "is no longer in the model"
+        if not isinstance(weight, nn.Parameter):
+            return "was replaced by a tensor that is no parameter, as torch.func.functional_call does"
         if weight is not seen and (other := self._other_owner(weight)):
             return f"was tied to {other}, which is sparsified too"
         for module, attribute in self.target.sites[1:]:

@@ -1,9 +1,9 @@
 """Warns where masks are used on other weights than those they were selected on.
 
 A script that builds its optimizer before it loads the weights selects masks on random weights, and nothing fails. So a
-selected mask carries a few entries of its weight that it does not train. They are compared with the model's when values
-are attached and at the first step. Rounding (a cast, quantisation to 4 bits) moves the median entry by a seventh at
-most. Entries of unrelated weights differ by more than their own size.
+selected mask carries a few entries of its weight that it does not train. They are compared with the model's at the
+first step, since a script may load the weights at any time before it. Rounding (a cast, quantisation to 4 bits) moves
+the median entry by a seventh at most. Entries of unrelated weights differ by more than their own size.
 """
 
 import logging
@@ -31,7 +31,7 @@ _TOLERANCE = 0.25
 _FEWEST = 8
 
 
-# Masks to compare at the first step, as they were attached.
+# Masks as they were attached.
 _waiting: WeakKeyDictionary[SparseWeight, Mask] = WeakKeyDictionary()
 
 
@@ -52,15 +52,13 @@ def note_weights(masks: Masks, targets: Mapping[str, Target]) -> None:
             mask.selected_on = weight.gather(places).to("cpu", torch.float32)
 
 
-def compare_weights(weights: Iterable[SparseWeight]) -> None:
-    """Warn if newly attached masks were selected on other weights; if not, compare again at the first step."""
-    weights = [weight for weight in weights if weight.mask.selected_on is not None]
-    if not _warn_of_others({weight: weight.mask for weight in weights}):
-        _waiting.update({weight: weight.mask for weight in weights})
+def note_masks(weights: Iterable[SparseWeight]) -> None:
+    """Note newly attached masks, for the comparison at the first step."""
+    _waiting.update({weight: weight.mask for weight in weights if weight.mask.selected_on is not None})
 
 
 def compare_at_first_step(optimizer: Optimizer) -> None:
-    """Warn once if weights were loaded between `sparsify` and the first step of an optimizer."""
+    """Warn once if masks that an optimizer trains were selected on other weights; called after each step."""
     if not _waiting or optimizer in _stepped:
         return
     _stepped.add(optimizer)
@@ -68,7 +66,7 @@ def compare_at_first_step(optimizer: Optimizer) -> None:
     _warn_of_others({weight: _waiting.pop(weight) for weight in weights if weight is not None and weight in _waiting})
 
 
-def _warn_of_others(masks: Mapping[SparseWeight, Mask]) -> bool:
+def _warn_of_others(masks: Mapping[SparseWeight, Mask]) -> None:
     others = [weight.name for weight, mask in masks.items() if _is_other(weight, mask)]
     if others:
         logger.warning(
@@ -78,7 +76,6 @@ def _warn_of_others(masks: Mapping[SparseWeight, Mask]) -> bool:
             len(masks),
             others[0],
         )
-    return bool(others)
 
 
 @torch.no_grad()

@@ -80,13 +80,16 @@ def load_entries(
     """Load state dict pre-hook: set the layer's trained entries and leave in `state` what torch can load."""
     weight, name = frozen_weight(module), f"{prefix}weight"
     indices, values = (state.pop(f"{prefix}trained_{part}", None) for part in ("indices", "values"))
-    saved = None if indices is None else Mask(indices, weight.shape)
     quantised = module._parameters["weight"]
-    if name in state and state[name].shape == (1, *quantised.shape):
-        if saved is None:
-            errors.append(f"{name} was saved with trained entries, but {prefix}trained_indices is not in the state.")
-            return
-        _unseal(state, prefix)
+    try:
+        saved = None if indices is None else _checked_mask(indices, values, weight.shape)
+        if name in state and state[name].shape == (1, *quantised.shape):
+            _check_sealed(weight, state, prefix, saved)
+            _unseal(state, prefix)
+    except (AttributeError, TypeError, ValueError) as error:
+        # bitsandbytes' functions say by any of these that the packed quantisation state is damaged.
+        errors.append(f"The trained entries of {name} cannot be loaded: {error}")
+        return
     stored = state.get(name)
     if (scales := _scales_beside(module, weight, state, prefix)) is not None:
         weight.place_scales()
@@ -101,6 +104,36 @@ def load_entries(
         weight.put(saved, values)
     elif stored is not None and stored.is_floating_point() and _read_merged(module, weight, stored):
         state[name] = quantised
+
+
+def _checked_mask(indices: Tensor, values: Tensor, shape: torch.Size) -> Mask:
+    """Return the mask of saved entries.
+
+    Raises:
+        TypeError: the positions are no tensor of integers.
+        ValueError: they are outside a weight of this shape, not increasing, or not one for each value.
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.is_meta:
+        raise ValueError("trained_values is missing or no tensor of floating-point numbers.")
+    if values.shape != getattr(indices, "shape", None) or indices.is_meta:
+        raise ValueError(f"trained_values has shape {tuple(values.shape)}, and there is not one position for each.")
+    mask = Mask(indices, shape)
+    if not torch.equal(mask.indices.long(), indices.long()):
+        raise ValueError("trained_indices does not increase, so that values would get to other positions.")
+    return mask
+
+
+def _check_sealed(weight: QuantizedWeight, state: dict, prefix: str, saved: Mask | None) -> None:
+    """Refuse a sealed weight without what was saved beside it.
+
+    Raises:
+        ValueError: the trained entries are not in the state, or the scales of an int8 weight.
+    """
+    needed = {"trained_indices": saved is not None}
+    if isinstance(weight, Int8Weight):
+        needed["sealed_SCB"] = isinstance(state.get(f"{prefix}sealed_SCB"), Tensor)
+    if missing := [key for key, there in needed.items() if not there]:
+        raise ValueError(f"it was saved with trained entries, but {prefix}{missing[0]} is not in the state.")
 
 
 def _scales_beside(module: nn.Module, weight: QuantizedWeight, state: dict, prefix: str) -> Tensor | None:
@@ -159,10 +192,13 @@ def _differences(module: nn.Module, state: dict, name: str) -> list[str]:
     """
     own = _quantisation(module)
     found = {key: state.pop(f"{name}.{key}", None) for key in own}
+    if missing := [key for key, part in found.items() if not isinstance(part, Tensor) or part.is_meta]:
+        # A state without any of them has the stored numbers alone, as other tools write it.
+        return [] if len(missing) == len(own) else [f"{name} was saved without its {missing[0]}; save it again."]
     return [
         f"{name} was quantised otherwise than this model's: its {key} differs; load it into the base it was saved with."
         for key, part in found.items()
-        if part is not None and not torch.equal(part.to(own[key].device), own[key])
+        if not torch.equal(part.to(own[key].device), own[key])
     ]
 
 

@@ -79,13 +79,21 @@ class SparseWeight(CompactEntries):
         """The masked weight as the model holds it, or None if it is gone."""
         return self.place.weight
 
+    @property
+    def seen(self) -> nn.Parameter | None:
+        """The masked weight at the last look, or None if it is gone."""
+        return self._seen[0]() if self._seen else None
+
     def _change(self) -> str | None:
         """Return what happened to the weight since `sparsify` if it can no longer be trained, else None."""
-        if change := self.place.change(self._seen[0]()):
+        if change := self.place.change(self.seen):
             return change
         if not self.holds_entries and not self._is_attached():
             return "was quantised anew, its trained entries with it,"
-        return None if self._parameters["values"] is self._linked[0] else "has values that were replaced"
+        return None if self._has_its_values() else "has values that were replaced, as in functional_call and export"
+
+    def _has_its_values(self) -> bool:
+        return self._parameters["values"] is self._linked[0]
 
     def synchronize(self) -> None:
         """Make weight and values equal: write the values if they changed, else read the entries if the weight changed.
@@ -195,6 +203,8 @@ class SparseWeight(CompactEntries):
         """Synchronize if weight or values changed; costs next to nothing if not."""
         self._follow_sharding()
         shards = self.place.shards
+        if not self._has_its_values():
+            self.check()
         if version(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
             if not self._was_merged():
                 self.synchronize()
@@ -219,9 +229,8 @@ class SparseWeight(CompactEntries):
                 self.base.overlays[-1:] = [(self.placed_mask(), self.values)]
 
     def _weight_is_as_seen(self) -> bool:
-        place, (seen, weight_seen, _) = self.place, self._seen
-        weight = place.weight
-        return weight is seen() and place.version(weight) == weight_seen
+        place, weight = self.place, self.place.weight
+        return weight is not None and weight is self.seen and place.version(weight) == self._seen[1]
 
     def _was_merged(self) -> bool:
         """Return whether a quantised weight was replaced by one that contains the trained entries, as merging does.
