@@ -2,8 +2,8 @@
 
     python docs/figures.py
 
-Writes `cost_llama3-8b.png`, `quality_smollm2.png`, `forgetting_smollm2.png` and `concentration.png` into `docs`. The
-numbers' conditions stand in the data files; `recipes/mask_profile.json` tells where a mask lies.
+Writes `cost_llama3-8b.png`, `quality_smollm2.png`, `forgetting_smollm2.png`, `concentration.png` and `reach.png` into
+`docs`. The numbers' conditions stand in the data files; `recipes/mask_profile.json` tells where a mask lies.
 """
 
 import json
@@ -159,6 +159,33 @@ def draw_concentration() -> Figure:
     return figure
 
 
+def draw_reach() -> Figure:
+    """Draw the GPU memory that models of a size need, ours and others', and the sizes of common GPUs."""
+    data = read("reach.json")
+    figure = Figure(figsize=(8.5, 5.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), colour in zip(data["others"].items(), ("#E69F00", "#CC79A7"), strict=True):
+        axes.plot(*zip(*points, strict=True), "--", color=colour, marker="v", markersize=5, label=f"{name} (Unsloth)")
+    modes = [key for key in data["ours"][0] if key not in ("model", "billions")]
+    for mode, colour in zip(modes, ("#56B4E9", "#009E73", "#0072B2", "#000000"), strict=True):
+        places = [row["billions"] for row in data["ours"]]
+        axes.plot(places, [row[mode] for row in data["ours"]], color=colour, marker="o", label=f"ours, {mode}")
+        for point in (point for point in data["measured"] if point["mode"] == mode):
+            axes.scatter(point["billions"], point["gb"], s=110, marker="*", color=colour, zorder=3)
+    for size in (6, 12, 24, 48, 80):
+        axes.axhline(size, color="#BBBBBB", linewidth=1, linestyle=(0, (1, 3)))
+        axes.text(1.005, size, f"{size} GB", transform=axes.get_yaxis_transform(), va="center", color="#555555")
+    axes.set(xscale="log", yscale="log", xlabel="billions of parameters", ylabel="GB of GPU memory")
+    axes.set_xticks([2.6, 8, 14, 32, 70], ["2.6", "8", "14", "32", "70"])
+    axes.set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(data["title"])
+    figure.supxlabel("Counted for 2 x 2048 tokens; stars are measured.", fontsize=9, color="#555555")
+    return figure
+
+
 def main(folder: Path = DOCS) -> None:
     """Draw all pictures into a folder."""
     pictures = {
@@ -166,6 +193,7 @@ def main(folder: Path = DOCS) -> None:
         "quality_smollm2.png": draw_quality,
         "forgetting_smollm2.png": draw_forgetting,
         "concentration.png": draw_concentration,
+        "reach.png": draw_reach,
     }
     for name, draw in pictures.items():
         figure = draw()

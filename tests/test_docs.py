@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_model, token_batch
 
 import speft_optim
+from recipes import command_line, memory, presets
 from speft_optim import SparseAdamW, save_adapter, select_masks, sparsify
 from speft_optim.salience.measures import MEASURES
 
@@ -256,6 +257,15 @@ def test_numbers_of_the_pictures_stand_in_the_tables():
         assert f"{mean(point['losses']):.4f}" in text, point
 
 
+def test_the_picture_of_gpu_memory_shows_the_estimate():
+    for row in json.loads((ROOT / "docs" / "data" / "reach.json").read_text())["ours"]:
+        for mode in (key for key in row if key not in ("model", "billions")):
+            words = ["--preset", row["model"], "--no-moving", "--batch-size=2", "--max-length=2048"]
+            words += ["--base-bits", "16" if "bf16" in mode else "4", "--offload" if "host" in mode else "--no-offload"]
+            needed = memory.peak_bytes(presets.expected_memory(command_line.parse(words))) + memory.OVERHEAD_BYTES
+            assert row[mode] == round(needed / 1e9, 1), (row, mode)
+
+
 def test_every_picture_is_drawn_and_shown(tmp_path):
     spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
     figures = importlib.util.module_from_spec(spec)
@@ -263,6 +273,6 @@ def test_every_picture_is_drawn_and_shown(tmp_path):
     figures.main(tmp_path)
     drawn = {picture.name for picture in tmp_path.iterdir()}
     kept = {picture.name for picture in (ROOT / "docs").glob("*.png")}
-    assert drawn <= kept and len(drawn) == 4
+    assert drawn <= kept and len(drawn) == 5
     text = "".join(page.read_text() for page in PAGES)
     assert all(name in text for name in kept)
