@@ -957,6 +957,34 @@ def saved_by_the_first_process_and_loaded_by_one(rank):
     dist.barrier()
 
 
+def a_full_state_of_moving_masks_is_resumed(rank):
+    """torch takes a full state only if all of its tensors are on one device."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    def begin():
+        model, _, optimizer, _ = start()
+        MaskSchedule(model, optimizer, window=2, interval=2)
+        return model, optimizer
+
+    model, optimizer = begin()
+    # It ends within a window, where the state has sums of gradients.
+    train(rank, model, optimizer, steps=3)
+    get = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_model_state_dict(model, options=get), get_optimizer_state_dict(model, optimizer, options=get)
+    other, resumed = begin()
+    put = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, weights, options=put)
+    set_optimizer_state_dict(other, resumed, state, options=put)
+    assert resumed.schedule.history == optimizer.schedule.history
+    assert equal_states(whole(other), whole(model)) and masks_of(other) == masks_of(model)
+
+
 def adapters_loaded_on_a_sharded_model(rank):
     model, values, optimizer, reference = start()
     train(rank, model, optimizer, steps=1)
@@ -1088,6 +1116,7 @@ SCENARIOS = [
     divisions_that_are_refused,
     saved_by_the_first_process_and_loaded_by_one,
     adapters_loaded_on_a_sharded_model,
+    a_full_state_of_moving_masks_is_resumed,
     masks_that_move_with_the_training,
     checkpoints_resumed_by_two_processes_and_by_one,
 ]

@@ -144,6 +144,9 @@ class SavedOptimizer(Optimizer):
         )
         if self.schedule is not None:
             saved.update({**self.schedule.state_dict(), **self.schedule.state_of(weight)})
+            if weight.place.shards is not None:
+                # torch distributes the full state of a sharded model only if all of it is on one device.
+                saved.update({key: part.to(device) for key, part in saved.items() if key.startswith("schedule_")})
         if "previously_trained" in own_keys(weight, self.schedule):
             saved["previously_trained"] = positions_to_bits(weight.previously_trained, mask.shape.numel(), device)
             nothing = parameter.new_empty(0)
