@@ -10,7 +10,15 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Reference, assert_close, equal_states, masks_of, tiny_model, token_batch
+from conftest import (
+    Reference,
+    assert_close,
+    equal_states,
+    masks_of,
+    skip_unless_nodes_compile,
+    tiny_model,
+    token_batch,
+)
 from processes import FOLDER, failures_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
@@ -1103,6 +1111,8 @@ def failures(folder):
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_processes(failures, scenario):
+    if scenario == compiled_blocks.__name__:
+        skip_unless_nodes_compile()
     for rank, failed in enumerate(failures):
         assert scenario not in failed, f"rank {rank}: {failed[scenario]}"
 
