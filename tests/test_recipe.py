@@ -698,14 +698,14 @@ def test_job_on_a_quantised_base(bits, folders, tmp_path):
     record = gsm8k.main(command(folders, "wide", out, *more))
     assert record["arguments"]["base_bits"] == bits
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
-    dense = AutoModelForCausalLM.from_pretrained(folders / "wide")
+    dense = AutoModelForCausalLM.from_pretrained(folders / "wide", dtype="auto")
     count = sum(parameter.numel() for parameter in dense.parameters())
     held = record["optimizer_bytes"]
     assert held["adamw"] == 8 * count
     assert held["held"] < 9 * record["mask"]["count"]  # values in 4 bytes, moments in 2, positions in 2 and pointers
 
     # An ordinary bf16 checkpoint, which is the model that was trained.
-    tuned = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    tuned = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype="auto")
     assert not hasattr(tuned.config, "quantization_config") and tuned.dtype is torch.bfloat16
     assert weights_of(tuned).keys() == weights_of(dense).keys()
     held_out = data.tokenize(
