@@ -87,13 +87,8 @@ def score(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder, None if adapter is None else Path(adapter), dtype, device)
     settings = {
-        "checkpoint": str(checkpoint),
-        "checkpoint_sha256": hash_files(sorted(folder.glob("*.safetensors"))),
-        "adapter": None if adapter is None else str(adapter),
-        "adapter_sha256": None if adapter is None else hash_files([Path(adapter)]),
+        **identity(checkpoint, folder, adapter, data),
         "asked": list(loaded),
-        "data": None if data is None else str(data),
-        "data_sha256": None if data is None else hash_files(sorted(Path(data).glob("*.jsonl"))),
         "limit": limit,
         "batch_size": batch_size,
         "fewshot": fewshot,
@@ -103,12 +98,8 @@ def score(
         "max_gen_tokens": max_gen_tokens,
         **environment(model),
     }
-    record = earlier_record(out, settings) or {
-        **settings,
-        "tasks": {},
-        "unfinished": list(loaded),
-        "seconds": 0.0,
-    }
+    unbegun = {"tasks": {}, "unfinished": list(loaded), "seconds": 0.0}
+    record = earlier_record(out, settings) or settings | unbegun
     language_model = as_language_model(model, tokenizer, batch_size)
     finish(record, language_model, loaded, None if out is None else Path(out))
     return record
@@ -143,6 +134,18 @@ def earlier_record(out: str | None, settings: dict) -> dict | None:
         return None  # another file, which is replaced when the first task ends
     same = isinstance(record, dict) and settings.items() <= record.items()
     return record if same and record.get("unfinished") else None
+
+
+def identity(checkpoint: str, folder: Path, adapter: str | None, data: str | None) -> dict:
+    """Return the files that a score depends on, as they were named and by hash."""
+    return {
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": hash_files(sorted(folder.glob("*.safetensors"))),
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_sha256": None if adapter is None else hash_files([Path(adapter)]),
+        "data": None if data is None else str(data),
+        "data_sha256": None if data is None else hash_files(sorted(Path(data).glob("*.jsonl"))),
+    }
 
 
 def environment(model: torch.nn.Module) -> dict:

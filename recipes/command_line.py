@@ -16,6 +16,11 @@ from recipes.presets import PAPER, PRESETS, preset_table
 DESCRIPTION = "Sparse fine-tuning on grade-school word problems, from a pretrained model to a scored checkpoint."
 # These options say how many values are trained, each in its own way.
 BUDGETS = ("density", "budget", "budget_rank")
+# These options are whole numbers of at least 1.
+AT_LEAST_ONE = (
+    "budget budget_rank steps train_limit held_out max_length calibration_samples batch_size interval window "
+    "accumulation checkpoint_every score_limit score_batch_size length_pool pad_multiple"
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -129,21 +134,32 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options that would otherwise fail minutes later."""
     if args.model is None or args.data is None:
         parser.error("give --model and --data, or a --preset")
+    check_numbers(parser, args)
+    check_method(parser, args)
+    check_moving(parser, args)
+    check_memory(parser, args)
+    check_graphs(parser, args)
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse numbers that are out of range, and more than one number of trained entries."""
     if sum(getattr(args, name) is not None for name in BUDGETS) > 1:
         parser.error("give one of --density, --budget and --budget-rank, not both or all three")
     if args.density is not None and not 0 < args.density <= 1:
         parser.error(f"--density is {args.density}; it is a share of the target weights, above 0 and at most 1")
-    at_least_one = "budget budget_rank steps train_limit held_out max_length calibration_samples batch_size"
-    at_least_one += (
-        " interval window accumulation checkpoint_every score_limit score_batch_size length_pool pad_multiple"
-    )
-    for name in at_least_one.split():
+    for name in AT_LEAST_ONE.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name in ("lr", "epochs", "clip", "train_minutes"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             flag = name.replace("_", "-")
             parser.error(f"--{flag} is {getattr(args, name)}; it must be above 0 and finite")
+    if not 0 <= args.warmup <= 1:
+        parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
+
+
+def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what does not go with the method, or with the number of processes."""
     if args.method == "full" and args.base_bits != 16:
         parser.error(
             f"--base-bits {args.base_bits} freezes the weights, and --method full trains them; leave out one of the two"
@@ -154,12 +170,20 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(str(error))
     if args.method in baselines.ADAPTERS:
         check_adapter(parser, args)
+
+
+def check_moving(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what does not go with masks that move, or that stay."""
     if args.moving and (args.method != "sparse" or args.scope == "local"):
         parser.error("--moving is for --method sparse in --scope global")
     if args.moving and args.salience not in moving.MEASURES:
         parser.error(f"--salience {args.salience} cannot move a mask; {' and '.join(moving.MEASURES)} can")
     if not args.moving and (args.interval or args.window):
         parser.error("--interval and --window are for masks that move; leave out what keeps this one where it is")
+
+
+def check_memory(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what does not go with a quantised base, with `--offload`, or with counting memory beforehand."""
     if args.base_bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
         parser.error(f"--base-bits {args.base_bits} needs bitsandbytes, which is missing; pip install bitsandbytes")
     for flag in ("dry_run", "gpu_gb"):
@@ -170,12 +194,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(refusal)
     if not args.offload and (args.resident_blocks or args.resident_head):
         parser.error("--resident-blocks and --resident-head are for --offload; give that too, or leave them out")
+
+
+def check_graphs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse `--cuda-graphs` where passes cannot be replayed."""
     if args.cuda_graphs and not torch.cuda.is_available():
         parser.error("--cuda-graphs needs a CUDA device, and there is none")
     if args.cuda_graphs and args.checkpointing:
         parser.error("--checkpointing reads the random state, which --cuda-graphs cannot replay; leave one of both out")
-    if not 0 <= args.warmup <= 1:
-        parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
 
 
 def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from recipes import processes
@@ -26,7 +26,8 @@ from recipes.data import Sample, sample_windows
 from recipes.passes import Passes, ReplayedPasses
 from recipes.random_state import random_state, restore_random_state
 from recipes.training_state import History, load_checkpoint, newest_checkpoint, save_checkpoint
-from recipes.windows import Window, prepare
+from recipes.updates import Updates, accumulate
+from recipes.windows import prepare
 
 # Losses are read from the device every so many steps.
 READ_EVERY = 10
@@ -101,83 +102,62 @@ def train(
     _check(
         samples, steps, batch_size, accumulation, warmup, schedule, clip, checkpoint_every, checkpoint_folder, resume
     )
-    # The optimizer tells what is trained, since masked weights may require gradients for a time too.
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if not trained:
-        raise ValueError("nothing in the model requires a gradient; attach a mask with sparsify, or unfreeze weights")
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    history, start = History(), 0
-    if resume and (checkpoint := newest_checkpoint(checkpoint_folder)) is not None:
-        history, start = load_checkpoint(checkpoint, model, optimizer)
-        if start > steps:
-            raise ValueError(
-                f"the checkpoint {checkpoint} is at step {start}, beyond the {steps} asked for; raise the steps"
-            )
-    model.train()
+    passes = Passes(model, autocast)
     if graphs:
         passes = ReplayedPasses(model, autocast, getattr(optimizer, "schedule", None))
-    else:
-        passes = Passes(model, autocast)
+    updates = Updates(optimizer, passes, clip)
+    start = _resume(checkpoint_folder, model, updates, steps) if resume else 0
+    history = updates.history
+    model.train()
     windows = (
         prepare(window, batch_size, pad_id=pad_id, device=passes.device, multiple=pad_multiple)
         for window in sample_windows(samples, batch_size * accumulation, seed=seed, start=start, pool=pool)
     )
     with passes.on_stream():
-        window, unread = next(windows) if start < steps else None, []
-        bar = tqdm(
-            range(start, steps),
-            desc="train",
-            initial=start,
-            total=steps,
-            disable=None if processes.is_first() else True,
-        )
-        for step in bar:
+        window = next(windows) if start < steps else None
+        for step in (bar := _bar(start, steps)):
             begin = time.perf_counter()
-            factor = rate_factor(step, steps, warmup=warmup, schedule=schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            unread.append(_accumulate(passes, window, history))
-            processes.add_gradients(trained)
-            norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip) if window.labels else math.nan
-            labels, tokens = window.labels, window.tokens
-            if step + 1 < steps:
-                window = next(windows)  # a GPU still computes the gradients meanwhile
-            # This is the only number in a step that the CPU waits for.
-            norm = float(norm)
-            if math.isfinite(norm):
-                optimizer.step()
-                passes.after_step()
-            else:
-                _skip(history, step, f"a gradient of norm {norm}" if labels else "no label in its window")
-            optimizer.zero_grad(set_to_none=not passes.keeps_gradients)
-            history.grad_norm.append(norm)
-            history.lr.append(optimizer.param_groups[0]["initial_lr"] * factor)
-            history.tokens.append(tokens)
-            kept = checkpoint_folder is not None and step + 1 == steps
-            kept = kept or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0)
-            told = (step + 1) % max(1, steps // 10) == 0
-            if kept or told or step + 1 == steps or (step + 1) % READ_EVERY == 0:
-                _read(unread, history, bar)
+            updates.set_rates(rate_factor(step, steps, warmup=warmup, schedule=schedule))
+            norm = updates.backward(window)
+            # A GPU still computes the gradients while the next window is prepared.
+            present, window = window, next(windows) if step + 1 < steps else None
+            updates.step(step, norm, present)
+            is_last, tells = step + 1 == steps, (step + 1) % max(1, steps // 10) == 0
+            is_due = is_last or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0)
+            keeps = checkpoint_folder is not None and is_due
+            if keeps or tells or is_last or (step + 1) % READ_EVERY == 0:
+                updates.read_losses()
+                bar.set_postfix(loss=f"{history.loss[-1]:.4f}", norm=f"{history.grad_norm[-1]:.2f}")
             history.step_seconds.append(time.perf_counter() - begin)
-            if bar.disable and told:  # a log file gets ten lines instead of a bar
-                print(
-                    f"step {step + 1}/{steps}  loss {history.loss[-1]:.4f}  {history.tokens_per_second:.0f} tokens/s",
-                    flush=True,
-                )
-            if kept and processes.is_first():
+            if bar.disable and tells:  # a log file gets ten lines instead of a bar
+                _print_progress(step + 1, steps, history)
+            if keeps and processes.is_first():
                 _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
     return history
 
 
-def _read(unread: list[Tensor], history: History, bar: tqdm) -> None:
-    """Read the losses of the last steps from the device."""
-    if unread:
-        losses = torch.stack(unread)
-        processes.add([losses])
-        history.loss += losses.tolist()
-        unread.clear()
-        bar.set_postfix(loss=f"{history.loss[-1]:.4f}", norm=f"{history.grad_norm[-1]:.2f}")
+def _resume(folder: str | Path, model: nn.Module, updates: Updates, steps: int) -> int:
+    """Load the newest state in the folder, if there is one, and return how many steps were taken before it."""
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        return 0
+    updates.history, start = load_checkpoint(checkpoint, model, updates.optimizer)
+    if start > steps:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is at step {start}, beyond the {steps} asked for; raise the steps"
+        )
+    return start
+
+
+def _bar(start: int, steps: int) -> tqdm:
+    """Return the steps to take, under a progress bar where the first process has a terminal."""
+    disable = None if processes.is_first() else True
+    return tqdm(range(start, steps), desc="train", initial=start, total=steps, disable=disable)
+
+
+def _print_progress(step: int, steps: int, history: History) -> None:
+    speed = f"{history.tokens_per_second:.0f} tokens/s"
+    print(f"step {step}/{steps}  loss {history.loss[-1]:.4f}  {speed}", flush=True)
 
 
 def _keep_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, step: int):
@@ -223,7 +203,7 @@ def seconds_per_step(
     for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed, pool=pool), 3):
         begin = time.perf_counter()
         window = prepare(window, batch_size, pad_id=pad_id, device=device, multiple=pad_multiple)
-        _accumulate(Passes(model, autocast), window, History())
+        accumulate(Passes(model, autocast), window, History())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
@@ -251,24 +231,3 @@ def _check(samples, steps, batch_size, accumulation, warmup, schedule, clip, eve
         raise ValueError(f"clip is {clip}; it must be above 0, or None for no clipping")
     if (every is not None or resume) and folder is None:
         raise ValueError("checkpoints were asked for without a folder; pass checkpoint_folder")
-
-
-def _accumulate(passes: Passes, window: Window, history: History) -> Tensor:
-    """Run backward for all micro-batches of a window; return its mean loss per label token, NaN without labels.
-
-    Of several processes each returns its share of the mean.
-    """
-    if window.bare:
-        if not history.skipped_batches:
-            warnings.warn("a batch has no label at all and is skipped; later ones are counted silently", stacklevel=3)
-        history.skipped_batches += window.bare
-    mean = torch.full((), 0.0 if window.labels else math.nan, dtype=torch.float64, device=passes.device)
-    for batch in window.batches:
-        mean += passes.backward(batch, window.labels).double() / window.labels
-    return mean
-
-
-def _skip(history: History, step: int, reason: str) -> None:
-    history.skipped_steps += 1
-    if history.skipped_steps == 1:
-        warnings.warn(f"step {step + 1} is skipped because of {reason}; later ones are counted silently", stacklevel=3)

@@ -17,6 +17,7 @@ from conftest import (
     fine_tune,
     masks_of,
     random_masks,
+    skip_unless_nodes_compile,
     tiny_model,
     token_batch,
     train,
@@ -272,6 +273,8 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_the_file_of_a_wrapped_model_is_that_of_the_model(kind, path, process_group):
+    if kind.startswith("compiled"):
+        skip_unless_nodes_compile()
     model = tiny_model()
     model.config._name_or_path = "org/model"
     values = sparsify(model, random_masks(model))

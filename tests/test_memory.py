@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import assert_close, random_masks, tiny_model, token_batch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -165,6 +166,29 @@ def test_estimate_counts_weights_and_entries_to_the_byte(family, precision, stat
         assert moments["first block"][part] == held[part], part
 
 
+class MasksOfAttention(TorchFunctionMode):
+    """Notes the mask of each call of torch's attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.masks.append((kwargs or {}).get("attn_mask"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def attends_without_masks(family):
+    """Skip where transformers forms masks, and with them repeats keys and values, for texts that are all as long."""
+    model = random_models.build(family, "bf16", CPU).train()
+    with MasksOfAttention() as seen:
+        model(torch.randint(0, 128, (4, 16)))
+    if any(mask is not None for mask in seen.masks):
+        pytest.skip(f"transformers {transformers.__version__} forms masks of attention where no text is padded")
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operations make, while they live, and the most there were at once."""
 
@@ -212,7 +236,7 @@ def test_estimate_counts_what_offload_holds_to_the_byte(family, precision, resid
 
 
 @every_family
-def test_estimate_of_activations_with_offload_is_near_what_lives(family):
+def test_estimate_of_activations_with_offload_is_near_what_lives(family, attends_without_masks):
     model = random_models.build(family, "bf16", CPU, in_host_memory=True).train()
     # A panel of the sampled gradient would be larger than this model.
     sparsify(model, random_masks(model, ["layers.0.self_attn.k_proj"], density=1 / 64), offload="cpu", verify=False)
@@ -237,7 +261,7 @@ def test_estimate_of_activations_with_offload_is_near_what_lives(family):
 
 @every_family
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_estimate_of_activations_is_near_what_lives(family, checkpointing):
+def test_estimate_of_activations_is_near_what_lives(family, attends_without_masks, checkpointing):
     model = random_models.build(family, "bf16", torch.device("cpu")).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

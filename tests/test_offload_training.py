@@ -445,6 +445,9 @@ def test_models_of_other_shapes_train_as_resident_ones(make, targets):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_model_that_is_compiled_later_computes_eagerly(in_place):
     resident, host = attach(), offloaded()
+    for model in (resident.model, host.model):
+        # While a compiler traces the outermost call, some versions of transformers choose another kernel of sdpa.
+        model.set_attn_implementation("eager")
     compiled = host.model if in_place else torch.compile(host.model, backend="eager")
     if in_place:
         compiled.compile(backend="eager")

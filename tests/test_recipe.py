@@ -698,14 +698,14 @@ def test_job_on_a_quantised_base(bits, folders, tmp_path):
     record = gsm8k.main(command(folders, "wide", out, *more))
     assert record["arguments"]["base_bits"] == bits
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
-    dense = AutoModelForCausalLM.from_pretrained(folders / "wide")
+    dense = AutoModelForCausalLM.from_pretrained(folders / "wide", dtype="auto")
     count = sum(parameter.numel() for parameter in dense.parameters())
     held = record["optimizer_bytes"]
     assert held["adamw"] == 8 * count
     assert held["held"] < 9 * record["mask"]["count"]  # values in 4 bytes, moments in 2, positions in 2 and pointers
 
     # An ordinary bf16 checkpoint, which is the model that was trained.
-    tuned = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    tuned = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype="auto")
     assert not hasattr(tuned.config, "quantization_config") and tuned.dtype is torch.bfloat16
     assert weights_of(tuned).keys() == weights_of(dense).keys()
     held_out = data.tokenize(
@@ -1041,7 +1041,7 @@ def test_a_failed_ending_is_repeated_without_training(
         gsm8k.main(command(folders, "qwen2", out, *more))
     record = json.loads((out / "run.json").read_text())
     assert set(written) <= record["seconds"].keys() and record["history"]["loss"] == expected[0]["history"]["loss"]
-    monkeypatch.setattr(loop, "_accumulate", no_training)
+    monkeypatch.setattr(loop.Updates, "backward", no_training)
     monkeypatch.setattr(trainable, "select_masks", no_training)
     gsm8k.main(command(folders, "qwen2", out, *more, *again))
     assert results(out) == expected
@@ -1077,7 +1077,7 @@ def test_a_score_that_fails_after_training_is_repeated_alone(folders, tmp_path, 
     with pytest.raises(OSError, match="no space"):
         gsm8k.main(words)
     assert (tmp_path / "checkpoint" / "config.json").is_file() and (tmp_path / "report.png").is_file()
-    monkeypatch.setattr(loop, "_accumulate", no_training)
+    monkeypatch.setattr(loop.Updates, "backward", no_training)
     record = gsm8k.main(words)
     assert asked == ["scores_before.json", "scores_after.json", "scores_after.json"]
     entries = {when: scores["demo"]["scores"]["exact_match"] for when, scores in record["scores"].items()}
@@ -1139,7 +1139,7 @@ def test_a_run_killed_in_its_ending_ends_as_if_it_had_not_been(
     expected, more = uninterrupted["sparse"]
     arguments = command(folders, "qwen2", tmp_path / "run", *more)
     assert run_apart(killed_in_its_ending, module, name, when, arguments) == [-signal.SIGKILL]
-    monkeypatch.setattr(loop, "_accumulate", no_training)
+    monkeypatch.setattr(loop.Updates, "backward", no_training)
     gsm8k.main(arguments)
     assert results(tmp_path / "run") == expected
     assert not list((tmp_path / "run").glob(".*"))

@@ -13,6 +13,7 @@ from conftest import (
     masks_of,
     random_masks,
     run_apart,
+    skip_unless_nodes_compile,
     tiny_model,
     token_batch,
     train,
@@ -260,6 +261,7 @@ def test_a_loop_may_hold_its_losses(how, scope):
         if how == "checkpointed":
             model.train().gradient_checkpointing_enable({"use_reentrant": False})
         if how == "compiled":
+            skip_unless_nodes_compile()
             # Beyond its limit of compilations, to which other tests add, a part of the model runs eagerly.
             torch._dynamo.reset()
         run = torch.compile(model, backend="eager") if how == "compiled" else model

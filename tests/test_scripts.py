@@ -23,6 +23,7 @@ from conftest import (
     random_masks,
     run_apart,
     skip_before,
+    skip_unless_nodes_compile,
     tiny_model,
     token_batch,
     train,
@@ -699,6 +700,7 @@ def test_copies_of_a_model_train_on_their_own(how):
 )
 def test_a_compiled_model_equals_eager_with_every_hook_in_whichever_order(kind, order):
     """Qwen2 has masks on all its weights, the tied embeddings among them."""
+    skip_unless_nodes_compile()
     torch._dynamo.reset()
     model = tiny_model(kind)
     compiled = torch.compile(model, backend="aot_eager")
@@ -736,6 +738,7 @@ def test_a_compiled_model_is_one_graph(kind):
 
 @pytest.mark.slow
 def test_compiled_model_with_the_default_backend():
+    skip_unless_nodes_compile()
     model, _, values, optimizer, reference = attach_with_reference()
     torch._dynamo.reset()
     compiled = torch.compile(model)

@@ -18,6 +18,7 @@ from conftest import (
     equal_states,
     is_on_gpu,
     masks_of,
+    skip_unless_nodes_compile,
     tiny_model,
     token_batch,
 )
@@ -958,7 +959,7 @@ def saved_by_the_first_process_and_loaded_by_one(rank):
 
 
 def a_full_state_of_moving_masks_is_resumed(rank):
-    """torch takes a full state only if all of its tensors are on one device."""
+    """A full state is taken only if all of its tensors are on one device."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_model_state_dict,
@@ -1150,6 +1151,8 @@ def failures(folder):
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_processes(failures, scenario):
+    if scenario == compiled_blocks.__name__:
+        skip_unless_nodes_compile()
     assert_passed(failures, scenario)
 
 
@@ -1161,6 +1164,8 @@ def failures_on_gpus(tmp_path_factory):
 @on_two_gpus
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_gpus(failures_on_gpus, scenario):
+    if scenario == compiled_blocks.__name__:
+        skip_unless_nodes_compile()
     assert_passed(failures_on_gpus, scenario)
 
 

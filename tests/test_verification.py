@@ -10,7 +10,16 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, draw, random_masks, skip_before, some_entries, tiny_model, token_batch
+from conftest import (
+    assert_close,
+    draw,
+    random_masks,
+    skip_before,
+    skip_unless_nodes_compile,
+    some_entries,
+    tiny_model,
+    token_batch,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -946,6 +955,7 @@ def test_layers_compiled_in_place_are_scored_like_others(salience):
 
 @pytest.mark.parametrize("how", ["in place", "wrapped", "layers"])
 def test_a_compiled_model_gets_autograd_s_gradients(how):
+    skip_unless_nodes_compile()
     torch._dynamo.reset()
     model, name = tiny_model("qwen2", num_hidden_layers=1), "model.embed_tokens.weight"
     dense = copy.deepcopy(model)

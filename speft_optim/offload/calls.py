@@ -5,7 +5,6 @@ exception, KeyboardInterrupt included, which hooks do not.
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -97,6 +96,21 @@ def _covered(module: nn.Module, copies: dict[str, Tensor]) -> Iterator[None]:
                 module.__dict__[name] = tensor
 
 
+def _following_blocks(number: int, count: int, recorded: bool, goes_on: bool) -> Iterator[tuple[int, ...]]:
+    """Yield which blocks come after one, in their order: for its call in forward, then for each recomputation.
+
+    Args:
+        number: the block's number.
+        count: the number of blocks.
+        recorded: whether a backward follows, which begins with the last block.
+        goes_on: whether that backward goes on below the block; else block 0 of the next batch comes next.
+    """
+    upwards, downwards = range(count), range(count - 1, -1, -1)
+    yield (*upwards[number + 1 :], *(downwards if recorded else upwards))
+    while True:
+        yield (*(downwards[count - number :] if goes_on else ()), *upwards)
+
+
 def run_by_block(
     prefetcher: Prefetcher,
     device: torch.device,
@@ -124,13 +138,9 @@ def run_by_block(
                 # A block that another one calls is a part of that.
                 return present(*args, **kwargs)
             recorded = torch.is_grad_enabled()
-            upwards, downwards = range(count), range(count - 1, -1, -1)
-            # The first call is in forward, later ones are recomputations in backward, which begins with the last block.
-            in_forward = (*upwards[number + 1 :], *(downwards if recorded else upwards))
-            # If no input requires a gradient, backward ends here, and block 0 of the next batch comes next.
+            # If no input requires a gradient, backward ends here.
             goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
-            in_backward = (*(downwards[count - number :] if goes_on else ()), *upwards)
-            following = itertools.chain([in_forward], itertools.repeat(in_backward))
+            following = _following_blocks(number, count, recorded, goes_on)
 
             def work(_, *args, **kwargs):
                 with prefetcher.holding(number, next(following)), _without_checkpoints([block]):

@@ -6,19 +6,38 @@ from speft_optim.checks import check_share, check_whole, is_whole
 from speft_optim.salience.topk import BestEntries
 
 
-def candidate_bytes(sizes: Mapping[str, int], shares: Mapping[str, int] | None, total: int, score_bytes: int) -> int:
+def amount_kept(
+    sizes: dict[str, int], scope: str, density: float | None, budget: int | Mapping[str, int] | None
+) -> int | Mapping[str, int]:
+    """Return how many entries to keep: of each weight, by name, in local scope, and of all together in global scope.
+
+    Args:
+        sizes: entries of each weight.
+        scope: "local" or "global".
+        density: share of the entries to keep, or None.
+        budget: the number of entries to keep, in local scope also for each weight by name; or None.
+    """
+    # Products of numpy integers can overflow, those of Python integers cannot.
+    budget = int(budget) if is_whole(budget) else budget
+    density = None if density is None else float(density)
+    if scope == "local":
+        return share_out(sizes, density, budget)
+    return budget or round(density * sum(sizes.values()))
+
+
+def candidate_bytes(sizes: Mapping[str, int], amount: int | Mapping[str, int], score_bytes: int) -> int:
     """Return the most bytes that candidates for the masks take during selection.
 
     Args:
         sizes: entries of each weight.
-        shares: how many each keeps, in local scope: candidates are those of one weight, beside finished masks. None in
-            global scope: candidates of all weights are held together.
-        total: how many entries are kept in all.
+        amount: how many to keep of each weight, by name: candidates are those of one weight, beside finished masks. Or
+            how many of all weights together, whose candidates are then held together.
         score_bytes: bytes of a score.
     """
-    if shares is None:
-        return BestEntries.bytes(total, sum(sizes.values()), score_bytes)
-    return max(BestEntries.bytes(shares[name], size, score_bytes) for name, size in sizes.items()) + 4 * total
+    if not isinstance(amount, Mapping):
+        return BestEntries.bytes(amount, sum(sizes.values()), score_bytes)
+    largest = max(BestEntries.bytes(amount[name], size, score_bytes) for name, size in sizes.items())
+    return largest + 4 * sum(amount.values())
 
 
 def share_out(
@@ -44,18 +63,24 @@ def share_out(
     return shares
 
 
-def check_amount(density: float | None, budget: int | None, total: int) -> None:
+def check_amount(
+    density: float | None, budget: int | Mapping[str, int] | None, sizes: dict[str, int], scope: str
+) -> None:
     """Refuse a density or budget that is out of range, and both or neither.
 
     Args:
         density: share of the targeted entries, or None.
-        budget: number of entries, or None.
-        total: how many entries are targeted.
+        budget: number of entries, for each weight by name in local scope; or None.
+        sizes: entries of each targeted weight.
+        scope: "local" or "global".
 
     Raises:
         ValueError: not exactly one is given, or it is out of range.
         TypeError: it is not a number.
     """
+    if isinstance(budget, Mapping):
+        return _check_shares(budget, sizes, scope, density)
+    total = sum(sizes.values())
     if (density is None) == (budget is None):
         raise ValueError(f"Give exactly one of density and budget; got density={density}, budget={budget}.")
     if density is not None:
@@ -68,18 +93,8 @@ def check_amount(density: float | None, budget: int | None, total: int) -> None:
             )
 
 
-def check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, density: float | None) -> None:
-    """Refuse a budget for each weight that does not fit the targets or the other arguments.
-
-    Args:
-        budget: entries to keep of each weight, by name.
-        sizes: entries of each targeted weight.
-        scope: must be "local".
-        density: must be None.
-
-    Raises:
-        ValueError: a name is missing or not targeted, a number is out of range, or another argument excludes it.
-    """
+def _check_shares(budget: Mapping[str, int], sizes: dict[str, int], scope: str, density: float | None) -> None:
+    """Refuse a budget for each weight that does not fit the targets or the other arguments."""
     if scope != "local" or density is not None:
         raise ValueError(f"A budget for each weight needs scope='local' and density=None; got {scope!r} and {density}.")
     if budget.keys() != sizes.keys():

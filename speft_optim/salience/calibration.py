@@ -101,10 +101,7 @@ def stream_scores(
     """
     second_order = measure.differentiates_twice
     fill, entry_bytes = _FILLS.get(measure.statistic), measure.entry_bytes
-    # A chunk is long enough to keep a device busy. With a small budget its temporaries take a seventh of it.
-    chunk = max(1, min(2**22, memory_budget // 512))
-    # Accumulators get at least an eighth, since more passes do not shrink the candidates.
-    room = max(memory_budget - _CHUNK_ENTRY_BYTES * chunk - candidates, memory_budget // 8)
+    chunk, room = _divide(memory_budget, candidates)
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibrating(model))
         gradient_groups = []
@@ -134,6 +131,14 @@ def stream_scores(
         if measure.labels and not second_order:
             with together():
                 _check_differentiated(reader)
+
+
+def _divide(memory_budget: int, candidates: int) -> tuple[int, int]:
+    """Return the entries of a chunk of scores, and the bytes that the budget leaves for accumulators."""
+    # A chunk is long enough to keep a device busy. With a small budget its temporaries take a seventh of it.
+    chunk = max(1, min(2**22, memory_budget // 512))
+    # Accumulators get at least an eighth, since more passes do not shrink the candidates.
+    return chunk, max(memory_budget - _CHUNK_ENTRY_BYTES * chunk - candidates, memory_budget // 8)
 
 
 def _division(model: nn.Module, measure: Measure) -> tuple[int, Mapping[nn.Module, nn.Module] | None]:

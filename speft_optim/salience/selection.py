@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from speft_optim.checks import check_callable, check_choice, check_flag, check_whole, is_whole
+from speft_optim.checks import check_callable, check_choice, check_flag, check_whole
 from speft_optim.distributed import check_equal, largest, smallest, together
 from speft_optim.masks.collection import Masks
 from speft_optim.offload.engine import offloaded_to, streaming
-from speft_optim.salience.amounts import candidate_bytes, check_amount, check_shares, share_out
+from speft_optim.salience.amounts import amount_kept, candidate_bytes, check_amount
 from speft_optim.salience.batches import Batches, check_max_batches
 from speft_optim.salience.best_masks import best_masks
 from speft_optim.salience.calibration import default_memory_budget, stream_scores
@@ -102,33 +102,26 @@ def select_masks(
             check_callable("loss", loss, "(model, batch)")
             found = _prepare(model, measure, targets, offload, base, stack)
             sizes = {name: target.shape.numel() for name, target in found.items()}
-            if isinstance(budget, Mapping):
-                check_shares(budget, sizes, scope, density)
-            else:
-                check_amount(density, budget, sum(sizes.values()))
+            check_amount(density, budget, sizes, scope)
             if memory_budget is None:
                 memory_budget = default_memory_budget(next(iter(found.values())).device)
             check_whole("memory_budget", memory_budget, least=1, usual="2 * 2**30 bytes")
             check_whole("seed", seed, usual=0)
             check_flag("progress", progress)
-        # Products of numpy integers can overflow, those of Python integers cannot.
-        memory_budget = int(memory_budget)
-        budget = int(budget) if is_whole(budget) else budget
-        density = None if density is None else float(density)
         # Processes with other arguments would average accumulators of other weights.
         choice = f"{measure.name} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
-        memory_budget = smallest(memory_budget)
-        shares = share_out(sizes, density, budget) if scope == "local" else None
-        total = sum(shares.values()) if shares else budget or round(density * sum(sizes.values()))
+        # Products of numpy integers can overflow, those of Python integers cannot.
+        memory_budget = smallest(int(memory_budget))
+        amount = amount_kept(sizes, scope, density, budget)
         # All processes must cut the weights into the same groups, whatever number of entries each keeps.
-        candidates = largest(candidate_bytes(sizes, shares, total, measure.score_bytes))
+        candidates = largest(candidate_bytes(sizes, amount, measure.score_bytes))
         options = dict(loss=loss, max_batches=max_batches, seed=seed, progress=progress)
         options.update(memory_budget=memory_budget, candidates=candidates)
         scores = stream_scores(model, batches, found, measure, **options)
         # The traceback of an error would keep the generator open, and with it the model changed, so it is closed here.
         stack.enter_context(contextlib.closing(scores))
-        masks = best_masks(scores, found, total if shares is None else shares, memory_budget)
+        masks = best_masks(scores, found, amount, memory_budget)
     if measure.statistic != "random":
         note_weights(masks, found)
     return masks
