@@ -62,11 +62,13 @@ def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, sta
         places: (k,) the place of each entry among the old ones.
         stays: (k,) bool, whether the entry was among the old ones.
     """
-    before, survivors = unpack_moments(state), places[stays]
-    new_moments_(state, parameter, 8 if "exp_avg_scale" in state else 32)
-    after = unpack_moments(state)
-    for new, old in zip(after, before, strict=True):
-        new[stays] = old[survivors]
+    # As numbers, since each use of a mask of bools would wait for the GPU.
+    kept = stays.nonzero().squeeze(1)
+    survivors, after = places[kept], []
+    for old in unpack_moments(state):
+        after.append(torch.zeros(parameter.shape, dtype=old.dtype, device=parameter.device))
+        after[-1][kept] = old[survivors]
+    state.update(zip(("exp_avg", "exp_avg_sq"), after, strict=True))
     store_moments_(state, *after)
 
 
