@@ -1,5 +1,8 @@
 """A tokenizer with one token a byte: no download, no training, and it reads back what it wrote."""
 
+from importlib.metadata import version
+
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -25,3 +28,11 @@ def byte_tokenizer(pad="<pad>", eos="</s>", template="$A"):
         single=template, special_tokens=[(token, SPECIAL[token]) for token in template.split() if token != "$A"]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=pad)
+
+
+def skip_unless_told_to_put_bos():
+    """Skip a test where the tokenizers of this version of transformers build no template from `add_bos_token`."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_bos_token = True
+    if tokenizer("a")["input_ids"][0] != 1:
+        pytest.skip(f"transformers {version('transformers')} keeps a tokenizer's template whatever add_bos_token says")

@@ -8,6 +8,7 @@ import lm_eval
 import pytest
 import torch
 import yaml
+from byte_tokenizer import skip_unless_told_to_put_bos
 from conftest import tiny_model
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -42,7 +43,10 @@ def character_tokenizer(adds_bos=False):
 
 def gemma_tokenizer(**options):
     """The Gemma class with one token a character; without `add_bos_token` it prepends none."""
-    return GemmaTokenizer(vocab=dict(VOCABULARY), merges=[], **options)
+    try:
+        return GemmaTokenizer(vocab=dict(VOCABULARY), merges=[], **options)
+    except TypeError as error:
+        pytest.skip(f"GemmaTokenizer of this version of transformers needs a file: {error}")
 
 
 def save_checkpoint(folder, kind="llama", tokenizer=None, dtype=torch.float32):
@@ -219,6 +223,8 @@ class Asked:
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_every_kind_of_request_sends_one_bos_where_the_tokenizer_puts_any(count, tmp_path, monkeypatch):
     """Also in a batch whose first prompt is the only one with a BOS in its text, and where a prompt is too long."""
+    if count > 1:
+        skip_unless_told_to_put_bos()
     tokenizer = character_tokenizer()
     if count:
         template = " ".join(["<bos>"] * count + ["$A"])
