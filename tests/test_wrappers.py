@@ -148,6 +148,8 @@ def test_a_merged_checkpoint_has_the_plain_names(kind, tmp_path):
 
 @pytest.mark.parametrize("wrap", BLOCKS)
 def test_blocks_may_be_wrapped_after_values_were_attached(wrap, tmp_path):
+    if wrap == "compiled":
+        skip_unless_nodes_compile()
     model = small_model(num_hidden_layers=1)
     values = sparsify(model, select_masks(model, [token_batch()], density=0.1, progress=False))
     BLOCKS[wrap](model)
