@@ -152,6 +152,24 @@ def optimizer_over(model: nn.Module, *, lr: float, weight_decay: float = 0.0) ->
     return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=trained[0].is_cuda)
 
 
+@contextmanager
+def casts_by_autocast(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
+    """Let autocast alone cast what adapters multiply, while the context lasts.
+
+    peft casts the input of LoRA's matrices to fp32, and autocast casts it back: two copies of all activations for the
+    same numbers. DoRA and SHiRA are left as they are, since what they form of weights has the dtype of the input.
+    """
+    wrapped = [module for module in model.modules() if hasattr(module, "get_base_layer")]
+    plain = [module for module in wrapped if hasattr(module, "lora_A") and not module.lora_magnitude_vector]
+    if autocast is None or not plain or len(plain) < len(wrapped):
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with disable_input_dtype_casting(model):
+        yield
+
+
 def autocast_dtype(method: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype of training: bf16 on a GPU; None for `sparse`, whose weights have that dtype."""
     return torch.bfloat16 if method != "sparse" and device.type == "cuda" else None

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from recipes import processes
+from recipes.baselines import casts_by_autocast
 from recipes.batch_loss import device_of
 from recipes.data import Sample, sample_windows
 from recipes.passes import Passes, ReplayedPasses
@@ -113,7 +114,7 @@ def train(
         prepare(window, batch_size, pad_id=pad_id, device=passes.device, multiple=pad_multiple)
         for window in sample_windows(samples, batch_size * accumulation, seed=seed, start=start, pool=pool)
     )
-    with passes.on_stream():
+    with passes.on_stream(), casts_by_autocast(model, autocast):
         window = next(windows) if start < steps else None
         for step in (bar := _bar(start, steps)):
             begin = time.perf_counter()
@@ -203,7 +204,8 @@ def seconds_per_step(
     for window in itertools.islice(sample_windows(samples, batch_size * accumulation, seed=seed, pool=pool), 3):
         begin = time.perf_counter()
         window = prepare(window, batch_size, pad_id=pad_id, device=device, multiple=pad_multiple)
-        accumulate(Passes(model, autocast), window, History())
+        with casts_by_autocast(model, autocast):
+            accumulate(Passes(model, autocast), window, History())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)

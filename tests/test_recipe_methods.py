@@ -1,5 +1,6 @@
 """Adapters in the recipe's loop, at equal trained numbers, and the ways in which the loop is made faster."""
 
+import contextlib
 import random
 
 import peft
@@ -191,6 +192,25 @@ def test_autocast_casts_weights_anew_each_step_and_keeps_them_in_fp32(samples):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     plain, cast = losses.values()
     assert cast != plain and cast == pytest.approx(plain, rel=0.02) and cast[-1] < 0.9 * cast[0]
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_activations_are_not_cast_to_fp32_for_adapters_and_back(method, samples, monkeypatch):
+    def train():
+        model, seen = tiny(), set()
+        optimizer = attach(model.bfloat16(), method)
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+        options = dict(steps=4, batch_size=8, pad_id=PAD, autocast=torch.bfloat16)
+        return loop.train(model, optimizer, samples, **options).loss, seen
+
+    losses, seen = train()
+    monkeypatch.setattr(loop, "casts_by_autocast", lambda *_: contextlib.nullcontext())
+    expected, before = train()
+    assert losses == expected
+    if method in ("lora", "rslora", "pissa"):
+        assert seen == {torch.bfloat16} and before == {torch.float32}
 
 
 # --- speed
