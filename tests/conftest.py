@@ -100,6 +100,14 @@ def skip_unless_nodes_compile():
 restacks = skip_before("transformers", "5", "stacks no experts, and has few models whose files name weights otherwise")
 
 
+@pytest.fixture(scope="module")
+def failures_on_gpus(request, tmp_path_factory):
+    """What went wrong in the test module's `SCENARIOS` in two processes with a GPU each."""
+    from processes import failures_of
+
+    return failures_of(request.module.SCENARIOS, tmp_path_factory.mktemp("gpus"), "spawn", kind="cuda")
+
+
 def device():
     """Where tiny models and batches are made."""
     return DEVICE[-1]

@@ -406,11 +406,6 @@ def test_each_failure_is_reported_by_itself(tmp_path):
         assert_passed(failures, "is_left_by_the_second")
 
 
-@pytest.fixture(scope="module")
-def failures_on_gpus(tmp_path_factory):
-    return failures_of(SCENARIOS, tmp_path_factory.mktemp("gpus"), "spawn", kind="cuda")
-
-
 @on_two_gpus
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_gpus(failures_on_gpus, scenario):

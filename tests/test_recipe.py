@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tracemalloc
+import types
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -398,6 +399,14 @@ def test_missing_packages_and_folders_are_explained(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'no/such' is neither a folder"):
         models.resolve("no/such")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_versions_that_read_the_tokenizer_wrongly_unpack_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged_models, "transformers", types.SimpleNamespace(__version__="4.57.1"))
+    monkeypatch.setattr(packaged_models, "_pieces", lambda key: [tmp_path / "one.gguf"])
+    with pytest.raises(ValueError, match="SmolLM2's BOS for its EOS; run: pip install -U transformers"):
+        models.resolve("smollm2", cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_unpacking_joins_the_pieces_appears_whole_and_happens_once(tmp_path, monkeypatch):

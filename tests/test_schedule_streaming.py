@@ -15,6 +15,7 @@ from conftest import (
     random_masks,
     run_apart,
     skip_before,
+    skip_unless_nodes_compile,
     tiny_model,
     token_batch,
     train,
@@ -315,6 +316,7 @@ def test_recomputation_under_checkpointing_does_not_count_twice(reentrant, salie
 @pytest.mark.parametrize("salience, how", [("snip", "wrapped"), ("fisher", "layers")])
 def test_a_compiled_model_is_scored_like_any(salience, how):
     """Also where a graph was made before the weight's turn, in which nothing was added up."""
+    skip_unless_nodes_compile()
     torch._dynamo.reset()
     model, optimizer, schedule = attach(tiny_model(num_hidden_layers=1), salience=salience, budget=9_000, window=1)
     assert len(schedule.training.groups) > 1

@@ -1156,11 +1156,6 @@ def test_two_processes(failures, scenario):
     assert_passed(failures, scenario)
 
 
-@pytest.fixture(scope="module")
-def failures_on_gpus(tmp_path_factory):
-    return failures_of(SCENARIOS, tmp_path_factory.mktemp("gpus"), "spawn", kind="cuda")
-
-
 @on_two_gpus
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_gpus(failures_on_gpus, scenario):

@@ -507,7 +507,7 @@ def mask_for(name, shape):
             "llama",
             lambda model: [*good_masks(model).values()],
             TypeError,
-            "a dict from parameter names to Mask, got list",
+            "a dict from parameter names to Mask, got a list",
         ),
         (
             "llama",

@@ -69,7 +69,7 @@ def _lock(first: int, size: int, device: torch.device, stack: contextlib.ExitSta
 def copy_pages_(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy host memory to a device, whole pages directly and the edges through locked memory of their own.
 
-    From memory that is not locked CUDA copies only when all work before on the stream is done, and the CPU waits.
+    From memory that is not locked CUDA copies, by its documentation, only when all work before on the stream is done.
 
     Args:
         copies: contiguous tensors on the device, each with the tensor in host memory that it is a copy of.
