@@ -7,7 +7,6 @@ its metadata. A checksum over everything detects a damaged file, which is refuse
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from recipes.nested_tensors import digest, from_plan, to_plan
 from recipes.random_state import random_state, restore_random_state
 from speft_optim import Mask, SparseAdamW
 from speft_optim.files import write_safetensors
@@ -68,9 +68,9 @@ def save_checkpoint(
         "history": dataclasses.asdict(history),
         "random": random_state(),
     }
-    plan = json.dumps(_to_plan(state, tensors))
+    plan = json.dumps(to_plan(state, tensors))
     path = folder / f"step-{step:08d}.safetensors"
-    write_safetensors(tensors, path, {"format": FORMAT, "plan": plan, "sha256": _digest(plan, tensors)})
+    write_safetensors(tensors, path, {"format": FORMAT, "plan": plan, "sha256": digest(plan, tensors)})
     for other in folder.glob("step-*.safetensors"):
         if other != path:
             other.unlink()
@@ -193,9 +193,9 @@ def _read(path: Path) -> dict:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if _digest(metadata["plan"], tensors) != metadata["sha256"]:
+        if digest(metadata["plan"], tensors) != metadata["sha256"]:
             raise ValueError("its checksum does not fit its content")
-        state = _from_plan(json.loads(metadata["plan"]), tensors)
+        state = from_plan(json.loads(metadata["plan"]), tensors)
         _check_content(state)
         return state
     except UNREADABLE as error:
@@ -245,43 +245,3 @@ def _check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
         for key, value in entries.items():
             if isinstance(value, Tensor) and value.numel() not in (1, count):
                 raise ValueError(f"{key} of parameter {number} has {value.numel()} entries, not {count}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Nested containers as JSON beside a flat list of tensors
-
-
-def _to_plan(value, tensors: dict[str, Tensor]):
-    """Return JSON from which `_from_plan` restores `value`, and add its tensors to `tensors`."""
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):  # as pairs: JSON would turn the numbers that optimizers use for keys into text
-        return {"dict": [[key, _to_plan(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_to_plan(item, tensors) for item in value]}
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise TypeError(f"a training state holds a {type(value).__name__}; it takes tensors, numbers and text")
-    return value
-
-
-def _from_plan(plan, tensors: dict[str, Tensor]):
-    if not isinstance(plan, dict):
-        return plan
-    ((kind, content),) = plan.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _from_plan(item, tensors) for key, item in content}
-    items = [_from_plan(item, tensors) for item in content]
-    return tuple(items) if kind == "tuple" else items
-
-
-def _digest(plan: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(plan.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -43,6 +43,7 @@ from recipes import (
     memory,
     models,
     moving,
+    nested_tensors,
     packaged_models,
     presets,
     report,
@@ -1330,11 +1331,11 @@ def rewritten(path, change):
     """The bytes of a state whose plan was changed and whose checksum is right again."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        state = training_state._from_plan(json.loads(file.metadata()["plan"]), tensors)
+        state = nested_tensors.from_plan(json.loads(file.metadata()["plan"]), tensors)
     change(state)
     tensors = {}
-    plan = json.dumps(training_state._to_plan(state, tensors))
-    metadata = {"format": training_state.FORMAT, "plan": plan, "sha256": training_state._digest(plan, tensors)}
+    plan = json.dumps(nested_tensors.to_plan(state, tensors))
+    metadata = {"format": training_state.FORMAT, "plan": plan, "sha256": nested_tensors.digest(plan, tensors)}
     return serialise({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
 
 

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from speft_optim.distributed import average_
 from speft_optim.salience.accumulators import RowSlice
-from speft_optim.weights.gradient_hooks import settle
 from speft_optim.weights.gradient_nodes import Accumulator
+from speft_optim.weights.hooked_call import settle
 from speft_optim.weights.mesh import innermost_units
 
 

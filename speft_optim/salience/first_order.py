@@ -12,8 +12,9 @@ from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.exchange import Exchange
 from speft_optim.salience.losses import LossFunction, model_loss
-from speft_optim.weights.gradient_hooks import GradientHook, settle
+from speft_optim.weights.gradient_hooks import GradientHook
 from speft_optim.weights.gradient_nodes import Accumulator
+from speft_optim.weights.hooked_call import settle
 from speft_optim.weights.observation import observe_gradient
 from speft_optim.weights.quantized_linear import ProductHook
 from speft_optim.weights.storage import DenseWeight, frozen_weight

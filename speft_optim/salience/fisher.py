@@ -14,7 +14,7 @@ from speft_optim.salience.batches import Batch, example_of, examples_in, labels_
 from speft_optim.salience.exchange import reached
 from speft_optim.salience.first_order import Observed, backward_of, observing
 from speft_optim.salience.losses import LossFunction, example_losses, is_nan, labelled_examples, loss_of, model_loss
-from speft_optim.weights.gradient_hooks import settle
+from speft_optim.weights.hooked_call import settle
 from speft_optim.weights.products import is_product
 
 

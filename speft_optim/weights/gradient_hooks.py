@@ -22,61 +22,20 @@ has to be undone before saving.
 import functools
 import itertools
 import logging
-from enum import Enum
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from speft_optim.weights.gradient_nodes import Accumulator, hook_output, hook_weight, keep_input
+from speft_optim.weights.hooked_call import Use, Way
 from speft_optim.weights.products import has_other_forward, is_product, is_transposed_linear
 from speft_optim.weights.verification import agrees, is_paused, is_recorded
 
 logger = logging.getLogger(__name__)
 
 
-class _Use:
-    """The state of one call of a module, from its forward pre-hook to the end of its backward.
-
-    Attributes:
-        way: how the weight's gradient is formed for this call.
-        shadowed: the instance attribute that hid the module's parameter before this call, or None.
-        alias: the instance attribute that hides it during this call, or None.
-        kept: a linear layer's input, the input's version, and its alias whose node saves it.
-        factors: with `VERIFY`, the two factors of the gradient, between the backwards of the output and of the alias.
-        product: with `VERIFY`, what the accumulator returned for them.
-    """
-
-    def __init__(self, hook: "GradientHook", way: "Way", shadowed: Tensor | None):
-        self.hook, self.way, self.shadowed, self.alias = hook, way, shadowed, None
-        self.kept: tuple[Tensor, int, Tensor] | None = None
-        self.factors: tuple[Tensor, Tensor] | None = None
-        self.product: Tensor | None = None
-
-    def take(self, left: Tensor, right: Tensor) -> None:
-        """Keep the factors for the comparison with the dense gradient, which autograd forms next.
-
-        Without `pending` the accumulator samples them now. With it, earlier factors are settled now, before the dense
-        gradient is formed: their sum over a whole weight is large too.
-        """
-        self.factors = left, right
-        if self.hook.pending is None:
-            self.product = self.hook.accumulator.sample(left, right)
-        else:
-            settle(self.hook.pending)
-
-
-class Way(Enum):
-    """How a hook forms the gradient of one call."""
-
-    PRODUCT = "from input and output gradient"
-    DENSE = "by autograd, of an alias"
-    VERIFY = "both, compared"
-    NONE = "not at all"
-
-
 _numbers = itertools.count()
-
 
 # The ways that need a node on the layer's output.
 _BY_OUTPUT = (Way.PRODUCT, Way.VERIFY)
@@ -191,7 +150,7 @@ class GradientHook:
             return
         # `getattr` finds a copy on another device that already hides the parameter; `_parameters` would not.
         weight = getattr(module, self.attribute)
-        use = _Use(self, self.way(module), module.__dict__.get(self.attribute))
+        use = Use(self, self.way(module), module.__dict__.get(self.attribute))
         # The use is noted before autograd saves anything: there a recomputation may end early, in `after_forward`.
         uses.append(use)
         if use.way is Way.VERIFY:
@@ -235,7 +194,7 @@ class GradientHook:
         take = use.take if use.way is Way.VERIFY else self.accumulator.from_product
         return hook_output(output, x, self.grad_anchor, take, self.transposed)
 
-    def _judge(self, use: _Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
+    def _judge(self, use: Use, surroundings: tuple, dense: Tensor) -> Tensor | None:
         """Pass on the product if it equals `dense`, autograd's own gradient of the alias; else pass on `dense`."""
         (factors, product), use.factors, use.product = (use.factors, use.product), None, None
         right = False if factors is None else agrees(dense, *factors)
@@ -260,14 +219,6 @@ class GradientHook:
                 self.name,
                 why,
             )
-
-
-@torch.no_grad()
-def settle(pending: list) -> None:
-    """Give accumulators the factors that waited until the dense gradient of their comparison was freed."""
-    while pending:
-        accumulator, factors = pending.pop()
-        accumulator.from_product(*factors)
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:
