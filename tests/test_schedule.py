@@ -133,7 +133,7 @@ def test_carried_moments_without_survivors_start_anew():
     values = nn.Parameter(torch.zeros(4))
     new_moments_(state, values, 32)
     store_moments_(state, *(moment.fill_(1.0) for moment in unpack_moments(state)))
-    carry_moments_(state, torch.zeros(5), torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.bool))
+    carry_moments_(state, torch.zeros(5), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
     assert all(moment.shape == (5,) and not moment.any() for moment in unpack_moments(state))
 
 
@@ -630,10 +630,14 @@ def test_change_mask_against_a_dictionary(seed, before, after):
         weight.values.add_(1e-9)
     exact = dict(zip(weight.mask.indices.tolist(), weight.values.tolist(), strict=True))
     dense = model.weight.detach().clone()
-    places, stays = weight.change_mask(Mask(picks[1], (5, 8)))
+    places = weight.change_mask(Mask(picks[1], (5, 8)))
     for i, index in enumerate(weight.mask.indices.tolist()):
         assert weight.values[i].item() == exact.get(index, dense.flatten()[index].item())
-        assert bool(stays[i]) == (index in exact)
+    old, new = (
+        [indices[place] for place in part.tolist()]
+        for indices, part in zip((sorted(exact), weight.mask.indices.tolist()), places, strict=True)
+    )
+    assert old == new == sorted(exact.keys() & set(picks[1].tolist()))
     assert set(weight.ever_trained().indices.tolist()) == {*picks[0].tolist(), *picks[1].tolist()}
     assert set(weight.previously_trained.indices.tolist()) == {*picks[0].tolist()} - {*picks[1].tolist()}
 

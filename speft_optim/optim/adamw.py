@@ -221,18 +221,18 @@ class SparseAdamW(SavedOptimizer):
             del self.state[parameter][key]
         self._reserve_state()
 
-    def carry_moments(self, parameter: Tensor, places: Tensor, stays: Tensor) -> None:
+    def carry_moments(self, parameter: Tensor, before: Tensor, after: Tensor) -> None:
         """Rearrange the moments of compact values for a changed mask, see `carry_moments_`.
 
         Values without moments, as those of a weight that had no entries, start at the step count of the others.
 
         Args:
             parameter: the (k,) compact values, after the change.
-            places: (k,) the place of each entry among the old ones.
-            stays: (k,) bool, whether the entry was among the old ones.
+            before: (m,) the places among the old entries of those that stay.
+            after: (m,) their places among the new ones.
         """
         if has_moments(self.state[parameter]):
-            carry_moments_(self.state[parameter], parameter.detach(), places, stays)
+            carry_moments_(self.state[parameter], parameter.detach(), before, after)
             return
         self.reset_moments(parameter)
         taken = [state["step"] for p, state in self.state.items() if has_moments(state) and linked(p) is not None]

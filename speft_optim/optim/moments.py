@@ -49,7 +49,7 @@ def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -
         _pack_(state, exp_avg, exp_avg_sq)
 
 
-def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, stays: Tensor) -> None:
+def carry_moments_(state: dict[str, Any], parameter: Tensor, before: Tensor, after: Tensor) -> None:
     """Rearrange moments for a changed mask: entries that stay keep theirs, new ones start from zero.
 
     The step count is shared, so the bias of a new entry's moments is not corrected: with the usual betas its first
@@ -59,17 +59,15 @@ def carry_moments_(state: dict[str, Any], parameter: Tensor, places: Tensor, sta
     Args:
         state: the parameter's optimizer state, with moments.
         parameter: the (k,) values after the change.
-        places: (k,) the place of each entry among the old ones.
-        stays: (k,) bool, whether the entry was among the old ones.
+        before: (m,) the places among the old entries of those that stay.
+        after: (m,) their places among the new ones.
     """
-    # As numbers, since each use of a mask of bools would wait for the GPU.
-    kept = stays.nonzero().squeeze(1)
-    survivors, after = places[kept], []
+    moments = []
     for old in unpack_moments(state):
-        after.append(torch.zeros(parameter.shape, dtype=old.dtype, device=parameter.device))
-        after[-1][kept] = old[survivors]
-    state.update(zip(("exp_avg", "exp_avg_sq"), after, strict=True))
-    store_moments_(state, *after)
+        moments.append(torch.zeros(parameter.shape, dtype=old.dtype, device=parameter.device))
+        moments[-1][after] = old[before]
+    state.update(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+    store_moments_(state, *moments)
 
 
 def moment_bytes(state: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ On a sharded model a row slice is divided: each process accumulates some of its 
 While a model trains, `GradientSum` and `SquareSum` fill the accumulators from the backward passes of the training.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class RowSlice:
     accumulator: Tensor | None = None
     processes: int = 1
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """Entries in a row."""
         return self.target.matrix_shape[1]

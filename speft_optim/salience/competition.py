@@ -5,6 +5,7 @@ score that is stored for it. All candidates are numbered in the order of weights
 selection of the best serves both kinds. If two scores are equal the earlier candidate wins, as in `select_masks`.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,24 +43,29 @@ class Candidates:
             return self.positions[places.long().to(self.positions.device)].long()
         return places.long() + self.row_slice.first * self.row_slice.columns
 
-    def scored(self, measure: Measure, chunk: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield runs of scores, each with the place of its first candidate.
+    def new_scores(self, measure: Measure, chunk: int) -> Iterator[Tensor]:
+        """Yield the scores of a row slice in order, about `chunk` at a time.
 
         Raises:
-            ValueError: a new score is not finite.
+            ValueError: a score is not finite.
         """
-        if self.row_slice is None:
-            yield 0, self.scores
-            return
-        offset = self.row_slice.first * self.row_slice.columns
-        for first, weight, statistic in self.row_slice.chunks(chunk):
+        for _, weight, statistic in self.row_slice.chunks(chunk):
             scores = measure.scores(self.weight.name, weight, statistic)
             if not bool(scores.isfinite().all()):
                 raise ValueError(
                     f"Scores of {self.weight.name} are not finite though its gradients are; look for NaN or inf in its "
                     "entries, and at the salience function."
                 )
-            yield first - offset, scores
+            yield scores
+
+
+def _scores_of(runs: list[Candidates], measure: Measure, chunk: int) -> Iterator[Tensor]:
+    """Yield the scores of all candidates in order; the stored ones of many weights come together."""
+    for is_stored, part in itertools.groupby(runs, lambda run: run.row_slice is None):
+        if is_stored:
+            yield torch.cat([run.scores for run in part])
+        else:
+            yield from itertools.chain.from_iterable(run.new_scores(measure, chunk) for run in part)
 
 
 def runs_of(weight: SparseWeight, row_slice: RowSlice | None, scores: Tensor | None) -> Iterator[Candidates]:
@@ -107,11 +113,11 @@ def keep_best(
     competing = [run for run in runs if all_compete or run.row_slice is not None]
     count -= sum(len(run) for run in runs) - sum(len(run) for run in competing)
     size = sum(len(run) for run in competing)
-    best, starts = BestEntries(min(max(count, 0), size), size, chunk), [0]
-    for run in competing:
-        for first, scores in run.scored(measure, chunk):
-            best.update(scores, starts[-1] + first)
-        starts.append(starts[-1] + len(run))
+    best, first = BestEntries(min(max(count, 0), size), size, chunk), 0
+    for scores in _scores_of(competing, measure, chunk):
+        best.update(scores, first)
+        first += len(scores)
+    starts = [0, *itertools.accumulate(map(len, competing))]
     positions, scores = best.positions, best.scores
     bounds = torch.tensor(starts, dtype=positions.dtype, device=positions.device)
     cuts = torch.searchsorted(positions, bounds).tolist()
@@ -126,5 +132,8 @@ def keep_best(
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        positions, scores = parts[0]
+        return positions.to(device).long(), scores.to(device)
     positions, scores = zip(*parts, strict=True)
     return torch.cat([part.to(device).long() for part in positions]), torch.cat([part.to(device) for part in scores])

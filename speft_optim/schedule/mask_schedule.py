@@ -187,10 +187,10 @@ class MaskSchedule:
         before = kept = 0
         for weight in (weight for weight in self._weights() if weight.name in masks):
             before += len(weight.mask)
-            places, stays = weight.change_mask(masks[weight.name])
-            kept += int(stays.sum())
+            places = weight.change_mask(masks[weight.name])
+            kept += len(places[0])
             if self.moments == "carry":
-                self.optimizer.carry_moments(weight.values, places, stays)
+                self.optimizer.carry_moments(weight.values, *places)
             else:
                 self.optimizer.reset_moments(weight.values)
         return before, kept

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from speft_optim.kernels.entries import gather_entries
-from speft_optim.masks.mask import Mask
+from speft_optim.masks.mask import Mask, find
 from speft_optim.weights.compact_values import CompactValues, exchange, leave_graph, link
 from speft_optim.weights.gradient_nodes import Accumulator
 from speft_optim.weights.targets import AddedModule
@@ -63,10 +63,19 @@ class CompactEntries(AddedModule):
         if len(every) > len(own):
             self.previously_trained = Mask(every[~torch.isin(every, own, assume_unique=True)], self.mask.shape)
 
-    def _exchange(self, mask: Mask, entries: Tensor) -> None:
-        """Train the entries (k,) fp32 at `mask` from now on; `values` stays the same Parameter."""
-        ever = self.ever_trained().to(self.values.device).indices
-        previous = ever[~torch.isin(ever, mask.indices, assume_unique=True)]
+    def _exchange(self, mask: Mask, entries: Tensor, left: Tensor) -> None:
+        """Train other entries from now on; `values` stays the same Parameter.
+
+        Args:
+            mask: the new entries.
+            entries: (k,) fp32, their values.
+            left: (m,) the flat positions of the present mask that are not in the new one.
+        """
+        previous = left
+        if self.previously_trained is not None and len(self.previously_trained):
+            earlier = self.previously_trained.to(left.device).indices
+            _, returns = find(mask.indices, earlier)
+            previous = torch.cat([left, earlier[~returns]])
         exchange(self.values, entries)
         self.mask, self.previously_trained = mask, Mask(previous, mask.shape)
 

@@ -28,7 +28,7 @@ class SparseWeight(EqualEntries):
             mask: the new entries, of the same weight; their number may differ.
 
         Returns:
-            For each new entry its place among the old ones, (k,) int64, and whether it has one, (k,) bool.
+            The places of the entries that stay, in order: among the old entries and among the new, both (m,) int64.
 
         Raises:
             ValueError: the mask has another shape than the weight; or see `check`.
@@ -38,14 +38,19 @@ class SparseWeight(EqualEntries):
         if mask.shape != self.mask.shape:
             raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
         base = self.base
-        places, stays = find(self.placed_mask().indices, mask.indices)
-        entries = base.gather(mask.indices).to(torch.float32)
-        entries[stays] = self.values[places[stays]]
+        old, new = self.placed_mask().indices, mask.indices
+        places, stays = find(old, new)
+        # As numbers, since each use of a mask of bools would wait for the GPU.
+        after = stays.nonzero().squeeze(1)
+        before = places[after]
+        entries = base.gather(new).to(torch.float32)
+        entries[after] = self.values[before]
         base.release(self.values)
-        self._exchange(mask, entries)
+        leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
+        self._exchange(mask, entries, old[leaves])
         base.attach(mask, self.values)
         self._remember()
-        return places, stays
+        return before, after
 
     def bytes_held(self) -> tuple[int, int]:
         """Return the bytes of values and of positions, those of untrained overlays of a quantised weight included."""
