@@ -194,8 +194,10 @@ class SparseWeight(CompactEntries):
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # This is done before forward, since a weight that autograd saved for backward must not be written.
-        # A compiled graph cannot read version counters; `refresh_all` does this before the graph.
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            # A compiled graph cannot read version counters.
+            self.refresh_in_graph(self)
+        else:
             self.refresh()
             self.uses.watch_gathered()
 
