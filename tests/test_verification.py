@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights import gradient_hooks as linear
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.targets import find_targets
 from speft_optim.weights.verification import agrees, warn_of_inputs
 
 
@@ -789,15 +790,23 @@ def test_calls_that_pass_by_the_values_are_refused_and_change_nothing(call):
 
 
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_a_weight_with_gradient_hooks_of_its_own_is_refused(hook):
+def test_a_weight_with_gradient_hooks_of_its_own_is_refused_in_selection_already(hook):
     model = Pair()
     handle = getattr(model.first.weight, hook)(lambda gradient: None)
     masks = some_entries(model, ("first.weight", "second.weight"))
-    with pytest.raises(ValueError, match="first.weight has hooks on its gradient.*what sparsify returns"):
-        sparsify(model, masks)
+    choose = dict(loss=lambda model, x: model(x).square().sum(), density=0.5, progress=False)
+    for select in (
+        lambda: sparsify(model, masks),
+        lambda: select_masks(model, iter([draw(3, 4)]), targets=["first", "second"], **choose),
+        lambda: find_targets(model, ["first"]),
+    ):
+        with pytest.raises(ValueError, match="first.weight has hooks on its gradient.*what sparsify returns"):
+            select()
     assert not sparse_weights(model) and all(parameter.requires_grad for parameter in model.parameters())
+    select_masks(model, [draw(3, 4)], targets=["second"], **choose)
     handle.remove()
-    sparsify(model, masks)
+    sparsify(model, select_masks(model, [draw(3, 4)], targets=["first", "second"], **choose))
+    select_masks(model, [draw(3, 4)], targets=["first", "second"], **choose)
 
 
 def test_a_loss_from_before_a_step_is_refused_as_by_torch():
