@@ -14,6 +14,7 @@ from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask, find
+from speft_optim.weights.averages import MovingValues
 from speft_optim.weights.compact_entries import CompactEntries
 from speft_optim.weights.compact_values import unlink, version
 from speft_optim.weights.mesh import keep_whole
@@ -23,7 +24,7 @@ from speft_optim.weights.targets import Target
 from speft_optim.weights.uses import Uses
 
 
-class SparseWeight(CompactEntries):
+class SparseWeight(MovingValues, CompactEntries):
     """The trained entries of one weight, kept equal to the weight.
 
     Args:
@@ -37,6 +38,9 @@ class SparseWeight(CompactEntries):
         uses: what passes the gradient of each use of the weight to the values.
         holds_entries: whether the weight itself holds its trained entries: a dense one does, a quantised one cannot.
     """
+
+    # The version of the values when they last moved to another device with their model.
+    _moved_with: tuple | None = None
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         place = Place(model, target)
@@ -104,9 +108,21 @@ class SparseWeight(CompactEntries):
         self._follow_sharding()
         self.check()
         if version(self._parameters["values"]) != self._seen[2]:
-            self.write()
+            self._write_or_read()
         elif not self._weight_is_as_seen():
             self.read()
+
+    @torch.no_grad()
+    def _write_or_read(self) -> None:
+        """Write values that were set by hand, unless they are averages of entries that are not theirs."""
+        was_set = version(self._parameters["values"]) != (self._seen[2] or self._moved_with)
+        if was_set and self.holds_entries and self.is_behind() and not self._weight_is_as_seen():
+            # The average of the weight itself is right.
+            self.read()
+            return
+        if was_set and (self.moves or self.is_behind()):
+            self.warn_of_mixture(self.base.gather(self.placed_mask().indices) if self.holds_entries else None)
+        self.write()
 
     @torch.no_grad()
     def write(self) -> None:
@@ -160,6 +176,7 @@ class SparseWeight(CompactEntries):
         entries[stays] = self.values[places[stays]]
         base.release(self.values)
         self._exchange(mask, entries)
+        self.moves += 1
         base.attach(mask, self.values)
         self._remember()
         return places, stays
@@ -285,7 +302,7 @@ class SparseWeight(CompactEntries):
             return self
         super()._apply(fn, recurse)
         # The values are written again at the next use: a weight cast up from 16 bits holds only their rounding.
-        self._seen = *self._seen[:2], None
+        self._seen, self._moved_with = (*self._seen[:2], None), version(self.values)
         return self
 
     def __getstate__(self):
