@@ -1,4 +1,11 @@
-"""Hooks that run eagerly, before the graph of a compiled model: they bring weights and values into step."""
+"""What runs eagerly, before the graph of a compiled model or layer: it brings weights and values into step.
+
+A graph cannot read version counters. The hook of the whole model and the calls of layers that were compiled in place
+(`layer.compile()`) come before their graphs. A graph that begins elsewhere, as that of `torch.compile(layer)` called by
+itself, breaks at each masked layer, which is right and slower.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -6,6 +13,81 @@ from torch import nn
 
 from speft_optim.weights.attached import record_of
 from speft_optim.weights.averaging import average_gradients, is_under_fsdp
+from speft_optim.weights.sparse_weight import SparseWeight
+
+
+class _Now:
+    """Whether weights and values were brought into step before the call that runs now."""
+
+    is_refreshed = False
+
+
+_now = _Now()
+
+
+def end_call(model: nn.Module, args: tuple, output: object) -> None:
+    """Note that a call has ended that began with `refresh_all`; a forward hook of the same modules."""
+    _now.is_refreshed = False
+
+
+@torch.compiler.assume_constant_result
+def _is_refreshed() -> bool:
+    return _now.is_refreshed
+
+
+@torch.compiler.disable(recursive=True)
+def _refresh(weight: SparseWeight) -> None:
+    weight.refresh()
+
+
+def refresh_in_graph(weight: SparseWeight) -> None:
+    """Bring a weight and its values into step, unless the graph that is compiled now belongs to a call that did."""
+    # The compiler asks once and keeps the answer, so that checkpointed blocks are recomputed by the graph of forward.
+    if not _is_refreshed():
+        _refresh(weight)
+
+
+class RefreshedCompile:
+    """Replaces the `compile` of a module inside a sparsified model, whose compiled call then refreshes its weights.
+
+    Args:
+        module: the module, which may be compiled already.
+        weights: the masked weights that its forward uses.
+    """
+
+    def __init__(self, module: nn.Module, weights: list[SparseWeight]):
+        self.module, self.weights = module, weights
+        module.__dict__["compile"] = self
+        self._refresh_calls()
+
+    def __call__(self, *args, **kwargs) -> None:
+        """Compile the module in place, as `nn.Module.compile` does."""
+        type(self.module).compile(self.module, *args, **kwargs)
+        self._refresh_calls()
+
+    def _refresh_calls(self) -> None:
+        if (compiled := self.module._compiled_call_impl) is not None:
+            self.module._compiled_call_impl = _RefreshedCall(self.weights, compiled)
+
+    def remove(self) -> None:
+        """Restore the module's own `compile`, and its compiled call if it was compiled."""
+        del self.module.__dict__["compile"]
+        if isinstance(call := self.module._compiled_call_impl, _RefreshedCall):
+            self.module._compiled_call_impl = call.compiled
+
+
+class _RefreshedCall:
+    def __init__(self, weights: list[SparseWeight], compiled: Callable):
+        self.weights, self.compiled = weights, compiled
+
+    def __call__(self, *args, **kwargs) -> object:
+        for weight in self.weights:
+            weight.refresh()
+        before, _now.is_refreshed = _now.is_refreshed, True
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            _now.is_refreshed = before
 
 
 @torch.compiler.disable(recursive=True)
@@ -24,6 +106,7 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     weights = record_of(model).weights
     for weight in weights:
         weight.refresh()
+    _now.is_refreshed = True
     if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, weights)):
         average_gradients(model)
 
@@ -39,20 +122,36 @@ class RefreshDecoder:
         self.model = model
 
     def __call__(self, decoder: nn.Module, args: tuple) -> None:
-        """Bring weights and values into step; inside a graph there is nothing to do, since it was done before it."""
-        if not torch.compiler.is_compiling():
+        """Bring weights and values into step, unless the graph that is compiled now belongs to a call that did."""
+        if not (torch.compiler.is_compiling() and _is_refreshed()):
             refresh_all(self.model, args)
 
 
-def refresh_before_forward(model: nn.Module, prepend: bool = False) -> list:
+def refresh_before_forward(model: nn.Module, weights: list[SparseWeight], prepend: bool = False) -> list:
     """Hook the model, and its decoder if it has `get_decoder`; return the handles of the hooks.
 
     Args:
         model: a sparsified model.
+        weights: its masked weights.
         prepend: whether to place the hooks in front of existing ones.
     """
-    hooks = [model.register_forward_pre_hook(refresh_all, prepend=prepend)]
+    for weight in weights:
+        weight.refresh_in_graph = refresh_in_graph
+    called = {model: refresh_all}
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if isinstance(decoder, nn.Module) and decoder is not model:
-        hooks.append(decoder.register_forward_pre_hook(RefreshDecoder(model), prepend=prepend))
+        called[decoder] = RefreshDecoder(model)
+    hooks = [module.register_forward_pre_hook(hook, prepend=prepend) for module, hook in called.items()]
+    return hooks + [module.register_forward_hook(end_call, always_call=True) for module in called]
+
+
+def refresh_compiled_layers(model: nn.Module, weights: list[SparseWeight]) -> list[RefreshedCompile]:
+    """Let each module inside the model that is, or will be, compiled in place refresh the weights that it uses."""
+    users = [(weight, {module for module, _ in weight.place.target.sites}) for weight in weights]
+    hooks = []
+    for module in model.modules():
+        parts = set(module.modules())
+        used = [weight for weight, sites in users if not sites.isdisjoint(parts)]
+        if used and module is not model:
+            hooks.append(RefreshedCompile(module, used))
     return hooks

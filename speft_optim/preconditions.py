@@ -13,7 +13,7 @@ from speft_optim.weights.attached import sparse_weights, sparsified_roots
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.mesh import check_divisions
-from speft_optim.weights.targets import Target, check_called, check_in_memory
+from speft_optim.weights.targets import Target, check_called, check_in_memory, check_unhooked
 
 
 def check_placement(
@@ -123,8 +123,4 @@ def _check_mask(target: Target, mask: Mask) -> None:
         )
     check_in_memory(name, parameter)
     check_called(name, target)
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-        raise ValueError(
-            f"{name} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which its "
-            "compact values would not pass through; remove them, and register them on what sparsify returns."
-        )
+    check_unhooked(name, parameter)

@@ -147,7 +147,7 @@ def _attach_all(
 ) -> list[SparseWeight]:
     """Freeze the model and attach the values of all masks; an error leaves the model as it was."""
     # This import loads the compiler and Triton, which importing the package must not.
-    from speft_optim.eager import refresh_before_forward
+    from speft_optim.eager import refresh_before_forward, refresh_compiled_layers
 
     _follow_optimizers()
     required_grad = {name: target.parameter.requires_grad for name, target in targets.items()}
@@ -166,7 +166,9 @@ def _attach_all(
         raise
     is_sharded = is_fully_sharded(model)
     # In front of the hook that gathers the weights, which takes them as they are then.
-    hooks = [*refresh_before_forward(model, prepend=is_sharded), *let_checkpoints_see_gradients(model), *offloaded]
+    hooks = [*refresh_before_forward(model, weights, prepend=is_sharded), *let_checkpoints_see_gradients(model)]
+    # The calls of an offloaded model are replaced already, and stay out of compilers.
+    hooks += offloaded or refresh_compiled_layers(model, weights)
     keep_record(model, Record(weights, required_grad, hooks))
     if is_sharded:
         average_gradients(model)

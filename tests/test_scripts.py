@@ -33,7 +33,7 @@ from safetensors.torch import load_model
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from speft_optim import Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.compact_values import linked
 
@@ -628,6 +628,53 @@ def test_exponential_moving_average_of_the_model(dtype):
         linked(parameter).base.tensor.data_ptr() != weight.base.tensor.data_ptr()
         for parameter, weight in zip(values, sparse_weights(averaged.module), strict=True)
     )
+
+
+def move_masks(model):
+    """Move each mask by one entry, as a schedule does between two steps."""
+    for weight in sparse_weights(model):
+        size = weight.mask.shape.numel()
+        weight.change_mask(Mask(((weight.mask.indices.long() + 1) % size).sort().values, weight.mask.shape))
+
+
+def test_an_averaged_model_is_right_after_masks_have_moved(caplog):
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, _, values, optimizer = attach()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    expected = None
+    for step in range(6):
+        model(**token_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update_parameters(model)
+        now = {name: part.clone() for name, part in model.state_dict().items()}
+        expected = now if step == 0 else {name: 0.5 * (expected[name] + part) for name, part in now.items()}
+        if step in (2, 4):
+            move_masks(model)
+            optimizer = SparseAdamW(values, **OPTIONS)
+        if step > 2:
+            averaged(**token_batch())
+            for name, part in averaged.module.state_dict().items():
+                assert_close(part, expected[name])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_averages_that_are_set_after_masks_have_moved_are_warned_of(moved, caplog):
+    model, _, values, optimizer = attach()
+    averages = [value.detach().clone() for value in values]
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    if moved:
+        move_masks(model)
+    model(**token_batch())
+    copy.deepcopy(model)
+    assert not caplog.records
+    for value, average in zip(values, averages, strict=True):
+        value.data.copy_(average)
+    model(**token_batch())
+    assert ["belong to other entries" in record.message for record in caplog.records] == [True] * moved
 
 
 def test_swapping_averaged_values_in_and_out_reaches_the_weights():

@@ -5,6 +5,7 @@ import logging
 import pickle
 import warnings
 import weakref
+from functools import partial
 
 import numpy
 import pytest
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from speft_optim import SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights import gradient_hooks as linear
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.targets import find_targets
 from speft_optim.weights.verification import agrees, warn_of_inputs
 
 
@@ -788,15 +790,23 @@ def test_calls_that_pass_by_the_values_are_refused_and_change_nothing(call):
 
 
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_a_weight_with_gradient_hooks_of_its_own_is_refused(hook):
+def test_a_weight_with_gradient_hooks_of_its_own_is_refused_in_selection_already(hook):
     model = Pair()
     handle = getattr(model.first.weight, hook)(lambda gradient: None)
     masks = some_entries(model, ("first.weight", "second.weight"))
-    with pytest.raises(ValueError, match="first.weight has hooks on its gradient.*what sparsify returns"):
-        sparsify(model, masks)
+    choose = dict(loss=lambda model, x: model(x).square().sum(), density=0.5, progress=False)
+    for select in (
+        lambda: sparsify(model, masks),
+        lambda: select_masks(model, iter([draw(3, 4)]), targets=["first", "second"], **choose),
+        lambda: find_targets(model, ["first"]),
+    ):
+        with pytest.raises(ValueError, match="first.weight has hooks on its gradient.*what sparsify returns"):
+            select()
     assert not sparse_weights(model) and all(parameter.requires_grad for parameter in model.parameters())
+    select_masks(model, [draw(3, 4)], targets=["second"], **choose)
     handle.remove()
-    sparsify(model, masks)
+    sparsify(model, select_masks(model, [draw(3, 4)], targets=["first", "second"], **choose))
+    select_masks(model, [draw(3, 4)], targets=["first", "second"], **choose)
 
 
 def test_a_loss_from_before_a_step_is_refused_as_by_torch():
@@ -979,4 +989,78 @@ def test_a_compiled_model_gets_autograd_s_gradients(how):
         optimizer.step()
         optimizer.zero_grad()
         dense.zero_grad()
+    torch._dynamo.reset()
+
+
+def compiled_by_itself(how, model, **options):
+    """Return a function that calls the first layer of a model, compiled, without its model."""
+    layer = model[0]
+    if how.startswith("in place"):
+        layer.compile(**options)
+        return layer if "checkpointed" not in how else partial(checkpoint, layer, use_reentrant=False)
+    return torch.compile(layer if how == "wrapped" else lambda x: layer(2 * x), **options)
+
+
+WAYS = ["in place", "in place, before", "in place, model first", "wrapped", "called"]
+
+
+@pytest.mark.parametrize(
+    "kind, how",
+    [*((Pair, how) for how in [*WAYS, "in place, checkpointed"]), *((partial(nn.Linear, 4, 4), how) for how in WAYS)],
+)
+def test_a_layer_compiled_by_itself_computes_with_values_that_were_changed(kind, how):
+    skip_unless_nodes_compile()
+    torch._dynamo.reset()
+    model, x = nn.Sequential(kind(), nn.Linear(4, 4)), draw(3, 4)
+    masks = random_masks(model, targets=lambda name, p: p.dim() == 2, density=0.5)
+    if how.endswith("before"):
+        called = compiled_by_itself(how, model, backend="aot_eager")
+    values = sparsify(model, masks)
+    if not how.endswith("before"):
+        called = compiled_by_itself(how, model, backend="aot_eager")
+    if how.endswith("model first"):
+        model(x).sum().backward()
+    for value in values:
+        value.grad = None
+    for _ in range(3):
+        y = called(x)
+        y.square().sum().backward()
+        dense = copy.deepcopy(model)  # not before, since a copy refreshes the weights
+        desparsify(dense)
+        expected = dense[0](2 * x if how == "called" else x)
+        assert_close(y, expected)
+        expected.square().sum().backward()
+        for name, value in zip(masks, values, strict=True):
+            # The second layer is not called.
+            if name.startswith("0."):
+                gradient = dense.get_parameter(name).grad.flatten()[masks[name].indices.long()]
+                assert_close(value.grad, gradient, atol=1e-5, rtol=1e-4)
+                value.grad = None
+        with torch.no_grad():
+            for value in values:
+                value.mul_(3)
+    torch._dynamo.reset()
+
+
+def test_a_layer_compiled_in_place_is_one_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = nn.Sequential(Pair(), nn.Linear(4, 4))
+    sparsify(model, random_masks(model, targets=lambda name, p: p.dim() == 2, density=0.5))
+    model[0].compile(backend="eager")
+    model[0](draw(3, 4))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_desparsify_leaves_a_compiled_layer_as_it_was():
+    torch._dynamo.reset()
+    model, x = nn.Sequential(Pair(), nn.Linear(4, 4)), draw(3, 4)
+    model[0].compile(backend="eager")
+    before = model[0]._compiled_call_impl
+    sparsify(model, random_masks(model, targets=lambda name, p: p.dim() == 2, density=0.5))
+    expected = model[0](x)
+    desparsify(model)
+    assert model[0]._compiled_call_impl is before and "compile" not in model[0].__dict__
+    assert_close(model[0](x), expected)
     torch._dynamo.reset()

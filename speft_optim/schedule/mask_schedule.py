@@ -58,8 +58,9 @@ class MaskSchedule:
     buffers keep the numbers of entries; otherwise its forward fails. `magnitude`, `random` and `synflow` need no
     gradient: with these measures and no batches, `select_masks` selects at intervals too.
 
-    A copy whose parameters are averages, such as torch's `AveragedModel`, is wrong once masks have moved, since its
-    values are those of the first masks. Average the tensors of `state_dict()` instead.
+    Averages of parameters, such as torch's `AveragedModel`, mix entries once masks have moved. A copied model that
+    averages all parameters then goes by its dense weights, in their dtype. Values that were averaged alone cannot be
+    mended, and a warning tells when they are set: average the tensors of `state_dict()` instead.
 
     Args:
         model: the sparsified model, or a wrapper around it.

@@ -13,6 +13,7 @@ from torch import nn
 from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask
+from speft_optim.weights.averages import MovingValues
 from speft_optim.weights.compact_entries import CompactEntries
 from speft_optim.weights.compact_values import version
 from speft_optim.weights.place import Place
@@ -21,7 +22,7 @@ from speft_optim.weights.targets import Target
 from speft_optim.weights.uses import Uses
 
 
-class EqualEntries(CompactEntries):
+class EqualEntries(MovingValues, CompactEntries):
     """The trained entries of one weight, kept equal to the weight.
 
     Args:
@@ -35,6 +36,9 @@ class EqualEntries(CompactEntries):
         uses: what passes the gradient of each use of the weight to the values.
         holds_entries: whether the weight itself holds its trained entries: a dense one does, a quantised one cannot.
     """
+
+    # The version of the values when they last moved to another device with their model.
+    _moved_with: tuple | None = None
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         place = Place(model, target)
@@ -102,9 +106,21 @@ class EqualEntries(CompactEntries):
         self._follow_sharding()
         self.check()
         if version(self._parameters["values"]) != self._seen[2]:
-            self.write()
+            self._write_or_read()
         elif not self._weight_is_as_seen():
             self.read()
+
+    @torch.no_grad()
+    def _write_or_read(self) -> None:
+        """Write values that were set by hand, unless they are averages of entries that are not theirs."""
+        was_set = version(self._parameters["values"]) != (self._seen[2] or self._moved_with)
+        if was_set and self.holds_entries and self.is_behind() and not self._weight_is_as_seen():
+            # The average of the weight itself is right.
+            self.read()
+            return
+        if was_set and (self.moves or self.is_behind()):
+            self.warn_of_mixture(self.base.gather(self.placed_mask().indices) if self.holds_entries else None)
+        self.write()
 
     @torch.no_grad()
     def write(self) -> None:
@@ -148,8 +164,10 @@ class EqualEntries(CompactEntries):
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # This is done before forward, since a weight that autograd saved for backward must not be written.
-        # A compiled graph cannot read version counters; `refresh_all` does this before the graph.
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            # A compiled graph cannot read version counters.
+            self.refresh_in_graph(self)
+        else:
             self.refresh()
             self.uses.watch_gathered()
 

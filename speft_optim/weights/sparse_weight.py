@@ -48,6 +48,7 @@ class SparseWeight(EqualEntries):
         base.release(self.values)
         leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
         self._exchange(mask, entries, old[leaves])
+        self.moves += 1
         base.attach(mask, self.values)
         self._remember()
         return before, after
@@ -109,7 +110,7 @@ class SparseWeight(EqualEntries):
             return self
         super()._apply(fn, recurse)
         # The values are written again at the next use: a weight cast up from 16 bits holds only their rounding.
-        self._seen = *self._seen[:2], None
+        self._seen, self._moved_with = (*self._seen[:2], None), version(self.values)
         return self
 
     def __getstate__(self):

@@ -15,6 +15,7 @@ from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.foreign import check_layers, check_parameters
 from speft_optim.weights.storage import frozen_weight
+from speft_optim.weights.verification import WatchedWeight
 from speft_optim.weights.wrappers import plain_modules, steps_to
 
 Targets = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
@@ -120,7 +121,7 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
     Raises:
         TypeError: `targets` has another type, or a weight is quantised otherwise than by bitsandbytes.
         ValueError: nothing matches, a suffix matches nothing or occurs twice, or a match is on the meta device or is
-            used where no hook can observe its gradient.
+            used where no hook can observe its gradient, or has hooks on its gradient.
     """
     # This check comes first, since a foreign quantiser's tensors may lack the operations that follow.
     check_parameters(model)
@@ -144,6 +145,7 @@ def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]
         if target.device.type == "meta":
             check_in_memory(name, target.parameter)
         check_called(name, target)
+        check_unhooked(name, target.parameter)
     return found
 
 
@@ -200,6 +202,22 @@ def check_called(name: str, target: Target) -> None:
                 f"{name} cannot be trained: {type(module).__name__} reads its weights from a list of its own. Leave it "
                 "out of targets, or unroll nn.LSTMCell, nn.GRUCell or nn.RNNCell."
             )
+
+
+def check_unhooked(name: str, parameter: nn.Parameter) -> None:
+    """Refuse a weight whose gradient something changes or takes: neither its scores nor its values would heed that.
+
+    Raises:
+        ValueError: it has hooks on its gradient.
+    """
+    if isinstance(parameter, WatchedWeight):
+        return  # It is masked already: the hook is this library's, and nothing could add another.
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            f"{name} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which neither "
+            "its scores nor its compact values would pass through; remove them, and register them on what sparsify "
+            "returns."
+        )
 
 
 def _by_suffix(model: nn.Module, known: dict[str, Target], suffixes: Iterable[str]) -> dict[str, Target]:

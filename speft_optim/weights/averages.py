@@ -1,0 +1,61 @@
+"""What becomes of averages of compact values, and other copies of them, once a mask has moved.
+
+Libraries average parameters one by one. After a selection the values mean other entries, so that averages from before
+and values from after must not be mixed. The dense weight itself, which tools that take all parameters average too,
+stays comparable.
+"""
+
+import copy
+import logging
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from speft_optim.weights.attached import sparse_weights
+
+logger = logging.getLogger(__name__)
+
+
+class MovingValues(nn.Module):
+    """The part of a masked weight that knows whether its mask, or that of the weight it was copied from, has moved.
+
+    Attributes:
+        moves: how often its mask has changed.
+        original: the masked weight that this one is a copy of, and that one's `moves` at the time; None for no copy.
+    """
+
+    moves = 0
+    original: "tuple[ref[MovingValues], int] | None" = None
+    _warned_of_mixture = False
+
+    def is_behind(self) -> bool:
+        """Whether this is a copy of a weight whose mask has moved since."""
+        original = None if self.original is None else self.original[0]()
+        return original is not None and original.moves != self.original[1]
+
+    def warn_of_mixture(self, held: Tensor | None) -> None:
+        """Warn once for a model of values that were set by hand after a mask had moved, if they differ from those held.
+
+        Args:
+            held: (k,), what the weight holds in their place; None if it cannot hold them.
+        """
+        if self._warned_of_mixture or held is not None and torch.equal(self.values.detach().to(held), held):
+            return
+        for weight in sparse_weights(self.place.model):
+            weight._warned_of_mixture = True
+        logger.warning(
+            "The values of %s were set by hand, as by swapping in averages of parameters, after a schedule had moved "
+            "masks. Values from before then belong to other entries, and averages of both are wrong: average the "
+            "tensors of model.state_dict() instead, or begin a new average after each selection.",
+            self.name,
+        )
+
+    def __deepcopy__(self, memo: dict) -> "MovingValues":
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        made.original = ref(self), self.moves
+        return made
+
+    def __getstate__(self) -> dict:
+        return {name: part for name, part in super().__getstate__().items() if name not in ("moves", "original")}
