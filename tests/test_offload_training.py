@@ -22,6 +22,7 @@ from conftest import (
     weights_of,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from speft_optim import (
     MaskSchedule,
@@ -488,6 +489,29 @@ def test_a_quantised_base_trains_as_a_resident_one(original, kind):
         assert all(map(torch.equal, stored(model), before))
         results.append((losses, states, generated, effective(model)))
     assert equal_states(*results)
+
+
+class MovesOf(TorchFunctionMode):
+    """Counts how often one of some tensors is moved or cast."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.tensors, self.count = tensors, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.Tensor.to and any(args[0] is tensor for tensor in self.tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def test_tables_of_a_quantised_base_are_copied_once(original):
+    """Each copy of one would wait for all that the device has to do."""
+    model = loaded(original, "double")
+    states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
+    optimizer = SparseAdamW(sparsify(model, random_masks(model), offload="cpu"), **OPTIONS)
+    for expected in (len(states), 0):
+        with MovesOf([state.code for state in states]) as moves:
+            train(model, optimizer, 1)
+        assert moves.count == expected
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

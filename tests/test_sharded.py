@@ -1146,7 +1146,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def failures(folder):
-    return failures_of(SCENARIOS, folder, "spawn")
+    return failures_of(SCENARIOS, folder, "forkserver")
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
@@ -1194,14 +1194,14 @@ def resumed_after_that(rank):
 
 
 def test_processes_of_which_one_was_killed_resume_from_their_last_checkpoint(tmp_path):
-    _, killed = failures_of([killed_in_its_third_step], tmp_path, "spawn")
+    _, killed = failures_of([killed_in_its_third_step], tmp_path, "forkserver")
     assert "SIGKILL" in killed["killed_in_its_third_step"]
-    assert failures_of([resumed_after_that], tmp_path, "spawn") == [{}, {}]
+    assert failures_of([resumed_after_that], tmp_path, "forkserver") == [{}, {}]
 
 
 @pytest.fixture(scope="module")
 def failures_of_four(tmp_path_factory):
-    return failures_of(OF_FOUR, tmp_path_factory.mktemp("four"), "spawn", 4)
+    return failures_of(OF_FOUR, tmp_path_factory.mktemp("four"), "forkserver", 4)
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in OF_FOUR])

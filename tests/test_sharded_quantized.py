@@ -556,7 +556,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def failures(folder):
-    return failures_of(SCENARIOS, folder, "spawn")
+    return failures_of(SCENARIOS, folder, "forkserver")
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])

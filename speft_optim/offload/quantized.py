@@ -82,7 +82,10 @@ class HostQuantized:
         return codes
 
     def _constant(self, name: str, tensor: Tensor) -> Tensor:
-        return self._constants.setdefault(name, tensor.to(self.device))
+        # A copy from memory that is not locked waits for all work of the device.
+        if name not in self._constants:
+            self._constants[name] = tensor.to(self.device)
+        return self._constants[name]
 
     def overlay_(self, copied: Tensor) -> None:
         """Let a copy have the trained entries of now."""
