@@ -1042,6 +1042,28 @@ def test_a_layer_compiled_by_itself_computes_with_values_that_were_changed(kind,
     torch._dynamo.reset()
 
 
+def test_a_gradient_of_former_values_is_warned_of(caplog):
+    """A compiled layer that first ran in a call of its model knows nothing of a change by hand since."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    masks = select_masks(model, salience="random", density=0.3, targets=["0", "2"], progress=False)
+    values = sparsify(model, masks)
+    model[0] = torch.compile(model[0], backend="aot_eager")
+    x = torch.ones(2, 8)
+    for _ in range(2):
+        model(x).sum().backward()
+    with torch.no_grad():
+        for value in values:
+            value.mul_(3)
+    model(x).sum().backward()
+    assert "former ones" not in caplog.text
+    with torch.no_grad():
+        for value in values:
+            value.mul_(3)
+    model[0](x).sum().backward()
+    assert caplog.text.count("former ones") == 1
+
+
 def test_a_layer_compiled_in_place_is_one_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

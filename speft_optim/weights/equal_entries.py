@@ -4,6 +4,7 @@
 from it, whichever of the two changed last. `sparse_weight.SparseWeight` follows the model beyond that.
 """
 
+import logging
 from typing import Any
 from weakref import ref
 
@@ -13,6 +14,7 @@ from torch import nn
 from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.averages import MovingValues
 from speft_optim.weights.compact_entries import CompactEntries
 from speft_optim.weights.compact_values import version
@@ -20,6 +22,8 @@ from speft_optim.weights.place import Place
 from speft_optim.weights.storage import FrozenWeight
 from speft_optim.weights.targets import Target
 from speft_optim.weights.uses import Uses
+
+logger = logging.getLogger(__name__)
 
 
 class EqualEntries(MovingValues, CompactEntries):
@@ -39,6 +43,7 @@ class EqualEntries(MovingValues, CompactEntries):
 
     # The version of the values when they last moved to another device with their model.
     _moved_with: tuple | None = None
+    _warned_of_stale_use = False
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         place = Place(model, target)
@@ -49,6 +54,7 @@ class EqualEntries(MovingValues, CompactEntries):
         base.attach(self.mask, self.values)
         modules = {module for module, _ in target.sites} if self.holds_entries else ()
         self._hooks = [module.register_forward_pre_hook(self._before_forward) for module in modules]
+        self._hooks.append(self.values.register_post_accumulate_grad_hook(self._check_use))
         self.uses = Uses(self, verify)
         self._remember()
 
@@ -170,6 +176,18 @@ class EqualEntries(MovingValues, CompactEntries):
         else:
             self.refresh()
             self.uses.watch_gathered()
+
+    def _check_use(self, values: nn.Parameter) -> None:
+        """Warn once for a model of a gradient that came from a forward with other values than these."""
+        if not self._warned_of_stale_use and self._seen[2] is not None and values._version != self._seen[2][0]:
+            for weight in sparse_weights(self.place.model):
+                weight._warned_of_stale_use = True
+            logger.warning(
+                "The values of %s changed before a gradient arrived that was computed with the former ones: either "
+                "after that forward, or a compiled graph was called without its model, which alone brings changed "
+                "values into the weight before a graph; call the model once after values are changed.",
+                self.name,
+            )
 
     def refresh(self) -> None:
         """Synchronize if weight or values changed; costs next to nothing if not."""
