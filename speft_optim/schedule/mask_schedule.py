@@ -20,21 +20,19 @@ from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.optim.state import SCHEDULE_KEYS, TURN_KEYS
-from speft_optim.salience import turn_state
 from speft_optim.salience.batches import Batches
 from speft_optim.salience.measures import Measure
 from speft_optim.salience.selection import select_masks
 from speft_optim.salience.streaming import TrainingSalience
 from speft_optim.schedule.amounts import amount_at, trained
 from speft_optim.schedule.arguments import Arguments, check_owner
-from speft_optim.schedule.history import check_tensors, from_tensors, to_tensors
-from speft_optim.weights.attached import record_of, sparse_weights, sparsified_roots
+from speft_optim.schedule.saved_schedule import SavedSchedule
+from speft_optim.weights.attached import refuse_reducer, sparse_weights
 from speft_optim.weights.mesh import reshard
 from speft_optim.weights.sparse_weight import SparseWeight
-from speft_optim.weights.wrappers import RefuseReducer
 
 
-class MaskSchedule:
+class MaskSchedule(SavedSchedule):
     """Chooses the masks of a sparsified model again while its optimizer trains it.
 
     The candidates are all entries of the weights that `sparsify` attached values to. In global scope many weights may
@@ -129,17 +127,7 @@ class MaskSchedule:
         self.training = None if given.measure is None else self._from_training(weights, given.measure)
         self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)
-        self._refuse_reducer(is_distributed() and (scope == "global" or density is not None))
-
-    def _refuse_reducer(self, is_refused: bool) -> None:
-        """Refuse DistributedDataParallel until `desparsify` or the next schedule of the model, or accept it again."""
-        for root in sparsified_roots(self.model):
-            hooks = record_of(root).hooks
-            for earlier in [hook for hook in hooks if isinstance(hook, RefuseReducer)]:
-                earlier.remove()
-                hooks.remove(earlier)
-            if is_refused:
-                hooks.append(RefuseReducer(root))
+        refuse_reducer(self.model, is_distributed() and (scope == "global" or density is not None))
 
     def _from_training(self, weights: list[SparseWeight], measure: Measure) -> TrainingSalience:
         """Return the salience of training's own gradients, after a check that all processes have the same arguments."""
@@ -195,46 +183,6 @@ class MaskSchedule:
             else:
                 self.optimizer.reset_moments(weight.values)
         return before, kept
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the counter and the latest events; the masks themselves are in the optimizer's state.
-
-        See `history.to_tensors`.
-        """
-        return to_tensors(self.steps, self.history)
-
-    def check_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Refuse a state that `state_dict` cannot have returned.
-
-        Raises:
-            ValueError: a tensor has another dtype, shape or content.
-        """
-        check_tensors(state_dict)
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned; the optimizer's `load_state_dict` calls this."""
-        self.steps, self.history = from_tensors(state_dict)
-
-    def state_of(self, weight: SparseWeight) -> dict[str, Tensor]:
-        """Return the state that is saved with a weight: nothing with batches, else see `salience/turn_state.py`."""
-        return {} if self.training is None else turn_state.state_of(self.training, weight)
-
-    def check_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Refuse a state that `state_of` cannot have returned.
-
-        Raises:
-            ValueError: a tensor has another dtype, shape or content, or the saved run selected in another way.
-        """
-        if self.training is not None:
-            turn_state.check_state_of(self.training, weight, len(saved["values"]), saved)
-        elif "schedule_turn" in saved:
-            raise ValueError("The saved run's MaskSchedule had no batches; build this one without them too.")
-
-    def load_state_of(self, weight: SparseWeight, saved: dict[str, Tensor]) -> None:
-        """Restore what `state_of` returned."""
-        if self.training is not None:
-            turn_state.load_state_of(self.training, weight, saved)
-            self._skipped = int(saved["skipped_steps"])
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
         """Count a step, and select masks when it is time; a post-hook of the optimizer's step."""

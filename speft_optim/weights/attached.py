@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from speft_optim.weights.targets import AddedModule
+from speft_optim.weights.wrappers import RefuseReducer
 
 if TYPE_CHECKING:
     from speft_optim.weights.sparse_weight import SparseWeight
@@ -45,6 +46,22 @@ def take_record(root: nn.Module) -> Record:
 def sparsified_roots(model: nn.Module) -> list[nn.Module]:
     """Return the modules in the model, itself included, that `sparsify` was called on."""
     return [module for module in model.modules() if _RECORD in module.__dict__]
+
+
+def refuse_reducer(model: nn.Module, is_refused: bool) -> None:
+    """Refuse DistributedDataParallel around a sparsified model until `desparsify`, or accept it again.
+
+    Args:
+        model: the model.
+        is_refused: whether it is refused from now on.
+    """
+    for root in sparsified_roots(model):
+        hooks = record_of(root).hooks
+        for earlier in [hook for hook in hooks if isinstance(hook, RefuseReducer)]:
+            earlier.remove()
+            hooks.remove(earlier)
+        if is_refused:
+            hooks.append(RefuseReducer(root))
 
 
 def sparse_weights(model: nn.Module) -> "list[SparseWeight]":
