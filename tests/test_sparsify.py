@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import pickle
+import re
 import weakref
 
 import pytest
@@ -24,7 +25,9 @@ from safetensors import safe_open
 from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim.weights import attached
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.quantized_state import STATE_KEYS
 
 BATCH = token_batch()
 
@@ -598,3 +601,39 @@ def test_inference_mode_is_refused_and_the_model_left_as_it_was():
         with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.. is on"):
             call(model)
     assert all(parameter.requires_grad for m in (made_inside, model) for parameter in m.parameters())
+
+
+def held(model):
+    """The names of the attributes of each module, parameter and quantiser's object of a model."""
+    objects = [*model.modules(), *model.parameters(), *filter(None, [getattr(model, "hf_quantizer", None)])]
+    objects += [part.quant_state for part in model.parameters() if hasattr(part, "quant_state")]
+    return {id(thing): set(vars(thing)) for thing in objects}
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "double"])
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_all_attributes_that_others_get_are_listed(kind, offload, tmp_path):
+    if kind == "dense":
+        model = tiny_model()
+    else:
+        pytest.importorskip("bitsandbytes")
+        from quantized_models import load_quantized, save_original
+
+        model = load_quantized(save_original(tmp_path), kind)
+    before, new = held(model), set()
+
+    def look(*_):
+        new.update(*(names - before.get(thing, names) for thing, names in held(model).items()))
+
+    values = sparsify(model, random_masks(model), offload=offload)
+    if offload is None:
+        model.model.layers[0].compile(backend="eager")
+    for module in model.model.layers[1].modules():
+        module.register_forward_hook(look)
+    model(**token_batch()).loss.backward()
+    SparseAdamW(values, lr=1e-3).step()
+    look()
+    # torch's compiler marks the modules that it has seen.
+    new -= {*STATE_KEYS, "weight", "_dynamo_static_input_type"}
+    listed = set(re.findall("`([a-z_0-9]+)`", attached.__doc__, re.IGNORECASE))
+    assert new and {re.sub(r"\d+$", "1", name) for name in new} <= listed

@@ -1,4 +1,21 @@
-"""What `sparsify` attached to a model: the masked weights in it, and the record by which `desparsify` undoes all."""
+"""What `sparsify` attached to a model: the masked weights in it, and the record by which `desparsify` undoes all.
+
+These are all the attributes that this library leaves on objects of others. `desparsify` or `unload_adapter` remove
+them, except for what quantised layers need to keep what they learned.
+
+* The module that `sparsify` was called on: `_before_sparsify`, its record. With `offload`: `_offloaded_to`.
+* A module with a masked weight: the module `sparse_weight` (for a weight of another name, `sparse_` and that) and,
+  while its forward runs, an alias in the place of the weight and `_uses_of_weight_1`. The masked parameter has a class
+  of its own and a `watcher` of its uses (`verification.WatchedWeight`), with `offload` one that is `behind`.
+* A module inside a sparsified model: `compile`, and `_compiled_call_impl` once it is compiled (`eager.py`). With
+  `offload`: `_compiled_call_impl`, `_apply`, `_streamed_weights`, and copies of its parameters while its forward runs.
+* A bitsandbytes layer: `forward` (under accelerate's hooks `_old_forward`), `_name_in_model`, and the names that its
+  state dict adds (`quantized_state.STATE_KEYS`). The object that has its scales: `trained_entries`.
+* A model of transformers with such layers: `save_pretrained`, `is_quantized`, `_is_quantized_before_sparsify`,
+  `_refuses_to_be_replicated`, and a copy of its `hf_quantizer` with `is_serializable`.
+* A model with adapters: `_loaded_adapters`.
+* The process: a hook after the steps of all optimizers, and one on the registration of parameters.
+"""
 
 from typing import TYPE_CHECKING, NamedTuple
 
