@@ -136,6 +136,7 @@ def refresh_before_forward(model: nn.Module, weights: list[SparseWeight], prepen
         prepend: whether to place the hooks in front of existing ones.
     """
     for weight in weights:
+        # The weights cannot import it, since its marks for the compiler load that.
         weight.refresh_in_graph = refresh_in_graph
     called = {model: refresh_all}
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -147,11 +148,19 @@ def refresh_before_forward(model: nn.Module, weights: list[SparseWeight], prepen
 
 def refresh_compiled_layers(model: nn.Module, weights: list[SparseWeight]) -> list[RefreshedCompile]:
     """Let each module inside the model that is, or will be, compiled in place refresh the weights that it uses."""
-    users = [(weight, {module for module, _ in weight.place.target.sites}) for weight in weights]
-    hooks = []
-    for module in model.modules():
-        parts = set(module.modules())
-        used = [weight for weight, sites in users if not sites.isdisjoint(parts)]
-        if used and module is not model:
-            hooks.append(RefreshedCompile(module, used))
-    return hooks
+    own: dict[nn.Module, list[SparseWeight]] = {}
+    for weight in weights:
+        for module in dict.fromkeys(module for module, _ in weight.place.target.sites):
+            own.setdefault(module, []).append(weight)
+    found: dict[nn.Module, dict[SparseWeight, None]] = {}
+    _find_used(model, own, found)
+    return [RefreshedCompile(module, list(used)) for module, used in found.items() if used and module is not model]
+
+
+def _find_used(module: nn.Module, own: dict, found: dict) -> dict[SparseWeight, None]:
+    """Return the weights in `own` of a module and all inside it, and note in `found` those of each of these."""
+    if module not in found:
+        found[module] = used = dict.fromkeys(own.get(module, ()))
+        for child in module.children():
+            used.update(_find_used(child, own, found))
+    return found[module]

@@ -84,7 +84,7 @@ def test_a_mode_named_twice_is_refused(capsys):
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun_report_once(tmp_path):
-    modes = "one-bf16,sharded-bf16"
+    modes = "one-bf16,sharded-bf16,fsdp-lora-bf16,sharded-nf4"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["recipes.benchmark", "several", "--shape", "tiny", "--batch", "2", "--seq", "16", "--steps", "1"]
     command += ["--density", "0.02", "--modes", modes, "--out", str(tmp_path)]
@@ -94,6 +94,7 @@ def test_two_processes_of_torchrun_report_once(tmp_path):
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [row["mode"] for row in rows] == modes.split(",")
     assert json.loads((tmp_path / "several.json").read_text())["rows"] == rows
-    one, sharded = rows
-    assert sharded["processes"] == 2 and sharded["trained"] == one["trained"] > 0
+    one, sharded, lora, quantised = rows
+    assert sharded["processes"] == lora["processes"] == 2 and sharded["trained"] == one["trained"] > 0
     assert sharded["scaling"] == round(sharded["tokens_per_second_a_gpu"] / one["tokens_per_second_a_gpu"], 3)
+    assert quantised["trained"] == one["trained"] and quantised["processes"] == 2

@@ -1042,12 +1042,16 @@ def test_a_layer_compiled_by_itself_computes_with_values_that_were_changed(kind,
     torch._dynamo.reset()
 
 
-def test_a_gradient_of_former_values_is_warned_of(caplog):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_gradient_of_former_values_is_warned_of(copied, caplog):
     """A compiled layer that first ran in a call of its model knows nothing of a change by hand since."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
     masks = select_masks(model, salience="random", density=0.3, targets=["0", "2"], progress=False)
     values = sparsify(model, masks)
+    if copied:
+        model = copy.deepcopy(model)
+        values = [weight.values for weight in sparse_weights(model)]
     model[0] = torch.compile(model[0], backend="aot_eager")
     x = torch.ones(2, 8)
     for _ in range(2):

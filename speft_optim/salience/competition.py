@@ -60,9 +60,9 @@ class Candidates:
 
 
 def _scores_of(runs: list[Candidates], measure: Measure, chunk: int) -> Iterator[Tensor]:
-    """Yield the scores of all candidates in order; the stored ones of many weights come together."""
-    for is_stored, part in itertools.groupby(runs, lambda run: run.row_slice is None):
-        if is_stored:
+    """Yield the scores of all candidates in order; the stored ones of many weights on one device come together."""
+    for device, part in itertools.groupby(runs, lambda run: run.scores.device if run.row_slice is None else None):
+        if device is not None:
             yield torch.cat([run.scores for run in part])
         else:
             yield from itertools.chain.from_iterable(run.new_scores(measure, chunk) for run in part)

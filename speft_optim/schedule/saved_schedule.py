@@ -9,7 +9,7 @@ from speft_optim.weights.sparse_weight import SparseWeight
 
 
 class SavedSchedule:
-    """The counter and the latest events of a schedule, and the turn that it is in.
+    """A schedule whose step counter, latest events and present turn are saved in its optimizer's state.
 
     Attributes:
         steps: how many optimizer steps were counted.

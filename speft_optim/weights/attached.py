@@ -66,10 +66,10 @@ def sparsified_roots(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_reducer(model: nn.Module, is_refused: bool) -> None:
-    """Refuse DistributedDataParallel around a sparsified model until `desparsify`, or accept it again.
+    """Refuse DistributedDataParallel until `desparsify` or the next call for this model, or accept it again.
 
     Args:
-        model: the model.
+        model: the sparsified model.
         is_refused: whether it is refused from now on.
     """
     for root in sparsified_roots(model):
@@ -85,6 +85,15 @@ def sparse_weights(model: nn.Module) -> "list[SparseWeight]":
     """Return the sparsified weights of a model, in the order of its parameters; none for a plain model."""
     # They are the only modules that this library adds to a model.
     return [module for module in model.modules() if isinstance(module, AddedModule)]
+
+
+def is_told_first(weight: "SparseWeight", what: str) -> bool:
+    """Return whether something is told of a weight's model for the first time, and note that it is."""
+    if what in weight.told:
+        return False
+    for other in sparse_weights(weight.place.model):
+        other.told |= {what}
+    return True
 
 
 def name_beside(attribute: str) -> str:

@@ -10,9 +10,9 @@ import logging
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.attached import is_told_first
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +27,27 @@ class MovingValues(nn.Module):
 
     moves = 0
     original: "tuple[ref[MovingValues], int] | None" = None
-    _warned_of_mixture = False
 
     def is_behind(self) -> bool:
         """Whether this is a copy of a weight whose mask has moved since."""
         original = None if self.original is None else self.original[0]()
         return original is not None and original.moves != self.original[1]
 
-    def warn_of_mixture(self, held: Tensor | None) -> None:
-        """Warn once for a model of values that were set by hand after a mask had moved, if they differ from those held.
-
-        Args:
-            held: (k,), what the weight holds in their place; None if it cannot hold them.
-        """
-        if self._warned_of_mixture or held is not None and torch.equal(self.values.detach().to(held), held):
+    def warn_of_mixture(self) -> None:
+        """Warn once for a model of values set by hand after a mask had moved, unless the weight holds them."""
+        if "mixture" in self.told or self.holds_entries and self._is_held():
             return
-        for weight in sparse_weights(self.place.model):
-            weight._warned_of_mixture = True
-        logger.warning(
-            "The values of %s were set by hand, as by swapping in averages of parameters, after a schedule had moved "
-            "masks. Values from before then belong to other entries, and averages of both are wrong: average the "
-            "tensors of model.state_dict() instead, or begin a new average after each selection.",
-            self.name,
-        )
+        if is_told_first(self, "mixture"):
+            logger.warning(
+                "The values of %s were set by hand, as by swapping in averages of parameters, after a schedule had "
+                "moved masks. Values from before then belong to other entries, and averages of both are wrong: average "
+                "the tensors of model.state_dict() instead, or begin a new average after each selection.",
+                self.name,
+            )
+
+    def _is_held(self) -> bool:
+        held = self.base.gather(self.placed_mask().indices)
+        return torch.equal(self.values.detach().to(held), held)
 
     def __deepcopy__(self, memo: dict) -> "MovingValues":
         made = memo[id(self)] = object.__new__(type(self))

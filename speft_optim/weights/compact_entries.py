@@ -24,11 +24,13 @@ class CompactEntries(AddedModule):
         previously_trained: the entries that were trained before the mask changed and are not now; they keep what they
             learned. None while the mask has never changed.
         values: (k,) fp32 parameter, the weight's masked entries.
+        told: what was warned of once for the model, see `attached.is_told_first`.
         accumulator: receives the weight's whole gradient in training too, as a `MaskSchedule` needs; None without one.
     """
 
     previously_trained: Mask | None = None
     accumulator: Accumulator | None = None
+    told: frozenset[str] = frozenset()
 
     def __init__(self, name: str, mask: Mask, entries: Tensor):
         super().__init__()

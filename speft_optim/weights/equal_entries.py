@@ -14,7 +14,7 @@ from torch import nn
 from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.launch import launches
 from speft_optim.masks.mask import Mask
-from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.attached import is_told_first
 from speft_optim.weights.averages import MovingValues
 from speft_optim.weights.compact_entries import CompactEntries
 from speft_optim.weights.compact_values import version
@@ -43,7 +43,6 @@ class EqualEntries(MovingValues, CompactEntries):
 
     # The version of the values when they last moved to another device with their model.
     _moved_with: tuple | None = None
-    _warned_of_stale_use = False
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         place = Place(model, target)
@@ -54,7 +53,7 @@ class EqualEntries(MovingValues, CompactEntries):
         base.attach(self.mask, self.values)
         modules = {module for module, _ in target.sites} if self.holds_entries else ()
         self._hooks = [module.register_forward_pre_hook(self._before_forward) for module in modules]
-        self._hooks.append(self.values.register_post_accumulate_grad_hook(self._check_use))
+        self._watch_gradient()
         self.uses = Uses(self, verify)
         self._remember()
 
@@ -125,7 +124,7 @@ class EqualEntries(MovingValues, CompactEntries):
             self.read()
             return
         if was_set and (self.moves or self.is_behind()):
-            self.warn_of_mixture(self.base.gather(self.placed_mask().indices) if self.holds_entries else None)
+            self.warn_of_mixture()
         self.write()
 
     @torch.no_grad()
@@ -177,11 +176,14 @@ class EqualEntries(MovingValues, CompactEntries):
             self.refresh()
             self.uses.watch_gathered()
 
+    def _watch_gradient(self) -> None:
+        """Let each gradient of the values be checked as it arrives; copies of a parameter lose its hooks."""
+        self._hooks.append(self.values.register_post_accumulate_grad_hook(self._check_use))
+
     def _check_use(self, values: nn.Parameter) -> None:
         """Warn once for a model of a gradient that came from a forward with other values than these."""
-        if not self._warned_of_stale_use and self._seen[2] is not None and values._version != self._seen[2][0]:
-            for weight in sparse_weights(self.place.model):
-                weight._warned_of_stale_use = True
+        changed = self._seen[2] is not None and values._version != self._seen[2][0]
+        if changed and is_told_first(self, "gradient of former values"):
             logger.warning(
                 "The values of %s changed before a gradient arrived that was computed with the former ones: either "
                 "after that forward, or a compiled graph was called without its model, which alone brings changed "

@@ -129,6 +129,7 @@ class SparseWeight(EqualEntries):
             scatter_entries_(weight.detach(), self.mask.indices, self.values.detach())
         else:
             keep_attached(weight, self.mask, self.values)
+        self._watch_gradient()
         self.uses.watch(weight)
         self._seen = ref(weight), self.place.version(weight), version(self.values)
 

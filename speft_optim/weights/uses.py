@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from speft_optim.distributed import is_distributed
-from speft_optim.weights.attached import sparse_weights, weight_beside
+from speft_optim.weights.attached import is_told_first, weight_beside
 from speft_optim.weights.observation import observe_gradient
 from speft_optim.weights.sharded import is_managed
 from speft_optim.weights.verification import DenseGradient, WatchedWeight
@@ -36,8 +36,8 @@ class Uses:
     """
 
     is_unreduced = False
-    # Whether it was warned of a use elsewhere, and that something set the weights to require gradients.
-    _warned_of_use = _warned_of_thaw = False
+    # Whether it was warned of a use elsewhere.
+    _warned_of_use = False
 
     def __init__(self, weight: "SparseWeight", verify: bool):
         _watch_replacements()
@@ -93,10 +93,8 @@ class Uses:
 
     def warn_of_thaw(self) -> None:
         """Warn once for a model that its masked weights stay frozen."""
-        if self._warned_of_thaw:
+        if not is_told_first(self._weight, "thaw"):
             return
-        for weight in sparse_weights(self._weight.place.model):
-            weight.uses._warned_of_thaw = True
         logger.warning(
             "%s was set to require gradients after sparsify, as model.requires_grad_(True) does with all parameters. "
             "Masked weights stay frozen, since their masked entries train as values; freeze the other parameters "
