@@ -83,9 +83,9 @@ def estimate(
     masks = 4 * batch * length * length if shape.score_heads else 0
     boundary = 2 * row if checkpointing else saved
     chunk = min(CHUNK_BYTES, 4 * batch * length * shape.vocabulary)
-    # These are hidden states, their gradient, those with a label, and the last norm's fp32 input; then logits, the
-    # temporary of a sum of exponentials, and the slope of a cap.
-    loss = 10 * row + chunk * (3 if shape.capped else 2)
+    # These are hidden states, their gradient, those with a label, and the last norm's fp32 input; then logits in fp32
+    # and in bf16, and the slope of a cap.
+    loss = 10 * row + (2 * chunk if shape.capped else 3 * chunk // 2)
     earlier = gradients if accumulation > 1 else 0
     held["workspace"] = WORKSPACE_BYTES
     if sums:

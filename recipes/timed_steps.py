@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eval.records import package_version
 from recipes import moving
 from recipes.host_peers import HOST_ATTACH
-from recipes.loss import head_loss
+from recipes.loss import IGNORED, head_loss
 from recipes.memory import GIB
 from recipes.peers import ATTACH
 from recipes.random_models import build, use_liger
@@ -157,8 +157,10 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the mean next-token loss, with the head's logits in chunks."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    return head_loss(model.lm_head, flat, targets, softcap=softcap) / targets.numel()
+    # The last token of a sequence has no label. To cut it off would copy the hidden states.
+    targets = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    total = head_loss(model.lm_head, hidden.flatten(0, 1), targets.flatten(), softcap=softcap)
+    return total / ids[:, 1:].numel()
 
 
 def limit_memory(most_bytes: float) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speft_optim import select_masks, sparsify
 from speft_optim.offload.engine import streaming
 from speft_optim.offload.host_memory import available_bytes
-from speft_optim.offload.pages import copy_pages_, lock_pages
+from speft_optim.offload.pages import PageCopies, copy_pages_, lock_pages
 from speft_optim.salience.measures import MEASURES
 
 STREAMED = sorted(name for name, measure in MEASURES.items() if not measure.differentiates_twice)
@@ -162,8 +162,8 @@ class Copies(TorchDispatchMode):
         self.made = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.copy_.default:
-            self.made.append((args[1].data_ptr(), args[1].nbytes))
+        if function is torch.ops.aten._foreach_copy_.default:
+            self.made += [(source.data_ptr(), source.nbytes) for source in args[1]]
         return function(*args, **(kwargs or {}))
 
 
@@ -201,6 +201,7 @@ def test_locked_pages_hold_nothing_else_and_no_copy_crosses_their_edge(monkeypat
         with Copies() as copies:
             copy_pages_(zip(outs, tensors, strict=True))
         assert all(torch.equal(out, tensor) for out, tensor in zip(outs, tensors, strict=True))
+        assert sum(size for _, size in copies.made) == sum(tensor.nbytes for tensor in tensors)
         contiguous = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.is_contiguous()]
         for first, size in copies.made:
             for run, length in runtime.locked.items():
@@ -210,6 +211,17 @@ def test_locked_pages_hold_nothing_else_and_no_copy_crosses_their_edge(monkeypat
             if any(start <= first < start + length for start, length in contiguous):
                 assert any(run <= first and first + size <= run + length for run, length in runtime.locked.items())
     assert not runtime.locked
+
+
+def test_copies_that_are_queued_again_take_what_is_in_host_memory_then():
+    sources = [torch.randn(size) for size in (70_000, 3, 0)]
+    outs = [torch.empty_like(source) for source in sources]
+    copies = PageCopies(zip(outs, sources, strict=True))
+    for _ in range(2):
+        copies.queue()
+        assert all(torch.equal(out, source) for out, source in zip(outs, sources, strict=True))
+        for source in sources:
+            source.data.neg_()
 
 
 def test_pages_that_cannot_be_locked_are_left_with_a_warning(monkeypatch, caplog):

@@ -12,6 +12,9 @@ from speft_optim.offload.host_memory import available_bytes, mapped_ranges
 
 logger = logging.getLogger(__name__)
 
+# Tensors of up to so many bytes are copied whole through locked memory: in one part rather than by pages and two edges.
+_SMALL = 2**14
+
 
 def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextlib.ExitStack) -> set[int]:
     """Lock the host memory of `tensors` in place until the stack closes, so that a CUDA device can read it directly.
@@ -67,29 +70,51 @@ def _lock(first: int, size: int, device: torch.device, stack: contextlib.ExitSta
 
 
 def copy_pages_(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy host memory to a device, whole pages directly and the edges through locked memory of their own.
+    """Copy host memory to a device once, see `PageCopies`."""
+    PageCopies(copies).queue()
+
+
+class PageCopies:
+    """Copies of host memory to a device: whole pages directly, edges and small tensors through other locked memory.
 
     From memory that is not locked CUDA copies, by its documentation, only when all work before on the stream is done.
+    What is to be copied from where is found out once, so that the same copies can be queued at little cost again.
 
     Args:
         copies: contiguous tensors on the device, each with the tensor in host memory that it is a copy of.
     """
-    edges = []
-    for out, source in copies:
-        out, source = _bytes_of(out), _bytes_of(source.to(out.dtype))
-        before, pages = _pages(source.data_ptr(), len(source))
-        cuts = [before, pages, len(source) - before - pages]
-        first, middle, last = zip(out.split(cuts), source.split(cuts), strict=True)
-        middle[0].copy_(middle[1], non_blocking=True)
-        edges += [(part, piece) for part, piece in (first, last) if len(piece)]
-    if not edges:
-        return
-    parts, pieces = zip(*edges, strict=True)
-    sizes = [len(piece) for piece in pieces]
-    locked = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=parts[0].is_cuda)
-    torch.cat(pieces, out=locked)
-    for part, piece in zip(parts, locked.split(sizes), strict=True):
-        part.copy_(piece, non_blocking=True)
+
+    def __init__(self, copies: Iterable[tuple[Tensor, Tensor]]):
+        whole, edges = [], []
+        for out, source in copies:
+            out, source = _bytes_of(out), _bytes_of(source.to(out.dtype))
+            before, pages = _pages(source.data_ptr(), len(source)) if len(source) > _SMALL else (len(source), 0)
+            cuts = [before, pages, len(source) - before - pages]
+            first, middle, last = zip(out.split(cuts), source.split(cuts), strict=True)
+            whole += [middle] if pages else []
+            edges += [pair for pair in (first, last) if len(pair[1])]
+        self._outs, self._sources = [list(side) for side in zip(*whole, strict=True)] or [[], []]
+        self._edges, self._locked, self._taken = [piece for _, piece in edges], [], None
+        if edges:
+            sizes = [len(piece) for piece in self._edges]
+            locked = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=edges[0][0].is_cuda)
+            self._locked = list(locked.split(sizes))
+            self._outs += [part for part, _ in edges]
+            self._sources += self._locked
+
+    @torch.no_grad()
+    def queue(self) -> None:
+        """Queue the copies of what is in host memory now on the current stream."""
+        if not self._outs:
+            return
+        if self._taken is not None:
+            # The device may not have taken yet what was queued last.
+            self._taken.synchronize()
+        if self._locked:
+            torch._foreach_copy_(self._locked, self._edges)
+        torch._foreach_copy_(self._outs, self._sources, non_blocking=True)
+        if self._outs[0].is_cuda:
+            self._taken = torch.cuda.current_stream(self._outs[0].device).record_event()
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, wait
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from speft_optim.offload.host_weight import HostWeight
-from speft_optim.offload.pages import copy_pages_
+from speft_optim.offload.pages import PageCopies
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.staging import Staging
 
@@ -35,13 +36,31 @@ Site = tuple[nn.Module, str]
 _ALIGNMENT = 256
 
 
+class _Filling(NamedTuple):
+    """How a buffer is filled with a block, which holds until a weight of the block changes in host memory.
+
+    Attributes:
+        states: the states of the weights in host memory, see `HostWeight.state`.
+        weights: their copies in the buffer, by module and attribute.
+        direct: the copies that the device makes by itself.
+        staged: the other copies as pairs of (part of the buffer, host memory).
+    """
+
+    states: list[tuple]
+    weights: dict[Site, Tensor]
+    direct: PageCopies
+    staged: list[tuple[Tensor, Tensor]]
+
+
 class _Buffer:
     """Memory on the device for the weights of one block.
 
     Attributes:
+        memory: the memory, (bytes,) uint8.
         block: number of the block whose weights it holds.
         weights: the copies in this memory, by module and attribute.
-        states: the states of the weights in host memory that were copied, see `HostWeight.state`.
+        states: the states of the weights in host memory that were copied.
+        fillings: how it was last filled with each block.
         job: the work of the thread that queues the copies, or None where they are queued.
         filled: the event after which they are complete.
     """
@@ -51,6 +70,7 @@ class _Buffer:
         self.block: int | None = None
         self.weights: dict[Site, Tensor] = {}
         self.states: list[tuple] = []
+        self.fillings: dict[int, _Filling] = {}
         self.job: Future | None = None
         self.filled = None
 
@@ -169,33 +189,44 @@ class Prefetcher:
         # All work that reads the buffer was queued before this. That holds in backward too: autograd runs the youngest
         # node that is ready, so it has queued one block's backward before it recomputes the block below.
         self._stream.wait_stream(self._backend.current_stream(self._device))
-        buffer.block, buffer.weights, copies, start = None, {}, [], 0
+        buffer.block, filling = None, buffer.fillings.get(block)
+        if filling is None or filling.states != states:
+            filling = buffer.fillings[block] = self._filling(buffer.memory, block, states)
+        buffer.weights = filling.weights
+        copy = partial(self._copy, buffer, filling)
+        buffer.job = self._staging.submit(copy) if filling.staged else None
+        if buffer.job is None:
+            copy()
+        buffer.block, buffer.states = block, states
+
+    def _filling(self, memory: Tensor, block: int, states: list[tuple]) -> _Filling:
+        """Cut a buffer's memory into the weights of a block."""
+        weights, direct, staged, start = {}, [], [], 0
         for site, weight in self._blocks[block].items():
             sources = weight.sources()
             parts = []
             for shape, dtype in weight.forms:
                 size = shape.numel() * dtype.itemsize
-                parts.append(buffer.memory.narrow(0, start, size).view(dtype).view(shape))
+                parts.append(memory.narrow(0, start, size).view(dtype).view(shape))
                 start += _aligned(size)
-            buffer.weights[site] = weight.assemble(parts)
-            copies += zip(parts, sources, strict=True)
-        copy = partial(self._copy, buffer, copies)
-        buffer.job = None if all(self._is_direct(source) for _, source in copies) else self._staging.submit(copy)
-        if buffer.job is None:
-            copy()
-        buffer.block, buffer.states = block, states
+            weights[site] = weight.assemble(parts)
+            for part, source in zip(parts, sources, strict=True):
+                (direct if self._is_direct(part, source) else staged).append((part, source))
+        return _Filling(states, weights, PageCopies(direct), staged)
 
     @torch.no_grad()
-    def _copy(self, buffer: _Buffer, copies: list[tuple[Tensor, Tensor]]) -> None:
-        """Queue copies of (part of the buffer, host memory) on the side stream."""
+    def _copy(self, buffer: _Buffer, filling: _Filling) -> None:
+        """Queue the copies on the side stream."""
         with self._backend.stream(self._stream):
-            copy_pages_(pair for pair in copies if self._is_direct(pair[1]))
-            for part, source in copies:
-                if not self._is_direct(source):
-                    self._staging.copy_(part, source)
+            filling.direct.queue()
+            for part, source in filling.staged:
+                self._staging.copy_(part, source)
         buffer.filled = self._stream.record_event()
 
-    def _is_direct(self, source: Tensor) -> bool:
+    def _is_direct(self, part: Tensor, source: Tensor) -> bool:
+        """Return whether the device can copy the source as it is, and need not wait for that."""
+        if source.dtype != part.dtype or not source.is_contiguous():
+            return False
         return source.untyped_storage().data_ptr() in self._direct or source.is_pinned()
 
 

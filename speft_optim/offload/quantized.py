@@ -29,6 +29,7 @@ class HostQuantized:
 
     def __init__(self, target: Target, device: torch.device):
         self.name, self.device, self._module = target.name, device, target.sites[0][0]
+        self._read: QuantizedWeight | None = None
         self.shape, self.dtype = self._host.shape, self._host.dtype
         self.forms = [(source.shape, source.dtype) for source in self.sources()]
         # Tables of 16 and 256 numbers and an offset are copied once.
@@ -36,7 +37,9 @@ class HostQuantized:
 
     @property
     def _host(self) -> QuantizedWeight:
-        return quantized_weight(self._module)
+        if self._read is None or not self._read.is_current:
+            self._read = quantized_weight(self._module)
+        return self._read
 
     @property
     def parameter(self) -> nn.Parameter:

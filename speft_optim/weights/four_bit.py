@@ -34,6 +34,11 @@ class FourBitWeight(QuantizedWeight):
         self.shape, self.device = torch.Size(state.shape), device_of(module.weight)
 
     @property
+    def is_current(self) -> bool:
+        """Whether the layer still has the weight and the state that this reads."""
+        return self._stored is self.module.weight and self.state is quantisation_state(self.module)
+
+    @property
     def packed(self) -> Tensor:
         """The quantised weight, two codes in a byte, in bitsandbytes' shape; all processes ask for a sharded one."""
         return whole(self._stored)

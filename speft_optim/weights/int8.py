@@ -22,9 +22,14 @@ class Int8Weight(QuantizedWeight):
 
     def __init__(self, module: nn.Module):
         weight = module.weight
-        super().__init__(module, weight if _has_scales(weight) else module.state)
+        super().__init__(module, _holder_of_scales(module))
         self._stored = weight
         self.shape, self.device = weight.shape, device_of(weight)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the layer still has the weight that this reads, and its scales in the same place."""
+        return self._stored is self.module.weight and self.holder is _holder_of_scales(self.module)
 
     @property
     def codes(self) -> Tensor:
@@ -66,8 +71,9 @@ class Int8Weight(QuantizedWeight):
         return self.codes.reshape(-1)[indices] * self._row_scales()[indices // self.shape[1]]
 
 
-def _has_scales(weight: Tensor) -> bool:
-    """Return whether the scales of an int8 weight are with the weight, and not with its layer's state."""
+def _holder_of_scales(module: nn.Module) -> object:
+    """Return what has the scales of an int8 weight: the weight, or else its layer's state."""
+    weight = module.weight
     # A compiler cannot trace the tensor subclass of scales with trained entries.
     noted = torch.compiler.is_compiling() and getattr(weight, TRAINED, None) is not None
-    return noted or getattr(weight, "SCB", None) is not None
+    return weight if noted or getattr(weight, "SCB", None) is not None else module.state

@@ -47,6 +47,11 @@ class QuantizedWeight:
         self.module, self.holder = module, holder
 
     @property
+    def is_current(self) -> bool:
+        """Whether the layer still has the weight and the scales that this reads."""
+        raise NotImplementedError
+
+    @property
     def overlays(self) -> list[tuple[Mask, Tensor]]:
         """The overlays as (mask, values (k,) fp32) pairs; a later one is written over earlier ones."""
         entries = trained_entries(self.holder, self.attribute)
