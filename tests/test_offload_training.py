@@ -759,6 +759,18 @@ def test_the_base_stays_where_it_is_when_a_trainer_moves_the_model(move):
     assert [parameter.data_ptr() for parameter in setup.model.parameters()] == before
 
 
+def test_no_block_is_checkpointed_twice_when_a_module_around_the_blocks_is_called_by_itself():
+    setup, seen = offloaded(), []
+    setup.model.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = setup.model.model.layers
+    setup.model.model.norm.register_forward_pre_hook(
+        lambda module, args: seen.extend(block.gradient_checkpointing for block in blocks)
+    )
+    for called in (setup.model, setup.model.model):
+        called(token_batch()["input_ids"])
+    assert seen == [False] * 2 * len(blocks) and all(block.gradient_checkpointing for block in blocks)
+
+
 def test_moves_and_casts_that_cannot_be_are_refused():
     model = offloaded().model
     with pytest.raises(ValueError, match=r"in torch\.float32 while it is offloaded; cast the model to torch\.bfloat16"):

@@ -172,9 +172,27 @@ def _without_checkpoints(blocks: list[nn.Module]) -> Iterator[None]:
             block.gradient_checkpointing = True
 
 
+def run_without_checkpoints(model: nn.Module, blocks: list[nn.Module], stack: contextlib.ExitStack) -> None:
+    """Replace the calls of all modules around the blocks: while they last transformers checkpoints no block.
+
+    Older versions of transformers decide before the call of a block, where `run_by_block` is too late.
+    """
+    parts = {part for block in blocks for part in block.modules()}
+
+    def make(present: Callable) -> Callable:
+        def call(*args, **kwargs):
+            with _without_checkpoints(blocks):
+                return present(*args, **kwargs)
+
+        return call
+
+    for module in model.modules():
+        if module not in parts and not parts.isdisjoint(module.modules()):
+            replace_call(module, make, stack)
+
+
 def run_model(
     model: nn.Module,
-    blocks: list[nn.Module],
     head: tuple[nn.Module, HostWeight] | None,
     device: torch.device,
     stack: contextlib.ExitStack,
@@ -183,7 +201,6 @@ def run_model(
 
     Args:
         model: the model.
-        blocks: its blocks, of which older versions of transformers decide before their call whether to checkpoint them.
         head: the module of the logits and its weight, which is on the device during the call: losses that form logits
             in chunks read it and do not call the module.
         device: the device that computes.
@@ -193,7 +210,7 @@ def run_model(
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
             args, kwargs = tree_map_only(Tensor, lambda tensor: sent(tensor, device), (args, kwargs))
-            with _without_checkpoints(blocks), _held(head):
+            with _held(head):
                 return present(*args, **kwargs)
 
         return call

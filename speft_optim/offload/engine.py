@@ -27,6 +27,7 @@ from speft_optim.offload.calls import (
     head_of,
     run_by_block,
     run_model,
+    run_without_checkpoints,
     sites_of,
 )
 from speft_optim.offload.host_weight import HostWeight
@@ -173,7 +174,8 @@ def compute_on(
     head = head_of(model, weights) if by_block else None
     if resident_head:
         head[1].stay()
-    run_model(model, blocks, head, device, stack)
+    run_without_checkpoints(model, blocks, stack)
+    run_model(model, head, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
     return prefetcher

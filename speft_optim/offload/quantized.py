@@ -48,14 +48,11 @@ class HostQuantized:
 
     def sources(self) -> list[Tensor]:
         """Return quantised values, scales and, under double quantisation, the scales' own scales, in CPU memory."""
-        host = self._host
-        if not isinstance(host, FourBitWeight):
-            return [host.codes, host.scales]
-        return [host.packed, host.scales, *([host.state.state2.absmax] if host.state.nested else [])]
+        return [part.detach() for part in self._host.parts]
 
     def state(self) -> tuple:
         """Return what changes whenever the weight in host memory does; a change of overlays does not count."""
-        return tuple((source.data_ptr(), source._version) for source in self.sources())
+        return tuple((part.data_ptr(), part._version) for part in self._host.parts)
 
     def whole(self) -> Tensor:
         """Copy the weight to the device, see `assemble`."""

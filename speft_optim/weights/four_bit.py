@@ -39,6 +39,11 @@ class FourBitWeight(QuantizedWeight):
         return self._stored is self.module.weight and self.state is quantisation_state(self.module)
 
     @property
+    def parts(self) -> list[Tensor]:
+        """The quantised values, the scales and, under double quantisation, the scales' own scales."""
+        return [self._stored, self.scales, *([self.state.state2.absmax] if self.state.nested else [])]
+
+    @property
     def packed(self) -> Tensor:
         """The quantised weight, two codes in a byte, in bitsandbytes' shape; all processes ask for a sharded one."""
         return whole(self._stored)

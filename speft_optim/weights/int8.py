@@ -32,6 +32,11 @@ class Int8Weight(QuantizedWeight):
         return self._stored is self.module.weight and self.holder is _holder_of_scales(self.module)
 
     @property
+    def parts(self) -> list[Tensor]:
+        """The quantised values and the scales."""
+        return [self._stored, self.scales]
+
+    @property
     def codes(self) -> Tensor:
         """The quantised weight, (out, in) int8; all processes ask for a sharded one."""
         return whole(self._stored)

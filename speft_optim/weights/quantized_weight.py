@@ -52,6 +52,11 @@ class QuantizedWeight:
         raise NotImplementedError
 
     @property
+    def parts(self) -> list[Tensor]:
+        """The quantised values as bitsandbytes stores them, and all scales that belong to this weight alone."""
+        raise NotImplementedError
+
+    @property
     def overlays(self) -> list[tuple[Mask, Tensor]]:
         """The overlays as (mask, values (k,) fp32) pairs; a later one is written over earlier ones."""
         entries = trained_entries(self.holder, self.attribute)
