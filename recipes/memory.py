@@ -1,9 +1,9 @@
 """An estimate of a sparse run's GPU memory, from the model's configuration alone.
 
 Weights, values, positions and moments are counted to the byte on a model without data. Activations are counted by what
-a block keeps for its backward, in bf16 with norms in fp32, at the three moments that can set the peak: the loss, the
-backward of the last block (the inputs of all blocks are still there), and that of the first one (all gradients are
-there already).
+a block keeps for its backward, in bf16 with norms in fp32, at the moments that can set the peak: the loss, the backward
+of the final norm and of the last block (the inputs of all blocks are still there), and that of the first one (all
+gradients are there already).
 """
 
 import os
@@ -70,7 +70,8 @@ def estimate(
         resident_head: whether `offload` leaves the head there.
 
     Returns:
-        By moment (`loss`, `last block`, `first block`) the bytes by part. The loss is taken in chunks (`recipes.loss`).
+        By moment (`loss`, `final norm`, `last block`, `first block`) the bytes by part. The loss is taken in chunks
+        (`recipes.loss`).
     """
     head = 2 * shape.vocabulary * shape.width if offload else 0
     weights = _buffer_bytes(shape, bits, resident_blocks) if offload else _weight_bytes(shape, bits)
@@ -94,8 +95,11 @@ def estimate(
     kept = boundary * (2 if offload else shape.layers) + masks
     loss += 0 if resident_head else head
     recomputed = block if checkpointing else block - saved
+    # Its gradient, its fp32 input, and five temporaries in fp32.
+    norm = 26 * row
     return {
         "loss": held | {"gradients": earlier, "kept activations": kept, "loss chunk": loss},
+        "final norm": held | {"gradients": earlier, "kept activations": kept, "one norm": norm},
         "last block": held | {"gradients": earlier, "kept activations": kept, "one block": recomputed},
         "first block": held | {"gradients": gradients, "kept activations": boundary + masks, "one block": recomputed},
     }
