@@ -71,7 +71,8 @@ class GradientAverage:
             return
         values = [weight.values for weight in weights]
         # One number more for each weight: in how many processes it has a gradient.
-        flags = torch.tensor([float(one.grad is not None) for one in values], device=values[0].device)
+        # Made on the GPU itself, or copied there as by default, they would wait for all of the backward.
+        flags = torch.tensor([float(one.grad is not None) for one in values]).to(values[0].device, non_blocking=True)
         flat = torch.cat([*(torch.zeros_like(one) if one.grad is None else one.grad for one in values), flags])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
