@@ -200,7 +200,7 @@ class EqualEntries(MovingValues, CompactEntries):
         if version(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
             if not self._was_merged():
                 self.synchronize()
-        elif shards is not None:
+        elif shards is not None and not shards.rows_are_as_seen():
             shards.check_rows(self.name, self.placed_mask(), self.values)
         if shards is not None and shards.parameter.requires_grad:
             shards.parameter.requires_grad_(False)

@@ -28,11 +28,10 @@ def is_managed(module: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in module.__dict__
 
 
-@torch.no_grad()
 def local_rows(parameter: Tensor) -> Tensor:
     """The rows of a DTensor that this process holds, in the memory where they lie."""
-    # With gradients enabled it would be a view of them.
-    return parameter.to_local()
+    # `to_local` returns it too where gradients are disabled, but takes longer, and each forward asks for all weights.
+    return parameter._local_tensor
 
 
 def device_of(parameter: Tensor) -> torch.device:
@@ -85,8 +84,9 @@ class ShardedParameter:
     def remember_rows(self) -> None:
         """Do nothing: the rows of a quantised weight hold no values."""
 
-    def check_rows(self, name: str, mask: Mask, values: Tensor) -> None:
-        """Do nothing: the rows of a quantised weight hold no values."""
+    def rows_are_as_seen(self) -> bool:
+        """Return True: the rows of a quantised weight hold no values."""
+        return True
 
 
 class ShardedWeight(ShardedParameter, FloatingWeight):
@@ -105,19 +105,24 @@ class ShardedWeight(ShardedParameter, FloatingWeight):
 
     def remember_rows(self) -> None:
         """What the rows hold is what the values are."""
+        self._rows_seen = self._rows_now()
+
+    def rows_are_as_seen(self) -> bool:
+        """Whether the rows are untouched since the values were last written into them, or read from them."""
+        return self._rows_now() == self._rows_seen
+
+    def _rows_now(self) -> tuple[int, int]:
         rows = local_rows(self.parameter)
-        self._rows_seen = rows._version, rows.data_ptr()
+        return rows._version, rows.data_ptr()
 
     @torch.no_grad()
     def check_rows(self, name: str, mask: Mask, values: Tensor) -> None:
-        """Refuse rows that were changed past the DTensor, of which other processes would not know.
+        """Refuse rows that are not as seen and were changed past the DTensor, of which other processes do not know.
 
         Raises:
             ValueError: they no longer hold the values.
         """
         rows = local_rows(self.parameter)
-        if (rows._version, rows.data_ptr()) == self._rows_seen:
-            return
         places, own = self._own_entries(mask, rows)
         if not torch.equal(gather_entries(rows, own.indices), values[places].to(rows)):
             raise ValueError(
