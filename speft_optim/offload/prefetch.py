@@ -40,13 +40,11 @@ class _Filling(NamedTuple):
     """How a buffer is filled with a block, which holds until a weight of the block changes in host memory.
 
     Attributes:
-        states: the states of the weights in host memory, see `HostWeight.state`.
-        weights: their copies in the buffer, by module and attribute.
+        weights: the copies of its weights in the buffer, by module and attribute.
         direct: the copies that the device makes by itself.
         staged: the other copies as pairs of (part of the buffer, host memory).
     """
 
-    states: list[tuple]
     weights: dict[Site, Tensor]
     direct: PageCopies
     staged: list[tuple[Tensor, Tensor]]
@@ -59,8 +57,7 @@ class _Buffer:
         memory: the memory, (bytes,) uint8.
         block: number of the block whose weights it holds.
         weights: the copies in this memory, by module and attribute.
-        states: the states of the weights in host memory that were copied.
-        fillings: how it was last filled with each block.
+        states: the states of the weights in host memory that were copied, see `HostWeight.state`.
         job: the work of the thread that queues the copies, or None where they are queued.
         filled: the event after which they are complete.
     """
@@ -70,7 +67,6 @@ class _Buffer:
         self.block: int | None = None
         self.weights: dict[Site, Tensor] = {}
         self.states: list[tuple] = []
-        self.fillings: dict[int, _Filling] = {}
         self.job: Future | None = None
         self.filled = None
 
@@ -127,9 +123,12 @@ class Prefetcher:
             # A model may be given up while copies are under way.
             buffer.memory.record_stream(self._stream)
         self.nbytes = sum(max(streamed) for _ in self._buffers) + sum(sizes[block] for block in self._own)
+        # By block the states of its weights, and how each buffer is filled with them.
+        self._fillings: dict[int, tuple[list[tuple], dict[_Buffer, _Filling]]] = {}
         self._staging = Staging(device, self._stream)
         stack.callback(self._buffers.clear)
         stack.callback(self._own.clear)
+        stack.callback(self._fillings.clear)
         stack.callback(self._backend.synchronize, device)
         stack.callback(self._staging.close)
 
@@ -189,9 +188,14 @@ class Prefetcher:
         # All work that reads the buffer was queued before this. That holds in backward too: autograd runs the youngest
         # node that is ready, so it has queued one block's backward before it recomputes the block below.
         self._stream.wait_stream(self._backend.current_stream(self._device))
-        buffer.block, filling = None, buffer.fillings.get(block)
-        if filling is None or filling.states != states:
-            filling = buffer.fillings[block] = self._filling(buffer.memory, block, states)
+        buffer.block = None
+        if block not in self._fillings or self._fillings[block][0] != states:
+            # What the other buffer has is of former weights too.
+            self._fillings[block] = states, {}
+        fillings = self._fillings[block][1]
+        if buffer not in fillings:
+            fillings[buffer] = self._filling(buffer.memory, block)
+        filling = fillings[buffer]
         buffer.weights = filling.weights
         copy = partial(self._copy, buffer, filling)
         buffer.job = self._staging.submit(copy) if filling.staged else None
@@ -199,7 +203,7 @@ class Prefetcher:
             copy()
         buffer.block, buffer.states = block, states
 
-    def _filling(self, memory: Tensor, block: int, states: list[tuple]) -> _Filling:
+    def _filling(self, memory: Tensor, block: int) -> _Filling:
         """Cut a buffer's memory into the weights of a block."""
         weights, direct, staged, start = {}, [], [], 0
         for site, weight in self._blocks[block].items():
@@ -212,7 +216,7 @@ class Prefetcher:
             weights[site] = weight.assemble(parts)
             for part, source in zip(parts, sources, strict=True):
                 (direct if self._is_direct(part, source) else staged).append((part, source))
-        return _Filling(states, weights, PageCopies(direct), staged)
+        return _Filling(weights, PageCopies(direct), staged)
 
     @torch.no_grad()
     def _copy(self, buffer: _Buffer, filling: _Filling) -> None:
