@@ -1438,7 +1438,7 @@ def test_job_on_real_gsm8k_with_a_real_model(name, tmp_path):
     # SmolLM2 by a bf16 rounding would leave the loss to chance.
     rate = {"smollm2": 6e-4, "gemma3-270m": 3e-4}[name]
     arguments += ["--steps", 2, "--warmup", 0, "--lr", rate, "--batch-size", 1, "--accumulation", 2]
-    arguments += ["--held-out", 4, "--calibration-samples", 2]
+    arguments += ["--held-out", 2, "--calibration-samples", 1]
     record = gsm8k.main([str(argument) for argument in arguments])
     before, after = record["held_out_loss"]["before"], record["held_out_loss"]["after"]
     assert before < 5 and after < before - 0.1
