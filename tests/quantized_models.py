@@ -12,7 +12,7 @@ from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.storage import frozen_weight
 
 for _compiled in ("_dequantize_blockwise_compute", "_dequantize_4bit_compute"):
-    # On the CPU bitsandbytes compiles these for each shape anew, which takes seconds and says nothing about this library.
+    # On the CPU bitsandbytes compiles these for each shape anew, which takes seconds and shows nothing of this library.
     _found = getattr(bnb.backends.default.ops, _compiled, None)
     setattr(bnb.backends.default.ops, _compiled, getattr(_found, "__wrapped__", _found))
 

@@ -59,6 +59,8 @@ from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.storage import frozen_weight
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -511,6 +513,7 @@ def test_masks_move_unless_an_option_says_otherwise(folders, tmp_path, more, exp
     assert not command_line.parse(command(folders, "qwen2", tmp_path, "--method", "full")).moving
 
 
+@pytest.mark.whole_pictures
 @pytest.mark.parametrize("kind", ["gemma2", "qwen2", "llama"])
 @pytest.mark.parametrize("method", [["--density", 0.1], ["--density", 0.1, "--no-moving"], ["--method", "full"]])
 def test_job_on_tiny_models(kind, method, folders, tmp_path, capsys):
