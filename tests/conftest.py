@@ -59,10 +59,11 @@ def pytest_configure(config):
 @pytest.fixture
 def quick_pictures(request, monkeypatch):
     """Draw curves and areas at a tenth of the size, without axes: labels take more than half of a tiny model's job."""
-    if request.node.get_closest_marker("whole_pictures"):
+    if request.node.get_closest_marker("whole_pictures") or not find_spec("matplotlib"):
         return
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    save = figure.savefig
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
 
     def save_quickly(self, *arguments, **options):
         self.set_layout_engine("none")
@@ -70,7 +71,7 @@ def quick_pictures(request, monkeypatch):
             axes.set_axis_off()
         save(self, *arguments, **{**options, "dpi": 12})
 
-    monkeypatch.setattr(figure, "savefig", save_quickly)
+    monkeypatch.setattr(Figure, "savefig", save_quickly)
 
 
 def skip_before(package, lowest, reason):
