@@ -52,6 +52,28 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "whole_pictures: what is drawn has its axes and its size")
+
+
+@pytest.fixture
+def quick_pictures(request, monkeypatch):
+    """Draw curves and areas at a tenth of the size, without axes: labels take more than half of a tiny model's job."""
+    if request.node.get_closest_marker("whole_pictures") or not find_spec("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+
+    def save_quickly(self, *arguments, **options):
+        self.set_layout_engine("none")
+        for axes in self.axes:
+            axes.set_axis_off()
+        save(self, *arguments, **{**options, "dpi": 12})
+
+    monkeypatch.setattr(Figure, "savefig", save_quickly)
+
+
 def skip_before(package, lowest, reason):
     """Mark of a test, or of one of its cases, that asks more of a package than the library does."""
     older = find_spec(package) is not None and Version(version(package)) < Version(lowest)

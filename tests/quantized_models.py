@@ -11,6 +11,11 @@ from torch import nn
 from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.storage import frozen_weight
 
+for _compiled in ("_dequantize_blockwise_compute", "_dequantize_4bit_compute"):
+    # On the CPU bitsandbytes compiles these for each shape anew, which takes seconds and shows nothing of this library.
+    _found = getattr(bnb.backends.default.ops, _compiled, None)
+    setattr(bnb.backends.default.ops, _compiled, getattr(_found, "__wrapped__", _found))
+
 KINDS = ["int8", "nf4", "double"]
 
 # Wide enough that rows are several blocks of 64 in one projection, and no whole number of them in another.

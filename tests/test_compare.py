@@ -18,6 +18,8 @@ from recipes.cells import Cell
 from recipes.claims import claimed
 from speft_optim import SparseAdamW
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 EVERY = ["full", *baselines.ADAPTERS, *cells.STATIC]
 
 

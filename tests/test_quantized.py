@@ -407,8 +407,9 @@ def test_entries_that_leave_keep_their_exact_value_over_codes_that_never_change(
         assert len(now) == masks.count, "the budget is kept at every step"
         kept = {place: value for place, value in {**kept, **last}.items() if place not in now}
         # What left in this step left after its update: the dense view below tells whether it is the trained value.
+        weights = effective(model)
         for weight in sparse_weights(model):
-            dense = effective(model)[weight.name].view(-1)
+            dense = weights[weight.name].view(-1)
             left = [place for name, place in kept if name == weight.name]
             assert set(weight.ever_trained().indices.tolist()) == {*left, *weight.mask.indices.tolist()}
             assert torch.equal(dense[weight.mask.indices.long()], weight.values.detach())

@@ -11,6 +11,8 @@ from recipes import batch_loss, command_line, fitting, gsm8k, memory, moving, pr
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparsified_roots
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -1,16 +1,19 @@
 """Runs of the recipe in two processes take the steps of a run in one, and leave the files of one."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_apart
 from safetensors.torch import load_file
 from tiny_job import command, save_tiny
 
-from recipes import gsm8k, processes, word_problems
+from recipes import gsm8k, loop, processes, word_problems
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -67,21 +70,31 @@ def test_two_processes_take_the_steps_of_one(launcher, more, folders):
     assert len(one[1]["history"]["loss"]) == 5
 
 
+def run_one_of_two(rank, port, words, dies):
+    """A process as a launcher would start it; one that dies does so when it has kept its first state."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    if dies:
+        keep = loop._keep_state
+        loop._keep_state = lambda *state: (keep(*state), os._exit(1))
+    gsm8k.main(words)
+
+
+def run_two(words, dies=False):
+    """Run the recipe in two processes; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return run_apart(run_one_of_two, port, words, dies, count=2)
+
+
 def test_a_run_of_which_a_process_died_is_resumed(folders):
-    script = folders / "dies.py"
-    script.write_text(
-        "import os, sys\n"
-        "from recipes import gsm8k, loop\n"
-        "keep = loop._keep_state\n"
-        "loop._keep_state = lambda *state: (keep(*state), os._exit(1))\n"
-        "gsm8k.main(sys.argv[1:])\n"
-    )
     # Within a turn the state would have the sums of the process alone that saved it.
     more = [*MOVING, "--checkpoint-every", 2]
-    assert launch(TORCHRUN, script, *words(folders, "died", *more)).returncode != 0
+    assert any(run_two(words(folders, "died", *more), dies=True))
     assert [path.name for path in (folders / "died" / "resume").iterdir()] == ["step-00000002.safetensors"]
-    done = launch(TORCHRUN, "-m", "recipes.gsm8k", *words(folders, "died", *more, "--resume"))
-    assert done.returncode == 0, done.stderr
+    assert run_two(words(folders, "died", *more, "--resume")) == [0, 0]
     gsm8k.main(words(folders, "whole", *more))
     assert_equal(content(folders / "whole"), content(folders / "died"))
 

@@ -126,7 +126,9 @@ def test_every_pass_sees_the_same_batches_of_a_loader_that_shuffles_and_draws(sa
         return batch
 
     model, found = tiny_model("llama"), []
-    for budget in (2**30, 60_000, 20_000):
+    # Each pass starts the workers anew, and `grasp` takes many.
+    few = salience == "grasp" and "num_workers" in options
+    for budget in (2**30, 60_000) if few else (2**30, 60_000, 20_000):
         torch.manual_seed(0), random.seed(0), np.random.seed(0)
         kwargs = {**options, "generator": torch.Generator().manual_seed(0)} if "generator" in options else options
         loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate, **kwargs)
@@ -135,7 +137,7 @@ def test_every_pass_sees_the_same_batches_of_a_loader_that_shuffles_and_draws(sa
         found.append(select_masks(model, loader, memory_budget=budget, **choose))
         assert torch.equal(torch.get_rng_state(), before[0])
         assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
-    assert found[0] == found[1] == found[2]
+    assert all(masks == found[0] for masks in found)
 
 
 def test_a_budget_of_one_byte_works_row_by_row():
@@ -521,7 +523,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in [out] if isinstance(out, torch.Tensor) else torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 # What maps a file is on disk.
                 on_disk = function is torch.ops.aten.from_file.default
@@ -556,6 +558,8 @@ def peak_bytes(work):
             (salience, torch.float32, scope, density)
             for salience in ("gradient", "taylor_fo", "fisher", "grasp", "synflow")
             for scope, density in (("global", 0.01), ("global", 0.09), ("local", 0.09))
+            # Of grasp, which takes longest, the entries of 16 bits below.
+            if (salience, scope, density) != ("grasp", "global", 0.09)
         ),
         ("grasp", torch.bfloat16, "global", 0.09),
     ],

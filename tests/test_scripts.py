@@ -786,7 +786,9 @@ def test_a_compiled_model_is_one_graph(kind):
 @pytest.mark.slow
 def test_compiled_model_with_the_default_backend():
     skip_unless_nodes_compile()
-    model, _, values, optimizer, reference = attach_with_reference()
+    block = dict(num_hidden_layers=1)
+    model, masks, values, optimizer = attach(tiny_model(**block), density=0.05)
+    reference = Reference(tiny_model(**block), masks, **OPTIONS)
     torch._dynamo.reset()
     compiled = torch.compile(model)
     for step in range(2):
