@@ -13,7 +13,7 @@ from types import MappingProxyType
 from recipes import memory, presets, processes
 
 # From so many tokens in a forward pass on, 16-bit weights are copied to the GPU while it computes: a step of Llama-3-8B
-# on an H200 took 1.49 of the resident one at half of them, and 1.06 at these.
+# on an H200 took 1.32 of the resident one at half of them, and 1.06 at these.
 HIDING_TOKENS = 4 * 2048
 
 

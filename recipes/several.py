@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-8b --batch 4
     torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-70b --modes sharded-nf4,fsdp-qlora-nf4 \
-        --density 0.002 --gpu-gb 24
+        --density 0.002 --gpu-gb 40
 
 `--batch` sequences a GPU, random weights and masks, blocks checkpointed, and the loss in chunks, as in `memory`.
 
@@ -10,8 +10,8 @@
     sharded-bf16, sharded-nf4  the same masks, with the frozen weights divided by `fully_shard`
     fsdp-lora-bf16, fsdp-qlora-nf4  PEFT LoRA of rank --rank on the same seven, divided by `fully_shard` with the base
 
-Values are whole on every GPU, so that 1 % of 70 billion would not fit beside half of the base in 24 GB. Embedding, head
-and each block are groups of weights of their own. Each mode runs in processes of its own, one a GPU;
+Values are whole on every GPU, so that 1 % of 70 billion would take 8 GB beside half of the base. Embedding, head and
+each block are groups of weights of their own. Each mode runs in processes of its own, one a GPU;
 the first prints one JSON line a mode: the slowest step and the largest peak of all GPUs.
 """
 
