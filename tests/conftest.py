@@ -113,6 +113,25 @@ def compiles_nodes():
     return True
 
 
+class _Noted(nn.Module):
+    def forward(self, x):
+        self.__dict__.setdefault("noted", []).append(None)
+        return x + 1
+
+
+@functools.cache
+def traces_attributes():
+    """Whether torch's compiler traces `setdefault` on a module's attributes, rather than to break the graph there."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(_Noted(), backend="eager", fullgraph=True)(torch.ones(1))
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    finally:
+        torch._dynamo.reset()
+    return True
+
+
 def skip_unless_nodes_compile():
     """Skip a test that trains a compiled model where torch's compiler has the fault that `compiles_nodes` tries for."""
     if not compiles_nodes():

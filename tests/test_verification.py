@@ -20,6 +20,7 @@ from conftest import (
     some_entries,
     tiny_model,
     token_batch,
+    traces_attributes,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1069,6 +1070,8 @@ def test_a_gradient_of_former_values_is_warned_of(copied, caplog):
 
 
 def test_a_layer_compiled_in_place_is_one_graph():
+    if not traces_attributes():
+        pytest.skip(f"torch {torch.__version__} breaks graphs where a module's attributes are set by default")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = nn.Sequential(Pair(), nn.Linear(4, 4))
