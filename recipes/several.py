@@ -11,8 +11,8 @@
     fsdp-lora-bf16, fsdp-qlora-nf4  PEFT LoRA of rank --rank on the same seven, divided by `fully_shard` with the base
 
 Values are whole on every GPU, so that 1 % of 70 billion would take 8 GB beside half of the base. Embedding, head and
-each block are groups of weights of their own. Each mode runs in processes of its own, one a GPU;
-the first prints one JSON line a mode: the slowest step and the largest peak of all GPUs.
+each block are groups of weights of their own. Each mode runs in processes of its own, one a GPU; the first prints one
+JSON line a mode: the slowest step and the largest peak of all GPUs.
 """
 
 import argparse

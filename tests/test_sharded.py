@@ -705,7 +705,7 @@ def experts_that_some_processes_do_not_use(rank):
         dict(ids=torch.arange(10, device=device()).view(2, 5) % (5 + i % 3), kind=i % 2) for i in range(2 * count)
     ]
     # Squares are not divided over processes, so that 600 bytes are those of one weight.
-    cases = [("gradient", None), ("fisher", 600), ("gradient", 1), ("fisher", None)]
+    cases = [("gradient", None), ("fisher", 600), ("gradient", 1), ("fisher", None), ("fisher", 1)]
     for salience, budget in cases if count == 2 else cases[:2]:
         options = dict(salience=salience, density=0.3, loss=loss, memory_budget=budget, progress=False)
         model = Routed().to(device())
