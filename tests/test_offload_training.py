@@ -35,6 +35,7 @@ from speft_optim import (
     sparsify,
 )
 from speft_optim.offload import activations
+from speft_optim.offload import head as head_copies
 from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
@@ -708,6 +709,59 @@ def test_a_loss_inside_the_model_may_read_the_weight_of_the_head(kind, targets):
         assert (head is not None) == (make is offloaded)
     assert results[0][0] == results[1][0] and equal_states(results[0][1], results[1][1])
     assert head.requires_grad == (targets is every) and "weight" not in vars(setup.model.lm_head)
+
+
+def chunked(model, ids, change):
+    """A loss whose decoder and head are called one after the other, perhaps with a change of the head in between."""
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    if change:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1.5)
+    return model.get_output_embeddings()(hidden).logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("change", [False, True])
+@pytest.mark.parametrize("targets", [None, every])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_head_that_is_called_after_the_decoder_comes_with_the_last_blocks(kind, targets, change, monkeypatch):
+    """In pieces, one beside each of them, in forward alone; a change before the head is called wins."""
+    results, done, copy_pages = [], [], head_copies.copy_pages_
+    blocks = head_copies._PIECES + 2
+    for make in (attach, offloaded):
+        setup = make(tiny_model(kind, num_hidden_layers=blocks), targets=targets)
+        for number, layer in enumerate(setup.model.model.layers):
+            layer.input_layernorm.register_forward_hook(lambda *_, number=number: done.append(number))
+        monkeypatch.setattr(head_copies, "copy_pages_", lambda copies: done.append("piece") or copy_pages(copies))
+        losses = []
+        for step in range(3):
+            done.clear()
+            loss = chunked(setup.model, token_batch(step)["input_ids"], change)
+            loss.backward()
+            setup.optimizer.step()
+            setup.optimizer.zero_grad()
+            losses.append(loss.item())
+        results.append((losses, weights_of(setup.model)))
+    forward = [0, 1] + [event for number in range(2, blocks) for event in ("piece", number)]
+    assert done == [*forward, *reversed(range(blocks))]
+    assert results[0][0] == results[1][0] and equal_states(results[0][1], results[1][1])
+    desparsify(setup.model)
+
+
+def test_a_head_that_was_copied_and_not_used_is_freed_by_the_next_pass():
+    setup = offloaded(tiny_model("llama", num_hidden_layers=3))
+    head = frozen_weight(setup.model.lm_head, "weight").ahead
+    decoder, ids = setup.model.get_decoder(), token_batch()["input_ids"]
+    for _ in range(2):
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        assert head.take() is not None and head.take() is None
+        decoder(input_ids=ids, use_cache=False)
+        hidden.sum().backward()
+        assert head.take() is None
+    setup.model(**token_batch()).loss.backward()
+    assert head.take() is None, "the model's own call has a copy"
+    decoder(input_ids=ids, use_cache=False)
+    desparsify(setup.model)
+    assert head.take() is None
 
 
 def test_token_ids_from_host_memory_are_looked_up_there():

@@ -17,7 +17,7 @@ from speft_optim.offload.caches import without_caches
 from speft_optim.offload.host_parameter import HostParameter, on_device
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable, sent
-from speft_optim.offload.prefetch import Prefetcher, Site
+from speft_optim.offload.prefetch import Following, Prefetcher, Site
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.replacement import replace_method
@@ -96,8 +96,8 @@ def _covered(module: nn.Module, copies: dict[str, Tensor]) -> Iterator[None]:
                 module.__dict__[name] = tensor
 
 
-def _following_blocks(number: int, count: int, recorded: bool, goes_on: bool) -> Iterator[tuple[int, ...]]:
-    """Yield which blocks come after one, in their order: for its call in forward, then for each recomputation.
+def _following(number: int, count: int, recorded: bool, goes_on: bool) -> Iterator[Following]:
+    """Yield what comes after a block: for its call in forward, then for each recomputation.
 
     Args:
         number: the block's number.
@@ -106,9 +106,9 @@ def _following_blocks(number: int, count: int, recorded: bool, goes_on: bool) ->
         goes_on: whether that backward goes on below the block; else block 0 of the next batch comes next.
     """
     upwards, downwards = range(count), range(count - 1, -1, -1)
-    yield (*upwards[number + 1 :], *(downwards if recorded else upwards))
+    yield Following((*upwards[number + 1 :], *(downwards if recorded else upwards)), count - 1 - number)
     while True:
-        yield (*(downwards[count - number :] if goes_on else ()), *upwards)
+        yield Following((*(downwards[count - number :] if goes_on else ()), *upwards), None)
 
 
 def run_by_block(
@@ -140,7 +140,7 @@ def run_by_block(
             recorded = torch.is_grad_enabled()
             # If no input requires a gradient, backward ends here.
             goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
-            following = _following_blocks(number, count, recorded, goes_on)
+            following = _following(number, count, recorded, goes_on)
 
             def work(_, *args, **kwargs):
                 with prefetcher.holding(number, next(following)), _without_checkpoints([block]):

@@ -164,16 +164,16 @@ def compute_on(
     """
     blocks = blocks_of(model) if by_block else []
     by_blocks = [{site: weights[site] for part in block.modules() for site in sites_of(part)} for block in blocks]
-    prefetcher = Prefetcher(by_blocks, device, stack, direct, staying_blocks(len(blocks), resident_blocks))
+    head = head_of(model, weights) if by_block else None
+    if resident_head:
+        head[1].stay()
+    prefetcher = Prefetcher(by_blocks, device, stack, direct, staying_blocks(len(blocks), resident_blocks), head)
     for module in model.modules():
         own = {name: weights[module, name] for _, name in sites_of(module)}
         compute_with_copies(module, own, prefetcher, device, stack)
     activations = HostActivations(device) if inputs_on_host else None
     for number, block in enumerate(blocks):
         run_by_block(prefetcher, device, activations, block, number, len(blocks), stack)
-    head = head_of(model, weights) if by_block else None
-    if resident_head:
-        head[1].stay()
     run_without_checkpoints(model, blocks, stack)
     run_model(model, head, device, stack)
     model.__dict__[_DEVICE] = device

@@ -32,6 +32,7 @@ class HostWeight(FloatingWeight):
         device: where the weight is computed with, and where its values and mask are.
         forms: shape and dtype of each tensor of a copy; a floating weight is one.
         is_mapped: whether the weight is memory-mapped.
+        ahead: the `HeadCopy` of a head, which copies the weight before it is used; else None.
     """
 
     def __init__(self, target: Target, device: torch.device, mapped: Tensor | None = None):
@@ -48,6 +49,7 @@ class HostWeight(FloatingWeight):
         self._stays, self._copy, self._copied = False, None, ()
         self._kind: type = nn.Parameter
         self._is_watched = False
+        self.ahead = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -59,6 +61,11 @@ class HostWeight(FloatingWeight):
     def is_overlaid(self) -> bool:
         """Whether copies get trained values as an overlay."""
         return self._values is not None
+
+    @property
+    def keeps_copy(self) -> bool:
+        """Whether a copy stays on the device: not of a weight with trained values, see `lasting`."""
+        return self._stays and not self.is_overlaid
 
     def _held(self) -> Tensor:
         """The parameter's own memory, up to date or not."""
@@ -87,7 +94,9 @@ class HostWeight(FloatingWeight):
 
     def whole(self) -> Tensor:
         """Copy the weight to the device, in the model's dtype, with the trained values."""
-        out = self._bring(self.source())
+        out = None if self.ahead is None else self.ahead.take()
+        if out is None:
+            out = self._bring(self.source())
         if self.is_overlaid and out.data_ptr() == self._held().data_ptr():
             out = out.clone()
         self.overlay_(out)
@@ -102,7 +111,7 @@ class HostWeight(FloatingWeight):
 
         A weight with trained values is copied each time, since graphs may hold its copies while the values change.
         """
-        if not self._stays or self.is_overlaid:
+        if not self.keeps_copy:
             self._copy = None
             return self.whole()
         state = self.state()

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from speft_optim.offload.head import HeadCopy
+from speft_optim.offload.host_parameter import plainly
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import PageCopies
 from speft_optim.offload.quantized import HostQuantized
@@ -34,6 +36,18 @@ Site = tuple[nn.Module, str]
 
 # Every weight starts at a multiple of this many bytes in a buffer, as an allocation of its own would.
 _ALIGNMENT = 256
+
+
+class Following(NamedTuple):
+    """What is expected after a block; a wrong guess costs time only.
+
+    Attributes:
+        blocks: numbers of the blocks, in their order.
+        before_head: how many blocks come before the model's head in this forward; None in backward.
+    """
+
+    blocks: tuple[int, ...]
+    before_head: int | None
 
 
 class _Filling(NamedTuple):
@@ -94,6 +108,7 @@ class Prefetcher:
         stack: frees the buffers as it closes, after all work on them is done.
         direct: the addresses of storages in host memory that the device reads directly; others are staged.
         staying: numbers of the blocks whose weights stay on the device, see `staying_blocks`.
+        head: the module of the logits and its weight, which comes with the last blocks of a forward; or None.
 
     Attributes:
         resident: the weights on the device of the block that is being computed.
@@ -107,6 +122,7 @@ class Prefetcher:
         stack: contextlib.ExitStack,
         direct: Set[int],
         staying: Set[int] = frozenset(),
+        head: tuple[nn.Module, HostWeight] | None = None,
     ):
         self.resident: dict[Site, Tensor] = {}
         self._blocks, self._device, self._direct = blocks, device, direct
@@ -126,6 +142,9 @@ class Prefetcher:
         # By block the states of its weights, and how each buffer is filled with them.
         self._fillings: dict[int, tuple[list[tuple], dict[_Buffer, _Filling]]] = {}
         self._staging = Staging(device, self._stream)
+        self._head = None
+        if head is not None and all(self._is_direct(source, source) for source in head[1].sources()):
+            self._head = HeadCopy(*head, self._stream, len(blocks), stack)
         stack.callback(self._buffers.clear)
         stack.callback(self._own.clear)
         stack.callback(self._fillings.clear)
@@ -133,18 +152,20 @@ class Prefetcher:
         stack.callback(self._staging.close)
 
     @contextlib.contextmanager
-    def holding(self, block: int, following: Iterable[int]) -> Iterator[None]:
+    def holding(self, block: int, following: Following) -> Iterator[None]:
         """Hold a block's weights in `resident` while the context lasts, and start to copy those of the next blocks.
 
         Args:
             block: number of the block.
-            following: numbers of the blocks that are expected after it, in order; a wrong guess costs time only.
+            following: what is expected after it.
         """
         buffer = self._fetch(block)
         buffer.wait_until_queued()
         self._backend.current_stream(self._device).wait_event(buffer.filled)
         self._buffers.sort(key=lambda other: other is buffer)
-        self._prefetch(block, following)
+        self._prefetch(block, following.blocks)
+        if self._head is not None:
+            self._head.approach(following.before_head)
         # The trained entries come last: an optimizer may have stepped since the block was copied.
         for site, weight in self._blocks[block].items():
             weight.overlay_(buffer.weights[site])
@@ -161,7 +182,13 @@ class Prefetcher:
         streamed = islice((other for other in following if other not in self._own), free)
         wanted = dict.fromkeys((*(other for other in following[:1] if other in self._own), *streamed))
         for other in wanted:
-            self._fetch(other, {block, *wanted})
+            # Whether a block has changed since it was copied is found out when it is computed.
+            if (buffer := self._buffer_of(other)) is None or buffer.block is None:
+                self._fetch(other, {block, *wanted})
+
+    def _buffer_of(self, block: int) -> _Buffer | None:
+        """Return the buffer that is the block's own or that holds it, if there is one."""
+        return self._own.get(block) or next((buffer for buffer in self._buffers if buffer.block == block), None)
 
     def _fetch(self, block: int, wanted: Set[int] = frozenset()) -> _Buffer:
         """Return the buffer with the block as it is now, after a new copy if none has it.
@@ -170,9 +197,9 @@ class Prefetcher:
             block: number of the block.
             wanted: numbers of the blocks that the copy must not replace.
         """
-        states = [weight.state() for weight in self._blocks[block].values()]
+        states = [plainly(weight.state) for weight in self._blocks[block].values()]
         # A block that changed in host memory is copied into its own buffer again.
-        buffer = self._own.get(block) or next((buffer for buffer in self._buffers if buffer.block == block), None)
+        buffer = self._buffer_of(block)
         if buffer is None:
             buffer = next(buffer for buffer in self._buffers if buffer.block not in wanted)
         if buffer.block != block or buffer.states != states:

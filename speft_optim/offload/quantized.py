@@ -91,7 +91,10 @@ class HostQuantized:
         """Let a copy have the trained entries of now."""
         state = getattr(copied, "quant_state", None)
         holder, attribute = (copied, "SCB") if state is None else (state, FourBitWeight.attribute)
-        scales, overlays = plain_scales(getattr(holder, attribute)), self.overlays
+        scales, overlays = getattr(holder, attribute), self.overlays
+        if overlays and isinstance(scales, TrainedScales) and scales.entries.overlays is overlays:
+            return
+        scales = plain_scales(scales)
         if overlays:
             scales = TrainedScales(TrainedEntries(scales, overlays, self._module.__dict__.get(LAYER_NAME, "")))
         setattr(holder, attribute, scales)
