@@ -85,7 +85,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument(
         "--resident-blocks", type=int, default=0, help="blocks on the GPU in the streamed modes (default %(default)s)"
     )
-    add_arguments(commands.add_parser("several", help=several.__doc__.split("\n")[0]), several.MODES)
+    on_several = commands.add_parser("several", help=several.__doc__.split("\n")[0])
+    add_arguments(on_several, several.MODES)
+    on_several.add_argument(
+        "--cpu-offload", action="store_true", help="divided frozen weights in host memory, by CPUOffloadPolicy"
+    )
     salience_cost.add_arguments(
         commands.add_parser("salience", help=salience_cost.__doc__.split("\n")[0]), list(SHAPES)
     )
@@ -124,8 +128,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     known = several.MODES if args.command == "several" else MODES
     if unknown := [mode for mode in args.modes.split(",") if mode not in known]:
         parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(known)}")
-    if args.command == "several" and len(set(args.modes.split(","))) < len(args.modes.split(",")):
-        parser.error(f"--modes {args.modes} names a mode twice; start the command twice")
+    if args.command == "several":
+        several.check(parser, args)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -191,7 +195,7 @@ def run_apart(mode: str, words: list[str], environment: dict[str, str] | None = 
 
 
 def measure_several(mode: str, args: argparse.Namespace) -> dict:
-    """Measure one mode in this process of several; what cannot be trained becomes a row."""
+    """Measure one mode in this process of several; an error of any ends all of them."""
     method, _, precision = mode.rpartition("-")
     if method == "one":
         return measure(f"ours-{precision}", args) | {"mode": mode}
@@ -200,10 +204,11 @@ def measure_several(mode: str, args: argparse.Namespace) -> dict:
     shape = Shape.of(shaped(args.shape, args.layers))
     # Every process builds the whole model, which `fully_shard` then takes apart.
     needed = processes.count() * host_bytes(shape, bits=BITS[precision], batch=0, length=0)
-    try:
-        return row | attempt(lambda: several.run_steps(method, precision, args, device), args, needed)
-    except ValueError as error:
-        return row | {"error": str(error)[:300]}
+    with processes.ending_together(mode) as end:
+        row |= attempt(lambda: several.run_steps(method, precision, args, device), args, needed)
+        if "error" in row:
+            end(row["error"])
+    return row
 
 
 def measure(mode: str, args: argparse.Namespace) -> dict:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-8b --batch 4
     torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-70b --modes sharded-nf4,fsdp-qlora-nf4 \
-        --density 0.002 --gpu-gb 40
+        --density 0.002 --batch 1 --gpu-gb 24 --cpu-offload
 
 `--batch` sequences a GPU, random weights and masks, blocks checkpointed, and the loss in chunks, as in `memory`.
 
@@ -11,8 +11,9 @@
     fsdp-lora-bf16, fsdp-qlora-nf4  PEFT LoRA of rank --rank on the same seven, divided by `fully_shard` with the base
 
 Values are whole on every GPU, so that 1 % of 70 billion would take 8 GB beside half of the base. Embedding, head and
-each block are groups of weights of their own. Each mode runs in processes of its own, one a GPU; the first prints one
-JSON line a mode: the slowest step and the largest peak of all GPUs.
+each block are groups of weights of their own. With `--cpu-offload` each process keeps its part of them in pinned host
+memory; what is trained, and its optimizer, stays on the GPU. Each mode runs in processes of its own, one a GPU; the
+first prints one JSON line a mode: the slowest step and the largest peak of all GPUs.
 """
 
 import argparse
@@ -31,6 +32,15 @@ from recipes.random_models import build
 from speft_optim import SparseAdamW, sparsify
 
 MODES = ["one-bf16", "sharded-bf16", "fsdp-lora-bf16", "one-nf4", "sharded-nf4", "fsdp-qlora-nf4"]
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse modes that cannot be compared as asked for."""
+    modes = args.modes.split(",")
+    if len(set(modes)) < len(modes):
+        parser.error(f"--modes {args.modes} names a mode twice; start the command twice")
+    if args.cpu_offload and (alone := [mode for mode in modes if mode.startswith("one-")]):
+        parser.error(f"--cpu-offload is for divided weights, and {alone[0]} divides none; name --modes without it")
 
 
 def environment(mode: str) -> dict[str, str] | None:
@@ -54,20 +64,19 @@ def start_group(mode: str, device: torch.device) -> None:
 def run_steps(method: str, precision: str, args: argparse.Namespace, device: torch.device) -> dict:
     """Divide the model of a mode, take a few steps, and return the slowest times and the largest peak of all GPUs."""
     start_group(f"{method}-{precision}", device)
-    try:
-        torch.manual_seed(0)
-        # A model may be larger than a GPU, so that it comes to it block by block, as `fully_shard` takes it.
-        model = build(args.shape, precision, device, args.layers, in_host_memory=True, storage=torch.bfloat16)
-        # The loss is computed in the model's own call, before which FSDP gathers what the blocks do not hold.
-        model.forward = functools.partial(timed_steps.loss_of, model)
-        optimizer, held = ATTACH[method](model, args, device)
-        torch.manual_seed(1 + processes.number())
-        ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
-        row, _ = timed_steps.train(model, optimizer, ids, device, args.steps + 2, loss=_called)
-        row |= timed_steps.memory_of(device, {"trained": held})
-        return _of_all(row) | {"processes": distributed.get_world_size()} | timed_steps.software(device)
-    finally:
-        distributed.destroy_process_group()
+    torch.manual_seed(0)
+    # A model may be larger than a GPU, so that it comes to it block by block, as `fully_shard` takes it.
+    model = build(args.shape, precision, device, args.layers, in_host_memory=True, storage=torch.bfloat16)
+    # The loss is computed in the model's own call, before which FSDP gathers what the blocks do not hold.
+    model.forward = functools.partial(timed_steps.loss_of, model)
+    optimizer, held = ATTACH[method](model, args, device)
+    torch.manual_seed(1 + processes.number())
+    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
+    row, _ = timed_steps.train(model, optimizer, ids, device, args.steps + 2, loss=_called)
+    row |= timed_steps.memory_of(device, {"trained": held})
+    row = _of_all(row) | {"processes": distributed.get_world_size()} | timed_steps.software(device)
+    distributed.destroy_process_group()
+    return row
 
 
 def _called(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -86,7 +95,7 @@ def attach_sharded(model: nn.Module, args: argparse.Namespace, device: torch.dev
     """Divide the model, and attach the masks of `ours`, whose values are whole on every process."""
     # All processes draw the same masks: they have the same seed.
     masks = random_masks(model, args.density, args.masks, device)
-    shard(model, device)
+    shard(model, device, cpu_offload=args.cpu_offload)
     optimizer = SparseAdamW(sparsify(model, masks), lr=1e-5, state_bits=args.state_bits)
     return optimizer, held_by(optimizer)
 
@@ -94,23 +103,36 @@ def attach_sharded(model: nn.Module, args: argparse.Namespace, device: torch.dev
 def attach_sharded_lora(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Attached:
     """Attach LoRA and divide it with the model; return AdamW over the rows of this process, and their bytes."""
     attach_lora(model, args, torch.device("cpu"))
-    shard(model, device)
+    for block in model.model.layers if args.cpu_offload else ():
+        # As a group of their own, adapters stay on the GPU when the rest of the block leaves it.
+        divide([module for module in block.modules() if _is_trained(module)], device)
+    shard(model, device, cpu_offload=args.cpu_offload)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
     return optimizer, sum(parameter.to_local().nbytes for parameter in trained)
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Divide the model among all processes, block by block; each block's weights are asked for one block ahead."""
-    from torch.distributed.fsdp import fully_shard
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
-    mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
+
+def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
+    """Divide the model among all processes, block by block; each block's weights are asked for one block ahead."""
     parts = [model.model.embed_tokens, *model.model.layers, model.lm_head]
     for module in (*parts, model):
-        fully_shard(module, mesh=mesh)
+        divide(module, device, cpu_offload=cpu_offload)
     # By default they are asked for when the CPU comes to the block, which is late where it is hardly ahead of the GPU.
     for part, following in itertools.pairwise(parts):
         part.set_modules_to_forward_prefetch([following])
+
+
+def divide(modules: nn.Module | list[nn.Module], device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Divide what modules hold among all processes as one group, perhaps into parts in pinned host memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+    fully_shard(modules, mesh=mesh, offload_policy=policy)
 
 
 def add_rates(row: dict, args: argparse.Namespace, alone: dict | None) -> dict:

@@ -17,12 +17,13 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
-def losses_of(attach, precision, storage=torch.uint8):
+def losses_of(attach, precision, storage=torch.uint8, cpu_offload=False):
     """Losses of three steps of a mode on the tiny shape, in the model's own call."""
     torch.manual_seed(0)
     model = random_models.build("tiny", precision, CPU, in_host_memory=True, storage=storage)
     model.forward = functools.partial(timed_steps.loss_of, model)
-    arguments = type("Arguments", (), dict(density=0.02, state_bits=8, rank=4, masks="uniform"))
+    options = dict(density=0.02, state_bits=8, rank=4, masks="uniform", cpu_offload=cpu_offload)
+    arguments = type("Arguments", (), options)
     torch.manual_seed(1)
     optimizer, _ = attach(model, arguments, CPU)
     for group in optimizer.param_groups:
@@ -50,6 +51,7 @@ def group(monkeypatch):
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("cpu_offload", [False, True])
 @pytest.mark.parametrize(
     ("sharded", "whole", "precision", "storage"),
     [
@@ -59,9 +61,9 @@ def group(monkeypatch):
         ("fsdp-qlora", "qlora", "nf4", torch.bfloat16),
     ],
 )
-def test_divided_modes_train_as_whole_ones(sharded, whole, precision, storage, group):
+def test_divided_modes_train_as_whole_ones(sharded, whole, precision, storage, cpu_offload, group):
     pytest.importorskip("peft")
-    found = losses_of(several.ATTACH[sharded], precision, storage)
+    found = losses_of(several.ATTACH[sharded], precision, storage, cpu_offload)
     assert found == losses_of(peers.ATTACH[whole], precision) and found[2] < found[0]
 
 
@@ -76,10 +78,52 @@ def test_rates_compare_with_one_gpu_and_errors_stay_in_the_table():
     assert "| sharded-bf16 | 2 | 9 | 625 | 3200 | 0.80 | 9.25 |" in text and "out of memory" in text
 
 
-def test_a_mode_named_twice_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [("--modes one-bf16,one-bf16", "names a mode twice"), ("--cpu-offload", "one-bf16 divides none; name --modes")],
+)
+def test_modes_that_cannot_be_compared_are_refused(words, reason, capsys):
     with pytest.raises(SystemExit):
-        benchmark.parse(["several", "--modes", "one-bf16,one-bf16"])
-    assert "names a mode twice" in capsys.readouterr().err
+        benchmark.parse(["several", *words.split()])
+    assert reason in capsys.readouterr().err
+
+
+FAILING = """
+import sys, time, torch
+from recipes import processes
+with processes.ending_together("mode") as end:
+    if processes.number() == 1:
+        if sys.argv[1] == "message":
+            end("the base takes 9 GiB\\nof host memory")
+        raise torch.OutOfMemoryError("CUDA") if sys.argv[1] == "memory" else KeyError("a shape")
+    if sys.argv[1] == "late":
+        raise RuntimeError("the other is gone")
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("memory", "out of memory"),
+        ("message", "the base takes 9 GiB"),
+        ("error", "KeyError: 'a shape'"),
+        ("late", None),
+    ],
+)
+def test_all_processes_of_a_mode_end_when_one_fails(how, message):
+    """Also one that waits for the others; each says what the first said that failed."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), PYTHONPATH=str(ROOT))
+    environment = {**os.environ, **variables, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = [sys.executable, "-c", FAILING, how]
+    started = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1].strip().splitlines()[-1] for process in started]
+    assert [process.returncode for process in started] == [1, 1]
+    assert said[0] == said[1] and message in (None, said[0])
 
 
 @pytest.mark.slow
