@@ -3,7 +3,7 @@
 Weights, values, positions and moments are counted to the byte on a model without data. Activations are counted by what
 a block keeps for its backward, in bf16 with norms in fp32, at the moments that can set the peak: the loss, the backward
 of the final norm and of the last block (the inputs of all blocks are still there), and that of the first one (all
-gradients are there already). A head that comes from host memory is there from the forward of the last blocks on.
+gradients are there already).
 """
 
 import os
@@ -70,15 +70,15 @@ def estimate(
         resident_head: whether `offload` leaves the head there.
 
     Returns:
-        By moment (`last forward` if the head comes from host memory, `loss`, `final norm`, `last block`, `first block`)
-        the bytes by part. The loss is taken in chunks (`recipes.loss`).
+        By moment (`loss`, `final norm`, `last block`, `first block`) the bytes by part. The loss is taken in chunks
+        (`recipes.loss`).
     """
     head = 2 * shape.vocabulary * shape.width if offload else 0
     weights = _buffer_bytes(shape, bits, resident_blocks) if offload else _weight_bytes(shape, bits)
     weights += head if resident_head else 0
     held = {"weights": weights, **_entry_bytes(shape.targets(targets), entries, state_bits)}
     checkpointing = checkpointing or offload
-    gradients, (block, saved, computed) = 4 * entries, _block_bytes(shape, batch, length, bits, entries > 0)
+    gradients, block, saved = 4 * entries, *_block_bytes(shape, batch, length, bits, entries > 0)
     row = batch * length * shape.width  # numbers in the hidden states
     # Attention that forms whole scores also forms the masks of full and of sliding attention.
     masks = 4 * batch * length * length if shape.score_heads else 0
@@ -91,16 +91,14 @@ def estimate(
     held["workspace"] = WORKSPACE_BYTES
     if sums:
         held["sums of gradients"] = sums
-    # From host memory the input of the next block comes while one is computed.
+    # From host memory the input of the next block comes while one is computed; the head comes for the loss.
     kept = boundary * (2 if offload else shape.layers) + masks
-    head = 0 if resident_head else head
+    loss += 0 if resident_head else head
     recomputed = block if checkpointing else block - saved
     # Its gradient, its fp32 input, and five temporaries in fp32.
     norm = 26 * row
-    before = held | {"gradients": earlier, "kept activations": kept} | ({"head": head} if head else {})
     return {
-        **({"last forward": before | {"one block": computed}} if head else {}),
-        "loss": before | {"loss chunk": loss},
+        "loss": held | {"gradients": earlier, "kept activations": kept, "loss chunk": loss},
         "final norm": held | {"gradients": earlier, "kept activations": kept, "one norm": norm},
         "last block": held | {"gradients": earlier, "kept activations": kept, "one block": recomputed},
         "first block": held | {"gradients": gradients, "kept activations": boundary + masks, "one block": recomputed},
@@ -179,8 +177,8 @@ def _entry_bytes(targets: Sequence[tuple[int, int]], entries: int, state_bits: i
     return {"values": 4 * entries, "positions": positions, "moments": moments}
 
 
-def _block_bytes(shape: Shape, batch: int, length: int, bits: int, trains: bool) -> tuple[int, int, int]:
-    """Return the bytes of a block's activations at the peak of its backward, those that forward saved, and its peak."""
+def _block_bytes(shape: Shape, batch: int, length: int, bits: int, trains: bool) -> tuple[int, int]:
+    """Return the bytes of a block's activations at the peak of its backward, and of those that forward saved."""
     tokens = batch * length
     scores = tokens * length * shape.score_heads
     # Queries and attention's output, keys and values; if queries and keys have norms, these are in fp32 too.
@@ -200,6 +198,4 @@ def _block_bytes(shape: Shape, batch: int, length: int, bits: int, trains: bool)
     # The feed-forward part is freed; cap and softmax are saved, and gradients of scores are formed, all in fp32.
     at_scores = attention + norm + normed + 6 * scores
     residual = 2 * tokens * shape.width
-    # Where nothing is saved, up is computed beside the activation, then their product; before them, the attention.
-    computed = 2 * residual + max(3 * inner, 2 * inner + dense, attention)
-    return residual + max(at_product, at_last_norm, at_scores), saved + inner * trains, computed
+    return residual + max(at_product, at_last_norm, at_scores), saved + inner * trains

@@ -747,6 +747,24 @@ def test_a_head_that_is_called_after_the_decoder_comes_with_the_last_blocks(kind
     desparsify(setup.model)
 
 
+def test_a_head_without_room_comes_for_the_loss_alone(monkeypatch):
+    losses, asked = [], []
+
+    def answer(device, nbytes):
+        asked.append((device.type, nbytes))
+        return has_room
+
+    for has_room in (True, False):
+        setup = offloaded()
+        head = frozen_weight(setup.model.lm_head, "weight")
+        monkeypatch.setattr(head_copies, "_has_room", answer)
+        setup.model.get_decoder()(input_ids=token_batch()["input_ids"], use_cache=False)
+        assert asked.pop() == ("cpu", head.source().nbytes)
+        assert (head.ahead.take() is not None) == has_room
+        losses.append(chunked(setup.model, token_batch()["input_ids"], change=False).item())
+    assert losses[0] == losses[1]
+
+
 def test_a_head_that_was_copied_and_not_used_is_freed_by_the_next_pass():
     setup = offloaded(tiny_model("llama", num_hidden_layers=3))
     head = frozen_weight(setup.model.lm_head, "weight").ahead
