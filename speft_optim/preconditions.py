@@ -8,7 +8,8 @@ from torch import nn
 from speft_optim.checks import check_choice, check_flag, check_whole
 from speft_optim.integrations import sharding_wrapper
 from speft_optim.masks.mask import Mask
-from speft_optim.offload.calls import blocks_of, head_module
+from speft_optim.offload.calls import blocks_of
+from speft_optim.offload.model_call import head_module
 from speft_optim.weights.attached import sparse_weights, sparsified_roots
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.foreign import check_layers, check_parameters

@@ -264,7 +264,7 @@ def test_pages_are_locked_for_a_gpu_until_all_copies_are_over(monkeypatch, by_bl
     gpu = SimpleNamespace(Stream=lambda device: None, synchronize=lambda device: done.append("synchronised"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
     memory = SimpleNamespace(memory=SimpleNamespace(record_stream=lambda stream: None))
-    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: memory)
+    monkeypatch.setattr("speft_optim.offload.prefetch.Buffer", lambda size, device: memory)
     monkeypatch.setattr("speft_optim.offload.engine.device_of_tensors", torch.device)
     monkeypatch.setattr("speft_optim.offload.engine.lock_pages", lock)
     with streaming(model, "cuda:0", by_block=by_block):

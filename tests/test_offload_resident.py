@@ -27,6 +27,7 @@ from speft_optim import (
     save_adapter,
     sparsify,
 )
+from speft_optim.offload.head import HeadCopy
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.prefetch import staying_blocks
 from speft_optim.weights.attached import record_of, sparse_weights
@@ -256,13 +257,19 @@ def test_both_buffers_are_filled_ahead_while_a_block_that_stays_is_computed(monk
 
 def test_a_head_that_stays_is_copied_once_and_again_when_it_changes(monkeypatch):
     """Also if its first use was in inference mode, as copies on a device show."""
-    brought, bring = [], HostWeight._bring
+    brought, bring, take = [], HostWeight._bring, HeadCopy.take
 
     def note(weight, source):
         brought.append(weight.name)
         return bring(weight, source).clone()
 
+    def note_ahead(copied):
+        copy = take(copied)
+        brought.extend([] if copy is None else ["lm_head.weight"])
+        return copy
+
     monkeypatch.setattr(HostWeight, "_bring", note)
+    monkeypatch.setattr(HeadCopy, "take", note_ahead)
     resident, results = attach(tiny()), []
     for head in (True, False):
         setup = partly(tiny(), "all", head=head)
@@ -271,12 +278,12 @@ def test_a_head_that_stays_is_copied_once_and_again_when_it_changes(monkeypatch)
             setup.model(**token_batch())
         results.append(train(setup.model, setup.optimizer, 3))
         assert brought.count("lm_head.weight") == (1 if head else 4)
-        # A loss of its own calls decoder and head apart; one that does not stay was copied beside the last blocks.
+        # A loss of its own calls decoder and head apart.
         setup.model.lm_head(setup.model.get_decoder()(token_batch()["input_ids"]).last_hidden_state)
-        assert brought.count("lm_head.weight") == (1 if head else 4)
+        assert brought.count("lm_head.weight") == (1 if head else 5)
         setup.model.lm_head.weight.mul_(2.0)
         results[-1] += train(setup.model, setup.optimizer, 2, first=3)
-        assert brought.count("lm_head.weight") == (2 if head else 6)
+        assert brought.count("lm_head.weight") == (2 if head else 7)
         desparsify(setup.model)
     expected = train(resident.model, resident.optimizer, 3)
     with torch.no_grad():

@@ -673,7 +673,7 @@ def test_only_the_rows_that_a_batch_needs_are_looked_up(monkeypatch):
     monkeypatch.setattr(HostWeight, "whole", lambda weight: copied.append(weight.name) or whole(weight))
     losses = train(setup.model, setup.optimizer, 1)
     # The head, which is tied to the embedding, needs all of them, once.
-    assert copied == ["model.embed_tokens.weight", "model.norm.weight"]
+    assert copied == ["model.norm.weight", "model.embed_tokens.weight"]
     resident = attach("gemma2")
     assert train(resident.model, resident.optimizer, 1) == losses
 
@@ -720,10 +720,15 @@ def chunked(model, ids, change):
     return model.get_output_embeddings()(hidden).logsumexp(-1).mean()
 
 
-@pytest.mark.parametrize("change", [False, True])
+def whole_call(model, ids, change):
+    """The loss of the model's own call."""
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+@pytest.mark.parametrize(("loss_of", "change"), [(whole_call, False), (chunked, False), (chunked, True)])
 @pytest.mark.parametrize("targets", [None, every])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_head_that_is_called_after_the_decoder_comes_with_the_last_blocks(kind, targets, change, monkeypatch):
+def test_a_head_comes_with_the_last_blocks(kind, targets, loss_of, change, monkeypatch):
     """In pieces, one beside each of them, in forward alone; a change before the head is called wins."""
     results, done, copy_pages = [], [], head_copies.copy_pages_
     blocks = head_copies._PIECES + 2
@@ -735,7 +740,7 @@ def test_a_head_that_is_called_after_the_decoder_comes_with_the_last_blocks(kind
         losses = []
         for step in range(3):
             done.clear()
-            loss = chunked(setup.model, token_batch(step)["input_ids"], change)
+            loss = loss_of(setup.model, token_batch(step)["input_ids"], change)
             loss.backward()
             setup.optimizer.step()
             setup.optimizer.zero_grad()
@@ -776,7 +781,7 @@ def test_a_head_that_was_copied_and_not_used_is_freed_by_the_next_pass():
         hidden.sum().backward()
         assert head.take() is None
     setup.model(**token_batch()).loss.backward()
-    assert head.take() is None, "the model's own call has a copy"
+    assert head.take() is None, "the model's own call took it"
     decoder(input_ids=ids, use_cache=False)
     desparsify(setup.model)
     assert head.take() is None
@@ -954,7 +959,7 @@ def on_pretended_gpu(monkeypatch, model):
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("synchronised"))
     memory = SimpleNamespace(memory=SimpleNamespace(record_stream=lambda stream: None))
-    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", lambda size, device: memory)
+    monkeypatch.setattr("speft_optim.offload.prefetch.Buffer", lambda size, device: memory)
 
     def lock(tensors, device, stack):
         done.append("locked")
@@ -988,7 +993,7 @@ def test_a_device_without_room_leaves_the_model_as_it_was(monkeypatch):
     def full(size, device):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("speft_optim.offload.prefetch._Buffer", full)
+    monkeypatch.setattr("speft_optim.offload.prefetch.Buffer", full)
     model = tiny_model()
     before = state(model)
     with pytest.raises(torch.OutOfMemoryError):

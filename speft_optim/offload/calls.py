@@ -5,25 +5,22 @@ exception, KeyboardInterrupt included, which hooks do not.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from speft_optim.offload.activations import HostActivations
+from speft_optim.offload.buffers import Site
 from speft_optim.offload.caches import without_caches
-from speft_optim.offload.host_parameter import HostParameter, on_device
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable, sent
-from speft_optim.offload.prefetch import Following, Prefetcher, Site
+from speft_optim.offload.prefetch import Following, Prefetcher
 from speft_optim.offload.quantized import HostQuantized
-from speft_optim.weights.bnb import is_quantized_linear
-from speft_optim.weights.replacement import replace_method
+from speft_optim.weights.replacement import covered, replace_method
 from speft_optim.weights.storage import STREAMED
 from speft_optim.weights.targets import AddedModule
-from speft_optim.weights.verification import is_recorded
 
 
 def sites_of(module: nn.Module) -> list[Site]:
@@ -72,7 +69,7 @@ def compute_with_copies(
         def call(*args, **kwargs):
             copies = {name: copy(name) for name in own}
             copies.update((name, sent(module._buffers[name], device)) for name in buffers)
-            with _covered(module, copies):
+            with covered(module, copies):
                 return present(*args, **kwargs)
 
         return call
@@ -80,20 +77,6 @@ def compute_with_copies(
     module.__dict__[STREAMED] = own
     stack.callback(module.__dict__.pop, STREAMED)
     replace_call(module, make, stack)
-
-
-@contextlib.contextmanager
-def _covered(module: nn.Module, copies: dict[str, Tensor]) -> Iterator[None]:
-    """Shadow parameters and buffers of a module by copies while the context lasts."""
-    covered = {name: module.__dict__.get(name) for name in copies}
-    try:
-        module.__dict__.update(copies)
-        yield
-    finally:
-        for name, tensor in covered.items():
-            module.__dict__.pop(name, None)
-            if tensor is not None:
-                module.__dict__[name] = tensor
 
 
 def _following(number: int, count: int, recorded: bool, goes_on: bool) -> Iterator[Following]:
@@ -143,7 +126,7 @@ def run_by_block(
             following = _following(number, count, recorded, goes_on)
 
             def work(_, *args, **kwargs):
-                with prefetcher.holding(number, next(following)), _without_checkpoints([block]):
+                with prefetcher.holding(number, next(following)), without_checkpoints([block]):
                     return present(*args, **kwargs)
 
             if not recorded:
@@ -160,7 +143,7 @@ def run_by_block(
 
 
 @contextlib.contextmanager
-def _without_checkpoints(blocks: list[nn.Module]) -> Iterator[None]:
+def without_checkpoints(blocks: list[nn.Module]) -> Iterator[None]:
     """Keep transformers from checkpointing blocks that are checkpointed already."""
     checkpointed = [block for block in blocks if block.__dict__.get("gradient_checkpointing")]
     for block in checkpointed:
@@ -170,81 +153,6 @@ def _without_checkpoints(blocks: list[nn.Module]) -> Iterator[None]:
     finally:
         for block in checkpointed:
             block.gradient_checkpointing = True
-
-
-def run_without_checkpoints(model: nn.Module, blocks: list[nn.Module], stack: contextlib.ExitStack) -> None:
-    """Replace the calls of all modules around the blocks: while they last transformers checkpoints no block.
-
-    Older versions of transformers decide before the call of a block, where `run_by_block` is too late.
-    """
-    parts = {part for block in blocks for part in block.modules()}
-
-    def make(present: Callable) -> Callable:
-        def call(*args, **kwargs):
-            with _without_checkpoints(blocks):
-                return present(*args, **kwargs)
-
-        return call
-
-    for module in model.modules():
-        if module not in parts and not parts.isdisjoint(module.modules()):
-            replace_call(module, make, stack)
-
-
-def run_model(
-    model: nn.Module,
-    head: tuple[nn.Module, HostWeight] | None,
-    device: torch.device,
-    stack: contextlib.ExitStack,
-) -> None:
-    """Replace the model's call: tensors among its arguments are moved to the device, wherever they are.
-
-    Args:
-        model: the model.
-        head: the module of the logits and its weight, which is on the device during the call: losses that form logits
-            in chunks read it and do not call the module.
-        device: the device that computes.
-        stack: undoes it.
-    """
-
-    def make(present: Callable) -> Callable:
-        def call(*args, **kwargs):
-            args, kwargs = tree_map_only(Tensor, lambda tensor: sent(tensor, device), (args, kwargs))
-            with _held(head):
-                return present(*args, **kwargs)
-
-        return call
-
-    replace_call(model, make, stack)
-
-
-def _held(head: tuple[nn.Module, HostWeight] | None) -> contextlib.AbstractContextManager:
-    """Shadow the head's weight by a copy while the context lasts; what reads it passes its gradient on."""
-    if head is None:
-        return contextlib.nullcontext()
-    module, weight = head
-    parameter = weight.parameter
-    is_watched = isinstance(parameter, HostParameter) and torch.is_grad_enabled() and is_recorded(parameter)
-    return _covered(module, {"weight": on_device(parameter) if is_watched else weight.lasting()})
-
-
-def head_of(
-    model: nn.Module, weights: Mapping[Site, HostWeight | HostQuantized]
-) -> tuple[nn.Module, HostWeight] | None:
-    """Return what `head_module` returns with its weight."""
-    head = head_module(model)
-    weight = weights.get((head, "weight"))
-    return None if weight is None else (head, weight)
-
-
-def head_module(model: nn.Module) -> nn.Module | None:
-    """Return the module of the model's logits, if transformers knows one and its weight is not quantised."""
-    head = None
-    # Some models have the method and raise in it.
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        head = model.get_output_embeddings()
-    is_dense = isinstance(head, nn.Module) and head._parameters.get("weight") is not None
-    return head if is_dense and not is_quantized_linear(head) else None
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

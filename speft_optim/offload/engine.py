@@ -21,18 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from speft_optim.offload.activations import HostActivations
+from speft_optim.offload.buffers import Site
 from speft_optim.offload.calls import (
     blocks_of,
     compute_with_copies,
-    head_of,
     run_by_block,
-    run_model,
-    run_without_checkpoints,
     sites_of,
 )
 from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.model_call import head_of, run_model
 from speft_optim.offload.pages import lock_pages
-from speft_optim.offload.prefetch import Prefetcher, Site, staying_blocks
+from speft_optim.offload.prefetch import Prefetcher, staying_blocks
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.shards import check_buffers, mapped_tensors
 from speft_optim.weights.bnb import is_quantized_linear
@@ -174,8 +173,7 @@ def compute_on(
     activations = HostActivations(device) if inputs_on_host else None
     for number, block in enumerate(blocks):
         run_by_block(prefetcher, device, activations, block, number, len(blocks), stack)
-    run_without_checkpoints(model, blocks, stack)
-    run_model(model, head, device, stack)
+    run_model(model, blocks, head, device, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
     return prefetcher

@@ -16,7 +16,7 @@ loss would no longer run as they are. Larger batches save as much.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Set
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -24,18 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from speft_optim.offload.buffers import Buffer, Filling, Site, aligned, bytes_of
 from speft_optim.offload.head import HeadCopy
 from speft_optim.offload.host_parameter import plainly
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import PageCopies
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.staging import Staging
-
-Site = tuple[nn.Module, str]
-
-
-# Every weight starts at a multiple of this many bytes in a buffer, as an allocation of its own would.
-_ALIGNMENT = 256
 
 
 class Following(NamedTuple):
@@ -48,55 +43,6 @@ class Following(NamedTuple):
 
     blocks: tuple[int, ...]
     before_head: int | None
-
-
-class _Filling(NamedTuple):
-    """How a buffer is filled with a block, which holds until a weight of the block changes in host memory.
-
-    Attributes:
-        weights: the copies of its weights in the buffer, by module and attribute.
-        direct: the copies that the device makes by itself.
-        staged: the other copies as pairs of (part of the buffer, host memory).
-    """
-
-    weights: dict[Site, Tensor]
-    direct: PageCopies
-    staged: list[tuple[Tensor, Tensor]]
-
-
-class _Buffer:
-    """Memory on the device for the weights of one block.
-
-    Attributes:
-        memory: the memory, (bytes,) uint8.
-        block: number of the block whose weights it holds.
-        weights: the copies in this memory, by module and attribute.
-        states: the states of the weights in host memory that were copied, see `HostWeight.state`.
-        job: the work of the thread that queues the copies, or None where they are queued.
-        filled: the event after which they are complete.
-    """
-
-    def __init__(self, size: int, device: torch.device):
-        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.block: int | None = None
-        self.weights: dict[Site, Tensor] = {}
-        self.states: list[tuple] = []
-        self.job: Future | None = None
-        self.filled = None
-
-    def wait_until_queued(self) -> None:
-        """Wait for the thread that queues the copies, if there is one.
-
-        Raises:
-            Exception: what the thread raised; the buffer then holds no block.
-        """
-        if self.job is not None:
-            try:
-                self.job.result()
-            except BaseException:
-                self.block = None
-                raise
-            self.job = None
 
 
 class Prefetcher:
@@ -129,18 +75,18 @@ class Prefetcher:
         # `torch.cpu` has streams too, whose methods do nothing, since copies there end before the call returns.
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        sizes = [sum(map(_bytes, weights.values())) for weights in blocks]
+        sizes = [sum(map(bytes_of, weights.values())) for weights in blocks]
         streamed = [size for block, size in enumerate(sizes) if block not in staying]
         # The buffer that was used last comes last.
-        self._buffers = [_Buffer(max(streamed), device) for _ in streamed[:2]]
+        self._buffers = [Buffer(max(streamed), device) for _ in streamed[:2]]
         # The buffers of blocks that stay, by their numbers.
-        self._own = {block: _Buffer(sizes[block], device) for block in sorted(staying)}
+        self._own = {block: Buffer(sizes[block], device) for block in sorted(staying)}
         for buffer in (*self._buffers, *self._own.values()) if device.type == "cuda" else ():
             # A model may be given up while copies are under way.
             buffer.memory.record_stream(self._stream)
         self.nbytes = sum(max(streamed) for _ in self._buffers) + sum(sizes[block] for block in self._own)
         # By block the states of its weights, and how each buffer is filled with them.
-        self._fillings: dict[int, tuple[list[tuple], dict[_Buffer, _Filling]]] = {}
+        self._fillings: dict[int, tuple[list[tuple], dict[Buffer, Filling]]] = {}
         self._staging = Staging(device, self._stream)
         self._head = None
         if head is not None and all(self._is_direct(source, source) for source in head[1].sources()):
@@ -186,11 +132,11 @@ class Prefetcher:
             if (buffer := self._buffer_of(other)) is None or buffer.block is None:
                 self._fetch(other, {block, *wanted})
 
-    def _buffer_of(self, block: int) -> _Buffer | None:
+    def _buffer_of(self, block: int) -> Buffer | None:
         """Return the buffer that is the block's own or that holds it, if there is one."""
         return self._own.get(block) or next((buffer for buffer in self._buffers if buffer.block == block), None)
 
-    def _fetch(self, block: int, wanted: Set[int] = frozenset()) -> _Buffer:
+    def _fetch(self, block: int, wanted: Set[int] = frozenset()) -> Buffer:
         """Return the buffer with the block as it is now, after a new copy if none has it.
 
         Args:
@@ -208,7 +154,7 @@ class Prefetcher:
 
     # What is made in inference mode could not be used in training.
     @torch.inference_mode(False)
-    def _fill(self, buffer: _Buffer, block: int, states: list[tuple]) -> None:
+    def _fill(self, buffer: Buffer, block: int, states: list[tuple]) -> None:
         if buffer.job is not None:
             # It still queues copies of a block that was expected and did not come.
             wait([buffer.job])
@@ -230,7 +176,7 @@ class Prefetcher:
             copy()
         buffer.block, buffer.states = block, states
 
-    def _filling(self, memory: Tensor, block: int) -> _Filling:
+    def _filling(self, memory: Tensor, block: int) -> Filling:
         """Cut a buffer's memory into the weights of a block."""
         weights, direct, staged, start = {}, [], [], 0
         for site, weight in self._blocks[block].items():
@@ -239,14 +185,14 @@ class Prefetcher:
             for shape, dtype in weight.forms:
                 size = shape.numel() * dtype.itemsize
                 parts.append(memory.narrow(0, start, size).view(dtype).view(shape))
-                start += _aligned(size)
+                start += aligned(size)
             weights[site] = weight.assemble(parts)
             for part, source in zip(parts, sources, strict=True):
                 (direct if self._is_direct(part, source) else staged).append((part, source))
-        return _Filling(weights, PageCopies(direct), staged)
+        return Filling(weights, PageCopies(direct), staged)
 
     @torch.no_grad()
-    def _copy(self, buffer: _Buffer, filling: _Filling) -> None:
+    def _copy(self, buffer: Buffer, filling: Filling) -> None:
         """Queue the copies on the side stream."""
         with self._backend.stream(self._stream):
             filling.direct.queue()
@@ -269,11 +215,3 @@ def staying_blocks(count: int, staying: int) -> set[int]:
     """
     streamed = count - staying
     return set(range(count)) - {(2 * part + 1) * count // (2 * streamed) for part in range(streamed)}
-
-
-def _bytes(weight: HostWeight | HostQuantized) -> int:
-    return sum(_aligned(shape.numel() * dtype.itemsize) for shape, dtype in weight.forms)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,7 +1,7 @@
 """Temporary replacement of a module's methods and parameters by attributes of the instance."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -37,6 +37,20 @@ def shadow(
 
     stack.callback(module.register_forward_pre_hook(before, prepend=prepend).remove)
     stack.callback(module.register_forward_hook(after, always_call=True).remove)
+
+
+@contextlib.contextmanager
+def covered(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Shadow parameters and buffers of a module by other tensors while the context lasts."""
+    before = {name: module.__dict__.get(name) for name in tensors}
+    try:
+        module.__dict__.update(tensors)
+        yield
+    finally:
+        for name, tensor in before.items():
+            module.__dict__.pop(name, None)
+            if tensor is not None:
+                module.__dict__[name] = tensor
 
 
 def replace_method(module: nn.Module, name: str, method: Callable, stack: contextlib.ExitStack) -> None:
