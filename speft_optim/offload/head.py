@@ -58,10 +58,10 @@ class HeadCopy:
         elif self._is_wanted():
             if blocks_before == self._count - 1:
                 self._begin()
-            self._queue(len(self._pieces) - blocks_before)
+            self._queue(max(0, len(self._pieces) - blocks_before))
 
     def _is_wanted(self) -> bool:
-        """Whether the loss will ask for a copy: none is there throughout the model's call, or all the time."""
+        """Whether the loss will ask for a copy: none is there yet, for the rest of the model's call or for good."""
         return "weight" not in self._module.__dict__ and not self._weight.keeps_copy
 
     # What is made in inference mode could not be used in training.
@@ -81,10 +81,10 @@ class HeadCopy:
     @torch.no_grad()
     def _queue(self, count: int) -> None:
         """Queue the copies of the next `count` pieces."""
-        with self._backend.stream(self._stream):
-            for _ in range(count):
+        for _ in range(count):
+            with self._backend.stream(self._stream):
                 copy_pages_([self._pieces.pop(0)])
-        self._filled = self._stream.record_event()
+            self._filled = self._stream.record_event()
 
     def take(self) -> Tensor | None:
         """Return the copy of the weight as it is now, without its trained values, if it is there; it is given away."""
