@@ -34,7 +34,6 @@ and a stacked-bar `memory.png` to --out.
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +45,7 @@ import torch
 
 from eval.records import write_json
 from recipes import host_memory, moving, processes, salience_cost, several, timed_steps
+from recipes.apart import ending_together, run_apart, run_together
 from recipes.benchmark_report import draw, table
 from recipes.host_peers import HOST_ATTACH
 from recipes.memory import GIB, GPU_SIZES, estimate, host_bytes, let_segments_grow, peak_bytes, usable_bytes
@@ -171,7 +171,8 @@ def report_several(modes: list[str], words: list[str], args: argparse.Namespace)
     for mode in modes:
         if mode.startswith("one-") and not processes.is_first():
             continue  # The others meet the first process again in the next mode.
-        row = run_apart(mode, words, several.environment(mode))
+        environment = several.environment(mode)
+        row = run_apart(mode, words, environment) if environment else run_together(mode, words)
         precision = mode.rpartition("-")[2]
         rows.append(several.add_rates(row, args, alone.get(precision)))
         if mode.startswith("one-"):
@@ -185,15 +186,6 @@ def report_several(modes: list[str], words: list[str], args: argparse.Namespace)
     return rows
 
 
-def run_apart(mode: str, words: list[str], environment: dict[str, str] | None = None) -> dict:
-    """Run one mode in a new process, so that its peak is its own; an error becomes a row, and others still run."""
-    command = [sys.executable, str(Path(__file__).resolve()), *words, "--modes", mode, "--in-process"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode == 0:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    return {"mode": mode, "error": (done.stderr.strip() or "no message").splitlines()[-1][:300]}
-
-
 def measure_several(mode: str, args: argparse.Namespace) -> dict:
     """Measure one mode in this process of several; an error of any ends all of them."""
     method, _, precision = mode.rpartition("-")
@@ -202,9 +194,10 @@ def measure_several(mode: str, args: argparse.Namespace) -> dict:
     row = {"mode": mode, "shape": args.shape, "tokens": [args.batch, args.seq], "simulated_gb": args.gpu_gb}
     device = processes.device()
     shape = Shape.of(shaped(args.shape, args.layers))
-    # Every process builds the whole model, which `fully_shard` then takes apart.
+    # Every process builds the whole model, which `fully_shard` then takes apart. A part in pinned memory is half of a
+    # weight that has left, or less, and takes no more room than it, though torch rounds sizes up to powers of two.
     needed = processes.count() * host_bytes(shape, bits=BITS[precision], batch=0, length=0)
-    with processes.ending_together(mode) as end:
+    with ending_together(mode) as end:
         row |= attempt(lambda: several.run_steps(method, precision, args, device), args, needed)
         if "error" in row:
             end(row["error"])

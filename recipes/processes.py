@@ -11,15 +11,11 @@ waits for ever if a process has no batch in the short last window of an epoch.
 import contextlib
 import datetime
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 # Others wait this long for the first one, which may be scoring a checkpoint. The launcher ends all if one fails.
 _PATIENCE = datetime.timedelta(days=1)
@@ -95,42 +91,6 @@ def wait() -> None:
     """Wait until all processes are here."""
     if count() > 1:
         dist.barrier()
-
-
-@contextlib.contextmanager
-def ending_together(mode: str) -> Iterator[Callable[[str], NoReturn]]:
-    """End this process with an error as soon as the process of any GPU fails in a mode, on which it would wait in vain.
-
-    Args:
-        mode: the mode.
-
-    Yields:
-        A function that ends all processes of the mode with a message. An exception ends them too. The message of the
-        first that fails is the last line on stderr of each.
-    """
-    # A connection of its own: the process group blocks the one that it has while it waits for other processes.
-    store = dist.PrefixStore(f"{mode} failed", next(rendezvous("env://"))[0])
-    ended = threading.Event()
-
-    def end(message: str) -> NoReturn:
-        first = store.compare_set("message", "", message.partition("\n")[0])
-        print(first.decode(), file=sys.stderr, flush=True)
-        # Neither a collective that runs on the GPU nor `destroy_process_group` would return.
-        os._exit(1)
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            if store.check(["message"]):
-                end("another process failed")
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield end
-    except Exception as error:  # whatever it is, the other processes cannot go on
-        end("out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}")
-    ended.set()
-    watcher.join()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recipes import (
+    apart,
     benchmark,
     benchmark_report,
     host_memory,
@@ -370,7 +371,7 @@ def test_benchmark_reports_every_mode_also_one_that_fails(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[0]) == row
     assert (tmp_path / "memory.png").stat().st_size > 1000
     assert json.loads((tmp_path / "memory.json").read_text())["rows"] == [row]
-    failed = benchmark.run_apart("frozen-bf16", ["memory", "--shape", "unknown"])
+    failed = apart.run_apart("frozen-bf16", ["memory", "--shape", "unknown"])
     assert "invalid choice" in failed["error"] and failed["error"] in benchmark_report.table([failed, row])
     with pytest.raises(SystemExit):
         benchmark.main(["memory", "--modes", "none"])
