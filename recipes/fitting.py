@@ -90,7 +90,7 @@ def choose(args: argparse.Namespace) -> str:
 
 
 def _fill(args: argparse.Namespace, limit: int) -> str:
-    """Let the head, whose copy never hides behind the computation, and as many blocks as fit stay on the GPU.
+    """Let the head, for whose copy there may be no room beside a block, and as many blocks as fit stay on the GPU.
 
     What was typed, and so is not None, stays. Returns what was chosen, for people.
     """
