@@ -122,8 +122,15 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
     for module in (*parts, model):
         divide(module, device, cpu_offload=cpu_offload)
     # By default they are asked for when the CPU comes to the block, which is late where it is hardly ahead of the GPU.
+    # Groups inside the block come with it: asked for later, they would wait for the weights of the block behind it.
     for part, following in itertools.pairwise(parts):
-        part.set_modules_to_forward_prefetch([following])
+        part.set_modules_to_forward_prefetch(_groups_of(following))
+
+
+def _groups_of(part: nn.Module) -> list[nn.Module]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in part.modules() if isinstance(module, FSDPModule)]
 
 
 def divide(modules: nn.Module | list[nn.Module], device: torch.device, *, cpu_offload: bool = False) -> None:

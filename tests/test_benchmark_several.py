@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import device
+from processes import assert_passed, failures_of, on_two_gpus
 from torch import distributed
 
 from recipes import benchmark, peers, random_models, several, timed_steps
@@ -65,6 +67,91 @@ def test_divided_modes_train_as_whole_ones(sharded, whole, precision, storage, c
     pytest.importorskip("peft")
     found = losses_of(several.ATTACH[sharded], precision, storage, cpu_offload)
     assert found == losses_of(peers.ATTACH[whole], precision) and found[2] < found[0]
+
+
+def trained_lora(attach, precision, cpu_offload, batches):
+    """Gradient and values of each adapter after two steps, and the kinds of device of what is trained and frozen.
+
+    One step would leave half of the adapters without a gradient, since the other half begins at zero.
+    """
+    divided = attach is several.attach_sharded_lora
+    torch.manual_seed(0)
+    storage = torch.bfloat16 if divided else torch.uint8
+    # In host memory blocks are copies of the first one, so that both models have to be built there.
+    model = random_models.build("tiny", precision, device(), in_host_memory=True, storage=storage)
+    if not divided:
+        model.to(device())
+    model.forward = functools.partial(timed_steps.loss_of, model)
+    torch.manual_seed(1)
+    optimizer, _ = attach(model, type("Arguments", (), dict(rank=4, cpu_offload=cpu_offload)), device())
+    optimizer.param_groups[0]["lr"] = 1e-2
+    for _ in range(2):
+        optimizer.zero_grad()
+        for ids in batches:
+            (model(ids.to(device())) / len(batches)).backward()
+        optimizer.step()
+    adapters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    tensors = {name: [gathered(one.grad), gathered(one.detach())] for name, one in adapters.items()}
+    kinds = [{one.device.type for one in model.parameters() if one.requires_grad == kind} for kind in (True, False)]
+    return tensors, *kinds
+
+
+def gathered(tensor):
+    """All rows of a tensor that may be divided among processes."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).float()
+
+
+def divided_lora_takes_the_mean_of_all_gradients(rank):
+    """Two processes with a batch each train adapters as one process does with both batches."""
+    batches = torch.randint(0, 512, (2, 2, 16), generator=torch.Generator().manual_seed(2))
+    for cpu_offload, precision in [(False, "bf16"), (True, "bf16"), (True, "nf4")]:
+        options = precision, cpu_offload
+        expected, _, _ = trained_lora(peers.attach_lora, *options, batches)
+        found, trained, frozen = trained_lora(several.attach_sharded_lora, *options, batches[rank : rank + 1])
+        assert trained == {device().type} and frozen == {"cpu" if cpu_offload else device().type}
+        assert found.keys() == expected.keys() and len(found) > 0
+        for name, pair in expected.items():
+            for mine, whole in zip(found[name], pair, strict=True):
+                # With the batch of one process alone, gradients would be off by more than half.
+                assert (mine - whole).norm() < 0.05 * whole.norm(), (name, options)
+
+
+SCENARIOS = [divided_lora_takes_the_mean_of_all_gradients]
+
+
+def test_two_processes_train_lora(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    failures = failures_of(SCENARIOS, tmp_path, "forkserver")
+    assert_passed(failures, SCENARIOS[0].__name__)
+
+
+@on_two_gpus
+def test_two_gpus_train_lora(failures_on_gpus):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    assert_passed(failures_on_gpus, SCENARIOS[0].__name__)
+
+
+def test_adapters_stay_when_the_base_leaves_the_gpu_and_come_with_their_block(group, monkeypatch):
+    pytest.importorskip("peft")
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    model = random_models.build("tiny", "bf16", CPU, in_host_memory=True)
+    divide, left, ahead = several.divide, [], []
+
+    def divided(modules, device, *, cpu_offload=False):
+        if cpu_offload:
+            left.extend(one for one in modules.parameters() if not isinstance(one, DTensor))
+        divide(modules, device, cpu_offload=cpu_offload)
+
+    monkeypatch.setattr(several, "divide", divided)
+    monkeypatch.setattr(FSDPModule, "set_modules_to_forward_prefetch", lambda _, modules: ahead.extend(modules))
+    several.attach_sharded_lora(model, type("Arguments", (), dict(rank=4, cpu_offload=True)), CPU)
+    assert len(left) > 0 and not any(one.requires_grad for one in left)
+    adapters = [module for name, module in model.named_modules() if "lora_" in name and hasattr(module, "weight")]
+    assert len(adapters) > 0 and all(any(module is one for one in ahead) for module in adapters)
 
 
 def test_rates_compare_with_one_gpu_and_errors_stay_in_the_table():
