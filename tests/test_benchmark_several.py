@@ -213,54 +213,39 @@ def test_all_processes_of_a_mode_end_when_one_fails(how, message):
     assert said[0] == said[1] and message in (None, said[0])
 
 
-def torchrun(modes, folder, **environment):
-    """Run modes on the tiny shape with two processes; return the rows, which are printed and written."""
+# Python runs this module, `sitecustomize`, as it starts.
+KILLED = """
+import os, signal, sys
+if sys.orig_argv[-1] == "--in-process" and sys.orig_argv[-2] == "fsdp-qlora-nf4":
+    sys.path.insert(0, ROOT)
+    import time
+    from recipes import processes, timed_steps
+    def train(*arguments, **options):
+        # gloo would notice that the other process is gone; a collective that runs on the GPU would not.
+        os.kill(os.getpid(), signal.SIGKILL) if processes.number() == 1 else time.sleep(600)
+    timed_steps.train = train
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_report_once(tmp_path):
+    """A mode of which one process is killed, as by a system without memory, ends in both, and the next one begins."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "sitecustomize.py").write_text(KILLED.replace("ROOT", repr(str(ROOT))))
+    modes = "one-bf16,sharded-bf16,fsdp-lora-bf16,fsdp-qlora-nf4,sharded-nf4"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["recipes.benchmark", "several", "--shape", "tiny", "--batch", "2", "--seq", "16", "--steps", "1"]
-    command += ["--density", "0.02", "--modes", modes, "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command += ["--density", "0.02", "--modes", modes, "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
     # Processes that wait for each other until their process group gives up take longer.
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [row["mode"] for row in rows] == modes.split(",")
-    assert json.loads((folder / "several.json").read_text())["rows"] == rows
-    return rows
-
-
-@pytest.mark.slow
-def test_two_processes_of_torchrun_report_once(tmp_path):
-    one, sharded, lora, quantised = torchrun("one-bf16,sharded-bf16,fsdp-lora-bf16,sharded-nf4", tmp_path)
+    assert json.loads((tmp_path / "several.json").read_text())["rows"] == rows
+    one, sharded, lora, killed, quantised = rows
     assert sharded["processes"] == lora["processes"] == 2 and sharded["trained"] == one["trained"] > 0
     assert sharded["scaling"] == round(sharded["tokens_per_second_a_gpu"] / one["tokens_per_second_a_gpu"], 3)
+    assert killed == dict(mode="fsdp-qlora-nf4", error="ended by SIGKILL")
     assert quantised["trained"] == one["trained"] and quantised["processes"] == 2
-
-
-FAILING_MODES = """
-import os, signal, sys
-if sys.orig_argv[-1] == "--in-process":
-    sys.path.insert(0, ROOT)
-    import time, torch
-    from recipes import processes, timed_steps
-    mode, train = sys.orig_argv[-2], timed_steps.train
-    def failing(model, *arguments, **options):
-        if processes.number() == 1 and mode == "fsdp-lora-bf16":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if mode == "sharded-nf4":
-            # gloo would notice that the other process is gone; a collective that runs on the GPU would not.
-            os.kill(os.getpid(), signal.SIGKILL) if processes.number() == 1 else time.sleep(600)
-        return train(model, *arguments, **options)
-    timed_steps.train = failing
-"""
-
-
-@pytest.mark.slow
-def test_the_next_mode_runs_when_one_process_runs_out_of_memory_or_is_killed(tmp_path):
-    pytest.importorskip("peft")
-    pytest.importorskip("bitsandbytes")
-    # Python runs this module as it starts.
-    (tmp_path / "sitecustomize.py").write_text(FAILING_MODES.replace("ROOT", repr(str(ROOT))))
-    short, killed, good = torchrun("fsdp-lora-bf16,sharded-nf4,sharded-bf16", tmp_path, PYTHONPATH=str(tmp_path))
-    assert short == dict(mode="fsdp-lora-bf16", error="out of memory")
-    assert killed == dict(mode="sharded-nf4", error="ended by SIGKILL")
-    assert good["processes"] == 2 and good["step_ms"] > 0
