@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.records import package_version
-from recipes import moving
+from recipes import moving, processes
 from recipes.host_peers import HOST_ATTACH
 from recipes.loss import IGNORED, head_loss
 from recipes.memory import GIB
@@ -164,10 +164,11 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def limit_memory(most_bytes: float) -> None:
-    """Limit this process to so many bytes of GPU memory; do nothing without a GPU."""
+    """Limit this process to so many bytes of its GPU's memory; do nothing without a GPU."""
     if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, most_bytes / total))
+        device = processes.device()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most_bytes / total), device)
 
 
 def settle(device: torch.device) -> None:

@@ -165,6 +165,17 @@ def test_rates_compare_with_one_gpu_and_errors_stay_in_the_table():
     assert "| sharded-bf16 | 2 | 9 | 625 | 3200 | 0.80 | 9.25 |" in text and "out of memory" in text
 
 
+def test_each_process_limits_its_own_gpu(monkeypatch):
+    limits = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = type("Properties", (), dict(total_memory=100))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
+    timed_steps.limit_memory(25)
+    assert limits == [(0.25, torch.device("cuda", 1))]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [("--modes one-bf16,one-bf16", "names a mode twice"), ("--cpu-offload", "one-bf16 divides none; name --modes")],
