@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import copy_pages_
 
-# Copies of quantised blocks take half of the time of their forward, so that the rest of so many blocks hides the head.
+# By count the copy of an NF4 block takes about half of the time of its forward, and the rest of so many blocks is
+# enough for the head of Llama-3-8B.
 _PIECES = 8
 
 
