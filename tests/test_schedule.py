@@ -35,7 +35,8 @@ from speft_optim import (
     sparsify,
     unload_adapter,
 )
-from speft_optim.optim.moments import carry_moments_, new_moments_, store_moments_, unpack_moments
+from speft_optim.optim.carried_moments import Move, carry_moments_
+from speft_optim.optim.moments import new_moments_, store_moments_, unpack_moments
 from speft_optim.optim.state import has_moments
 from speft_optim.salience.measures import MEASURES
 from speft_optim.weights.attached import sparse_weights
@@ -133,7 +134,8 @@ def test_carried_moments_without_survivors_start_anew():
     values = nn.Parameter(torch.zeros(4))
     new_moments_(state, values, 32)
     store_moments_(state, *(moment.fill_(1.0) for moment in unpack_moments(state)))
-    carry_moments_(state, torch.zeros(5), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    nothing = torch.zeros(0, dtype=torch.long)
+    carry_moments_([Move(state, 5, nothing, nothing)])
     assert all(moment.shape == (5,) and not moment.any() for moment in unpack_moments(state))
 
 

@@ -50,6 +50,20 @@ class Mask:
         self._length = indices.numel()
         self.positions = self._by_rows(indices) or indices.clone()
 
+    @classmethod
+    def of_sorted(cls, indices: Tensor, shape: torch.Size) -> "Mask":
+        """Return the mask of positions in rising order; nothing is checked, so that no GPU is waited for.
+
+        Args:
+            indices: 1-D integer tensor of unique flat positions inside the weight, in rising order; not to be changed.
+            shape: shape of the weight.
+        """
+        mask = object.__new__(cls)
+        mask.shape, mask._length = shape, indices.numel()
+        indices = indices.to(position_dtype(shape))
+        mask.positions = mask._by_rows(indices) or indices
+        return mask
+
     def _by_rows(self, indices: Tensor) -> CSR | None:
         """Return the positions in row form where that takes fewer bytes, else None."""
         columns = self._columns

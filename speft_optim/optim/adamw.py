@@ -15,8 +15,9 @@ from torch import Tensor
 
 from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
+from speft_optim.optim.carried_moments import Move, carry_moments_
 from speft_optim.optim.checks import check_gradients, check_options, check_others, warn_of_dense_training
-from speft_optim.optim.moments import carry_moments_, moment_bytes, new_moments_
+from speft_optim.optim.moments import moment_bytes, new_moments_
 from speft_optim.optim.saved_optimizer import SavedOptimizer
 from speft_optim.optim.state import has_moments
 from speft_optim.optim.state_checks import warn_of_lost_entries
@@ -221,19 +222,28 @@ class SparseAdamW(SavedOptimizer):
             del self.state[parameter][key]
         self._reserve_state()
 
-    def carry_moments(self, parameter: Tensor, before: Tensor, after: Tensor) -> None:
-        """Rearrange the moments of compact values for a changed mask, see `carry_moments_`.
+    def carry_moments(self, changed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Rearrange the moments of compact values for changed masks, see `carry_moments_`.
 
         Values without moments, as those of a weight that had no entries, start at the step count of the others.
 
         Args:
-            parameter: the (k,) compact values, after the change.
-            before: (m,) the places among the old entries of those that stay.
-            after: (m,) their places among the new ones.
+            changed: of each weight the (k,) compact values, after the change; (m,) the places among the old entries of
+                those that stay; and (m,) their places among the new ones.
         """
-        if has_moments(self.state[parameter]):
-            carry_moments_(self.state[parameter], parameter.detach(), before, after)
-            return
+        moves, without = [], []
+        for parameter, *places in changed:
+            state = self.state[parameter]
+            if has_moments(state):
+                moves.append(Move(state, len(parameter), *places))
+            else:
+                without.append(parameter)
+        carry_moments_(moves)
+        for parameter in without:
+            self._start_beside_others(parameter)
+
+    def _start_beside_others(self, parameter: Tensor) -> None:
+        """Give values that have none zero moments, at the step count of others; do nothing if none has moments."""
         self.reset_moments(parameter)
         taken = [state["step"] for p, state in self.state.items() if has_moments(state) and linked(p) is not None]
         if taken:

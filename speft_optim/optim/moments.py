@@ -49,27 +49,6 @@ def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -
         _pack_(state, exp_avg, exp_avg_sq)
 
 
-def carry_moments_(state: dict[str, Any], parameter: Tensor, before: Tensor, after: Tensor) -> None:
-    """Rearrange moments for a changed mask: entries that stay keep theirs, new ones start from zero.
-
-    The step count is shared, so the bias of a new entry's moments is not corrected: with the usual betas its first
-    update is some three times the learning rate, (1 - beta1) / sqrt(1 - beta2). It was measured to be the best of
-    several rules all the same (see docs/negative-results.md).
-
-    Args:
-        state: the parameter's optimizer state, with moments.
-        parameter: the (k,) values after the change.
-        before: (m,) the places among the old entries of those that stay.
-        after: (m,) their places among the new ones.
-    """
-    moments = []
-    for old in unpack_moments(state):
-        moments.append(torch.zeros(parameter.shape, dtype=old.dtype, device=parameter.device))
-        moments[-1][after] = old[before]
-    state.update(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
-    store_moments_(state, *moments)
-
-
 def moment_bytes(state: dict[str, Any]) -> int:
     """Return the bytes that the stored moments take."""
     return sum(part.nbytes for key, part in state.items() if key.startswith("exp_avg"))

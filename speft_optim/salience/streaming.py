@@ -23,6 +23,7 @@ import logging
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from speft_optim.distributed import average_, is_distributed, total
 from speft_optim.masks.mask import Mask
@@ -213,11 +214,15 @@ class TrainingSalience:
         kept = keep_best(runs, count, self._are_scored(weights), self.measure, self._chunk)
         changed = {}
         for weight, (positions, scores) in kept.items():
-            before = weight.mask.indices
             if weight.name in self.scores:
                 self.scores[weight.name] = scores
-            if len(positions) != len(before) or not torch.equal(positions.to(before), before):
-                changed[weight.name] = Mask(positions, weight.mask.shape)
+            # Of a weight without new scores entries can only leave.
+            if (
+                len(positions) != len(weight.mask)
+                or weight.name in slices
+                and not _are_those_of(weight.mask, positions)
+            ):
+                changed[weight.name] = Mask.of_sorted(positions, weight.mask.shape)
         return changed
 
     def _is_cut(self, weight: SparseWeight) -> bool:
@@ -237,3 +242,9 @@ class TrainingSalience:
         """Attach a copied schedule to the weights of the copied model."""
         self.__dict__.update(state)
         self._attach()
+
+
+def _are_those_of(mask: Mask, positions: Tensor) -> bool:
+    """Return whether as many positions as a mask has are those of the mask."""
+    indices = mask.indices
+    return torch.equal(positions.to(indices), indices)

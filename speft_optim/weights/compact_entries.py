@@ -77,9 +77,9 @@ class CompactEntries(AddedModule):
         if self.previously_trained is not None and len(self.previously_trained):
             earlier = self.previously_trained.to(left.device).indices
             _, returns = find(mask.indices, earlier)
-            previous = torch.cat([left, earlier[~returns]])
+            previous = torch.cat([left, earlier[~returns]]).sort().values
         exchange(self.values, entries)
-        self.mask, self.previously_trained = mask, Mask(previous, mask.shape)
+        self.mask, self.previously_trained = mask, Mask.of_sorted(previous, mask.shape)
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the sampled gradient of a linear weight, (k,) fp32, after `accumulate`; see `Accumulator`."""
