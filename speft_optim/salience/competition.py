@@ -38,9 +38,9 @@ class Candidates:
         return len(self.positions) if self.row_slice is None else self.row_slice.entries
 
     def positions_at(self, places: Tensor) -> Tensor:
-        """Flat positions in the weight of the candidates at `places`, int64."""
+        """Flat positions in the weight of the candidates at `places`: int64, or as trained entries have them."""
         if self.row_slice is None:
-            return self.positions[places.long().to(self.positions.device)].long()
+            return self.positions.index_select(0, places.to(self.positions.device))
         return places.long() + self.row_slice.first * self.row_slice.columns
 
     def new_scores(self, measure: Measure, chunk: int) -> Iterator[Tensor]:
@@ -107,8 +107,8 @@ def keep_best(
         chunk: how many entries to score at a time.
 
     Returns:
-        For each weight the positions that are kept, (k,) int64 in rising order, and their scores, (k,), both on the
-        device of its values.
+        For each weight the positions that are kept, (k,) int32 or int64 in rising order, and their scores, (k,), both
+        on the device of its values.
     """
     competing = [run for run in runs if all_compete or run.row_slice is not None]
     count -= sum(len(run) for run in runs) - sum(len(run) for run in competing)
@@ -134,6 +134,6 @@ def keep_best(
 def _joined(parts: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         positions, scores = parts[0]
-        return positions.to(device).long(), scores.to(device)
+        return positions.to(device), scores.to(device)
     positions, scores = zip(*parts, strict=True)
     return torch.cat([part.to(device).long() for part in positions]), torch.cat([part.to(device) for part in scores])

@@ -217,11 +217,8 @@ class TrainingSalience:
             if weight.name in self.scores:
                 self.scores[weight.name] = scores
             # Of a weight without new scores entries can only leave.
-            if (
-                len(positions) != len(weight.mask)
-                or weight.name in slices
-                and not _are_those_of(weight.mask, positions)
-            ):
+            may_differ = len(positions) != len(weight.mask) or weight.name in slices
+            if may_differ and not _are_those_of(weight.mask, positions):
                 changed[weight.name] = Mask.of_sorted(positions, weight.mask.shape)
         return changed
 
@@ -245,6 +242,5 @@ class TrainingSalience:
 
 
 def _are_those_of(mask: Mask, positions: Tensor) -> bool:
-    """Return whether as many positions as a mask has are those of the mask."""
-    indices = mask.indices
-    return torch.equal(positions.to(indices), indices)
+    """Return whether positions are those of a mask."""
+    return len(positions) == len(mask) and torch.equal(positions.to(indices := mask.indices), indices)
