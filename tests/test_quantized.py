@@ -1,9 +1,11 @@
 """Frozen base in 8 and 4 bits: everything that holds on a dense base holds on the dequantised weights."""
 
 import copy
+import gc
 import io
 import pickle
 import sys
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -72,6 +74,18 @@ def test_all_quantised_layers_are_computed_so_masked_or_not(model):
     sparsify(model, masks)
     assert all(isinstance(module.forward, FrozenForward) for _, module in quantized_linears(model))
     assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is nn.Linear)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_nobody_holds_any_more_is_freed(kind, loaded):
+    def use():
+        model = copy.deepcopy(loaded[kind])
+        train(model, SparseAdamW(sparsify(model, random_masks(model))))
+        return weakref.ref(model)
+
+    made = use()
+    gc.collect()
+    assert made() is None
 
 
 def test_nothing_dense_is_kept_for_backward(model):

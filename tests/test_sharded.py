@@ -1,6 +1,7 @@
 """Models under torch's `fully_shard`, over several processes with gloo or NCCL: equal to one with all batches."""
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -498,6 +499,20 @@ def whole_weights_are_freed_as_they_are_sharded(rank):
         assert before
         fully_shard(layer, mesh=mesh())
         assert not any(parameter() is not None and not hasattr(parameter(), "device_mesh") for parameter in before)
+
+
+def a_model_that_nobody_holds_any_more_is_freed(rank):
+    """Its weights, of which FSDP's own objects lead to each other, and its values."""
+
+    def use():
+        model, values, optimizer, reference = start()
+        train(rank, model, optimizer)
+        made = [model, *values, *(parameter.to_local() for parameter in model.parameters())]
+        return [weakref.ref(thing) for thing in made]
+
+    made = use()
+    gc.collect()
+    assert not [ref() for ref in made if ref() is not None]
 
 
 def salience_of_each_processes_own_batches(rank):
@@ -1120,6 +1135,7 @@ SCENARIOS = [
     quantised_weights_that_are_left_whole,
     rows_changed_past_the_dtensor_are_refused,
     whole_weights_are_freed_as_they_are_sharded,
+    a_model_that_nobody_holds_any_more_is_freed,
     salience_of_each_processes_own_batches,
     salience_of_quantised_weights_that_are_left_whole,
     gradients_summed_as_in_one_process,

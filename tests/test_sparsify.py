@@ -25,7 +25,7 @@ from conftest import (
 from safetensors import safe_open
 from torch import nn
 
-from speft_optim import Mask, Masks, SparseAdamW, desparsify, select_masks, sparsify
+from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights import attached
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.quantized_state import STATE_KEYS
@@ -473,6 +473,77 @@ def test_attaching_and_detaching_again_and_again_leaves_nothing_behind():
     assert not any(ref() for ref in kept) and not any(ref() for ref in alive)
     assert counts[-1] <= counts[1]
     assert everything(model)[0] == before
+
+
+def trained():
+    model, _, _, optimizer = attach()
+    train(model, optimizer)
+    return [model, optimizer]
+
+
+def trained_on_weights_in_host_memory():
+    model = tiny_model()
+    optimizer = SparseAdamW(sparsify(model, random_masks(model), offload="cpu"))
+    train(model, optimizer)
+    return [model, optimizer]
+
+
+def trained_on_masks_that_move():
+    model, _, _, optimizer = attach()
+    schedule = MaskSchedule(model, optimizer, interval=2, window=2)
+    train(model, optimizer, 4)
+    assert schedule.history
+    return [model, optimizer, schedule]
+
+
+def trained_where_hooks_do_not_see_all():
+    model, _, _, optimizer = attach("gpt2", targets=every)
+    (model(**BATCH).loss + sum(parameter.sum() for parameter in model.parameters())).backward()
+    optimizer.step()
+    return [model, optimizer]
+
+
+def scored_in_training():
+    """With accumulators for uses outside the modules too, opened on weights that are watched already."""
+    model, _, _, optimizer = attach()
+    train(model, optimizer)
+    select_masks(model, [BATCH], density=0.1, progress=False)
+    train(model, optimizer)
+    return [model, optimizer]
+
+
+def copied():
+    model, _, _, optimizer = attach()
+    train(model, optimizer)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    return [model, copy.deepcopy(model), averaged, pickle.loads(pickle.dumps(model))]
+
+
+def taken_off():
+    model, _, _, optimizer = attach()
+    train(model, optimizer)
+    desparsify(model)
+    return [model, optimizer]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        trained,
+        trained_on_weights_in_host_memory,
+        trained_on_masks_that_move,
+        trained_where_hooks_do_not_see_all,
+        scored_in_training,
+        copied,
+        taken_off,
+    ],
+)
+def test_what_nobody_holds_any_more_is_freed(use):
+    """`del model` left a sparsified model in memory for good: autograd's hooks of its weights led back to it."""
+    made = [weakref.ref(thing) for thing in use()]
+    gc.collect()
+    assert not [ref() for ref in made if ref() is not None]
 
 
 def good_masks(model):

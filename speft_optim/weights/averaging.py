@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from speft_optim.weights.attached import record_of
 from speft_optim.weights.mesh import parameter_groups
 from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.verification import hook_gradient
 
 
 class GradientAverage:
@@ -31,7 +32,7 @@ class GradientAverage:
         # The end of the outermost backward is wanted, which passes the model's output first; reentrant checkpointing
         # runs backwards within it. A model whose output is not a tensor's, or is not used, has its values.
         self._hooks = [model.register_forward_hook(self._watch), model.register_forward_pre_hook(self._watch_gathered)]
-        self._hooks += [weight.values.register_post_accumulate_grad_hook(self._queue) for weight in weights]
+        self._hooks += [hook_gradient(weight.values, self._queue) for weight in weights]
         # A hook that is added while a forward begins is not called in it.
         self._watch_gathered(model, ())
 

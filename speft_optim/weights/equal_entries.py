@@ -22,6 +22,7 @@ from speft_optim.weights.place import Place
 from speft_optim.weights.storage import FrozenWeight
 from speft_optim.weights.targets import Target
 from speft_optim.weights.uses import Uses
+from speft_optim.weights.verification import hook_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class EqualEntries(MovingValues, CompactEntries):
 
     def _watch_gradient(self) -> None:
         """Let each gradient of the values be checked as it arrives; copies of a parameter lose its hooks."""
-        self._hooks.append(self.values.register_post_accumulate_grad_hook(self._check_use))
+        self._hooks.append(hook_gradient(self.values, self._check_use))
 
     def _check_use(self, values: nn.Parameter) -> None:
         """Warn once for a model of a gradient that came from a forward with other values than these."""

@@ -22,7 +22,7 @@ to be corrected after the reducer of DistributedDataParallel has seen the gradie
 import functools
 import logging
 from collections.abc import Callable
-from weakref import ref
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +140,31 @@ def record(tensor: Tensor, value: bool) -> None:
     _REQUIRES_GRAD.__set__(tensor, value)
 
 
+class _WeakCall:
+    """Calls a method as long as its object is alive.
+
+    Autograd holds hooks where the garbage collector does not look, so that a model that is reached from a hook of its
+    own parameter would never be freed.
+    """
+
+    def __init__(self, method: Callable[[Tensor], None]):
+        self._method = WeakMethod(method)
+
+    def __call__(self, leaf: Tensor) -> None:
+        if (method := self._method()) is not None:
+            method(leaf)
+
+    def __reduce__(self) -> tuple:
+        return _WeakCall, (self._method(),)
+
+
 def hook_gradient(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call `hook` with a recorded leaf as soon as its gradient is complete, whatever `requires_grad` says."""
+    """Call a method with a recorded leaf as soon as its gradient is complete, whatever `requires_grad` says."""
     kind = type(leaf)
     if isinstance(leaf, WatchedWeight):
         leaf.__class__ = nn.Parameter
     try:
-        return leaf.register_post_accumulate_grad_hook(hook)
+        return leaf.register_post_accumulate_grad_hook(_WeakCall(hook))
     finally:
         leaf.__class__ = kind
 
@@ -198,14 +216,14 @@ class DenseGradient:
         self.close()
         # A gradient from before is set aside until `close`, since the next one would be added to it.
         self._kept, weight.grad = weight.grad, None
-        self._weight, self._before, self._was_recorded = ref(weight), _takers.get(weight), is_recorded(weight)
+        self._weight, self._before, self._was_recorded = ref(weight), _taker_of(weight), is_recorded(weight)
         self._kind = type(weight)
         # A hook can be registered only on a tensor that is recorded.
         record(weight, True)
         self._hook = hook_gradient(weight, self._move)
         if self.when_thawed is not None:
             weight.__class__, weight.watcher = _watched(self._kind), self
-        _takers[weight] = self
+        _takers[weight] = ref(self)
 
     def close(self) -> None:
         """Freeze the weight again and remove the hook."""
@@ -219,13 +237,13 @@ class DenseGradient:
             if self._before is None:
                 _takers.pop(weight, None)
             else:
-                _takers[weight] = self._before
+                _takers[weight] = ref(self._before)
         self._weight = self._hook = self._before = self._kept = None
 
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
         # A compiled graph also calls the hooks of weights that it gives no gradient.
-        if _takers.get(weight) is not self or self.is_paused or weight.grad is None:
+        if _taker_of(weight) is not self or self.is_paused or weight.grad is None:
             return
         gradient, weight.grad = weight.grad, None
         self.take(gradient.to_dense() if gradient.is_sparse else gradient)
@@ -235,7 +253,13 @@ class DenseGradient:
         return {**self.__dict__, "_weight": None, "_hook": None, "_before": None, "_kept": None}
 
 
+# By weight a reference to what gets its gradients, which leads to the weight and must not keep it alive.
 _takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _taker_of(weight: Tensor) -> DenseGradient | None:
+    """Return what gets the dense gradients of a weight now."""
+    return taker() if (taker := _takers.get(weight)) is not None else None
 
 
 @functools.cache
