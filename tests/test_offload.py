@@ -162,8 +162,8 @@ class Copies(TorchDispatchMode):
         self.made = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._foreach_copy_.default, torch.ops.aten.copy_.default):
-            sources = args[1] if isinstance(args[1], list) else [args[1]]
+        if function in (torch.ops.aten._foreach_copy_.default, torch.ops.aten.cat.out):
+            sources = args[1] if function is torch.ops.aten._foreach_copy_.default else [kwargs["out"]]
             self.made.append([(source.data_ptr(), source.nbytes) for source in sources])
         return function(*args, **(kwargs or {}))
 
@@ -202,7 +202,7 @@ def test_locked_pages_hold_nothing_else_and_no_copy_crosses_their_edge(monkeypat
         with Copies() as copies:
             copy_pages_(zip(outs, tensors, strict=True))
         assert all(torch.equal(out, tensor) for out, tensor in zip(outs, tensors, strict=True))
-        # Whole pages go to the device, then all edges in one copy, and there they are put in their places.
+        # Whole pages go to the device, then all edges, joined, and there they are put in their places.
         whole, joined, placed = copies.made
         made = whole + joined
         assert len(joined) == 1 and sum(size for _, size in placed) == joined[0][1]

@@ -68,8 +68,9 @@ def test_the_kth_best_of_any_bits(dtype):
     scores = torch.cat([scores[scores.isfinite()], 1 + torch.finfo(dtype).eps * torch.arange(50).to(dtype)])
     best = scores.sort(descending=True).values
     for k in (1, 7, 1000, 1490, 1500, 2000, len(scores)):
-        worst, ties = _kth_best(scores, k, 700)
-        assert worst == best[k - 1].item() and ties == k - int((scores > worst).sum())
+        worst, better, tied = _kth_best(scores, k, 700)
+        assert worst == best[k - 1].item()
+        assert better == int((scores > worst).sum()) and tied == int((scores == worst).sum())
 
 
 @examples

@@ -507,8 +507,8 @@ def a_model_that_nobody_holds_any_more_is_freed(rank):
     def use():
         model, values, optimizer, reference = start()
         train(rank, model, optimizer)
-        made = [model, *values, *(parameter.to_local() for parameter in model.parameters())]
-        return [weakref.ref(thing) for thing in made]
+        rows = [parameter.to_local() for parameter in model.parameters() if hasattr(parameter, "to_local")]
+        return [weakref.ref(thing) for thing in (model, *values, *rows)]
 
     made = use()
     gc.collect()

@@ -99,10 +99,8 @@ class PageCopies:
         self._places, self._edges = [list(side) for side in zip(*edges, strict=True)] or [[], []]
         self._taken = None
         if edges:
-            device, sizes = self._places[0].device, [len(piece) for piece in self._edges]
-            self._locked = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-            self._arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-            self._pieces = list(self._arrived.split(sizes))
+            self._sizes = [len(piece) for piece in self._edges]
+            self._locked = torch.empty(sum(self._sizes), dtype=torch.uint8, pin_memory=self._places[0].is_cuda)
 
     @torch.no_grad()
     def queue(self) -> None:
@@ -115,12 +113,10 @@ class PageCopies:
             # The device may not have taken yet what was queued last.
             self._taken.synchronize()
         torch.cat(self._edges, out=self._locked)
-        self._arrived.copy_(self._locked, non_blocking=True)
-        torch._foreach_copy_(self._places, self._pieces)
-        if self._arrived.is_cuda:
-            stream = torch.cuda.current_stream(self._arrived.device)
-            self._arrived.record_stream(stream)
-            self._taken = stream.record_event()
+        arrived = self._locked.to(self._places[0].device, non_blocking=True)
+        torch._foreach_copy_(self._places, arrived.split(self._sizes))
+        if arrived.is_cuda:
+            self._taken = torch.cuda.current_stream(arrived.device).record_event()
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ selection of the best serves both kinds. If two scores are equal the earlier can
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,7 +52,8 @@ class Candidates:
         """
         for _, weight, statistic in self.row_slice.chunks(chunk):
             scores = measure.scores(self.weight.name, weight, statistic)
-            if not bool(scores.isfinite().all()):
+            # If a score is NaN, both ends are.
+            if not all(map(math.isfinite, torch.stack(torch.aminmax(scores)).tolist())):
                 raise ValueError(
                     f"Scores of {self.weight.name} are not finite though its gradients are; look for NaN or inf in its "
                     "entries, and at the salience function."

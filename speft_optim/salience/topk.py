@@ -4,10 +4,14 @@ No tensor of all scores exists at any time. The result equals that of one `topk`
 the one at the earlier position is kept.
 """
 
+import struct
+
 import torch
 from torch import Tensor
 
 _INT32_LIMIT = 2**31 - 1
+# The formats of `struct` for a score and for its bits.
+_FORMATS = {torch.float32: ("<f", "<i"), torch.float64: ("<d", "<q")}
 
 
 class BestEntries:
@@ -97,15 +101,19 @@ class BestEntries:
         """Keep the best k, in place."""
         if self.count <= self.k:
             return
-        self._worst, ties = _kth_best(self._scores[: self.count], self.k, self.step)
+        self._worst, better, tied = _kth_best(self._scores[: self.count], self.k, self.step)
+        places = self.k - better
         count, self.count = self.count, 0
-        for start in range(0, count, self.step):
-            run = slice(start, min(count, start + self.step))
+        # What follows takes some 17 bytes for each entry of a run.
+        for start in range(0, count, 2 * self.step):
+            run = slice(start, min(count, start + 2 * self.step))
             scores = self._scores[run]
-            kept = scores > self._worst
-            tied = (scores == self._worst).nonzero().squeeze(1)[:ties]
-            ties -= tied.numel()
-            kept[tied] = True
+            kept = scores >= self._worst
+            if tied > places:
+                # Of the scores equal to the worst one the first are kept.
+                equal = (scores == self._worst).nonzero().squeeze(1)
+                kept[equal[places:]] = False
+                places -= min(places, equal.numel())
             kept = kept.nonzero().squeeze(1)
             end = self.count + kept.numel()
             # Indexing has made copies, so the run may be overwritten.
@@ -114,48 +122,54 @@ class BestEntries:
             self.count = end
 
 
-def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int]:
-    """Find the k-th best score, and count the scores equal to it that are among the best k.
+def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int, int]:
+    """Find the k-th best score, and count the scores that are better and those that are equal to it.
 
     The range that contains it is halved until at most `step` scores lie in it, which one `topk` then orders.
 
     Args:
         scores: (n,) fp32 or fp64, n at least k.
         k: at least 1.
-        step: about how many entries are copied at a time.
+        step: at most so many scores are ordered, and eight times as many are compared at a time.
     """
     # The bits of the scores are halved as integers, so that a range ends at two neighbouring numbers.
-    low, high = (int(_ordered(bound.add(0.0).reshape(1))) for bound in torch.aminmax(scores))
+    low, high = (_key_of(bound, scores.dtype) for bound in torch.stack(torch.aminmax(scores)).tolist())
     high += 1
     above, inside = 0, scores.numel()
+    # Comparing takes up to three bytes for each entry of a part, and few entries are copied.
+    parts = scores.split(8 * step)
     while inside > step and high - low > 1:
         middle = (low + high) // 2
-        bound = _score_of(middle, scores)
-        count = sum((part >= bound).sum() for part in scores.split(step)).item()
+        bound = _score_of(middle, scores.dtype)
+        count = sum((part >= bound).sum() for part in parts).item()
         # Invariant: at least k scores are at or above `low`, fewer than k at or above `high`.
         if count >= k:
             low, inside = middle, count - above
         else:
             high, above, inside = middle, count, inside + above - count
-    if high - low == 1:
-        worst = _score_of(low, scores)
-    else:
-        bound, end = _score_of(low, scores), _score_of(high, scores)
-        rest = [part[(part >= bound) & (part < end)] for part in scores.split(step)]
-        worst = torch.cat(rest).topk(k - above, sorted=False).values.min()
-    better = sum((part > worst).sum() for part in scores.split(step)).item()
-    return worst.item(), k - better
+    worst = _score_of(low, scores.dtype)
+    if high - low > 1:
+        end = _score_of(high, scores.dtype)
+        rest = [part[(part >= worst) & (part < end)] for part in parts]
+        worst = torch.cat(rest).topk(k - above, sorted=False).values.min().item()
+    better = sum((part > worst).sum() for part in parts).item()
+    return worst, better, sum((part == worst).sum() for part in parts).item()
 
 
-def _score_of(key: int, like: Tensor) -> Tensor:
-    """Return the score that has this key in `_ordered`, on the device and of the dtype of `like`."""
-    dtype = torch.int32 if like.dtype == torch.float32 else torch.int64
-    return _ordered(torch.tensor([key], dtype=dtype).view(like.dtype)).view(like.dtype)[0].to(like.device)
+def _key_of(score: float, dtype: torch.dtype) -> int:
+    """Return an integer in the order of scores of a dtype: neighbouring scores have neighbouring ones."""
+    number, integer = _FORMATS[dtype]
+    # A zero without its sign; all else is unchanged.
+    return _flip(struct.unpack(integer, struct.pack(number, score + 0.0))[0], dtype)
 
 
-def _ordered(scores: Tensor) -> Tensor:
-    """Turn fp32 or fp64 scores in place into integers of the same order; its own inverse. No score may be -0."""
-    keys = scores.view(torch.int32 if scores.dtype == torch.float32 else torch.int64)
+def _score_of(key: int, dtype: torch.dtype) -> float:
+    """Return the score of a dtype that has this key."""
+    number, integer = _FORMATS[dtype]
+    return struct.unpack(number, struct.pack(integer, _flip(key, dtype)))[0]
+
+
+def _flip(bits: int, dtype: torch.dtype) -> int:
+    """Turn the bits of a score into its key; its own inverse."""
     # The magnitude bits of negative floats order them backwards, so these are inverted.
-    mask = torch.iinfo(keys.dtype).max
-    return keys.bitwise_xor_((keys >> (8 * keys.element_size() - 1)).bitwise_and_(mask))
+    return bits ^ (2 ** (8 * dtype.itemsize - 1) - 1) if bits < 0 else bits

@@ -65,18 +65,19 @@ class CompactEntries(AddedModule):
         if len(every) > len(own):
             self.previously_trained = Mask(every[~torch.isin(every, own, assume_unique=True)], self.mask.shape)
 
-    def _exchange(self, mask: Mask, entries: Tensor, left: Tensor) -> None:
+    def _exchange(self, mask: Mask, indices: Tensor, entries: Tensor, left: Tensor) -> None:
         """Train other entries from now on; `values` stays the same Parameter.
 
         Args:
             mask: the new entries.
+            indices: (k,) their flat positions, `mask.indices`.
             entries: (k,) fp32, their values.
             left: (m,) the flat positions of the present mask that are not in the new one.
         """
         previous = left
         if self.previously_trained is not None and len(self.previously_trained):
             earlier = self.previously_trained.to(left.device).indices
-            _, returns = find(mask.indices, earlier)
+            _, returns = find(indices, earlier)
             previous = torch.cat([left, earlier[~returns]]).sort().values
         exchange(self.values, entries)
         self.mask, self.previously_trained = mask, Mask.of_sorted(previous, mask.shape)

@@ -47,7 +47,7 @@ class SparseWeight(EqualEntries):
         entries[after] = self.values[before]
         base.release(self.values)
         leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
-        self._exchange(mask, entries, old[leaves])
+        self._exchange(mask, new, entries, old[leaves])
         self.moves += 1
         base.attach(mask, self.values)
         self._remember()
