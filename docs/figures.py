@@ -2,8 +2,9 @@
 
     python docs/figures.py
 
-Writes `cost_llama3-8b.png`, `quality_smollm2.png`, `forgetting_smollm2.png`, `concentration.png` and `reach.png` into
-`docs`. The numbers' conditions stand in the data files; `recipes/mask_profile.json` tells where a mask lies.
+Writes `cost_llama3-8b.png`, `quality_smollm2.png`, `forgetting_smollm2.png`, `forgetting_gemma3.png`,
+`concentration.png` and `reach.png` into `docs`. The numbers' conditions stand in the data files;
+`recipes/mask_profile.json` tells where a mask lies.
 """
 
 import json
@@ -105,11 +106,28 @@ def draw_quality() -> Figure:
     return figure
 
 
-def draw_forgetting() -> Figure:
-    """Draw the test loss against forgetting: a point for each rate, its mean over the seeds; the best rate is named."""
-    data = read("rates.json")
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, rank in zip(figure.subplots(1, 2), (4, 32), strict=True):
+def draw_forgetting_of_smollm2() -> Figure:
+    """Draw what SmolLM2 learned against what it forgot; losses beyond the limits are in docs/benchmarks.md."""
+    figure = draw_forgetting(read("rates.json"), {4: "1.15 %", 32: "9.2 %"})
+    figure.axes[0].set(xlim=(0.2, 1.2), ylim=(0.604, 0.627))
+    figure.axes[1].set(xlim=(0.2, 1.2), ylim=(0.594, 0.624))
+    return figure
+
+
+def draw_forgetting_of_gemma3() -> Figure:
+    """Draw what Gemma 3 learned against what it forgot."""
+    return draw_forgetting(read("rates_gemma3.json"), {4: "0.95 %"})
+
+
+def draw_forgetting(data: dict, shares: dict[int, str]) -> Figure:
+    """Draw the test loss against forgetting: a point for each rate, its mean over the seeds; the best rate is named.
+
+    Args:
+        data: title and cells.
+        shares: by the rank of LoRA with that budget the share of the linear weights, a panel each.
+    """
+    figure = Figure(figsize=(1 + 5 * len(shares), 4.6), layout="constrained")
+    for axes, (rank, share) in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares.items(), strict=True):
         cells = [cell for cell in data["cells"] if cell["budget_rank"] == rank]
         for method, (colour, marker, _) in STYLES.items():
             rates = sorted({cell["rate"] for cell in cells if cell["method"] == method})
@@ -123,14 +141,11 @@ def draw_forgetting() -> Figure:
             seeds = f" (n={len(runs[best])})" if len(runs[best]) > 1 else ""
             where = dict(xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8, color="#555555")
             axes.annotate(f"{rates[best]:g}{seeds}", (places[0][best], places[1][best]), **where)
-        share = {4: "1.15 %", 32: "9.2 %"}[rank]
         axes.set(title=f"{share} trained at a time (LoRA r={rank})", xlabel="rise of the loss on the base's own texts")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#EEEEEE", zorder=0)
         axes.margins(x=0.12)
-    # Losses above these limits are in docs/benchmarks.md.
-    figure.axes[0].set(ylabel="test loss (lower is better)", xlim=(0.2, 1.2), ylim=(0.604, 0.627))
-    figure.axes[1].set(xlim=(0.2, 1.2), ylim=(0.594, 0.624))
+    figure.axes[0].set_ylabel("test loss (lower is better)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside right center")
     figure.suptitle(data["title"])
@@ -192,7 +207,8 @@ def main(folder: Path = DOCS) -> None:
     pictures = {
         "cost_llama3-8b.png": draw_cost,
         "quality_smollm2.png": draw_quality,
-        "forgetting_smollm2.png": draw_forgetting,
+        "forgetting_smollm2.png": draw_forgetting_of_smollm2,
+        "forgetting_gemma3.png": draw_forgetting_of_gemma3,
         "concentration.png": draw_concentration,
         "reach.png": draw_reach,
     }

@@ -273,6 +273,6 @@ def test_every_picture_is_drawn_and_shown(tmp_path):
     figures.main(tmp_path)
     drawn = {picture.name for picture in tmp_path.iterdir()}
     kept = {picture.name for picture in (ROOT / "docs").glob("*.png")}
-    assert drawn <= kept and len(drawn) == 5
+    assert drawn <= kept and len(drawn) == 6
     text = "".join(page.read_text() for page in PAGES)
     assert all(name in text for name in kept)

@@ -29,7 +29,7 @@ class BestEntries:
 
     def __init__(self, k: int, entries: int, step: int = 2**20):
         self.k = k
-        # A long buffer is worked on in 64 runs: their temporaries are small beside it, and their number is too.
+        # A long buffer is worked on a few 64ths at a time: temporaries are small beside it, and operations are few.
         self.step = max(step, k // 64)
         self.capacity = min(entries, k + max(k // 8, self.step)) if k else 0
         self.count = 0
@@ -48,7 +48,7 @@ class BestEntries:
             score_bytes: bytes of a score.
         """
         buffer = min(entries, k + k // 8) * (score_bytes + (4 if entries <= _INT32_LIMIT else 8))
-        # Cutting takes some 40 bytes for each entry of a run, which is a 64th of the buffer.
+        # Cutting takes some 40 bytes for each entry of a step, which is a 64th of the buffer.
         return buffer + 40 * (k // 64)
 
     @property
@@ -104,7 +104,7 @@ class BestEntries:
         self._worst, better, tied = _kth_best(self._scores[: self.count], self.k, self.step)
         places = self.k - better
         count, self.count = self.count, 0
-        # What follows takes some 17 bytes for each entry of a run.
+        # What follows takes some 17 bytes for each entry of a run, which is two steps.
         for start in range(0, count, 2 * self.step):
             run = slice(start, min(count, start + 2 * self.step))
             scores = self._scores[run]
