@@ -108,8 +108,8 @@ def linked(values: Tensor) -> "SparseWeight | None":
     weight = reference()
     if weight is None:
         raise ValueError(
-            f"{name} is no longer sparsified (desparsify was called, its module was replaced, or nothing holds the model "
-            "any more), so its old values would train nothing; build a new optimizer from sparsify(model, masks)."
+            f"{name} is no longer sparsified (desparsify was called, its module was replaced, or nothing holds the "
+            "model any more), so its old values would train nothing; build a new optimizer from sparsify(model, masks)."
         )
     return weight
 
