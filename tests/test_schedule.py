@@ -35,11 +35,13 @@ from speft_optim import (
     sparsify,
     unload_adapter,
 )
+from speft_optim.optim import carried_moments
 from speft_optim.optim.carried_moments import Move, carry_moments_
 from speft_optim.optim.moments import new_moments_, store_moments_, unpack_moments
 from speft_optim.optim.state import has_moments
 from speft_optim.salience.measures import MEASURES
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.sparse_weight import SparseWeight
 
 CALIBRATION = [token_batch(1000 + seed) for seed in range(2)]
 
@@ -137,6 +139,57 @@ def test_carried_moments_without_survivors_start_anew():
     nothing = torch.zeros(0, dtype=torch.long)
     carry_moments_([Move(state, 5, nothing, nothing)])
     assert all(moment.shape == (5,) and not moment.any() for moment in unpack_moments(state))
+
+
+@pytest.mark.parametrize("together", [1, 2**22])
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("moments", ["reset", "carry"])
+def test_moments_follow_the_masks_that_changed_before_one_failed(moments, state_bits, together, monkeypatch):
+    """Those of the weights before stayed as they were, and the next step took them for the new masks' moments."""
+    model, optimizer, schedule = attach(interval=100, moments=moments, state_bits=state_bits)
+    train(model, optimizer, 3)
+    before = {w.name: (w.mask, *unpack_moments(optimizer.state[w.values])) for w in sparse_weights(model)}
+    order, change_mask = [], SparseWeight.change_mask
+
+    def change(weight, mask):
+        if len(order) == 4:
+            raise torch.OutOfMemoryError("no room")
+        order.append(weight)
+        return change_mask(weight, mask)
+
+    monkeypatch.setattr(carried_moments, "_JOINED", together)
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseWeight, "change_mask", change)
+        with pytest.raises(torch.OutOfMemoryError):
+            schedule.reselect()
+    for weight in sparse_weights(model):
+        state, (mask, first, _) = optimizer.state[weight.values], before[weight.name]
+        if weight not in order or moments == "carry":
+            now, _ = unpack_moments(state)
+            stays = torch.isin(weight.mask.indices, mask.indices)
+            stayed = torch.isin(mask.indices, weight.mask.indices)
+            assert (weight in order) != bool(stays.all())
+            tolerance = dict(rtol=0.05, atol=0.02 * first.abs().max().item()) if state_bits == 8 else {}
+            assert_close(now[stays], first[stayed], **tolerance)
+            assert not now[~stays].any()
+        else:
+            assert not has_moments(state)
+    train(model, optimizer, 1, first=3)
+
+
+def test_masks_change_a_few_at_a_time_each_before_its_moments(monkeypatch):
+    """The places of all entries that stay were in memory at once."""
+    model, optimizer, schedule = attach(interval=100, moments="carry", state_bits=8)
+    train(model, optimizer, 1)
+    ahead, most = [], []
+    change_mask, carry = SparseWeight.change_mask, carried_moments._carry_quantised_
+    monkeypatch.setattr(SparseWeight, "change_mask", lambda *args: ahead.append(args) or change_mask(*args))
+    monkeypatch.setattr(
+        carried_moments, "_carry_quantised_", lambda moves: most.append(len(ahead)) or ahead.clear() or carry(moves)
+    )
+    monkeypatch.setattr(carried_moments, "_JOINED", 1)
+    schedule.reselect()
+    assert sum(most) == len(sparse_weights(model)) and max(most) == 2
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

@@ -29,6 +29,7 @@ from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, desparsify, sele
 from speft_optim.weights import attached
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.quantized_state import STATE_KEYS
+from speft_optim.weights.verification import DenseGradient
 
 BATCH = token_batch()
 
@@ -544,6 +545,53 @@ def test_what_nobody_holds_any_more_is_freed(use):
     made = [weakref.ref(thing) for thing in use()]
     gc.collect()
     assert not [ref() for ref in made if ref() is not None]
+
+
+def test_an_optimizer_keeps_what_it_trains():
+    """As any optimizer keeps its parameters; without their weights it could neither step nor be saved."""
+    model, _, values, optimizer = attach()
+    train(model, optimizer)
+    model, before = weakref.ref(model), optimizer.state_dict()
+    gc.collect()
+    assert equal_states(before["state"][0], optimizer.state_dict()["state"][0])
+    optimizer.step()
+    del optimizer, values
+    gc.collect()
+    assert model() is None
+
+
+def test_values_whose_weight_is_gone_say_so():
+    model = tiny_model()
+    values = sparsify(model, random_masks(model))
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="nothing holds the model any more.*build a new optimizer"):
+        SparseAdamW(values)
+
+
+def test_a_hook_whose_weight_is_gone_is_saved_and_copied_with_the_model():
+    model, _, _, optimizer = attach()
+    weight = sparse_weights(model)[0]
+    other = copy.copy(weight)
+    other._watch_gradient()
+    del other
+    gc.collect()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(logits(copied), logits(model))
+
+
+def test_gradients_go_to_the_one_below_if_the_last_is_gone():
+    weight, taken = nn.Parameter(torch.ones(3), requires_grad=False), []
+    below, above = (DenseGradient(lambda gradient, name=name: taken.append(name)) for name in ("below", "above"))
+    below.open(weight)
+    above.open(weight)
+    weight.sum().backward()
+    del above
+    gc.collect()
+    weight.sum().backward()
+    assert taken == ["above", "below"] and weight.grad is None
+    below.close()
+    assert not weight.requires_grad
 
 
 def good_masks(model):

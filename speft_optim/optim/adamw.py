@@ -6,7 +6,7 @@ and moments all have the length of the mask, and the step also writes the new va
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -63,6 +63,8 @@ class SparseAdamW(SavedOptimizer):
 
     _own_attributes = (*SavedOptimizer._own_attributes, "_on_nonfinite", "_told_of_zeros")
     _told_of_zeros = False
+    # The masked weights that are trained: whoever keeps the optimizer keeps them, as all parameters of any optimizer.
+    _held: tuple = ()
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class SparseAdamW(SavedOptimizer):
         if isinstance(params, set):
             raise TypeError("The params of a group are a set, whose order changes between runs; pass a list.")
         params = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
+        weights = []
         for parameter in params:
             # `named_parameters()` yields pairs of name and parameter.
             parameter = parameter[-1] if isinstance(parameter, tuple) and parameter else parameter
@@ -116,8 +119,9 @@ class SparseAdamW(SavedOptimizer):
                 raise TypeError(
                     f"SparseAdamW got a parameter of {parameter.dtype}; pass floating-point tensors, fp32 if possible."
                 )
-            linked(parameter)
+            weights.append(linked(parameter))
         super().add_param_group({**param_group, "params": params})
+        self._held += tuple(weight for weight in weights if weight is not None)
         self._reserve_state()
 
     @torch.no_grad()
@@ -229,18 +233,23 @@ class SparseAdamW(SavedOptimizer):
 
         Args:
             changed: of each weight the (k,) compact values, after the change; (m,) the places among the old entries of
-                those that stay; and (m,) their places among the new ones.
+                those that stay; and (m,) their places among the new ones. If it raises, what came before is carried.
         """
-        moves, without = [], []
-        for parameter, *places in changed:
-            state = self.state[parameter]
-            if has_moments(state):
-                moves.append(Move(state, len(parameter), *places))
-            else:
-                without.append(parameter)
-        carry_moments_(moves)
-        for parameter in without:
-            self._start_beside_others(parameter)
+        without = []
+
+        def moves() -> Iterator[Move]:
+            for parameter, *places in changed:
+                state = self.state[parameter]
+                if has_moments(state):
+                    yield Move(state, len(parameter), *places)
+                else:
+                    without.append(parameter)
+
+        try:
+            carry_moments_(moves())
+        finally:
+            for parameter in without:
+                self._start_beside_others(parameter)
 
     def _start_beside_others(self, parameter: Tensor) -> None:
         """Give values that have none zero moments, at the step count of others; do nothing if none has moments."""

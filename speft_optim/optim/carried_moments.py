@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from speft_optim.kernels.blockwise import BLOCK, dequantize_blockwise, quantize_blockwise
 
-# Entries are joined up to this number; temporaries take some thirty bytes for each.
+# Entries are joined up to this number; places and temporaries take some fifty-six bytes for each.
 _JOINED = 2**22
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
@@ -41,31 +41,35 @@ def carry_moments_(moves: Iterable[Move]) -> None:
     The step count is shared, so the bias of a new entry's moments is not corrected: with the usual betas its first
     update is some three times the learning rate, (1 - beta1) / sqrt(1 - beta2). It was measured to be the best of
     several rules all the same (see docs/negative-results.md).
+
+    Args:
+        moves: the changes. An iterator is asked for a few at a time, so that their places need not all be there; if it
+            raises, those that came before are carried.
     """
-    quantised = []
-    for move in moves:
-        if "exp_avg_scale" in move.state:
-            quantised.append(move)
-            continue
-        for key in _SIGNED:
-            old = move.state[key]
-            move.state[key] = old.new_zeros(move.count).index_copy_(0, move.after, old[move.before])
-    for joined in _runs(quantised):
-        _carry_quantised_(joined)
+    for run in _runs(moves):
+        quantised = [move for move in run if "exp_avg_scale" in move.state]
+        if quantised:
+            _carry_quantised_(quantised)
+        for move in (move for move in run if "exp_avg_scale" not in move.state):
+            for key in _SIGNED:
+                old = move.state[key]
+                move.state[key] = old.new_zeros(move.count).index_copy_(0, move.after, old[move.before])
 
 
-def _runs(moves: list[Move]) -> Iterator[list[Move]]:
-    """Yield moves of weights on one device, together."""
+def _runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
+    """Yield moves of weights on one device, together; if `moves` raises, after those that came before."""
     run, size = [], 0
-    for move in moves:
-        larger = max(len(move.state["exp_avg"]), move.count)
-        if run and (size + larger > _JOINED or move.after.device != run[0].after.device):
+    try:
+        for move in moves:
+            larger = max(len(move.state["exp_avg"]), move.count)
+            if run and (size + larger > _JOINED or move.after.device != run[0].after.device):
+                ready, run, size = run, [], 0
+                yield ready
+            run.append(move)
+            size += larger
+    finally:
+        if run:
             yield run
-            run, size = [], 0
-        run.append(move)
-        size += larger
-    if run:
-        yield run
 
 
 def _carry_quantised_(moves: list[Move]) -> None:

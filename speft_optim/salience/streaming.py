@@ -15,8 +15,8 @@ Scores are those of the raw gradients: not clipped, and including the factors of
 accumulation. A constant factor changes no choice. One that changes favours stored or new scores until a round has
 passed.
 
-Beside the accumulators a selection takes some fourteen bytes for each candidate that is kept, for a moment between two
-steps in which no activations are held.
+Beside the accumulators a selection takes some fourteen bytes for each candidate that is kept, and then some 230 MB to
+carry moments, for a moment between two steps in which no activations are held.
 """
 
 import logging

@@ -173,16 +173,23 @@ class MaskSchedule(SavedSchedule):
     def _change(self, masks: Mapping[str, Mask]) -> tuple[int, int]:
         """Change the masks of these weights; return how many entries they had before, and how many of these stay."""
         check_equal_masks(masks)
-        weights = [weight for weight in self._weights() if weight.name in masks]
-        before = sum(len(weight.mask) for weight in weights)
-        places = [weight.change_mask(masks[weight.name]) for weight in weights]
+        before = kept = 0
+
+        def change() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            nonlocal before, kept
+            for weight in (weight for weight in self._weights() if weight.name in masks):
+                before += len(weight.mask)
+                places = weight.change_mask(masks[weight.name])
+                kept += len(places[0])
+                yield weight.values, *places
+
         if self.moments == "carry":
-            changed = zip(weights, places, strict=True)
-            self.optimizer.carry_moments([(weight.values, *stays) for weight, stays in changed])
+            # Masks change as their moments are asked for, a few at a time.
+            self.optimizer.carry_moments(change())
         else:
-            for weight in weights:
-                self.optimizer.reset_moments(weight.values)
-        return before, sum(len(stays[0]) for stays in places)
+            for values, *_ in change():
+                self.optimizer.reset_moments(values)
+        return before, kept
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
         """Count a step, and select masks when it is time; a post-hook of the optimizer's step."""

@@ -147,8 +147,9 @@ class _WeakCall:
     own parameter would never be freed.
     """
 
-    def __init__(self, method: Callable[[Tensor], None]):
-        self._method = WeakMethod(method)
+    def __init__(self, method: Callable[[Tensor], None] | None):
+        # The copy of a hook whose object is gone has no method.
+        self._method = (lambda: None) if method is None else WeakMethod(method)
 
     def __call__(self, leaf: Tensor) -> None:
         if (method := self._method()) is not None:
@@ -201,7 +202,6 @@ class DenseGradient:
         self._hook = None
         self._kind: type = nn.Parameter
         self._was_recorded = self.is_paused = False
-        self._before: DenseGradient | None = None
         self._kept: Tensor | None = None
 
     @property
@@ -216,14 +216,14 @@ class DenseGradient:
         self.close()
         # A gradient from before is set aside until `close`, since the next one would be added to it.
         self._kept, weight.grad = weight.grad, None
-        self._weight, self._before, self._was_recorded = ref(weight), _taker_of(weight), is_recorded(weight)
+        self._weight, self._was_recorded = ref(weight), is_recorded(weight)
         self._kind = type(weight)
         # A hook can be registered only on a tensor that is recorded.
         record(weight, True)
         self._hook = hook_gradient(weight, self._move)
         if self.when_thawed is not None:
             weight.__class__, weight.watcher = _watched(self._kind), self
-        _takers[weight] = ref(self)
+        _takers[weight] = [*_takers.get(weight, ()), ref(self)]
 
     def close(self) -> None:
         """Freeze the weight again and remove the hook."""
@@ -234,11 +234,8 @@ class DenseGradient:
                 weight.__class__ = self._kind
                 del weight.watcher
             record(weight, self._was_recorded)
-            if self._before is None:
-                _takers.pop(weight, None)
-            else:
-                _takers[weight] = ref(self._before)
-        self._weight = self._hook = self._before = self._kept = None
+            _takers[weight] = [taker for taker in _takers[weight] if taker() not in (None, self)]
+        self._weight = self._hook = self._kept = None
 
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
@@ -250,16 +247,16 @@ class DenseGradient:
 
     def __getstate__(self) -> dict:
         # A copied tensor has no hooks, so a copy of this object is closed.
-        return {**self.__dict__, "_weight": None, "_hook": None, "_before": None, "_kept": None}
+        return {**self.__dict__, "_weight": None, "_hook": None, "_kept": None}
 
 
-# By weight a reference to what gets its gradients, which leads to the weight and must not keep it alive.
+# By weight references to all that are open on it, in order: these lead to the weight and must not keep it alive.
 _takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _taker_of(weight: Tensor) -> DenseGradient | None:
     """Return what gets the dense gradients of a weight now."""
-    return taker() if (taker := _takers.get(weight)) is not None else None
+    return next((open_ for taker in reversed(_takers.get(weight, ())) if (open_ := taker()) is not None), None)
 
 
 @functools.cache
