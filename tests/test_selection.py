@@ -73,6 +73,32 @@ def test_the_kth_best_of_any_bits(dtype):
         assert better == int((scores > worst).sum()) and tied == int((scores == worst).sum())
 
 
+def allocated_at_most(call):
+    """Bytes that a call allocates beyond what is there, at their peak; what operators take inside themselves too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("entries", [2**24, 2**31], ids=["int32", "int64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scores", [torch.rand, torch.zeros], ids=["distinct", "tied"])
+def test_the_best_are_kept_in_the_bytes_that_are_planned_for(scores, dtype, entries):
+    """Sums of bools are taken as int64, so that counting took eight times what it was thought to."""
+    k = 2**20
+    part = scores(k // 64, dtype=dtype)
+
+    def keep():
+        best = BestEntries(k, entries, 2**10)
+        for number in range(80):  # after 72 it is full
+            best.update(part, number * len(part))
+        assert len(best.positions) == len(best.scores) == k
+
+    assert allocated_at_most(keep) <= BestEntries.bytes(k, entries, dtype.itemsize)
+
+
 @examples
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=12), st.data())
 def test_a_budget_is_shared_out_by_size_and_used_up(sizes, data):
