@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from speft_optim.kernels.blockwise import BLOCK, dequantize_blockwise, quantize_blockwise
+from speft_optim.optim.moments import SIGNED
 
 # Entries are joined up to this number; places and temporaries take some fifty-six bytes for each.
 _JOINED = 2**22
-_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 class Move(NamedTuple):
@@ -51,7 +51,7 @@ def carry_moments_(moves: Iterable[Move]) -> None:
         if quantised:
             _carry_quantised_(quantised)
         for move in (move for move in run if "exp_avg_scale" not in move.state):
-            for key in _SIGNED:
+            for key in SIGNED:
                 old = move.state[key]
                 move.state[key] = old.new_zeros(move.count).index_copy_(0, move.after, old[move.before])
 
@@ -76,7 +76,7 @@ def _carry_quantised_(moves: list[Move]) -> None:
     old, new = _starts(len(move.state["exp_avg"]) for move in moves), _starts(move.count for move in moves)
     before = torch.cat([move.before + start for move, start in zip(moves, old, strict=False)])
     after = torch.cat([move.after + start for move, start in zip(moves, new, strict=False)])
-    for key, signed in _SIGNED.items():
+    for key, signed in SIGNED.items():
         codes = torch.cat([_padded(move.state[key]) for move in moves])
         scales = torch.cat([move.state[f"{key}_scale"] for move in moves])
         moments = dequantize_blockwise(codes, scales, signed)

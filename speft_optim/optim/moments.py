@@ -15,6 +15,9 @@ from speft_optim.kernels.blockwise import dequantize_blockwise, quantize_blockwi
 
 STATE_BITS = (8, 32)
 
+# The keys of the moments in a state, and whether a quantised one may be negative.
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+
 
 def new_moments_(state: dict[str, Any], parameter: Tensor, bits: int) -> None:
     """Put zero moments for `parameter` into its optimizer state."""
@@ -32,15 +35,15 @@ def unpack_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     shape = state["exp_avg"].shape
     first, second = (
         dequantize_blockwise(state[key].view(-1), state[f"{key}_scale"], signed).view(shape)
-        for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
+        for key, signed in SIGNED.items()
     )
     return first, second
 
 
 def stored_moments(state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Return both moments as stored, fp32 or uint8 codes, and the scales of the codes (none for fp32)."""
-    keys = ("exp_avg", "exp_avg_sq")
-    return [state[key] for key in keys], [state[f"{key}_scale"] for key in keys if f"{key}_scale" in state]
+    scales = [state[f"{key}_scale"] for key in SIGNED if f"{key}_scale" in state]
+    return [state[key] for key in SIGNED], scales
 
 
 def store_moments_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -66,6 +69,6 @@ def moments_fit(saved: dict[str, Any], parameter: Tensor) -> bool:
 
 
 def _pack_(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    for key, moment, signed in (("exp_avg", exp_avg, True), ("exp_avg_sq", exp_avg_sq, False)):
+    for (key, signed), moment in zip(SIGNED.items(), (exp_avg, exp_avg_sq), strict=True):
         codes, scales = quantize_blockwise(moment.reshape(-1), signed)
         state.update({key: codes.view(moment.shape), f"{key}_scale": scales})

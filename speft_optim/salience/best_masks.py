@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
-from speft_optim.salience.topk import BestEntries
+from speft_optim.salience.topk import BestEntries, extremes
 from speft_optim.weights.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ class _Ranges:
         """
         if not scores.numel():
             return
-        # If a score is NaN, both ends are.
-        low, high = torch.stack(torch.aminmax(scores)).tolist()
+        low, high = extremes(scores)
         if not math.isfinite(low) or not math.isfinite(high):
             bad = scores.numel() - int(torch.isfinite(scores).sum())
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.measures import Measure
-from speft_optim.salience.topk import BestEntries
+from speft_optim.salience.topk import BestEntries, extremes
 from speft_optim.weights.sparse_weight import SparseWeight
 
 
@@ -52,8 +52,7 @@ class Candidates:
         """
         for _, weight, statistic in self.row_slice.chunks(chunk):
             scores = measure.scores(self.weight.name, weight, statistic)
-            # If a score is NaN, both ends are.
-            if not all(map(math.isfinite, torch.stack(torch.aminmax(scores)).tolist())):
+            if not all(map(math.isfinite, extremes(scores))):
                 raise ValueError(
                     f"Scores of {self.weight.name} are not finite though its gradients are; look for NaN or inf in its "
                     "entries, and at the salience function."

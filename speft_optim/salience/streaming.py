@@ -31,6 +31,7 @@ from speft_optim.salience.accumulators import GradientSum, RowSlice, SquareSum, 
 from speft_optim.salience.competition import keep_best, runs_of
 from speft_optim.salience.groups import cut_into_groups
 from speft_optim.salience.measures import Measure
+from speft_optim.salience.topk import extremes
 from speft_optim.weights.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class TrainingSalience:
             placed(row_slice, row_slice.target.device)
         if is_distributed():
             average_([row_slice.accumulator for row_slice in self.group], total(1))
-        ends = [torch.stack(torch.aminmax(row_slice.accumulator)).tolist() for row_slice in self.group]
+        ends = [extremes(row_slice.accumulator) for row_slice in self.group]
         if not torch.tensor(ends).isfinite().all():
             return None
         # Without a gradient, as in an expert without tokens, the first positions would be chosen.

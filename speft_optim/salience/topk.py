@@ -136,7 +136,7 @@ def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int, int]:
         step: at most so many scores are ordered, and four times as many are compared at a time.
     """
     # The bits of the scores are halved as integers, so that a range ends at two neighbouring numbers.
-    low, high = (_key_of(bound, scores.dtype) for bound in torch.stack(torch.aminmax(scores)).tolist())
+    low, high = (_key_of(bound, scores.dtype) for bound in extremes(scores))
     high += 1
     above, inside = 0, scores.numel()
     # Counting takes five bytes for each entry of a part, and few entries are copied.
@@ -156,6 +156,12 @@ def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int, int]:
         rest = [part[(part >= worst) & (part < end)] for part in parts]
         worst = torch.cat(rest).topk(k - above, sorted=False).values.min().item()
     return worst, _count(part > worst for part in parts), _count(part == worst for part in parts)
+
+
+def extremes(numbers: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest number, waiting for the device once; both are NaN if any number is."""
+    low, high = torch.stack(torch.aminmax(numbers)).tolist()
+    return low, high
 
 
 def _count(parts: Iterable[Tensor]) -> int:

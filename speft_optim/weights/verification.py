@@ -256,7 +256,7 @@ _takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _taker_of(weight: Tensor) -> DenseGradient | None:
     """Return what gets the dense gradients of a weight now."""
-    return next((open_ for taker in reversed(_takers.get(weight, ())) if (open_ := taker()) is not None), None)
+    return next((taker for held in reversed(_takers.get(weight, ())) if (taker := held()) is not None), None)
 
 
 @functools.cache
