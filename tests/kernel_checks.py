@@ -374,9 +374,9 @@ def test_codes_stay_whatever_dtype_they_are_stored_in(storage):
     assert torch.equal(copied(draw(5, 64)), model(draw(5, 64)))
 
 
-@pytest.mark.parametrize("change", ["layout", "dtype", "device"])
+@pytest.mark.parametrize("change", ["layout", "dtype", "device", "length"])
 def test_moments_that_no_longer_fit_are_no_business_of_a_kernel(change):
-    """It gets addresses, and would read and write past moments of another layout, dtype or device."""
+    """It gets addresses, and would read and write past moments of another layout, dtype, device or length."""
     parameter = nn.Parameter(draw(2, 3, 4, 4).to(memory_format=torch.channels_last))
     twin = nn.Parameter(parameter.detach().clone(memory_format=torch.preserve_format))
     optimizers = SparseAdamW([parameter], lr=0.1), torch.optim.AdamW([twin], lr=0.1)
@@ -394,7 +394,8 @@ def test_moments_that_no_longer_fit_are_no_business_of_a_kernel(change):
         return
     state = optimizers[0].state[parameter]
     for key in ("exp_avg", "exp_avg_sq"):
-        state[key] = state[key].to(torch.bfloat16) if change == "dtype" else state[key].to("meta")
+        moment = state[key]
+        state[key] = dict(dtype=moment.bfloat16(), device=moment.to("meta"), length=moment[:1])[change]
     with pytest.raises(RuntimeError):
         step(2)
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import pickle
 
 import pytest
@@ -27,6 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from speft_optim import (
+    Mask,
     Masks,
     MaskSchedule,
     SparseAdamW,
@@ -38,6 +40,7 @@ from speft_optim import (
 )
 from speft_optim.optim.state import has_moments
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.sparse_weight import SparseWeight
 
 # The accumulators of the tiny model take 36,864 bytes in one group; a matrix 1,152 to 3,840.
 # Roundings of gradients that nearly vanish grow in the steps of Adam, which are of the size of the rate.
@@ -511,6 +514,46 @@ def test_a_density_that_changes_is_kept(scope, budget):
     for step in range(turns, 2 * turns):
         train(model, optimizer, 1, first=step)
     assert abs(masks_of(model).count - 0.01 * sum(sizes.values())) < 8
+
+
+@pytest.mark.parametrize("scope, budget", [("global", 6_000), ("global", 1_600), ("local", 1_600)])
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_scores_belong_to_the_masks_after_a_turn_that_failed(scope, budget, failing, monkeypatch):
+    """Entries were judged by scores of others, or the state that was saved could not be loaded."""
+    model, optimizer, schedule = attach(scope=scope, budget=budget)
+    groups, total = len(schedule.training.groups), masks_of(model).count
+    train(model, optimizer, 2 * groups)
+    change_mask, calls = SparseWeight.change_mask, itertools.count(1)
+
+    def change(*args):
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError("no room")
+        return change_mask(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseWeight, "change_mask", change)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(model, optimizer, 2 * groups, first=2 * groups)
+    stored = schedule.training.scores
+    assert stored and all(len(stored[w.name]) == len(w.mask) for w in sparse_weights(model) if w.name in stored)
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 4 * groups, first=4 * groups)
+    assert masks_of(model).count == total
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_of_no_size_has_a_turn_like_any():
+    empty = nn.utils.skip_init(nn.Linear, 0, 4, bias=False)
+    model = nn.ModuleDict({"some": nn.Linear(4, 4, bias=False), "none": empty})
+    masks = {"some.weight": Mask(torch.tensor([1, 5]), (4, 4)), "none.weight": Mask(torch.tensor([]).long(), (4, 0))}
+    optimizer = SparseAdamW(sparsify(model, Masks(masks), keep_empty=True), lr=0.1)
+    MaskSchedule(model, optimizer, window=1, interval=1, scope="global")
+    for _ in range(4):
+        (model["some"](torch.randn(3, 4)).square().sum() + model["none"](torch.randn(3, 0)).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {name: len(mask) for name, mask in masks_of(model).items()} == {"some.weight": 2, "none.weight": 0}
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)

@@ -19,6 +19,7 @@ from conftest import (
     equal_states,
     is_on_gpu,
     masks_of,
+    random_masks,
     skip_unless_nodes_compile,
     tiny_model,
     token_batch,
@@ -40,8 +41,10 @@ from speft_optim import (
     unload_adapter,
 )
 from speft_optim.distributed import check_equal
+from speft_optim.optim import carried_moments
 from speft_optim.salience import first_order
 from speft_optim.weights import averaging
+from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.compact_values import linked
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
@@ -1085,6 +1088,40 @@ def masks_that_move_with_the_training(rank):
             assert alike.float().mean() > 0.99 if is_on_gpu() else alike.all(), name
 
 
+def moments_that_one_process_has_no_room_for(rank):
+    """The others changed their masks, or waited for it in an exchange."""
+    model = tiny_model(**UNEVEN)
+    masks = random_masks(model)
+    optimizer = SparseAdamW(sparsify(shard(model), masks), state_bits=8, **OPTIONS)
+    schedule = MaskSchedule(
+        model, optimizer, [token_batch(9)], interval=100, moments="carry", salience="gradient", progress=False
+    )
+    model(**token_batch(1)).loss.backward()
+    optimizer.step()
+    before, calls, quantize = masks_of(model), itertools.count(1), carried_moments.quantize_blockwise
+
+    def quantize_blockwise(*args):
+        if next(calls) == 3 and rank == 1:
+            raise torch.OutOfMemoryError("no room")
+        return quantize(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(carried_moments, "_JOINED", 1)
+        patch.setattr(carried_moments, "quantize_blockwise", quantize_blockwise)
+        error = torch.OutOfMemoryError if rank == 1 else RuntimeError
+        with pytest.raises(error, match="no room"):
+            schedule.reselect()
+    after = masks_of(model)
+    assert [before[name] == after[name] for name in before] == [False] + [True] * (len(before) - 1)
+    check_equal(after.fingerprint(), "masks", "")
+    assert all(optimizer.state[w.values]["exp_avg"].shape == w.values.shape for w in sparse_weights(model))
+    schedule.reselect()
+    optimizer.zero_grad()
+    model(**token_batch(2)).loss.backward()
+    optimizer.step()
+    assert masks_of(model) != after
+
+
 def falling(step):
     return 0.05 - 0.002 * step
 
@@ -1152,6 +1189,7 @@ SCENARIOS = [
     adapters_loaded_on_a_sharded_model,
     a_full_state_of_moving_masks_is_resumed,
     masks_that_move_with_the_training,
+    moments_that_one_process_has_no_room_for,
     checkpoints_resumed_by_two_processes_and_by_one,
 ]
 

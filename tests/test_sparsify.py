@@ -560,6 +560,30 @@ def test_an_optimizer_keeps_what_it_trains():
     assert model() is None
 
 
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copied_optimizer_keeps_what_it_trains_from_its_first_step_on(copy_of):
+    model, _, _, optimizer = attach()
+    train(model, optimizer)
+    model, optimizer = copy_of((model, optimizer))
+    train(model, optimizer)
+    model = weakref.ref(model)
+    gc.collect()
+    optimizer.step()
+    del optimizer
+    gc.collect()
+    assert model() is None
+
+
+def test_an_optimizer_no_longer_keeps_a_model_whose_group_was_taken_out():
+    model, kept = tiny_model(), tiny_model()
+    optimizer = SparseAdamW([{"params": sparsify(each, random_masks(each))} for each in (model, kept)])
+    del optimizer.param_groups[0]
+    train(kept, optimizer)
+    model = weakref.ref(model)
+    gc.collect()
+    assert model() is None
+
+
 def test_values_whose_weight_is_gone_say_so():
     model = tiny_model()
     values = sparsify(model, random_masks(model))

@@ -6,7 +6,7 @@ and moments all have the length of the mask, and the step also writes the new va
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
-from speft_optim.optim.carried_moments import Move, carry_moments_
+from speft_optim.optim.carried_moments import MaskChange, carried_moments, in_runs
 from speft_optim.optim.checks import check_gradients, check_options, check_others, warn_of_dense_training
 from speft_optim.optim.moments import moment_bytes, new_moments_
 from speft_optim.optim.saved_optimizer import SavedOptimizer
@@ -64,6 +64,7 @@ class SparseAdamW(SavedOptimizer):
     _own_attributes = (*SavedOptimizer._own_attributes, "_on_nonfinite", "_told_of_zeros")
     _told_of_zeros = False
     # The masked weights that are trained: whoever keeps the optimizer keeps them, as all parameters of any optimizer.
+    # A copy begins with its first step, since the copied model may not be complete before.
     _held: tuple = ()
 
     def __init__(
@@ -121,7 +122,7 @@ class SparseAdamW(SavedOptimizer):
                 )
             weights.append(linked(parameter))
         super().add_param_group({**param_group, "params": params})
-        self._held += tuple(weight for weight in weights if weight is not None)
+        self._held += tuple(weights)
         self._reserve_state()
 
     @torch.no_grad()
@@ -147,6 +148,7 @@ class SparseAdamW(SavedOptimizer):
             self._restore_past_loading()
         # All weights are checked before any update, also those without a gradient: a replaced weight never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
+        self._held = tuple(weights.values())
         # In the first step an error of one process alone would let the others hang in the exchange below.
         with nullcontext() if self._stepped else together():
             for weight in weights.values():
@@ -226,36 +228,40 @@ class SparseAdamW(SavedOptimizer):
             del self.state[parameter][key]
         self._reserve_state()
 
-    def carry_moments(self, changed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Rearrange the moments of compact values for changed masks, see `carry_moments_`.
+    def change_masks(self, changes: Iterable[MaskChange]) -> None:
+        """Make prepared changes of masks, and carry the moments of the entries that stay, see `carried_moments`.
 
-        Values without moments, as those of a weight that had no entries, start at the step count of the others.
+        Values without moments, as those of a weight that had no entries, start at the step count of the others. The
+        moments of a few weights are computed before the first of their masks changes, and each mask changes with its
+        moments. So whatever raises, also an iterator of changes, leaves masks and moments that belong together.
 
         Args:
-            changed: of each weight the (k,) compact values, after the change; (m,) the places among the old entries of
-                those that stay; and (m,) their places among the new ones. If it raises, what came before is carried.
+            changes: the changes, each of values that this optimizer trains.
         """
-        without = []
+        for run in in_runs(changes):
+            # A process that runs out of memory here would let the others hang in the exchange of a sharded weight.
+            with together():
+                moments = self._moments_of(run)
+            for change, carried in zip(run, moments, strict=True):
+                change.make()
+                self.state[change.values].update(carried)
 
-        def moves() -> Iterator[Move]:
-            for parameter, *places in changed:
-                state = self.state[parameter]
-                if has_moments(state):
-                    yield Move(state, len(parameter), *places)
-                else:
-                    without.append(parameter)
+    def _moments_of(self, run: list[MaskChange]) -> list[dict[str, Tensor]]:
+        """Return for each change the keys of its state that get a new tensor."""
+        states = [self.state[change.values] for change in run]
+        pairs = [(change, state) for change, state in zip(run, states, strict=True) if has_moments(state)]
+        carried = iter(carried_moments(*map(list, zip(*pairs, strict=True))) if pairs else ())
+        return [
+            next(carried) if has_moments(state) else self._beside_others(change)
+            for change, state in zip(run, states, strict=True)
+        ]
 
-        try:
-            carry_moments_(moves())
-        finally:
-            for parameter in without:
-                self._start_beside_others(parameter)
-
-    def _start_beside_others(self, parameter: Tensor) -> None:
-        """Give values that have none zero moments, at the step count of others; do nothing if none has moments."""
-        self.reset_moments(parameter)
+    def _beside_others(self, change: MaskChange) -> dict[str, Tensor]:
+        """Return zero moments at the step count of other masked weights; nothing if none has moments."""
         taken = [state["step"] for p, state in self.state.items() if has_moments(state) and linked(p) is not None]
-        if taken:
-            bits = next(bits for p, bits in self._with_bits() if p is parameter)
-            self.state[parameter]["step"] = max(taken).clone()
-            new_moments_(self.state[parameter], parameter.detach(), bits)
+        if not taken:
+            return {}
+        moments = {"step": max(taken).clone()}
+        bits = next(bits for p, bits in self._with_bits() if p is change.values)
+        new_moments_(moments, change.values.detach().new_empty(change.entries), bits)
+        return moments

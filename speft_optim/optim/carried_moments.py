@@ -3,9 +3,12 @@
 8-bit moments are dequantised, rearranged and quantised again. The moments of some weights are joined for that, each
 padded to whole blocks, so that a GPU gets a few large operations in place of some thirty small ones for each weight.
 The blocks stay those of single weights, and so do their codes.
+
+Nothing here changes a state: the new moments are complete before any mask changes, so that running out of memory leaves
+masks and moments that belong together.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,73 +22,88 @@ from speft_optim.optim.moments import SIGNED
 _JOINED = 2**22
 
 
-class Move(NamedTuple):
-    """A changed mask of one weight.
+class MaskChange(NamedTuple):
+    """A change of one weight's mask that is prepared and not made yet.
 
     Attributes:
-        state: the optimizer state of its values, with moments.
-        count: the number of new entries.
+        values: the compact values, (k,) before the change.
+        entries: the number of entries after it.
         before: (m,) int64, the places among the old entries of those that stay.
         after: (m,) int64, their places among the new ones.
+        make: changes mask and values.
     """
 
-    state: dict[str, Any]
-    count: int
+    values: Tensor
+    entries: int
     before: Tensor
     after: Tensor
+    make: Callable[[], None]
 
 
-def carry_moments_(moves: Iterable[Move]) -> None:
-    """Rearrange moments for changed masks: entries that stay keep theirs, new ones start from zero.
+def in_runs(changes: Iterable[MaskChange]) -> Iterator[list[MaskChange]]:
+    """Yield changes of weights on one device whose moments are carried together.
+
+    The list is the same each time, and emptied before the next changes are asked for, so that the places of a few
+    weights are in memory at a time.
+    """
+    run, size = [], 0
+    for change in changes:
+        larger = max(len(change.values), change.entries)
+        if run and (size + larger > _JOINED or change.after.device != run[0].after.device):
+            yield run
+            run.clear()
+            size = 0
+        run.append(change)
+        size += larger
+    if run:
+        yield run
+
+
+def carried_moments(changes: list[MaskChange], states: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """Return the moments for changed masks: entries that stay keep theirs, new ones start from zero.
 
     The step count is shared, so the bias of a new entry's moments is not corrected: with the usual betas its first
     update is some three times the learning rate, (1 - beta1) / sqrt(1 - beta2). It was measured to be the best of
     several rules all the same (see docs/negative-results.md).
 
     Args:
-        moves: the changes. An iterator is asked for a few at a time, so that their places need not all be there; if it
-            raises, those that came before are carried.
+        changes: the changes, of weights on one device.
+        states: the optimizer states of their values, with moments.
+
+    Returns:
+        For each change the keys of its state that get a new tensor.
     """
-    for run in _runs(moves):
-        quantised = [move for move in run if "exp_avg_scale" in move.state]
-        if quantised:
-            _carry_quantised_(quantised)
-        for move in (move for move in run if "exp_avg_scale" not in move.state):
-            for key in SIGNED:
-                old = move.state[key]
-                move.state[key] = old.new_zeros(move.count).index_copy_(0, move.after, old[move.before])
+    quantised = [number for number, state in enumerate(states) if "exp_avg_scale" in state]
+    joined = _carried_together([changes[n] for n in quantised], [states[n] for n in quantised]) if quantised else ()
+    found = dict(zip(quantised, joined, strict=True))
+    return [
+        found[number]
+        if number in found
+        else {
+            key: state[key].new_zeros(change.entries).index_copy_(0, change.after, state[key][change.before])
+            for key in SIGNED
+        }
+        for number, (change, state) in enumerate(zip(changes, states, strict=True))
+    ]
 
 
-def _runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
-    """Yield moves of weights on one device, together; if `moves` raises, after those that came before."""
-    run, size = [], 0
-    try:
-        for move in moves:
-            larger = max(len(move.state["exp_avg"]), move.count)
-            if run and (size + larger > _JOINED or move.after.device != run[0].after.device):
-                ready, run, size = run, [], 0
-                yield ready
-            run.append(move)
-            size += larger
-    finally:
-        if run:
-            yield run
-
-
-def _carry_quantised_(moves: list[Move]) -> None:
-    old, new = _starts(len(move.state["exp_avg"]) for move in moves), _starts(move.count for move in moves)
-    before = torch.cat([move.before + start for move, start in zip(moves, old, strict=False)])
-    after = torch.cat([move.after + start for move, start in zip(moves, new, strict=False)])
+def _carried_together(changes: list[MaskChange], states: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """Return the same of 8-bit moments, by one operation for all weights."""
+    old, new = _starts(len(state["exp_avg"]) for state in states), _starts(change.entries for change in changes)
+    before = torch.cat([change.before + start for change, start in zip(changes, old, strict=False)])
+    after = torch.cat([change.after + start for change, start in zip(changes, new, strict=False)])
+    carried: list[dict[str, Tensor]] = [{} for _ in changes]
     for key, signed in SIGNED.items():
-        codes = torch.cat([_padded(move.state[key]) for move in moves])
-        scales = torch.cat([move.state[f"{key}_scale"] for move in moves])
+        codes = torch.cat([_padded(state[key]) for state in states])
+        scales = torch.cat([state[f"{key}_scale"] for state in states])
         moments = dequantize_blockwise(codes, scales, signed)
-        carried = moments.new_zeros(new[-1]).index_copy_(0, after, moments[before])
-        codes, scales = quantize_blockwise(carried, signed)
-        for move, start, end in zip(moves, new, new[1:], strict=False):
+        moments = moments.new_zeros(new[-1]).index_copy_(0, after, moments[before])
+        codes, scales = quantize_blockwise(moments, signed)
+        for change, mine, start, end in zip(changes, carried, new, new[1:], strict=False):
             # As copies, since a state is saved with all memory that its tensors share.
-            move.state[key] = codes[start : start + move.count].clone()
-            move.state[f"{key}_scale"] = scales[start // BLOCK : end // BLOCK].clone()
+            mine[key] = codes[start : start + change.entries].clone()
+            mine[f"{key}_scale"] = scales[start // BLOCK : end // BLOCK].clone()
+    return carried
 
 
 def _starts(counts: Iterable[int]) -> list[int]:

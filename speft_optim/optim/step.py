@@ -145,4 +145,4 @@ def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) 
         for part in parts:
             if part.dtype != dtype or part.device != device or not part.is_contiguous():
                 return False
-    return True
+    return all(part.shape == parameter.shape for part in (parameter.grad, *moments))

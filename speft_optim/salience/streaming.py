@@ -16,11 +16,14 @@ accumulation. A constant factor changes no choice. One that changes favours stor
 passed.
 
 Beside the accumulators a selection takes some fourteen bytes for each candidate that is kept, and then some 230 MB to
-carry moments, for a moment between two steps in which no activations are held.
+carry moments, or 56 bytes an entry of a weight with more than four million. It does so between two steps, when no
+activations are held.
 """
 
 import logging
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +38,18 @@ from speft_optim.salience.topk import extremes
 from speft_optim.weights.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
+
+
+class Choice(NamedTuple):
+    """The entries of a weight that are to be trained from now on.
+
+    Attributes:
+        mask: the entries.
+        scores: (k,) the scores by which they were kept; None if later turns do not need them.
+    """
+
+    mask: Mask
+    scores: Tensor | None
 
 
 class TrainingSalience:
@@ -54,7 +69,8 @@ class TrainingSalience:
         period: the number of steps in a turn.
         waiting: how many of these come before the window.
         groups: the row slices that have a turn together.
-        scores: by weight name, (k,) the score by which each trained entry was kept, if later turns need it.
+        scores: by weight name, (k,) the score by which each trained entry was kept, if later turns need it. Whoever
+            changes a mask to that of a `Choice` stores the scores of the choice here.
     """
 
     def __init__(
@@ -122,7 +138,7 @@ class TrainingSalience:
         if self._sums:
             self._begin_window()
 
-    def select(self, wanted: Mapping[str, int] | int) -> dict[str, Mask] | None:
+    def select(self, wanted: Mapping[str, int] | int) -> dict[str, Choice] | None:
         """End the turn and choose the entries of its group.
 
         Args:
@@ -130,7 +146,7 @@ class TrainingSalience:
                 number changed by more than the group has entries, later turns make up for it.
 
         Returns:
-            The new masks of the weights whose entries change; None if a gradient of the window was not finite, so that
+            The choices for the weights whose entries change; None if a gradient of the window was not finite, so that
             the window begins again.
 
         Raises:
@@ -203,24 +219,26 @@ class TrainingSalience:
         if is_distributed():
             average_([row_slice.accumulator for row_slice in self.group], total(1))
         ends = [extremes(row_slice.accumulator) for row_slice in self.group]
-        if not torch.tensor(ends).isfinite().all():
+        if not all(math.isfinite(end) for both in ends for end in both):
             return None
         # Without a gradient, as in an expert without tokens, the first positions would be chosen.
         return {row_slice.target.name: any(both) for row_slice, both in zip(self.group, ends, strict=True)}
 
-    def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Mask]:
-        """Keep the best `count` entries, store their scores, and return the masks that change."""
+    def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Choice]:
+        """Keep the best `count` entries, and return the choices for weights whose entries change."""
         slices = {name: accumulated.row_slice for name, accumulated in self._sums.items()}
         runs = [run for w in weights for run in runs_of(w, slices.get(w.name), self.scores.get(w.name))]
         kept = keep_best(runs, count, self._are_scored(weights), self.measure, self._chunk)
         changed = {}
         for weight, (positions, scores) in kept.items():
-            if weight.name in self.scores:
-                self.scores[weight.name] = scores
+            is_stored = weight.name in self.scores
             # Of a weight without new scores entries can only leave.
             may_differ = len(positions) != len(weight.mask) or weight.name in slices
             if may_differ and not _are_those_of(weight.mask, positions):
-                changed[weight.name] = Mask.of_sorted(positions, weight.mask.shape)
+                mask = Mask.of_sorted(positions, weight.mask.shape)
+                changed[weight.name] = Choice(mask, scores if is_stored else None)
+            elif is_stored:
+                self.scores[weight.name] = scores
         return changed
 
     def _is_cut(self, weight: SparseWeight) -> bool:

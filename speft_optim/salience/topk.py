@@ -159,7 +159,12 @@ def _kth_best(scores: Tensor, k: int, step: int) -> tuple[float, int, int]:
 
 
 def extremes(numbers: Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest number, waiting for the device once; both are NaN if any number is."""
+    """Return the smallest and the largest number, waiting for the device once; both are NaN if any number is.
+
+    Of no numbers they are 0.
+    """
+    if not numbers.numel():
+        return 0.0, 0.0
     low, high = torch.stack(torch.aminmax(numbers)).tolist()
     return low, high
 

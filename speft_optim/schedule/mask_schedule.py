@@ -10,6 +10,7 @@ An entry that leaves the mask keeps its trained value in the weight, and is not 
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from speft_optim.checkpoint.save import named_root
 from speft_optim.distributed import check_equal, check_equal_masks, is_distributed
 from speft_optim.masks.collection import Masks
-from speft_optim.masks.mask import Mask
 from speft_optim.optim.adamw import SparseAdamW
+from speft_optim.optim.carried_moments import MaskChange
 from speft_optim.optim.state import SCHEDULE_KEYS, TURN_KEYS
 from speft_optim.salience.batches import Batches
 from speft_optim.salience.measures import Measure
 from speft_optim.salience.selection import select_masks
-from speft_optim.salience.streaming import TrainingSalience
+from speft_optim.salience.streaming import Choice, TrainingSalience
 from speft_optim.schedule.amounts import amount_at, trained
 from speft_optim.schedule.arguments import Arguments, check_owner
 from speft_optim.schedule.saved_schedule import SavedSchedule
@@ -162,34 +163,45 @@ class MaskSchedule(SavedSchedule):
                 "reselect() has no scores; pass batches to MaskSchedule."
             )
         masks = self._select(self.batches)
-        self._note(masks)
-        self._change(masks)
+        event = self._event(masks)
+        self._change({name: Choice(mask, None) for name, mask in masks.items()})
+        self.history.append(event)
         return masks
 
     def ever_trained(self) -> Masks:
         """Return the entries that are or were trained, which are all that can differ from the base model."""
         return Masks({weight.name: weight.ever_trained() for weight in self._weights()})
 
-    def _change(self, masks: Mapping[str, Mask]) -> tuple[int, int]:
-        """Change the masks of these weights; return how many entries they had before, and how many of these stay."""
-        check_equal_masks(masks)
+    def _change(self, choices: Mapping[str, Choice]) -> tuple[int, int]:
+        """Change the masks of these weights; return how many entries they had before, and how many of these stay.
+
+        Mask, moments and score of a weight change together. Whatever raises, each weight has all of them as they were
+        or all of them new.
+        """
+        check_equal_masks({name: choice.mask for name, choice in choices.items()})
         before = kept = 0
 
-        def change() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        def changes() -> Iterator[MaskChange]:
             nonlocal before, kept
-            for weight in (weight for weight in self._weights() if weight.name in masks):
-                before += len(weight.mask)
-                places = weight.change_mask(masks[weight.name])
-                kept += len(places[0])
-                yield weight.values, *places
+            for weight in (weight for weight in self._weights() if weight.name in choices):
+                choice = choices[weight.name]
+                places = weight.staying(choice.mask)
+                before, kept = before + len(weight.mask), kept + len(places[0])
+                make = partial(self._change_one, weight, choice, places)
+                yield MaskChange(weight.values, len(choice.mask), *places, make)
 
         if self.moments == "carry":
-            # Masks change as their moments are asked for, a few at a time.
-            self.optimizer.carry_moments(change())
+            self.optimizer.change_masks(changes())
         else:
-            for values, *_ in change():
-                self.optimizer.reset_moments(values)
+            for change in changes():
+                change.make()
+                self.optimizer.reset_moments(change.values)
         return before, kept
+
+    def _change_one(self, weight: SparseWeight, choice: Choice, staying: tuple[Tensor, Tensor]) -> None:
+        weight.change_mask(choice.mask, staying)
+        if choice.scores is not None:
+            self.training.scores[weight.name] = choice.scores
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
         """Count a step, and select masks when it is time; a post-hook of the optimizer's step."""
@@ -200,8 +212,8 @@ class MaskSchedule(SavedSchedule):
         if self.steps % self.interval:
             return
         if self.threshold is not None:
-            overlap = self._note(self._select(itertools.islice(self.batches, self.probe)))
-            if overlap >= self.threshold and self._trains_as_many_as_wanted():
+            self.history.append(self._event(self._select(itertools.islice(self.batches, self.probe))))
+            if self.history[-1]["overlap"] >= self.threshold and self._trains_as_many_as_wanted():
                 return
         self.reselect()
 
@@ -213,10 +225,10 @@ class MaskSchedule(SavedSchedule):
         elif self.training.end_step():
             # A forward since the step's backward may have left weights gathered, in another dtype than their rows.
             reshard(self.model)
-            masks = self.training.select(self._amount())
-            if masks is not None:
+            choices = self.training.select(self._amount())
+            if choices is not None:
                 total = trained(self._weights())
-                before, kept = self._change(masks)
+                before, kept = self._change(choices)
                 now = trained(self._weights())
                 overlap = (total - before + kept) / max(1, min(total, now))
                 self.history.append({"step": self.steps, "entries": now, "overlap": overlap})
@@ -235,10 +247,10 @@ class MaskSchedule(SavedSchedule):
             **options,
         )
 
-    def _note(self, masks: Masks) -> float:
+    def _event(self, masks: Masks) -> dict[str, Any]:
+        """Return what the history says of masks that are selected now."""
         overlap = masks.overlap(Masks({weight.name: weight.mask for weight in self._weights()}))
-        self.history.append({"step": self.steps, "entries": masks.count, "overlap": overlap})
-        return overlap
+        return {"step": self.steps, "entries": masks.count, "overlap": overlap}
 
     def _amount(self) -> int | dict[str, int]:
         """Return how many entries to keep now: over all weights in global scope, of each weight in local scope."""

@@ -65,22 +65,29 @@ class CompactEntries(AddedModule):
         if len(every) > len(own):
             self.previously_trained = Mask(every[~torch.isin(every, own, assume_unique=True)], self.mask.shape)
 
-    def _exchange(self, mask: Mask, indices: Tensor, entries: Tensor, left: Tensor) -> None:
+    def _trained_before(self, indices: Tensor, left: Tensor) -> Mask:
+        """Return what `previously_trained` is to be with another mask.
+
+        Args:
+            indices: (k,) the flat positions of the new mask.
+            left: (m,) the flat positions of the present mask that are not in the new one.
+        """
+        if self.previously_trained is not None and len(self.previously_trained):
+            earlier = self.previously_trained.to(left.device).indices
+            _, returns = find(indices, earlier)
+            left = torch.cat([left, earlier[~returns]]).sort().values
+        return Mask.of_sorted(left, self.mask.shape)
+
+    def _exchange(self, mask: Mask, previously_trained: Mask, entries: Tensor) -> None:
         """Train other entries from now on; `values` stays the same Parameter.
 
         Args:
             mask: the new entries.
-            indices: (k,) their flat positions, `mask.indices`.
-            entries: (k,) fp32, their values.
-            left: (m,) the flat positions of the present mask that are not in the new one.
+            previously_trained: the entries that were trained before and are not in it.
+            entries: (k,) fp32, the values of the new entries.
         """
-        previous = left
-        if self.previously_trained is not None and len(self.previously_trained):
-            earlier = self.previously_trained.to(left.device).indices
-            _, returns = find(indices, earlier)
-            previous = torch.cat([left, earlier[~returns]]).sort().values
         exchange(self.values, entries)
-        self.mask, self.previously_trained = mask, Mask.of_sorted(previous, mask.shape)
+        self.mask, self.previously_trained = mask, previously_trained
 
     def from_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the sampled gradient of a linear weight, (k,) fp32, after `accumulate`; see `Accumulator`."""

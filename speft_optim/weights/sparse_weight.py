@@ -20,38 +20,51 @@ from speft_optim.weights.storage import keep_attached
 class SparseWeight(EqualEntries):
     """The trained entries of one weight, which follow its model; see `EqualEntries` for arguments and attributes."""
 
-    @torch.no_grad()
-    def change_mask(self, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Train other entries from now on. Those that leave keep their value; `values` stays the same Parameter.
+    def staying(self, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Return the places of the entries that stay under another mask: among the old entries, and among the new.
 
         Args:
             mask: the new entries, of the same weight; their number may differ.
 
         Returns:
-            The places of the entries that stay, in order: among the old entries and among the new, both (m,) int64.
+            Two (m,) int64 tensors of places in rising order.
+
+        Raises:
+            ValueError: the mask has another shape than the weight.
+        """
+        if mask.shape != self.mask.shape:
+            raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
+        places, stays = find(self.placed_mask().indices, mask.to(self.values.device).indices)
+        # As numbers, since each use of a mask of bools would wait for the GPU.
+        after = stays.nonzero().squeeze(1)
+        return places[after], after
+
+    @torch.no_grad()
+    def change_mask(self, mask: Mask, staying: tuple[Tensor, Tensor] | None = None) -> None:
+        """Train other entries from now on. Those that leave keep their value; `values` stays the same Parameter.
+
+        All that takes memory is done before anything changes.
+
+        Args:
+            mask: the new entries, of the same weight; their number may differ.
+            staying: what `staying` returned for it; None to compute it.
 
         Raises:
             ValueError: the mask has another shape than the weight; or see `check`.
         """
         self.synchronize()
-        mask = mask.to(self.values.device)
-        if mask.shape != self.mask.shape:
-            raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
-        base = self.base
+        before, after = self.staying(mask) if staying is None else staying
+        mask, base = mask.to(self.values.device), self.base
         old, new = self.placed_mask().indices, mask.indices
-        places, stays = find(old, new)
-        # As numbers, since each use of a mask of bools would wait for the GPU.
-        after = stays.nonzero().squeeze(1)
-        before = places[after]
         entries = base.gather(new).to(torch.float32)
         entries[after] = self.values[before]
-        base.release(self.values)
         leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
-        self._exchange(mask, new, entries, old[leaves])
+        previously_trained = self._trained_before(new, old[leaves])
+        base.release(self.values)
+        self._exchange(mask, previously_trained, entries)
         self.moves += 1
         base.attach(mask, self.values)
         self._remember()
-        return before, after
 
     def bytes_held(self) -> tuple[int, int]:
         """Return the bytes of values and of positions, those of untrained overlays of a quantised weight included."""

@@ -250,7 +250,8 @@ class DenseGradient:
         return {**self.__dict__, "_weight": None, "_hook": None, "_kept": None}
 
 
-# By weight references to all that are open on it, in order: these lead to the weight and must not keep it alive.
+# For each weight, weak references to the gradients that are open on it, the oldest first. A strong one would lead back
+# to the weight and keep it alive.
 _takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
