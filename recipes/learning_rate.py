@@ -8,6 +8,8 @@ from speft_optim import find_targets
 def default_rate(method: str, density: float, weight_size: float) -> float:
     """Return the default learning rate: a power law through the best rates of one model at two densities.
 
+    It has three digits, so that devices that sum the weights in another order train at the same rate.
+
     Args:
         method: `sparse`, `moving` or `full`.
         density: masked share of the target weights.
@@ -17,7 +19,7 @@ def default_rate(method: str, density: float, weight_size: float) -> float:
         measured = min(6e-3, 2.5e-3 * (0.0115 / density) ** 0.61)
     else:
         measured = 1e-4 if method == "full" else min(1e-2, 1e-3 * (0.09 / density) ** 0.5)
-    return measured * weight_size / 0.19
+    return float(f"{measured * weight_size / 0.19:.3g}")
 
 
 def linear_weight_size(model: nn.Module) -> float:

@@ -107,6 +107,10 @@ def attach_sharded_lora(model: nn.Module, args: argparse.Namespace, device: torc
         # As a group of their own, adapters stay on the GPU when the rest of the block leaves it.
         divide([module for module in block.modules() if _is_trained(module)], device)
     shard(model, device, cpu_offload=args.cpu_offload)
+    for module in model.modules():
+        if getattr(module, "quant_state", None) is not None:
+            # `fully_shard` moves parameters alone, and kernels would read the scales in host memory.
+            module.quant_state.to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
     return optimizer, sum(parameter.to_local().nbytes for parameter in trained)

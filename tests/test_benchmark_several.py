@@ -84,6 +84,8 @@ def trained_lora(attach, precision, cpu_offload, batches):
     model.forward = functools.partial(timed_steps.loss_of, model)
     torch.manual_seed(1)
     optimizer, _ = attach(model, type("Arguments", (), dict(rank=4, cpu_offload=cpu_offload)), device())
+    states = [module.quant_state for module in model.modules() if getattr(module, "quant_state", None) is not None]
+    assert all(state.absmax.device.type == state.state2.absmax.device.type == device().type for state in states)
     optimizer.param_groups[0]["lr"] = 1e-2
     for _ in range(2):
         optimizer.zero_grad()

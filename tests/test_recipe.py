@@ -605,7 +605,9 @@ def test_options_reach_the_library(folders, tmp_path, monkeypatch):
     names = Masks.load(tmp_path / "masks.safetensors").keys()
     assert {name.split(".")[-2] for name in names} == {"q_proj", "down_proj"}
     size = learning_rate.linear_weight_size(AutoModelForCausalLM.from_pretrained(folders / "llama"))
-    assert record["lr"] == pytest.approx(learning_rate.default_rate("moving", record["mask"]["density"], size))
+    assert record["lr"] == pytest.approx(
+        learning_rate.default_rate("moving", record["mask"]["density"], size), rel=1e-9
+    )
 
 
 def test_job_resumes_bit_equal_and_refuses_another_command(folders, tmp_path, monkeypatch):
@@ -952,6 +954,10 @@ def test_default_rates_follow_the_measurements():
     assert learning_rate.default_rate("moving", 0.0115, 0.19) == pytest.approx(2.5e-3)
     assert learning_rate.default_rate("full", 1.0, 0.19) == pytest.approx(1e-4)
     assert learning_rate.default_rate("full", 1.0, 0.019) == pytest.approx(1e-5)
+    # Another order of sums changes the last digits of a size.
+    assert learning_rate.default_rate("moving", 0.01, 0.1934567) == learning_rate.default_rate(
+        "moving", 0.01, 0.1934568
+    )
 
 
 def test_weight_size_leaves_out_head_and_embeddings():
