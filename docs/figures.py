@@ -120,7 +120,9 @@ def draw_forgetting_of_gemma3() -> Figure:
 
 
 def draw_forgetting(data: dict, shares: dict[int, str]) -> Figure:
-    """Draw the test loss against forgetting: a point for each rate, its mean over the seeds; the best rate is named.
+    """Draw the test loss against forgetting: a point for each rate, its mean over the seeds; the best one is larger.
+
+    Rates and numbers of seeds are in docs/benchmarks.md: beside the points they would cover each other.
 
     Args:
         data: title and cells.
@@ -135,12 +137,9 @@ def draw_forgetting(data: dict, shares: dict[int, str]) -> Figure:
                 continue
             runs = [[cell for cell in cells if cell["method"] == method and cell["rate"] == rate] for rate in rates]
             places = [[mean(cell[key] for cell in run) for run in runs] for key in ("own", "loss")]
-            axes.plot(*places, color=colour, marker=marker, label=method)
-            # Rates of all points would cover each other.
+            axes.plot(*places, color=colour, marker=marker, markersize=5, label=method)
             best = min(range(len(rates)), key=places[1].__getitem__)
-            seeds = f" (n={len(runs[best])})" if len(runs[best]) > 1 else ""
-            where = dict(xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8, color="#555555")
-            axes.annotate(f"{rates[best]:g}{seeds}", (places[0][best], places[1][best]), **where)
+            axes.plot(places[0][best], places[1][best], color=colour, marker=marker, markersize=11)
         axes.set(title=f"{share} trained at a time (LoRA r={rank})", xlabel="rise of the loss on the base's own texts")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#EEEEEE", zorder=0)
