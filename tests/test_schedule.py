@@ -158,8 +158,8 @@ def fails_at(function, call):
 # A selection that breaks off between weights, within one, and while moments are computed; each at several places.
 FAILURES = {
     "change": (SparseWeight, "change_mask", 5),
-    "first": (SparseWeight, "staying", 1),
-    "prepare": (SparseWeight, "staying", 6),
+    "first": (SparseWeight, "compare", 1),
+    "prepare": (SparseWeight, "compare", 6),
     "within": (SparseWeight, "_trained_before", 5),
     "carry": (torch.Tensor, "index_copy_", 2),
     "quantise": (carried_moments, "quantize_blockwise", 4),
@@ -217,14 +217,14 @@ def test_masks_change_a_few_at_a_time(monkeypatch):
     model, optimizer, schedule = attach(interval=100, moments="carry", state_bits=8)
     train(model, optimizer, 1)
     places, alive = weakref.WeakSet(), []
-    staying, change_mask = SparseWeight.staying, SparseWeight.change_mask
+    compare, change_mask = SparseWeight.compare, SparseWeight.change_mask
 
     def watched(weight, mask):
-        found = staying(weight, mask)
-        places.update(found)
+        found = compare(weight, mask)
+        places.update([found.before, found.after])
         return found
 
-    monkeypatch.setattr(SparseWeight, "staying", watched)
+    monkeypatch.setattr(SparseWeight, "compare", watched)
     monkeypatch.setattr(SparseWeight, "change_mask", lambda *args: alive.append(len(places)) or change_mask(*args))
     monkeypatch.setattr(carried_moments, "_JOINED", 1)
     schedule.reselect()
@@ -724,13 +724,15 @@ def test_change_mask_against_a_dictionary(seed, before, after):
         weight.values.add_(1e-9)
     exact = dict(zip(weight.mask.indices.tolist(), weight.values.tolist(), strict=True))
     dense = model.weight.detach().clone()
-    places = weight.staying(Mask(picks[1], (5, 8)))
-    weight.change_mask(Mask(picks[1], (5, 8)))
+    following = weight.compare(Mask(picks[1], (5, 8)))
+    weight.change_mask(following)
     for i, index in enumerate(weight.mask.indices.tolist()):
         assert weight.values[i].item() == exact.get(index, dense.flatten()[index].item())
     old, new = (
         [indices[place] for place in part.tolist()]
-        for indices, part in zip((sorted(exact), weight.mask.indices.tolist()), places, strict=True)
+        for indices, part in zip(
+            (sorted(exact), weight.mask.indices.tolist()), (following.before, following.after), strict=True
+        )
     )
     assert old == new == sorted(exact.keys() & set(picks[1].tolist()))
     assert set(weight.ever_trained().indices.tolist()) == {*picks[0].tolist(), *picks[1].tolist()}

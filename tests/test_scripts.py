@@ -634,7 +634,8 @@ def move_masks(model):
     """Move each mask by one entry, as a schedule does between two steps."""
     for weight in sparse_weights(model):
         size = weight.mask.shape.numel()
-        weight.change_mask(Mask(((weight.mask.indices.long() + 1) % size).sort().values, weight.mask.shape))
+        moved = Mask(((weight.mask.indices.long() + 1) % size).sort().values, weight.mask.shape)
+        weight.change_mask(weight.compare(moved))
 
 
 def test_an_averaged_model_is_right_after_masks_have_moved(caplog):

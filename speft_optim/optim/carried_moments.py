@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from speft_optim.kernels.blockwise import BLOCK, dequantize_blockwise, quantize_blockwise
 from speft_optim.optim.moments import SIGNED
 
-# Entries are joined up to this number; places and temporaries take some fifty-six bytes for each.
+# Entries are joined up to this number; positions, places and temporaries take some sixty-four bytes for each.
 _JOINED = 2**22
 
 

@@ -205,7 +205,7 @@ class SavedOptimizer(Optimizer):
         if weight is not None:
             mask = mask_of(saved)
             if weight.mask != mask:
-                weight.change_mask(mask)
+                weight.change_mask(weight.compare(mask))
             if "previously_trained" in saved:
                 weight.restore_previous(previous_of(saved), saved["previous_values"])
             parameter.copy_(saved["values"])

@@ -15,8 +15,8 @@ Scores are those of the raw gradients: not clipped, and including the factors of
 accumulation. A constant factor changes no choice. One that changes favours stored or new scores until a round has
 passed.
 
-Beside the accumulators a selection takes some fourteen bytes for each candidate that is kept, and then some 230 MB to
-carry moments, or 56 bytes an entry of a weight with more than four million. It does so between two steps, when no
+Beside the accumulators a selection takes some fourteen bytes for each candidate that is kept, and then some 270 MB to
+carry moments, or 64 bytes an entry of a weight with more than four million. It does so between two steps, when no
 activations are held.
 """
 

@@ -30,7 +30,7 @@ from speft_optim.schedule.arguments import Arguments, check_owner
 from speft_optim.schedule.saved_schedule import SavedSchedule
 from speft_optim.weights.attached import refuse_reducer, sparse_weights
 from speft_optim.weights.mesh import reshard
-from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.sparse_weight import NextMask, SparseWeight
 
 
 class MaskSchedule(SavedSchedule):
@@ -184,11 +184,11 @@ class MaskSchedule(SavedSchedule):
         def changes() -> Iterator[MaskChange]:
             nonlocal before, kept
             for weight in (weight for weight in self._weights() if weight.name in choices):
-                choice = choices[weight.name]
-                places = weight.staying(choice.mask)
-                before, kept = before + len(weight.mask), kept + len(places[0])
-                make = partial(self._change_one, weight, choice, places)
-                yield MaskChange(weight.values, len(choice.mask), *places, make)
+                mask, scores = choices[weight.name]
+                following = weight.compare(mask)
+                before, kept = before + len(weight.mask), kept + len(following.after)
+                make = partial(self._change_one, weight, following, scores)
+                yield MaskChange(weight.values, len(mask), following.before, following.after, make)
 
         if self.moments == "carry":
             self.optimizer.change_masks(changes())
@@ -198,10 +198,10 @@ class MaskSchedule(SavedSchedule):
                 self.optimizer.reset_moments(change.values)
         return before, kept
 
-    def _change_one(self, weight: SparseWeight, choice: Choice, staying: tuple[Tensor, Tensor]) -> None:
-        weight.change_mask(choice.mask, staying)
-        if choice.scores is not None:
-            self.training.scores[weight.name] = choice.scores
+    def _change_one(self, weight: SparseWeight, following: NextMask, scores: Tensor | None) -> None:
+        weight.change_mask(following)
+        if scores is not None:
+            self.training.scores[weight.name] = scores
 
     def after_step(self, optimizer: SparseAdamW, args: tuple, kwargs: dict) -> None:
         """Count a step, and select masks when it is time; a post-hook of the optimizer's step."""

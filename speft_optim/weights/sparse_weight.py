@@ -4,6 +4,7 @@
 another mask, and the model's state dicts, moves and copies.
 """
 
+from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -17,53 +18,68 @@ from speft_optim.weights.mesh import keep_whole
 from speft_optim.weights.storage import keep_attached
 
 
+class NextMask(NamedTuple):
+    """Another mask of a weight, compared with the present one.
+
+    Attributes:
+        mask: the mask, on the device of the values.
+        indices: (k,) its flat positions.
+        left: (l,) the flat positions of the present mask that are not in it.
+        before: (m,) int64, the places among the present entries of those that stay, in rising order.
+        after: (m,) int64, their places among the new ones.
+    """
+
+    mask: Mask
+    indices: Tensor
+    left: Tensor
+    before: Tensor
+    after: Tensor
+
+
 class SparseWeight(EqualEntries):
     """The trained entries of one weight, which follow its model; see `EqualEntries` for arguments and attributes."""
 
-    def staying(self, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Return the places of the entries that stay under another mask: among the old entries, and among the new.
+    def compare(self, mask: Mask) -> NextMask:
+        """Compare another mask with the present one, for `change_mask`.
 
         Args:
             mask: the new entries, of the same weight; their number may differ.
-
-        Returns:
-            Two (m,) int64 tensors of places in rising order.
 
         Raises:
             ValueError: the mask has another shape than the weight.
         """
         if mask.shape != self.mask.shape:
             raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
-        places, stays = find(self.placed_mask().indices, mask.to(self.values.device).indices)
+        mask = mask.to(self.values.device)
+        old, new = self.placed_mask().indices, mask.indices
+        places, stays = find(old, new)
         # As numbers, since each use of a mask of bools would wait for the GPU.
         after = stays.nonzero().squeeze(1)
-        return places[after], after
+        before = places[after]
+        leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
+        return NextMask(mask, new, old[leaves], before, after)
 
     @torch.no_grad()
-    def change_mask(self, mask: Mask, staying: tuple[Tensor, Tensor] | None = None) -> None:
+    def change_mask(self, following: NextMask) -> None:
         """Train other entries from now on. Those that leave keep their value; `values` stays the same Parameter.
 
         All that takes memory is done before anything changes.
 
         Args:
-            mask: the new entries, of the same weight; their number may differ.
-            staying: what `staying` returned for it; None to compute it.
+            following: what `compare` returned for the new mask.
 
         Raises:
-            ValueError: the mask has another shape than the weight; or see `check`.
+            ValueError: see `check`.
         """
         self.synchronize()
-        before, after = self.staying(mask) if staying is None else staying
-        mask, base = mask.to(self.values.device), self.base
-        old, new = self.placed_mask().indices, mask.indices
-        entries = base.gather(new).to(torch.float32)
-        entries[after] = self.values[before]
-        leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
-        previously_trained = self._trained_before(new, old[leaves])
+        base = self.base
+        entries = base.gather(following.indices).to(torch.float32)
+        entries[following.after] = self.values[following.before]
+        previously_trained = self._trained_before(following.indices, following.left)
         base.release(self.values)
-        self._exchange(mask, previously_trained, entries)
+        self._exchange(following.mask, previously_trained, entries)
         self.moves += 1
-        base.attach(mask, self.values)
+        base.attach(self.mask, self.values)
         self._remember()
 
     def bytes_held(self) -> tuple[int, int]:
