@@ -8,7 +8,7 @@ from speft_optim import find_targets
 def default_rate(method: str, density: float, weight_size: float) -> float:
     """Return the default learning rate: a power law through the best rates of one model at two densities.
 
-    It has three digits, so that devices that sum the weights in another order train at the same rate.
+    It has three digits, so that sums in another order, as on another device, hardly ever give another rate.
 
     Args:
         method: `sparse`, `moving` or `full`.

@@ -400,6 +400,17 @@ def test_moments_that_no_longer_fit_are_no_business_of_a_kernel(change):
         step(2)
 
 
+def test_scales_of_another_length_are_no_business_of_a_kernel():
+    values = nn.Parameter(draw(600))
+    optimizer = SparseAdamW([values], lr=0.1, state_bits=8)
+    values.grad = draw(600, seed=1)
+    optimizer.step()
+    state = optimizer.state[values]
+    state["exp_avg_scale"] = state["exp_avg_scale"][:1]
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("bits", [8, 32])
 def test_hyper_parameters_may_be_tensors_and_a_bad_gradient_ignored(bits):
     """As in plain PyTorch: a block with NaN is NaN in its moments from then on, and hides it in no code."""

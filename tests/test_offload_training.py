@@ -40,6 +40,7 @@ from speft_optim.offload.activations import HostActivations
 from speft_optim.offload.host_parameter import HostParameter
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import on_host, sent
+from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.training import OffloadedBase
 from speft_optim.weights.attached import record_of, sparse_weights
 from speft_optim.weights.bnb import is_quantized_linear
@@ -137,6 +138,29 @@ def test_masks_move_as_on_a_resident_model(source):
         moved = {weight.name: weight.mask for weight in sparse_weights(setup.model)}
         results.append((losses, weights_of(setup.model), setup.optimizer.state_dict()))
         assert any(moved[name] != setup.masks[name] for name in moved)
+    assert equal_states(*results)
+
+
+def test_no_trained_value_is_lost_where_a_selection_fails_to_write_it(monkeypatch):
+    """The weight counted as up to date before the write; entries that left fell back to what they were before."""
+    results = []
+    for fails in (False, True):
+        setup = offloaded()
+        data = [token_batch(seed) for seed in range(2)]
+        schedule = MaskSchedule(setup.model, setup.optimizer, data, interval=100, progress=False)
+        train(setup.model, setup.optimizer, 3)
+        if fails:
+
+            def no_room(*args):
+                raise torch.OutOfMemoryError("no room")
+
+            with monkeypatch.context() as patch:
+                patch.setattr("speft_optim.offload.host_weight.scatter_entries_", no_room)
+                with pytest.raises(torch.OutOfMemoryError):
+                    schedule.reselect()
+        schedule.reselect()
+        masks = {weight.name: weight.mask.indices for weight in sparse_weights(setup.model)}
+        results.append((weights_of(setup.model), masks))
     assert equal_states(*results)
 
 
@@ -532,6 +556,25 @@ def test_masks_of_a_quantised_base_are_selected_and_move_as_on_a_resident_one(or
         assert any(len(part) and not torch.equal(part, masks[name].indices) for name, part in moved.items())
         results.append((losses, {name: mask.indices for name, mask in masks.items()}, moved, weights_of(model)))
     assert equal_states(*results)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_values_stay_attached_where_a_device_has_no_room_for_another_overlay(original, kind, monkeypatch):
+    model = loaded(original, kind)
+    optimizer = SparseAdamW(sparsify(model, random_masks(model), offload="cpu"), **OPTIONS)
+    schedule = MaskSchedule(model, optimizer, [token_batch(5)], interval=100, progress=False)
+    train(model, optimizer)
+
+    def no_room(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostQuantized, "entries", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            schedule.reselect()
+    train(model, optimizer)
+    schedule.reselect()
+    train(model, optimizer)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

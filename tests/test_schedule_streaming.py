@@ -543,6 +543,26 @@ def test_scores_belong_to_the_masks_after_a_turn_that_failed(scope, budget, fail
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_moments_belong_to_the_masks_after_a_state_that_failed_to_load(monkeypatch):
+    model, optimizer, _ = attach(budget=6_000)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 6)
+    change_mask, calls = SparseWeight.change_mask, itertools.count(1)
+
+    def change(*args):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return change_mask(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseWeight, "change_mask", change)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.load_state_dict(saved)
+    train(model, optimizer, 1)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 1)
+
+
 def test_a_weight_of_no_size_has_a_turn_like_any():
     empty = nn.utils.skip_init(nn.Linear, 0, 4, bias=False)
     model = nn.ModuleDict({"some": nn.Linear(4, 4, bias=False), "none": empty})

@@ -46,6 +46,7 @@ from speft_optim.salience import first_order
 from speft_optim.weights import averaging
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.compact_values import linked
+from speft_optim.weights.sparse_weight import SparseWeight
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 3
@@ -1088,38 +1089,44 @@ def masks_that_move_with_the_training(rank):
             assert alike.float().mean() > 0.99 if is_on_gpu() else alike.all(), name
 
 
-def moments_that_one_process_has_no_room_for(rank):
+def selections_that_one_process_has_no_room_for(rank):
     """The others changed their masks, or waited for it in an exchange."""
-    model = tiny_model(**UNEVEN)
-    masks = random_masks(model)
-    optimizer = SparseAdamW(sparsify(shard(model), masks), state_bits=8, **OPTIONS)
-    schedule = MaskSchedule(
-        model, optimizer, [token_batch(9)], interval=100, moments="carry", salience="gradient", progress=False
-    )
-    model(**token_batch(1)).loss.backward()
-    optimizer.step()
-    before, calls, quantize = masks_of(model), itertools.count(1), carried_moments.quantize_blockwise
+    cases = [
+        ("carry", carried_moments, "quantize_blockwise", 3, 1),
+        ("carry", SparseWeight, "compare", 3, 1),
+        ("reset", SparseWeight, "compare", 3, 1),
+    ]
+    for moments, holder, name, call, changed in cases:
+        model = tiny_model(**UNEVEN)
+        masks = random_masks(model)
+        optimizer = SparseAdamW(sparsify(shard(model), masks), state_bits=8, **OPTIONS)
+        options = dict(interval=100, salience="gradient", progress=False)
+        schedule = MaskSchedule(model, optimizer, [token_batch(9)], moments=moments, **options)
+        model(**token_batch(1)).loss.backward()
+        optimizer.step()
+        calls, function = itertools.count(1), getattr(holder, name)
 
-    def quantize_blockwise(*args):
-        if next(calls) == 3 and rank == 1:
-            raise torch.OutOfMemoryError("no room")
-        return quantize(*args)
+        def failing(*args, calls=calls, function=function, call=call):
+            if next(calls) == call and rank == 1:
+                raise torch.OutOfMemoryError("no room")
+            return function(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carried_moments, "_JOINED", 1)
-        patch.setattr(carried_moments, "quantize_blockwise", quantize_blockwise)
-        error = torch.OutOfMemoryError if rank == 1 else RuntimeError
-        with pytest.raises(error, match="no room"):
-            schedule.reselect()
-    after = masks_of(model)
-    assert [before[name] == after[name] for name in before] == [False] + [True] * (len(before) - 1)
-    check_equal(after.fingerprint(), "masks", "")
-    assert all(optimizer.state[w.values]["exp_avg"].shape == w.values.shape for w in sparse_weights(model))
-    schedule.reselect()
-    optimizer.zero_grad()
-    model(**token_batch(2)).loss.backward()
-    optimizer.step()
-    assert masks_of(model) != after
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(carried_moments, "_JOINED", 1)
+            patch.setattr(holder, name, failing)
+            with pytest.raises(torch.OutOfMemoryError if rank == 1 else RuntimeError, match="no room"):
+                schedule.reselect()
+        after = masks_of(model)
+        assert [masks[name] != after[name] for name in masks] == [number < changed for number in range(len(masks))]
+        check_equal(after.fingerprint(), "masks", "")
+        for weight in sparse_weights(model):
+            is_reset = moments == "reset" and masks[weight.name] != after[weight.name]
+            assert is_reset or optimizer.state[weight.values]["exp_avg"].shape == weight.values.shape
+        schedule.reselect()
+        optimizer.zero_grad()
+        model(**token_batch(2)).loss.backward()
+        optimizer.step()
+        assert masks_of(model) != after
 
 
 def falling(step):
@@ -1189,7 +1196,7 @@ SCENARIOS = [
     adapters_loaded_on_a_sharded_model,
     a_full_state_of_moving_masks_is_resumed,
     masks_that_move_with_the_training,
-    moments_that_one_process_has_no_room_for,
+    selections_that_one_process_has_no_room_for,
     checkpoints_resumed_by_two_processes_and_by_one,
 ]
 

@@ -216,10 +216,12 @@ class HostWeight(FloatingWeight):
         """
         if not self._lacks_values():
             return
-        held, self._behind = self._held(), None
+        held, indices, values = self._held(), self._mask.indices.cpu(), self._values.detach().cpu()
         # The values are not a change from outside, which version counters tell.
         with _unsafe_preserve_version_counter(held):
-            scatter_entries_(held, self._mask.indices.cpu(), self._values.detach().cpu())
+            scatter_entries_(held, indices, values)
+        # Only now: if memory has run out, the weight still lacks them.
+        self._behind = None
         self._writes += 1
 
     def read(self, indices: Tensor, values: Tensor) -> Tensor:

@@ -144,8 +144,8 @@ class HostQuantized:
 
     def release(self, values: Tensor) -> None:
         """Detach `values`; the entries keep their present values in an overlay."""
-        self._host.release(values)
-        self._place(self.device)
+        # It is on the device before the values are detached, since memory may run out there.
+        self._host.overlay_alone(*self.entries())
 
     def drop_unchanged(self) -> None:
         """Drop the overlays of entries that are the base's own."""

@@ -228,22 +228,31 @@ class SparseAdamW(SavedOptimizer):
             del self.state[parameter][key]
         self._reserve_state()
 
-    def change_masks(self, changes: Iterable[MaskChange]) -> None:
-        """Make prepared changes of masks, and carry the moments of the entries that stay, see `carried_moments`.
+    def change_masks(self, changes: Iterable[MaskChange], *, carry: bool) -> None:
+        """Make prepared changes of masks, and drop the moments or carry those of entries that stay.
 
-        Values without moments, as those of a weight that had no entries, start at the step count of the others. The
-        moments of a few weights are computed before the first of their masks changes, and each mask changes with its
-        moments. So whatever raises, also an iterator of changes, leaves masks and moments that belong together.
+        See `carried_moments`. Values without moments, as those of a weight that had no entries, then start at the step
+        count of the others. The moments of a few weights are computed before the first of their masks changes, and each
+        mask changes with its moments. So an error, also one of the iterator, leaves masks and moments that belong
+        together; until a mask changes it is an error in all processes.
 
         Args:
-            changes: the changes, each of values that this optimizer trains.
+            changes: the changes, each of values that this optimizer trains. To prepare them exchanges nothing between
+                processes.
+            carry: whether moments are carried.
         """
-        for run in in_runs(changes):
+        runs = in_runs(changes)
+        while True:
             # A process that runs out of memory here would let the others hang in the exchange of a sharded weight.
             with together():
-                moments = self._moments_of(run)
+                run = next(runs, ())
+                moments = self._moments_of(run) if carry else [{}] * len(run)
+            if not run:
+                return
             for change, carried in zip(run, moments, strict=True):
                 change.make()
+                if not carry:
+                    self.reset_moments(change.values)
                 self.state[change.values].update(carried)
 
     def _moments_of(self, run: list[MaskChange]) -> list[dict[str, Tensor]]:

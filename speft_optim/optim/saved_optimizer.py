@@ -194,13 +194,12 @@ class SavedOptimizer(Optimizer):
 
     @torch.no_grad()
     def _restore(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        if has_moments(saved):
-            # The step count is read in each step, and reading it from a GPU would wait for it.
-            self.state[parameter] = {
-                key: part.detach().to("cpu" if key == "step" else parameter.device, copy=True)
-                for key, part in saved.items()
-                if key == "step" or key.startswith("exp_avg")
-            }
+        # The step count is read in each step, and reading it from a GPU would wait for it.
+        moments = {
+            key: part.detach().to("cpu" if key == "step" else parameter.device, copy=True)
+            for key, part in saved.items()
+            if has_moments(saved) and (key == "step" or key.startswith("exp_avg"))
+        }
         weight = linked(parameter)
         if weight is not None:
             mask = mask_of(saved)
@@ -210,6 +209,9 @@ class SavedOptimizer(Optimizer):
                 weight.restore_previous(previous_of(saved), saved["previous_values"])
             parameter.copy_(saved["values"])
             weight.write()
+        if moments:
+            # After the mask, which may fail to change.
+            self.state[parameter] = moments
 
     def _restore_past_loading(self) -> None:
         """Restore saved states that `ZeroRedundancyOptimizer` has put directly into `self.state`."""

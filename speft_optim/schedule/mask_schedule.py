@@ -175,8 +175,8 @@ class MaskSchedule(SavedSchedule):
     def _change(self, choices: Mapping[str, Choice]) -> tuple[int, int]:
         """Change the masks of these weights; return how many entries they had before, and how many of these stay.
 
-        Mask, moments and score of a weight change together. Whatever raises, each weight has all of them as they were
-        or all of them new.
+        Mask, moments and score of a weight change together: after an error each weight has all of them as they were or
+        all of them new.
         """
         check_equal_masks({name: choice.mask for name, choice in choices.items()})
         before = kept = 0
@@ -190,12 +190,7 @@ class MaskSchedule(SavedSchedule):
                 make = partial(self._change_one, weight, following, scores)
                 yield MaskChange(weight.values, len(mask), following.before, following.after, make)
 
-        if self.moments == "carry":
-            self.optimizer.change_masks(changes())
-        else:
-            for change in changes():
-                change.make()
-                self.optimizer.reset_moments(change.values)
+        self.optimizer.change_masks(changes(), carry=self.moments == "carry")
         return before, kept
 
     def _change_one(self, weight: SparseWeight, following: NextMask, scores: Tensor | None) -> None:

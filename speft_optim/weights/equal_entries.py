@@ -97,7 +97,7 @@ class EqualEntries(MovingValues, CompactEntries):
         if change := self.place.change(self.seen):
             return change
         if not self.holds_entries and not self._is_attached():
-            return "was quantised anew, its trained entries with it,"
+            return "was quantised anew, its trained entries with it"
         return None if self._has_its_values() else "has values that were replaced, as in functional_call and export"
 
     def _has_its_values(self) -> bool:

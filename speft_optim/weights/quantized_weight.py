@@ -156,7 +156,11 @@ class QuantizedWeight:
         """Detach `values`, which need not be kept any longer; the entries keep their present values in an overlay."""
         mask, entries = self.entries()
         # All entries go into one overlay, so that selecting masks again does not pile overlays up.
-        self._carry([(mask.to(self.device), entries)] if len(mask) else [])
+        self.overlay_alone(mask.to(self.device), entries)
+
+    def overlay_alone(self, mask: Mask, entries: Tensor) -> None:
+        """Overlay the weight at `mask` with `entries` (k,) fp32, and with nothing else."""
+        self._carry([(mask, entries)] if len(mask) else [])
 
     def drop_unchanged(self) -> None:
         """Drop the overlays of entries that are the base's own; no values that train may be attached."""

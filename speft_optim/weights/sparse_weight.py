@@ -22,16 +22,16 @@ class NextMask(NamedTuple):
     """Another mask of a weight, compared with the present one.
 
     Attributes:
-        mask: the mask, on the device of the values.
+        mask: the mask.
         indices: (k,) its flat positions.
-        left: (l,) the flat positions of the present mask that are not in it.
+        previously_trained: the entries that were trained so far and are not in it.
         before: (m,) int64, the places among the present entries of those that stay, in rising order.
         after: (m,) int64, their places among the new ones.
     """
 
     mask: Mask
     indices: Tensor
-    left: Tensor
+    previously_trained: Mask
     before: Tensor
     after: Tensor
 
@@ -57,13 +57,13 @@ class SparseWeight(EqualEntries):
         after = stays.nonzero().squeeze(1)
         before = places[after]
         leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
-        return NextMask(mask, new, old[leaves], before, after)
+        return NextMask(mask, new, self._trained_before(new, old[leaves]), before, after)
 
     @torch.no_grad()
     def change_mask(self, following: NextMask) -> None:
         """Train other entries from now on. Those that leave keep their value; `values` stays the same Parameter.
 
-        All that takes memory is done before anything changes.
+        What may run out of memory is done before anything changes.
 
         Args:
             following: what `compare` returned for the new mask.
@@ -75,9 +75,8 @@ class SparseWeight(EqualEntries):
         base = self.base
         entries = base.gather(following.indices).to(torch.float32)
         entries[following.after] = self.values[following.before]
-        previously_trained = self._trained_before(following.indices, following.left)
         base.release(self.values)
-        self._exchange(following.mask, previously_trained, entries)
+        self._exchange(following.mask, following.previously_trained, entries)
         self.moves += 1
         base.attach(self.mask, self.values)
         self._remember()
