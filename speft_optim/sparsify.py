@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from speft_optim.checkpoint.base import original_entries
+from speft_optim.checkpoint.save import LOADED
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.integrations import (
     declare_trainable,
@@ -207,6 +208,11 @@ def desparsify(model: nn.Module) -> None:
 def _prepare(model: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Target]:
     """Settle how the model holds its weights, refuse what `sparsify` cannot do, and return all weights by name."""
     check_differentiable(model)
+    if (loaded := model.__dict__.get(LOADED)) is not None and not loaded.is_written:
+        raise ValueError(
+            "A change of this model's adapters was interrupted, so that its weights are a mixture; call use_adapters "
+            "or unload_adapter first."
+        )
     settle_storage(model)
     reshard(model)
     targets = all_targets(model)

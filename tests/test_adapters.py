@@ -1,6 +1,7 @@
 """Adapters: bit-equal on their base, refused by others and where damaged, several on a base, trained on and merged."""
 
 import copy
+import itertools
 import json
 import re
 import time
@@ -47,6 +48,7 @@ from speft_optim import (
 from speft_optim.checkpoint.adapter_file import read_adapter
 from speft_optim.checkpoint.fingerprint import fingerprint
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.floating import FloatingWeight
 
 
 def trained(path, kind="llama", dtype=torch.float32, targets=None, density=0.1, **config):
@@ -174,6 +176,42 @@ def test_another_base_is_refused_by_name_shape_or_weights_and_left_alone(base, c
     with pytest.raises(ValueError, match=message):
         load_adapter(other, path)
     assert equal_states(other.state_dict(), before.state_dict()) and set(other.__dict__) == set(before.__dict__)
+
+
+@pytest.mark.parametrize("change", ["load", "use", "unload"])
+def test_adapters_whose_change_was_interrupted_can_be_changed_again(change, path, tmp_path, monkeypatch):
+    """All calls ended in a KeyError, or took the mixture for entries that were trained further."""
+    model = tiny_model()
+    plain = weights_of(model)
+    train_adapter(path, 1)
+    train_adapter(other := tmp_path / "other.safetensors", 2)
+    if change != "load":
+        load_adapter(model, path, name="one")
+        load_adapter(model, other, name="two")
+    act = {
+        "load": lambda: load_adapter(model, path),
+        "use": lambda: use_adapters(model, {"one": 1.0}),
+        "unload": lambda: unload_adapter(model),
+    }[change]
+    put, calls = FloatingWeight.put, itertools.count()
+
+    def interrupted(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        put(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FloatingWeight, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            act()
+    with pytest.raises(ValueError, match="adapters was interrupted.*call use_adapters"):
+        sparsify(model, random_masks(model))
+    load_adapter(model, path)
+    expected = tiny_model()
+    load_adapter(expected, path)
+    assert equal_states(weights_of(model), weights_of(expected))
+    unload_adapter(model)
+    assert equal_states(weights_of(model), plain)
 
 
 def test_a_mask_of_whole_columns_does_not_hide_the_weights_beside_it():

@@ -141,6 +141,14 @@ def test_masks_move_as_on_a_resident_model(source):
     assert equal_states(*results)
 
 
+def test_a_loss_from_before_desparsify_says_so():
+    setup = offloaded()
+    loss = setup.model(**token_batch()).loss
+    desparsify(setup.model)
+    with pytest.raises(RuntimeError, match="computed before desparsify.*call backward before"):
+        loss.backward()
+
+
 def test_no_trained_value_is_lost_where_a_selection_fails_to_write_it(monkeypatch):
     """The weight counted as up to date before the write; entries that left fell back to what they were before."""
     results = []

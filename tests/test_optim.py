@@ -628,6 +628,37 @@ def test_an_optimizer_built_before_sparsify_is_told_once(kind, caplog):
     assert name in record.message and "built before sparsify" in record.message
 
 
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_step_in_a_hook_of_its_parameter_is_right_or_refused(checkpointed, offload):
+    """Under checkpointing a dense weight was changed before its layer formed the gradient of the input."""
+    results = []
+    for in_backward in (False, True):
+        model = tiny_model()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        values = sparsify(model, random_masks(model), offload=offload)
+        optimizers = {value: SparseAdamW([value], lr=1e-2) for value in values}
+
+        def step(value, optimizers=optimizers):
+            optimizers[value].step()
+            optimizers[value].zero_grad()
+
+        for value in values if in_backward else ():
+            value.register_post_accumulate_grad_hook(step)
+        loss = model(**token_batch()).loss
+        if in_backward and offload is None:
+            with pytest.raises(ValueError, match="within a backward.*call it after backward"):
+                loss.backward()
+            return
+        loss.backward()
+        for value in values if not in_backward else ():
+            step(value)
+        results.append([value.detach() for value in values])
+    assert all(map(torch.equal, *results))
+
+
 class Uncopied(nn.Module):
     """A module that cannot be copied."""
 

@@ -36,6 +36,8 @@ class Loaded:
         fingerprint: the fingerprint of the model outside `base`.
         saved: by weight name, the entries under `base` that are in a file, on the CPU. Other entries must not be
             overwritten.
+        is_written: whether the weights' entries are those that `shares` say. They are not while adapters change, nor
+            after a change that was interrupted, which the next one begins anew from the base.
     """
 
     adapters: dict[str, AdapterFile]
@@ -43,6 +45,7 @@ class Loaded:
     shares: dict[str, float]
     fingerprint: str
     saved: dict[str, Tensor] = field(default_factory=dict)
+    is_written: bool = False
 
     def held(self, model: nn.Module) -> Iterator[tuple[str, tuple[Mask, Tensor]]]:
         """Yield for each weight the mask of `base` and the weight's entries there now."""
@@ -66,6 +69,8 @@ class Loaded:
         Raises:
             ValueError: the weights' entries are in no file.
         """
+        if not self.is_written:
+            return
         if not all(torch.equal(self.saved[name], entries.cpu()) for name, (_, entries) in self.held(model)):
             raise ValueError(
                 "The adapters' entries were trained further and not saved, so that changing adapters would lose them; "
@@ -90,6 +95,7 @@ def remember(model: nn.Module, adapters: dict[str, AdapterFile]) -> None:
 
 def restore_base(model: nn.Module, loaded: Loaded) -> None:
     """Make the model the plain base again, bit for bit."""
+    loaded.is_written = False
     put(model, loaded.base)
     targets = all_targets(model)
     for name, (mask, _) in loaded.base.items():
@@ -115,6 +121,7 @@ def mix(model: nn.Module, loaded: Loaded, shares: dict[str, float]) -> None:
     put(model, mixed)
     loaded.shares = shares
     loaded.note_saved(model)
+    loaded.is_written = True
 
 
 def put(model: nn.Module, entries: Mapping[str, tuple[Mask, Tensor]]) -> None:

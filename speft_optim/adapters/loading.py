@@ -62,12 +62,13 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     before = model.__dict__.get(LOADED) or Loaded({}, {}, {}, "")
     before.check_saved(model)
     # The weights' own entries are kept, not those of the adapters, which may have been trained further.
-    held = dict(before.held(model))
+    held, was_written = dict(before.held(model)), before.is_written
     restore_base(model, before)
     try:
         _check_base(model, adapter, path)
     except ValueError:
         put(model, held)
+        before.is_written = was_written
         raise
     remember(model, {**before.adapters, name: adapter})
     mix(model, model.__dict__[LOADED], {name: 1.0})

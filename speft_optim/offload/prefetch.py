@@ -143,6 +143,11 @@ class Prefetcher:
             block: number of the block.
             wanted: numbers of the blocks that the copy must not replace.
         """
+        if not self._buffers and not self._own:
+            raise RuntimeError(
+                "This loss was computed before desparsify, and its backward needs weights that are no longer copied to "
+                f"{self._device}; call backward before desparsify, or compute the loss again."
+            )
         states = [plainly(weight.state) for weight in self._blocks[block].values()]
         # A block that changed in host memory is copied into its own buffer again.
         buffer = self._buffer_of(block)

@@ -16,7 +16,13 @@ from torch import Tensor
 from speft_optim.checks import check_choice
 from speft_optim.distributed import check_equal_masks, together
 from speft_optim.optim.carried_moments import MaskChange, carried_moments, in_runs
-from speft_optim.optim.checks import check_gradients, check_options, check_others, warn_of_dense_training
+from speft_optim.optim.checks import (
+    check_gradients,
+    check_options,
+    check_others,
+    refuse_step_in_backward,
+    warn_of_dense_training,
+)
 from speft_optim.optim.moments import moment_bytes, new_moments_
 from speft_optim.optim.saved_optimizer import SavedOptimizer
 from speft_optim.optim.state import has_moments
@@ -136,8 +142,9 @@ class SparseAdamW(SavedOptimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a masked weight was replaced; or, at the first step, the masks differ between processes or the
-                values of all masked weights are frozen.
+            ValueError: a masked weight was replaced; the step is taken within a backward, see
+                `refuse_step_in_backward`; or, at the first step, the masks differ between processes or the values of
+                all masked weights are frozen.
             FloatingPointError: a gradient is not finite, with `on_nonfinite="raise"`.
         """
         loss = None
@@ -149,6 +156,8 @@ class SparseAdamW(SavedOptimizer):
         # All weights are checked before any update, also those without a gradient: a replaced weight never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
         self._held = tuple(weights.values())
+        if torch._C._current_graph_task_id() != -1:
+            refuse_step_in_backward(weights.values())
         # In the first step an error of one process alone would let the others hang in the exchange below.
         with nullcontext() if self._stepped else together():
             for weight in weights.values():

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 from speft_optim.checks import check_flag
 from speft_optim.kernels.magnitudes import POWERS
 from speft_optim.optim.moments import STATE_BITS
+from speft_optim.weights.sharded import ShardedWeight
 from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.storage import DenseWeight
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,23 @@ def check_gradients(weights: dict[Tensor, SparseWeight | None]) -> None:
             len(missing),
             missing[0],
         )
+
+
+def refuse_step_in_backward(weights: Iterable[SparseWeight | None]) -> None:
+    """Refuse a step that is taken within a backward, as by optimizers in hooks of their parameters.
+
+    Values have their gradient before their layer forms that of its input, for which it needs the weight as it was. One
+    that is quantised or in host memory has its trained entries beside it, and is read before.
+
+    Raises:
+        ValueError: a weight holds the trained entries itself.
+    """
+    for weight in weights:
+        if weight is not None and isinstance(weight.base, DenseWeight | ShardedWeight):
+            raise ValueError(
+                f"step() was called within a backward, in which {weight.name} is still needed as it was, so that "
+                "gradients would be wrong; call it after backward, or sparsify with offload= or on a quantised base."
+            )
 
 
 def warn_of_dense_training(weights: dict[Tensor, SparseWeight | None]) -> None:
