@@ -204,6 +204,8 @@ class SavedOptimizer(Optimizer):
         if weight is not None:
             mask = mask_of(saved)
             if weight.mask != mask:
+                # The values may have moved to another device with `fully_shard`.
+                weight.synchronize()
                 weight.change_mask(weight.compare(mask))
             if "previously_trained" in saved:
                 weight.restore_previous(previous_of(saved), saved["previous_values"])
