@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from speft_optim.kernels.adamw import Update
-from speft_optim.kernels.blockwise import BLOCK, code_bounds, dynamic_codes
+from speft_optim.kernels.blockwise import BLOCK, blocks_in, code_bounds, dynamic_codes
 from speft_optim.kernels.magnitudes import LEAST, MOST, TINY
 
 _LEAST, _MOST = tl.constexpr(LEAST), tl.constexpr(MOST)
@@ -42,7 +42,7 @@ def fused_adamw(
             kinds.setdefault(update.kind, []).append(update)
     launches = []
     for (device, eight_bits, dtype, by_magnitude), same in kinds.items():
-        blocks = torch.tensor([0, *(-(-update.values.numel() // BLOCK) for update in same)]).cumsum(0)
+        blocks = torch.tensor([0, *(blocks_in(update.values.numel()) for update in same)]).cumsum(0)
         steps = [[lr / (1 - beta1**update.step), (1 - beta2**update.step) ** 0.5] for update in same]
         table = torch.tensor([update.addresses() for update in same])
         signs = (True, False) if eight_bits else ()

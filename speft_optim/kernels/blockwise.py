@@ -36,6 +36,11 @@ def code_bounds(signed: bool, device: torch.device) -> Tensor:
     return (codes[1:] + codes[:-1]) / 2
 
 
+def blocks_in(count: int) -> int:
+    """Return how many blocks so many numbers take, the last one perhaps not whole."""
+    return -(-count // BLOCK)
+
+
 def quantize_blockwise(numbers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantise `numbers`, block by block of 256.
 
@@ -46,7 +51,7 @@ def quantize_blockwise(numbers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     Returns:
         Codes (k,) uint8 and scales (blocks,) fp32; a block's scale is its largest magnitude.
     """
-    blocks = -(-numbers.numel() // BLOCK)
+    blocks = blocks_in(numbers.numel())
     padded = torch.nn.functional.pad(numbers, (0, blocks * BLOCK - numbers.numel())).view(blocks, BLOCK)
     scales = padded.abs().amax(dim=1)
     # A block of zeros has scale 0 and must not divide by it; any of its codes times 0 is 0.

@@ -258,11 +258,16 @@ class SparseAdamW(SavedOptimizer):
                 moments = self._moments_of(run) if carry else [{}] * len(run)
             if not run:
                 return
-            for change, carried in zip(run, moments, strict=True):
-                change.make()
-                if not carry:
-                    self.reset_moments(change.values)
-                self.state[change.values].update(carried)
+            self._make(run, moments, carry)
+            # What a large weight leaves is not kept while the next one is prepared.
+            del moments
+
+    def _make(self, run: list[MaskChange], moments: list[dict[str, Tensor]], carry: bool) -> None:
+        for change, carried in zip(run, moments, strict=True):
+            change.make()
+            if not carry:
+                self.reset_moments(change.values)
+            self.state[change.values].update(carried)
 
     def _moments_of(self, run: list[MaskChange]) -> list[dict[str, Tensor]]:
         """Return for each change the keys of its state that get a new tensor."""

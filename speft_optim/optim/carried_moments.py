@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from speft_optim.kernels.blockwise import BLOCK, dequantize_blockwise, quantize_blockwise
+from speft_optim.kernels.blockwise import BLOCK, blocks_in, dequantize_blockwise, quantize_blockwise
 from speft_optim.optim.moments import SIGNED
 
 # Entries are joined up to this number; positions, places and temporaries take some sixty-four bytes for each.
@@ -110,7 +110,7 @@ def _starts(counts: Iterable[int]) -> list[int]:
     """Return where each weight starts, and where the last one ends, if each takes whole blocks."""
     starts = [0]
     for count in counts:
-        starts.append(starts[-1] + -(-count // BLOCK) * BLOCK)
+        starts.append(starts[-1] + blocks_in(count) * BLOCK)
     return starts
 
 

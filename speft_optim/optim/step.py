@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speft_optim.kernels.adamw import Update, adamw_, fused_adamw
-from speft_optim.kernels.blockwise import BLOCK
+from speft_optim.kernels.blockwise import blocks_in
 from speft_optim.kernels.launch import launches
 from speft_optim.kernels.magnitudes import mean_power
 from speft_optim.optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
@@ -146,6 +146,5 @@ def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) 
         for part in parts:
             if part.dtype != dtype or part.device != device or not part.is_contiguous():
                 return False
-    blocks = -(-parameter.numel() // BLOCK)
     fit = all(part.shape == parameter.shape for part in (parameter.grad, *moments))
-    return fit and all(len(part) == blocks for part in scales)
+    return fit and all(len(part) == blocks_in(parameter.numel()) for part in scales)

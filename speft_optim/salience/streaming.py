@@ -168,7 +168,7 @@ class TrainingSalience:
         elif self.scope == "local":
             for weight in (weight for weight in self.weights if is_used.get(weight.name)):
                 chosen.update(self._compete([weight], wanted[weight.name]))
-        if unused := [name for name, used in is_used.items() if not used]:
+        if unused := [r.target.name for r in self.group if r.entries and not is_used[r.target.name]]:
             self._warn_once(
                 "%d weights got no gradient in %d steps, e.g. %s (an expert without a token, a frozen part), so that "
                 "their masks stay as they are.",
