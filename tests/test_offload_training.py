@@ -323,14 +323,29 @@ def test_changes_from_outside_win_as_on_a_resident_model(change):
     assert equal_states(results[0], results[1])
 
 
+def masked_weight(model, name):
+    """The masked weight of a name."""
+    return next(weight for weight in sparse_weights(model) if weight.name == name)
+
+
 def test_a_change_through_memory_shared_before_the_last_step_is_refused():
     setup = offloaded()
     name = next(iter(setup.masks))
     shared = setup.model.state_dict()[name]
     train(setup.model, setup.optimizer)
+    mask, values = setup.masks[name], masked_weight(setup.model, name).values
+    newest = values.detach().clone()
     shared.zero_()
     with pytest.raises(ValueError, match=rf"{name} was changed through a tensor that shared its memory"):
         setup.model(**token_batch())
+    # The refusal loses neither the last steps nor the change, whatever is tried next.
+    expected = torch.zeros(mask.shape).view(-1).index_copy_(0, mask.indices.long(), newest).view(mask.shape)
+    assert torch.equal(setup.model.state_dict()[name], expected) and torch.equal(values, newest)
+    setup.model(**token_batch())
+    assert torch.equal(values, newest)
+    shared.zero_()
+    setup.model(**token_batch())
+    assert not values.any()  # It was up to date, so the change wins.
 
 
 def test_desparsify_refuses_such_a_change_before_it_undoes_anything():
@@ -339,12 +354,14 @@ def test_desparsify_refuses_such_a_change_before_it_undoes_anything():
     shared = setup.model.state_dict()[name]
     train(setup.model, setup.optimizer)
     shared.zero_()
-    before = state(setup.model)
+    before, mask = state(setup.model), setup.masks[name]
+    newest = masked_weight(setup.model, name).values.detach().clone()
     with pytest.raises(ValueError, match=rf"{name} was changed through a tensor that shared its memory"):
         desparsify(setup.model)
     assert state(setup.model) == before
     desparsify(setup.model)
     assert not sparse_weights(setup.model)
+    assert torch.equal(shared.view(-1)[mask.indices.long()], newest)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -191,21 +191,24 @@ class HostWeight(FloatingWeight):
         """Return whether the parameter lacks the newest of the attached values.
 
         Raises:
-            ValueError: the weight was changed past its parameter while it was behind.
+            ValueError: the weight was changed past its parameter while it was behind; once for each change.
         """
         if self._behind is None:
             return False
         parameter, version = self._behind
-        if parameter is self.parameter and self._held()._version == version:
-            return True
-        self._behind = None
-        if parameter is self.parameter:
+        if parameter is not self.parameter:
+            # It was replaced, as by `load_state_dict(assign=True)`, and the new one wins.
+            self._behind = None
+            return False
+        if self._held()._version != version:
+            # Whoever tries again takes the change, and the newest values at the trained entries: neither is lost.
+            self._behind = parameter, self._held()._version
             raise ValueError(
                 f"{self.name} was changed through a tensor that shared its memory before the last step, as those of an "
-                "earlier state_dict() do; change the parameter itself, or call load_state_dict."
+                "earlier state_dict() do. From the next try on the change counts, but trained entries keep the values "
+                "of the last step; to set these too, change the parameter itself, or call load_state_dict."
             )
-        # It was replaced, as by `load_state_dict(assign=True)`, and the new one wins.
-        return False
+        return True
 
     @torch.no_grad()
     def settle(self) -> None:

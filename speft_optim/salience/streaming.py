@@ -89,8 +89,8 @@ class TrainingSalience:
         self.period = max(window, -(-interval // len(self.groups)))
         self.waiting = self.period - window
         # Chunks are long enough to keep a device busy, and short enough that their temporaries are small.
-        longest = 2**22 if weights[0].values.is_cuda else 2**20
-        self._chunk = max(2**10, min(longest, memory_budget // 512))
+        longest = 2**23 if weights[0].values.is_cuda else 2**20
+        self._chunk = max(2**10, min(longest, memory_budget // 256))
         self._groups_of: dict[str, list[int]] = {weight.name: [] for weight in weights}
         for number, group in enumerate(self.groups):
             for row_slice in group:
