@@ -50,12 +50,13 @@ class MaskSchedule(SavedSchedule):
 
     Memory and checkpoints then also hold the group's accumulators, 4 bytes for each of its entries and at most
     `memory_budget` in all, and a score for each trained entry. Scores are those of the raw gradients: before clipping,
-    and including the constant factors of a loss scaler and of gradient accumulation. A step that is skipped because of
-    inf or NaN lets the group's window begin again. Weights that get no gradient keep their masks. With several
-    processes each adds up its own gradients, and they are averaged at the end of a turn; a checkpoint within a turn
-    holds the sums of the process that saved it. DistributedDataParallel needs local scope and no `density`, since its
-    buffers keep the numbers of entries; otherwise its forward fails. `magnitude`, `random` and `synflow` need no
-    gradient: with these measures and no batches, `select_masks` selects at intervals too.
+    and including the constant factors of a loss scaler and of gradient accumulation; a backward pass whose gradients
+    the training script drops without a step counts too. A step that is skipped because of inf or NaN lets the group's
+    window begin again. Weights that get no gradient keep their masks. With several processes each adds up its own
+    gradients, and they are averaged at the end of a turn; a checkpoint within a turn holds the sums of the process that
+    saved it. DistributedDataParallel needs local scope and no `density`, since its buffers keep the numbers of entries;
+    otherwise its forward fails. `magnitude`, `random` and `synflow` need no gradient: with these measures and no
+    batches, `select_masks` selects at intervals too.
 
     Averages of parameters, such as torch's `AveragedModel`, mix entries once masks have moved. A copied model that
     averages all parameters then goes by its dense weights, in their dtype. Values that were averaged alone cannot be
