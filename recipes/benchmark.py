@@ -44,7 +44,7 @@ if __package__ in (None, ""):  # started as `python recipes/benchmark.py`
 import torch
 
 from eval.records import write_json
-from recipes import host_memory, moving, processes, salience_cost, several, timed_steps
+from recipes import host_memory, moving, processes, ranges, salience_cost, several, timed_steps
 from recipes.apart import ending_together, run_apart, run_together
 from recipes.benchmark_report import draw, table
 from recipes.host_peers import HOST_ATTACH
@@ -94,6 +94,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         commands.add_parser("salience", help=salience_cost.__doc__.split("\n")[0]), list(SHAPES)
     )
     args = parser.parse_args(argv)
+    ranges.check(parser, args)
     if args.command != "salience":
         check(parser, args)
     return args

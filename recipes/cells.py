@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.records import read_json_lines
-from recipes import baselines
+from recipes import baselines, ranges
 
 SALIENCES = ("snip", "gradient", "magnitude", "random")
 STATIC = tuple(f"static-{salience}" for salience in SALIENCES)
@@ -44,8 +44,9 @@ def check_cell(cell: Cell) -> None:
     if cell.method not in known:
         raise ValueError(f"method {cell.method!r} is unknown; take one of {', '.join(known)}")
     baselines.check_available(cell.method)
-    if not 0 < cell.rate < float("inf"):
-        raise ValueError(f"the rate of {cell.method} is {cell.rate}; it must be above 0 and finite")
+    for name, value in {"rate": cell.rate, "seed": cell.seed}.items():
+        if reason := ranges.refusal("lr" if name == "rate" else name, value):
+            raise ValueError(f"the {name} of {cell.method} is {reason}")
     if (cell.budget_rank is None) != (cell.method == "full") or (cell.budget_rank is not None and cell.budget_rank < 1):
         raise ValueError(f"the budget rank of {cell.method} is {cell.budget_rank}; full has none, others at least 1")
 

@@ -5,22 +5,16 @@ Options that would fail minutes later are refused here, before anything is loade
 
 import argparse
 import importlib.util
-import math
 
 import torch
 
-from recipes import baselines, fitting, moving, processes
+from recipes import baselines, fitting, moving, processes, ranges
 from recipes.options import GROUPS
 from recipes.presets import PAPER, PRESETS, preset_table
 
 DESCRIPTION = "Sparse fine-tuning on grade-school word problems, from a pretrained model to a scored checkpoint."
 # These options say how many values are trained, each in its own way.
 BUDGETS = ("density", "budget", "budget_rank")
-# These options are whole numbers of at least 1.
-AT_LEAST_ONE = (
-    "budget budget_rank steps train_limit held_out max_length calibration_samples batch_size interval window "
-    "accumulation checkpoint_every score_limit score_batch_size length_pool pad_multiple"
-)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,17 +139,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     """Refuse numbers that are out of range, and more than one number of trained entries."""
     if sum(getattr(args, name) is not None for name in BUDGETS) > 1:
         parser.error("give one of --density, --budget and --budget-rank, not both or all three")
-    if args.density is not None and not 0 < args.density <= 1:
-        parser.error(f"--density is {args.density}; it is a share of the target weights, above 0 and at most 1")
-    for name in AT_LEAST_ONE.split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("lr", "epochs", "clip", "train_minutes"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} is {getattr(args, name)}; it must be above 0 and finite")
-    if not 0 <= args.warmup <= 1:
-        parser.error(f"--warmup is {args.warmup}; it is a share of the steps, from 0 to 1")
+    ranges.check(parser, args)
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from eval.records import write_json
-from recipes import compiled, loop, memory, moving
+from recipes import compiled, loop, memory, moving, ranges
 from recipes.cells import Cell, check_cell, read_cells
 from recipes.workers import Worker, check_ended, result_of, watch, work
 
@@ -87,8 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.cells is None) == (args.methods is None or args.rates is None):
         parser.error("give --methods and --rates, or --cells with a file")
-    if args.workers < 1:
-        parser.error(f"--workers is {args.workers}; it must be at least 1")
+    ranges.check(parser, args)
     return args
 
 

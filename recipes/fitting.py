@@ -47,8 +47,6 @@ def by_speed(tokens: int) -> list[Mode]:
 
 def offload_refusal(args: argparse.Namespace) -> str | None:
     """Return why the other options leave no frozen weights in host memory; None if they do."""
-    if args.resident_blocks is not None and args.resident_blocks < 0:
-        return f"--resident-blocks is {args.resident_blocks}; it must be at least 0"
     if args.method != "sparse":
         return f"--offload leaves frozen weights in host memory for a mask; leave it out of --method {args.method}"
     if processes.count() > 1:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from eval.records import save_figure, write_json
-from recipes import data, ending, models, report, word_problems
+from recipes import data, ending, models, ranges, report, word_problems
 from speft_optim import MEASURES, Masks, select_masks
 
 
@@ -80,7 +80,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-budget", type=int, help="bytes for estimation (default half of what is free)")
     parser.add_argument("--seed", type=int, default=0, help="of the generator and of `random` (default %(default)s)")
     parser.add_argument("--out", default="out/salience", help="folder for the results (default %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    ranges.check(parser, args)
+    return args
 
 
 def measure(model, batches: list[dict], name: str, options: dict) -> tuple[Masks, dict]:

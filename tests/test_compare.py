@@ -197,6 +197,7 @@ def test_cells_come_from_a_file_or_from_lists_seeds_last(tmp_path):
         (Cell("moving-fisher", 4, 1e-3, 0), "method 'moving-fisher' is unknown"),
         (Cell("static-best", 4, 1e-3, 0), "method 'static-best' is unknown"),
         (Cell("lora", 4, 0.0, 0), "the rate of lora is 0.0"),
+        (Cell("lora", 4, 1e-3, -1), "the seed of lora is -1; it must be from 0"),
         (Cell("lora", None, 1e-3, 0), "the budget rank of lora is None"),
         (Cell("full", 4, 1e-3, 0), "the budget rank of full is 4"),
         (Cell("lora", 0, 1e-3, 0), "the budget rank of lora is 0"),

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import sys
@@ -34,7 +35,9 @@ import speft_optim
 from eval import records
 from recipes import (
     batch_loss,
+    benchmark,
     command_line,
+    compare,
     data,
     ending,
     gsm8k,
@@ -47,6 +50,7 @@ from recipes import (
     packaged_models,
     presets,
     report,
+    salience,
     shapes,
     trainable,
     training_state,
@@ -901,6 +905,12 @@ def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, mon
         (["--preset", "demo", "--lr", "0"], "lr is 0.0; it must be above 0"),
         (["--preset", "demo", "--train-minutes", "inf"], "train-minutes is inf; it must be above 0 and finite"),
         (["--preset", "demo", "--warmup", "3"], "warmup is 3.0"),
+        (["--preset", "demo", "--warmup", "nan"], "warmup is nan; it is a share of the steps, from 0 to 1"),
+        (["--preset", "demo", "--weight-decay", "-1"], "weight-decay is -1.0; it must be at least 0 and finite"),
+        (["--preset", "demo", "--weight-decay", "nan"], "weight-decay is nan; it must be at least 0 and finite"),
+        (["--preset", "demo", "--epochs", "1e308"], "epochs is 1e+308; it must be above 0 and finite, at most 10**15"),
+        (["--preset", "demo", "--held-out", str(10**30)], "it must be at least 1, and at most 10**15"),
+        (["--preset", "demo", "--seed", "-1"], "seed is -1; it must be from 0 to 2**32 - 1"),
         (["--preset", "demo", "--method", "full", "--budget", "9"], "--method full trains all weights"),
         (["--preset", "demo", "--steps", "1", "--epochs", "1"], "not allowed with"),
         (["--preset", "demo", "--method", "full", "--base-bits", "8"], "--base-bits 8 freezes the weights"),
@@ -914,6 +924,49 @@ def test_bad_commands_are_refused_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit):
         command_line.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+# Each command with all options that take a number.
+NUMBERS = {
+    "gsm8k --model m --data d --offload": (
+        "resident-blocks train-limit held-out max-length density budget budget-rank calibration-samples interval "
+        "window lr epochs steps train-minutes batch-size accumulation warmup clip weight-decay checkpoint-every "
+        "length-pool pad-multiple score-limit score-batch-size seed"
+    ),
+    "compare --model m --data d --methods lora --rates 1": (
+        "workers minutes epochs steps train-limit test-limit max-length calibration-samples batch-size "
+        "judge-batch-size accumulation warmup clip weight-decay length-pool pad-multiple window interval"
+    ),
+    "salience": "density samples batch-size max-length memory-budget seed",
+    "benchmark memory": "layers batch seq density rank steps resident-blocks",
+    "benchmark several --modes sharded-bf16": "layers batch seq density rank steps",
+    "benchmark salience": "layers batches batch seq density memory-budget memory-limit",
+}
+PARSE = {name: module.parse for name, module in dict(compare=compare, salience=salience, benchmark=benchmark).items()}
+PARSE["gsm8k"] = command_line.parse
+# Numbers that are in few ranges or none, and what errors show of them.
+SHOWN = {"-1": r"-1(\.0)?", "0": r"0(\.0)?", "nan": "nan", "inf": "inf", "1" + 30 * "0": r"1(e\+30|0{30})"}
+
+
+@pytest.mark.parametrize("words", NUMBERS)
+def test_every_number_has_a_range(words, capsys):
+    command, *fixed = words.split()
+    with pytest.raises(SystemExit):
+        PARSE[command]([*fixed, "--help"])
+    listed = re.findall(r"^  --([a-z-]+) [A-Z_]+(?:  |$)", capsys.readouterr().out, re.MULTILINE)
+    others = "model cache data out cells methods budget-ranks rates seeds modes score-data salience"
+    assert set(listed) - set(others.split()) == set(NUMBERS[words].split())
+    for name in NUMBERS[words].split():
+        zero = name in ("weight-decay", "resident-blocks", "minutes", "warmup", "seed")
+        for value in SHOWN.keys() - (["0"] if zero else []):
+            with pytest.raises(SystemExit):
+                PARSE[command]([*fixed, f"--{name}", value])
+            error = capsys.readouterr().err.partition(" error: ")[2]
+            assert re.match(
+                rf"--{name} is {SHOWN[value]}; it |argument --{name}: invalid int value: '(nan|inf)'", error
+            )
+        if zero:
+            PARSE[command]([*fixed, f"--{name}", "0"])
 
 
 def test_base_bits_without_bitsandbytes_is_refused_at_once(monkeypatch, capsys):
