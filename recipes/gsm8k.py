@@ -43,7 +43,7 @@ import torch
 
 from recipes import baselines, compiled, data, ending, loop, memory, models, moving, processes, report, word_problems
 from recipes.command_line import parse
-from recipes.presets import expected_host_bytes, expected_memory
+from recipes.presets import check_resident, configuration_of, expected_host_bytes, expected_memory
 from recipes.run import MASKS, Run, is_trained
 from recipes.trainable import Trained, attach
 from recipes.training_state import remove_checkpoints
@@ -224,6 +224,8 @@ def main(argv: list[str] | None = None) -> dict:
         if args.offload:
             print(f"host memory {expected_host_bytes(args) / memory.GIB:.2f} GiB for weights and inputs of blocks")
         return moments
+    if args.resident_blocks:
+        check_resident(args, configuration_of(args))
     memory.let_segments_grow()
     with processes.joined():
         return work(args)

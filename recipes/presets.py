@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from transformers import PretrainedConfig
+
 from recipes import memory, models, moving, shapes
 
 METAMATH = {"data": "meta-math/MetaMathQA", "train_limit": 100_000, "checkpointing": True, "state_bits": 8}
@@ -75,13 +77,27 @@ def preset_table(parse: Callable[[list[str]], argparse.Namespace]) -> str:
     return "\n".join(lines)
 
 
+def configuration_of(args: argparse.Namespace) -> PretrainedConfig:
+    """Return the configuration of the model, without fetching or loading its weights."""
+    if args.preset in shapes.SHAPES and args.model == PRESETS[args.preset]["model"]:
+        return shapes.configuration(args.preset)  # needs no network and no accepted licence
+    return models.configuration(args.model, cache=args.cache)
+
+
 def shape_of(args: argparse.Namespace) -> shapes.Shape:
     """Return the sizes of the model, from its configuration alone."""
-    if args.preset in shapes.SHAPES and args.model == PRESETS[args.preset]["model"]:
-        config = shapes.configuration(args.preset)  # needs no network and no accepted licence
-    else:
-        config = models.configuration(args.model, cache=args.cache)
-    return shapes.Shape.of(config)
+    return shapes.Shape.of(configuration_of(args))
+
+
+def check_resident(args: argparse.Namespace, config: PretrainedConfig) -> None:
+    """Refuse more resident blocks than the model has.
+
+    Raises:
+        ValueError: says how many it has.
+    """
+    blocks = config.get_text_config().num_hidden_layers
+    if (args.resident_blocks or 0) > blocks:
+        raise ValueError(f"--resident-blocks is {args.resident_blocks}; the model has {blocks} blocks, so lower it")
 
 
 def expected_host_bytes(args: argparse.Namespace) -> int:
@@ -91,9 +107,9 @@ def expected_host_bytes(args: argparse.Namespace) -> int:
 
 def expected_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Estimate the memory of training with the longest batch, by moment and part; see `recipes.memory.estimate`."""
-    shape = shape_of(args)
-    if (args.resident_blocks or 0) > shape.layers:
-        raise ValueError(f"--resident-blocks is {args.resident_blocks}; the model has {shape.layers} blocks")
+    config = configuration_of(args)
+    check_resident(args, config)
+    shape = shapes.Shape.of(config)
     sizes = shape.targets(args.targets)
     total = sum(rows * columns for rows, columns in sizes)
     entries = args.budget or sum((args.budget_rank or 0) * (rows + columns) for rows, columns in sizes)

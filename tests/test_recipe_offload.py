@@ -102,6 +102,13 @@ def test_what_cannot_be_offloaded_is_refused_at_once(more, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_more_resident_blocks_than_the_model_has_are_refused_before_anything_is_written(folders, tmp_path):
+    more = ["--offload", "--resident-blocks", 999]
+    with pytest.raises(ValueError, match="--resident-blocks is 999; the model has 2 blocks, so lower it"):
+        gsm8k.main(command(folders, "llama", tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_dry_run_counts_offloaded_bytes_on_gpu_and_host(capsys):
     command = "--preset llama3-70b --base-bits 4 --offload --batch-size 2 --max-length 2048 --dry-run".split()
     moments, printed = gsm8k.main(command), capsys.readouterr().out
