@@ -126,6 +126,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--gpu-gb {args.gpu_gb} simulates a small GPU on a larger one, but there is no CUDA device")
     if args.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
         parser.error("--liger needs a CUDA device and the package: pip install liger-kernel")
+    blocks = shaped(args.shape, args.layers).num_hidden_layers
+    if args.resident_blocks > blocks:
+        parser.error(f"--resident-blocks is {args.resident_blocks}; the model has {blocks} blocks, so lower it")
     known = several.MODES if args.command == "several" else MODES
     if unknown := [mode for mode in args.modes.split(",") if mode not in known]:
         parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(known)}")
@@ -257,4 +260,7 @@ def estimated(shape: Shape, method: str, bits: int, args: argparse.Namespace) ->
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -375,6 +375,9 @@ def test_benchmark_reports_every_mode_also_one_that_fails(tmp_path, capsys):
     assert "invalid choice" in failed["error"] and failed["error"] in benchmark_report.table([failed, row])
     with pytest.raises(SystemExit):
         benchmark.main(["memory", "--modes", "none"])
+    with pytest.raises(SystemExit):
+        benchmark.main(["memory", "--shape", "tiny", "--layers", "3", "--resident-blocks", "4"])
+    assert "--resident-blocks is 4; the model has 3 blocks, so lower it" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_too_small_is_a_result(monkeypatch):

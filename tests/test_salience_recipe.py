@@ -1,6 +1,8 @@
 """The comparison of measures, and the benchmark of their cost, on tiny models."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from byte_tokenizer import VOCABULARY, byte_tokenizer
@@ -40,3 +42,10 @@ def test_cost_benchmark_counts_passes(tmp_path):
     assert offloaded["measure"] == "gradient" and offloaded["passes"] == 4
     with pytest.raises(ValueError, match="leave plain or --offload out"):
         benchmark.main([*offload, "--measures", "plain"])
+    words = [sys.executable, "-m", "recipes.benchmark", *offload, "--measures", "plain"]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        "error: plain passes need the model on the GPU; leave plain or --offload out."
+    )
+    assert "Traceback" not in ended.stderr
