@@ -45,7 +45,7 @@ def read_record(path: Path) -> dict:
         raise ValueError(f"no such score file: {path}; write one with `python -m eval.score ... --out {path}`")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); give a file that eval.score wrote") from error
     if not isinstance(record, dict) or not isinstance(record.get("tasks"), dict):
         raise ValueError(f"{path} holds no tasks; give a file that eval.score wrote")

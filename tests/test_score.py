@@ -545,6 +545,7 @@ def test_the_compare_command_prints_scores_differences_and_settings(tmp_path, ca
         (["a.json", "a.json"], "different"),
         (["a.json", "none.json"], "no such score file"),
         (["a.json", "text.json"], "not JSON"),
+        (["a.json", "bytes.json"], "bytes.json is not JSON"),
         (["a.json", "list.json"], "no tasks"),
         (["a.json", "b.json"], "no score in common"),
     ],
@@ -556,6 +557,7 @@ def test_the_compare_command_refuses_records_that_cannot_be_compared(names, mess
     (tmp_path / "b.json").write_text(json.dumps(other))
     (tmp_path / "text.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
     with pytest.raises(SystemExit, match=message):
         compare.main([str(tmp_path / name) for name in names])
 
