@@ -6,10 +6,12 @@ So neither training nor scoring leaves special tokens to the tokenizer: both enc
 """
 
 import itertools
+import json
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,30 @@ def fetch(name: str, *, packaged: Collection[str] = ()) -> Path:
             f"{name!r} is neither a folder{also}, nor could it be fetched from the hub ({error}); "
             "give a folder that save_pretrained wrote"
         ) from error
+
+
+def check_readable(folder: Path) -> None:
+    """Refuse a checkpoint folder with a file that is cut short or otherwise damaged; reads no weights.
+
+    Raises:
+        ValueError: names the file.
+    """
+    remedy = "copy or save the checkpoint again"
+    for path in sorted(
+        path for pattern in ("*config.json", "*.index.json", "tokenizer.json") for path in folder.glob(pattern)
+    ):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, not an object of names and values; {remedy}")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def load_tokenizer(folder: str | Path):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from eval.checkpoints import begins_with_bos, fetch, load_tokenizer
+from eval.checkpoints import begins_with_bos, check_readable, fetch, load_tokenizer
 from eval.harness import check_names, load_tasks, run
 from eval.model import as_language_model, load_model
 from eval.records import hash_files, package_version, write_json
@@ -70,13 +70,16 @@ def score(
         The record in the JSON: scores by task, metric and filter, and all that is needed to repeat the run.
 
     Raises:
-        ValueError: an argument is wrong. It is raised before any weight is read.
+        ValueError: an argument is wrong, or a file of the checkpoint is damaged. It is raised before any weight is
+            read, but for more `max_gen_tokens` than the model has positions.
     """
+    check_counts(limit=limit, batch_size=batch_size, max_gen_tokens=max_gen_tokens)
+    check_seed(seed)
+    check_dtype(dtype)
+    check_device(device)
+    check_names(tasks)
     folder = find_checkpoint(checkpoint)
     check_files(adapter=adapter, out=out)
-    check_counts(limit=limit, batch_size=batch_size, max_gen_tokens=max_gen_tokens)
-    check_dtype(dtype)
-    check_names(tasks)
     options = dict(data=data, fewshot=fewshot, max_gen_tokens=max_gen_tokens, seed=seed)
     # Tasks run one by one, so that the result of each can be kept while the others run.
     loaded = {name: load_tasks([name], **options) for name in tasks}
@@ -101,6 +104,11 @@ def score(
     unbegun = {"tasks": {}, "unfinished": list(loaded), "seconds": 0.0}
     record = earlier_record(out, settings) or settings | unbegun
     language_model = as_language_model(model, tokenizer, batch_size)
+    if max_gen_tokens is not None and max_gen_tokens >= language_model.max_length:
+        raise ValueError(
+            f"max_gen_tokens is {max_gen_tokens}; it must be below {language_model.max_length}, which the model reads, "
+            "and leave room for prompts"
+        )
     finish(record, language_model, loaded, None if out is None else Path(out))
     return record
 
@@ -170,6 +178,7 @@ def find_checkpoint(checkpoint: str) -> Path:
         raise ValueError(
             f"{checkpoint} lacks {', '.join(missing)}; save the model with save_pretrained and its tokenizer beside it"
         )
+    check_readable(folder)
     return folder
 
 
@@ -194,17 +203,38 @@ def write_probe(path: Path) -> None:
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuse counts below 1; lm-eval would take a `limit` below 1 for a share of the problems."""
+    """Refuse counts below 1, or too large for a slice; lm-eval would take a `limit` below 1 for a share of problems."""
     for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name} is {count}; it must be a whole number of at least 1, or None for the default")
+        if count is not None and (not isinstance(count, int) or not 1 <= count <= 10**15):
+            raise ValueError(
+                f"{name} is {count}; it must be a whole number of at least 1, at most 10**15, or None for the default"
+            )
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy would not take."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must be a whole number from 0 to 2**32 - 1, such as 1234")
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Refuse a name that is not that of a floating-point dtype."""
-    found = None if dtype is None else getattr(torch, dtype, None)
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    """Refuse a name that is not that of a floating-point dtype of at least 16 bits, in which models compute."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    computes = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
+    if dtype is not None and not computes:
         raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16, or None for the default")
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that is unknown, missing, or holds no numbers."""
+    try:
+        if device is not None:
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises each of them for some device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device is {device!r}, which torch cannot use here ({reason}); use another, such as cpu"
+        ) from error
 
 
 def table(record: dict) -> str:

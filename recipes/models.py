@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
-from eval.checkpoints import fetch, load_tokenizer
+from eval.checkpoints import check_readable, fetch, load_tokenizer
 from recipes.packaged_models import PACKAGED, packaged_configuration, quiet_bars, unpack
 from speft_optim import patch_model
 
@@ -28,6 +28,7 @@ def resolve(name: str, *, cache: str | Path = "models") -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
+        check_readable(folder)
         return folder
     return fetch(name, packaged=PACKAGED)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import lm_eval
@@ -22,6 +23,7 @@ from eval.harness import TASK_FOLDER, load_tasks, run
 from eval.model import CheckpointLM, StopEachRow, as_language_model, load_model
 from eval.records import hash_files
 from eval.score import score, table
+from recipes import models as recipe_models
 from speft_optim import SparseAdamW, save_adapter, select_masks, sparsify
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -443,7 +445,14 @@ def test_an_adapter_scores_like_its_checkpoint(data, tmp_path):
         ({"fewshot": -1}, "fewshot is -1"),
         ({"fewshot": 7}, "7 solved examples"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"limit": 10**30}, "limit is 10{30}; it must be .* at most"),
+        ({"seed": -1}, "seed is -1; it must be a whole number from 0"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be a whole number from 0"),
         ({"dtype": "fp99"}, "dtype is 'fp99'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
+        ({"device": "bogus"}, "device is 'bogus', which torch cannot use here .* use another, such as cpu"),
+        ({"device": "cuda:999"}, "device is 'cuda:999', which torch cannot use here"),
+        ({"device": "meta"}, "device is 'meta', which torch cannot use here"),
         ({"adapter": "nowhere.safetensors"}, "no such adapter file"),
         ({"chat_template": True}, "no chat template"),
         ({"out": "."}, "a folder"),
@@ -483,6 +492,27 @@ def test_an_incomplete_checkpoint_is_refused(name, data, tmp_path):
     (tmp_path / "run" / name).unlink()
     with pytest.raises(ValueError, match=r"lacks .*(config.json|safetensors)"):
         score(folder, ["demo"], data=data)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0, None])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(name, kept, data, tmp_path, monkeypatch):
+    """A file that is cut short, an empty one, and one of something else."""
+    folder, path = save_checkpoint(tmp_path / "run"), tmp_path / "run" / name
+    content = path.read_bytes()
+    path.write_bytes(b"[1, 2, 3]" if kept is None else content[: int(kept * len(content))])
+    monkeypatch.setattr(score_module, "load_model", None)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*; copy or save the checkpoint again"):
+        score(folder, ["demo"], data=data)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        recipe_models.resolve(folder)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(data, tmp_path):
+    folder, out = save_checkpoint(tmp_path / "run"), tmp_path / "out.json"
+    with pytest.raises(ValueError, match="max_gen_tokens is 4096; it must be below 4096"):
+        score(folder, ["demo"], data=data, max_gen_tokens=4096, out=str(out))
+    assert not out.exists()
 
 
 def test_the_command_scores_and_asks_for_the_data(data, tmp_path, monkeypatch, capsys):
