@@ -17,6 +17,7 @@ from torch import nn
 
 from speft_optim import Mask, Masks, SparseAdamW, select_masks, sparsify
 from speft_optim.offload.prefetch import Prefetcher
+from speft_optim.weights.attached import sparse_weights
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-10, atol=1e-12),
@@ -240,6 +241,32 @@ def random_masks(model, targets=None, density=0.2, seed=0, **options):
     """Masks of a random share of the entries of each target."""
     choose = dict(salience="random", density=density, targets=targets, seed=seed, progress=False)
     return select_masks(model, **choose, **options)
+
+
+def take_a_step(model):
+    values = [weight.values for weight in sparse_weights(model)]
+    model(**token_batch(1)).loss.backward()
+    SparseAdamW(values, lr=0.1).step()
+
+
+def load_values(model):
+    for weight in sparse_weights(model):
+        weight.base.put(weight.mask, weight.values.detach() * 0.9)
+
+
+@torch.no_grad()
+def swap_values_in(model):
+    for weight in sparse_weights(model):
+        weight.values.data.copy_(weight.values * 0.9)
+
+
+def move_masks(model):
+    for weight, mask in zip(sparse_weights(model), random_masks(model, seed=3).values(), strict=True):
+        weight.change_mask(weight.compare(mask))
+
+
+# What may happen to the values of a sparsified model between a forward and its backward.
+CHANGES_OF_VALUES = [take_a_step, load_values, swap_values_in, move_masks]
 
 
 def some_entries(model, names, share=0.4):

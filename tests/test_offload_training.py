@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    CHANGES_OF_VALUES,
     OPTIONS,
     Setup,
     attach,
@@ -541,6 +542,45 @@ def test_a_quantised_base_trains_as_a_resident_one(original, kind):
         assert all(map(torch.equal, stored(model), before))
         results.append((losses, states, generated, effective(model)))
     assert equal_states(*results)
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_VALUES)
+@pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])
+def test_a_loss_of_former_values_is_refused(original, kind, change):
+    """Its blocks were recomputed with the values at the time of the backward."""
+    model = tiny_model() if kind == "dense" else loaded(original, kind)
+    values = sparsify(model, random_masks(model), offload="cpu")
+    early = model(**token_batch()).loss
+    change(model)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="proj.* changed after this loss was computed.*before the step"):
+        early.backward()
+    inside = [value for value, weight in zip(values, sparse_weights(model), strict=True) if "layers" in weight.name]
+    assert inside and all(value.grad is None for value in inside), "nothing was computed"
+    model(**token_batch()).loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])
+def test_a_loss_may_wait_while_values_stay(tmp_path, kind):
+    """The evaluation leaves blocks in other buffers, in which a backward took one block's weights for another's."""
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import save_original
+
+    folder, results = save_original(tmp_path, num_hidden_layers=3), []
+    for offload in (None, "cpu"):
+        model = tiny_model(num_hidden_layers=3) if kind == "dense" else loaded(folder, kind)
+        values = sparsify(model, random_masks(model), offload=offload)
+        for _ in range(2):
+            first = model(**token_batch(0)).loss
+            with torch.no_grad():
+                model(**token_batch(2))
+            second = model(**token_batch(1)).loss
+            assert all(value.data.norm() > 0 for value in values) and model.state_dict()
+            first.backward(retain_graph=True)
+            second.backward()
+            first.backward()
+        results.append([value.grad for value in values])
+    assert all(map(torch.equal, *results))
 
 
 class MovesOf(TorchFunctionMode):

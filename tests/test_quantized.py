@@ -10,7 +10,17 @@ import weakref
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import BytesSince, Reference, assert_close, product_flops, random_masks, tiny_model, token_batch, train
+from conftest import (
+    CHANGES_OF_VALUES,
+    BytesSince,
+    Reference,
+    assert_close,
+    product_flops,
+    random_masks,
+    tiny_model,
+    token_batch,
+    train,
+)
 from quantized_models import KINDS, SIZES, dequantized_twin, effective, load_quantized, save_original, stored
 from torch import nn
 
@@ -293,6 +303,44 @@ def test_training_agrees_with_the_reference_on_dequantised_weights(model, accumu
         outside = ~reference.dense[name]
         assert torch.equal(dense[outside], reference.start[name][outside])
     assert all(torch.equal(a, b) for a, b in zip(stored(model), state, strict=True)), "the base changed"
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("change", CHANGES_OF_VALUES)
+def test_a_loss_of_former_values_is_refused(model, change, checkpointed):
+    """Its gradient was computed with the values at the time of the backward."""
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    sparsify(model, random_masks(model))
+    early = loss_of(model)
+    change(model)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="proj changed after this loss was computed.*call backward before the step"):
+        early.backward()
+    loss_of(model).backward()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_loss_may_wait_while_values_stay(model, checkpointed):
+    """Evaluation, looks at the values and their states, another loss, and a second backward change nothing."""
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    values = sparsify(model, random_masks(model))
+    loss_of(model, 0).backward()
+    loss_of(model, 1).backward()
+    expected = [value.grad.clone() for value in values]
+    model.zero_grad()
+    first = loss_of(model, 0)
+    with torch.no_grad():
+        loss_of(model, 2)
+    second = loss_of(model, 1)
+    assert all(value.data.norm() > 0 for value in values) and model.state_dict()
+    second.backward(retain_graph=True)
+    model.zero_grad()
+    first.backward()
+    second.backward()
+    for value, gradient in zip(values, expected, strict=True):
+        assert_close(value.grad, gradient)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

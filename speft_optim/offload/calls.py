@@ -124,9 +124,12 @@ def run_by_block(
             # If no input requires a gradient, backward ends here.
             goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
             following = _following(number, count, recorded, goes_on)
+            in_forward = None
 
             def work(_, *args, **kwargs):
-                with prefetcher.holding(number, next(following)), without_checkpoints([block]):
+                nonlocal in_forward
+                holding = prefetcher.holding(number, next(following), in_forward)
+                with holding as in_forward, without_checkpoints([block]):
                     return present(*args, **kwargs)
 
             if not recorded:

@@ -63,6 +63,11 @@ class HostWeight(FloatingWeight):
         return self._values is not None
 
     @property
+    def attached(self) -> list[Tensor]:
+        """The trained values that copies get as an overlay."""
+        return [] if self._values is None else [self._values]
+
+    @property
     def keeps_copy(self) -> bool:
         """Whether a copy stays on the device: not of a weight with trained values, see `lasting`."""
         return self._stays and not self.is_overlaid

@@ -20,6 +20,7 @@ from concurrent.futures import wait
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.pages import PageCopies
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.staging import Staging
+from speft_optim.weights.values_in_forward import ValuesInForward
 
 
 class Following(NamedTuple):
@@ -43,6 +45,19 @@ class Following(NamedTuple):
 
     blocks: tuple[int, ...]
     before_head: int | None
+
+
+class Held(NamedTuple):
+    """How a block was held in its forward, as it must be in its recomputations.
+
+    Attributes:
+        buffer: where its weights were; a quantised product goes back to the copy that it was formed with. Nothing keeps
+            the memory for a loss that outlives `desparsify`.
+        values: by weight what was attached to it.
+    """
+
+    buffer: ref[Buffer]
+    values: list[ValuesInForward]
 
 
 class Prefetcher:
@@ -98,14 +113,18 @@ class Prefetcher:
         stack.callback(self._staging.close)
 
     @contextlib.contextmanager
-    def holding(self, block: int, following: Following) -> Iterator[None]:
+    def holding(self, block: int, following: Following, in_forward: Held | None = None) -> Iterator[Held]:
         """Hold a block's weights in `resident` while the context lasts, and start to copy those of the next blocks.
 
         Args:
             block: number of the block.
             following: what is expected after it.
+            in_forward: for a recomputation, what the context of the forward gave.
+
+        Raises:
+            RuntimeError: values attached to the block have changed since its forward.
         """
-        buffer = self._fetch(block)
+        buffer = self._fetch(block, place=None if in_forward is None else in_forward.buffer())
         buffer.wait_until_queued()
         self._backend.current_stream(self._device).wait_event(buffer.filled)
         self._buffers.sort(key=lambda other: other is buffer)
@@ -113,11 +132,17 @@ class Prefetcher:
         if self._head is not None:
             self._head.approach(following.before_head)
         # The trained entries come last: an optimizer may have stepped since the block was copied.
-        for site, weight in self._blocks[block].items():
+        weights = self._blocks[block]
+        for site, weight in weights.items():
             weight.overlay_(buffer.weights[site])
+        if in_forward is None:
+            in_forward = Held(ref(buffer), [ValuesInForward(one.name, one.attached) for one in weights.values()])
+        else:
+            for values, weight in zip(in_forward.values, weights.values(), strict=True):
+                values.check(weight.attached)
         self.resident = buffer.weights
         try:
-            yield
+            yield in_forward
         finally:
             self.resident = {}
 
@@ -136,12 +161,13 @@ class Prefetcher:
         """Return the buffer that is the block's own or that holds it, if there is one."""
         return self._own.get(block) or next((buffer for buffer in self._buffers if buffer.block == block), None)
 
-    def _fetch(self, block: int, wanted: Set[int] = frozenset()) -> Buffer:
+    def _fetch(self, block: int, wanted: Set[int] = frozenset(), place: Buffer | None = None) -> Buffer:
         """Return the buffer with the block as it is now, after a new copy if none has it.
 
         Args:
             block: number of the block.
             wanted: numbers of the blocks that the copy must not replace.
+            place: the buffer that it must be in; None for any.
         """
         if not self._buffers and not self._own:
             raise RuntimeError(
@@ -151,7 +177,11 @@ class Prefetcher:
         states = [plainly(weight.state) for weight in self._blocks[block].values()]
         # A block that changed in host memory is copied into its own buffer again.
         buffer = self._buffer_of(block)
-        if buffer is None:
+        if place not in (None, buffer):
+            if buffer is not None:
+                buffer.block = None
+            buffer = place
+        elif buffer is None:
             buffer = next(buffer for buffer in self._buffers if buffer.block not in wanted)
         if buffer.block != block or buffer.states != states:
             self._fill(buffer, block, states)

@@ -104,6 +104,11 @@ class HostQuantized:
         """The overlays, see `QuantizedWeight.overlays`."""
         return self._host.overlays
 
+    @property
+    def attached(self) -> list[Tensor]:
+        """The values of the overlays."""
+        return self._host.attached
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the whole weight with its overlays in `dtype`, in CPU memory."""
         return self._host.dense(dtype)

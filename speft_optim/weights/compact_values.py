@@ -18,19 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 class CompactValues(nn.Parameter):
-    """A parameter that counts how often its `.data` was read.
+    """A parameter that counts the writes through its `.data`.
 
-    A write through `.data`, as by libraries that swap averaged weights in, does not advance the version counter; the
-    count shows that one may have happened.
+    Such a write, as by libraries that swap averaged weights in, does not advance the version counter. So all that
+    `.data` gives are aliases of one tensor, by whose own counter a write is told from a mere look.
     """
 
-    taken = 0
+    _alias: Tensor | None = None
+    _replaced = 0
 
     @property
     def data(self) -> Tensor:
         """The tensor without its history."""
-        self.taken += 1
-        return Tensor.data.__get__(self)
+        # What is made in inference mode would have no counter.
+        with torch.inference_mode(False):
+            held = Tensor.data.__get__(self)
+            if self._alias is None or not self._alias.is_set_to(held):
+                self._alias = held
+            return self._alias.detach()
 
     @data.setter
     def data(self, new: Tensor) -> None:
@@ -39,11 +44,35 @@ class CompactValues(nn.Parameter):
         alike = len(held) and (new.shape, new.device) == (held.shape, held.device)
         if not (alike and new.dtype != held.dtype and torch.equal(new, held.to(new))):
             Tensor.data.__set__(self, new)
+            if new.data_ptr() != held.data_ptr():
+                self._alias, self._replaced = None, self._replaced + 1
+
+    @property
+    def writes(self) -> tuple[int, int]:
+        """What changes with each replacement of the tensor and each write through `.data`."""
+        return self._replaced, 0 if self._alias is None else self._alias._version
+
+    def _refresh(self) -> None:
+        """Bring the values up to date for a copy, which may be made before that of their weight."""
+        _, reference = _weights.get(self, (None, lambda: None))
+        if (weight := reference()) is not None:
+            weight.refresh()
+
+    def __deepcopy__(self, memo: dict) -> "CompactValues":
+        self._refresh()
+        return super().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        self._refresh()
+        return super().__reduce_ex__(protocol)
+
+    def __getstate__(self) -> dict:
+        return {name: part for name, part in vars(self).items() if name != "_alias"}
 
 
 def version(tensor: Tensor) -> tuple:
     """Return what changes with each in-place operation on a tensor and each replacement of its storage or view."""
-    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "taken", 0)
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "writes", None)
 
 
 def exchange(values: nn.Parameter, entries: Tensor) -> None:

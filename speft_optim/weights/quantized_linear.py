@@ -22,6 +22,7 @@ from speft_optim.weights.gradient_nodes import Accumulator, keep_input, take_sav
 from speft_optim.weights.quantized_state import STATE_KEYS, load_entries, save_entries
 from speft_optim.weights.quantized_weight import LAYER_NAME, QuantizedWeight
 from speft_optim.weights.scales import trained_entries
+from speft_optim.weights.values_in_forward import ValuesInForward
 
 
 class _Product(torch.autograd.Function):
@@ -43,6 +44,10 @@ class _Product(torch.autograd.Function):
         *grad_anchors: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.transposed, ctx.accumulators = weight, transposed, accumulators
+        ctx.values = None
+        # A compiled graph saves the values, so that autograd itself compares them.
+        if any(ctx.needs_input_grad) and not torch.compiler.is_compiling():
+            ctx.values = ValuesInForward(weight.module.__dict__.get(LAYER_NAME, ""), weight.attached)
         ctx.saved_input = take_saved_input(x) if accumulators and leaf is None else None
         wanted = leaf is not None or accumulators and not ctx.saved_input
         ctx.save_for_backward(*((x, leaf) if wanted else ()))
@@ -50,6 +55,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        if ctx.values is not None:
+            ctx.values.check(ctx.weight.attached)
         x, leaf = (*ctx.saved_input.saved_tensors, None) if ctx.saved_input else ctx.saved_tensors or (None, None)
         left, right = (x, gradient) if ctx.transposed else (gradient, x)
         leaf_gradient = back = None

@@ -63,6 +63,11 @@ class QuantizedWeight:
         return [] if entries is None else entries.overlays
 
     @property
+    def attached(self) -> list[Tensor]:
+        """The values of the overlays."""
+        return [values for _, values in self.overlays]
+
+    @property
     def scales(self) -> Tensor:
         """The plain scales on the weight's device; a copy where they are on another one, see `place_scales`."""
         entries = trained_entries(self.holder, self.attribute)

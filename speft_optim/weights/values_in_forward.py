@@ -1,0 +1,48 @@
+"""The values attached to a weight as they were in a forward, since its backward needs the same ones.
+
+Autograd saves a dense weight, which holds its trained entries, and refuses a backward after a write into it. A weight
+that has them beside it, since it is quantised or in host memory, is formed anew in backward with the values of then.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from speft_optim.weights.compact_values import version
+
+
+class ValuesInForward:
+    """Notes what is attached to a weight in forward, and refuses a backward after it has changed.
+
+    Args:
+        name: the weight's name.
+        values: the values of its overlays.
+    """
+
+    def __init__(self, name: str, values: Sequence[Tensor]):
+        # They are kept, so that no other tensor can be taken for one of them.
+        self._name, self._values = name, tuple(values)
+        self._versions = [_version(one) for one in self._values]
+
+    def check(self, values: Sequence[Tensor]) -> None:
+        """Compare with what is attached now.
+
+        Raises:
+            RuntimeError: it has changed.
+        """
+        alike = len(values) == len(self._values) and all(map(_is_same, values, self._values))
+        if not alike or [_version(one) for one in values] != self._versions:
+            raise RuntimeError(
+                f"The trained values of {self._name or 'a layer'} changed after this loss was computed, as by "
+                "optimizer.step(), and its backward would compute with the new ones; call backward before the step, "
+                "or compute the loss again after it."
+            )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one is other
+
+
+def _version(values: Tensor) -> tuple | None:
+    # What was made in inference mode has no version.
+    return None if values.is_inference() else version(values)
