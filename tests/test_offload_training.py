@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from conftest import (
 )
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as checkpoints
 
 from speft_optim import (
     MaskSchedule,
@@ -580,6 +582,96 @@ def test_a_loss_may_wait_while_values_stay(tmp_path, kind):
             second.backward()
             first.backward()
         results.append([value.grad for value in values])
+    assert all(map(torch.equal, *results))
+
+
+def in_thread(function):
+    """Run a function in another thread, and return a list with what it returned or raised; without any if it hangs."""
+    found = []
+
+    def run():
+        try:
+            found.append(function())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    return found
+
+
+@pytest.mark.parametrize("part", ["model", "decoder", "block", "embedding"])
+@pytest.mark.parametrize("within", ["forward", "backward"])
+def test_a_second_thread_is_refused_and_the_first_computes_as_if_alone(within, part):
+    """Both computed wrong numbers, and some modules kept the copies of a block for good."""
+    expected = offloaded()
+    expected.model(**token_batch()).loss.backward()
+    setup, refusals = offloaded(), []
+    model, other = setup.model, setup.model(**token_batch(1)).loss
+    hidden = torch.zeros(1, 2, model.config.hidden_size)
+    positions = model.model.rotary_emb(hidden, torch.arange(2)[None])
+    second = {
+        "model": lambda: model(**token_batch(1)),
+        "decoder": lambda: model.model(token_batch(1)["input_ids"]),
+        "block": lambda: model.model.layers[1](hidden, position_embeddings=positions),
+        "embedding": lambda: model.model.embed_tokens(torch.arange(2)),
+    }[part]
+
+    def intrude(*_):
+        refusals.extend([in_thread(second), in_thread(other.backward)])
+
+    hooked = model.model.layers[0].mlp.down_proj
+    hook = (hooked.register_forward_hook if within == "forward" else hooked.register_full_backward_hook)(intrude)
+    loss = model(**token_batch()).loss
+    if within == "forward":
+        hook.remove()
+    loss.backward()
+    hook.remove()
+    assert len(refusals) == 2 and all("called once at a time" in str(one) for one in refusals)
+    assert all(torch.equal(one.grad, value.grad) for one, value in zip(setup.values, expected.values, strict=True))
+    # Now nothing is in the way.
+    assert not isinstance(in_thread(second)[0], Exception)
+    model.zero_grad()
+    model(**token_batch()).loss.backward()
+    assert all(torch.equal(one.grad, value.grad) for one, value in zip(setup.values, expected.values, strict=True))
+
+
+@pytest.mark.parametrize("within", ["forward", "backward"])
+def test_a_call_that_failed_gives_the_model_back_at_once(within):
+    setup = offloaded()
+    model = setup.model
+
+    def fail(*_):
+        raise KeyError("on purpose")
+
+    hooked = model.model.layers[0].mlp.down_proj
+    hook = (hooked.register_forward_hook if within == "forward" else hooked.register_full_backward_hook)(fail)
+    with pytest.raises(KeyError):
+        model(**token_batch()).loss.backward()
+    hook.remove()
+    assert in_thread(lambda: model(**token_batch()).loss.backward()) == [None]
+
+
+def test_a_model_may_call_itself_and_be_checkpointed_from_outside():
+    """The calls within a call or a backward are of the same thread or the same backward."""
+    results = []
+    for make in (attach, offloaded):
+        setup = make()
+        model = setup.model
+
+        def calls_itself(module, args, kwargs, model=model):
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    model(**token_batch(2))
+
+        model.register_forward_pre_hook(calls_itself, with_kwargs=True)
+        anchor = torch.ones((), requires_grad=True)
+        for reentrant in (False, True):
+            run = lambda anchor, seed, model=model: model(**token_batch(seed)).loss * anchor  # noqa: E731
+            losses = [checkpoints.checkpoint(run, anchor, seed, use_reentrant=reentrant) for seed in range(2)]
+            sum(losses).backward()
+        results.append([value.grad for value in setup.values])
     assert all(map(torch.equal, *results))
 
 

@@ -67,10 +67,11 @@ def compute_with_copies(
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
-            copies = {name: copy(name) for name in own}
-            copies.update((name, sent(module._buffers[name], device)) for name in buffers)
-            with covered(module, copies):
-                return present(*args, **kwargs)
+            with prefetcher.one_call:
+                copies = {name: copy(name) for name in own}
+                copies.update((name, sent(module._buffers[name], device)) for name in buffers)
+                with covered(module, copies):
+                    return present(*args, **kwargs)
 
         return call
 
@@ -117,6 +118,10 @@ def run_by_block(
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
+            with prefetcher.one_call:
+                return call_alone(*args, **kwargs)
+
+        def call_alone(*args, **kwargs):
             if prefetcher.resident:
                 # A block that another one calls is a part of that.
                 return present(*args, **kwargs)
@@ -128,9 +133,12 @@ def run_by_block(
 
             def work(_, *args, **kwargs):
                 nonlocal in_forward
-                holding = prefetcher.holding(number, next(following), in_forward)
-                with holding as in_forward, without_checkpoints([block]):
-                    return present(*args, **kwargs)
+                with prefetcher.one_call:
+                    if in_forward is not None:
+                        prefetcher.one_call.until_backward_ends()
+                    holding = prefetcher.holding(number, next(following), in_forward)
+                    with holding as in_forward, without_checkpoints([block]):
+                        return present(*args, **kwargs)
 
             if not recorded:
                 return work(None, *args, **kwargs)

@@ -173,7 +173,7 @@ def compute_on(
     activations = HostActivations(device) if inputs_on_host else None
     for number, block in enumerate(blocks):
         run_by_block(prefetcher, device, activations, block, number, len(blocks), stack)
-    run_model(model, blocks, head, device, stack)
+    run_model(model, blocks, head, device, prefetcher.one_call, stack)
     model.__dict__[_DEVICE] = device
     stack.callback(model.__dict__.pop, _DEVICE)
     return prefetcher

@@ -18,6 +18,7 @@ from speft_optim.offload.calls import replace_call, without_checkpoints
 from speft_optim.offload.host_parameter import HostParameter, on_device
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import sent
+from speft_optim.offload.one_call import OneCall
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.weights.bnb import is_quantized_linear
 from speft_optim.weights.replacement import covered
@@ -64,6 +65,7 @@ def run_model(
     blocks: list[nn.Module],
     head: tuple[nn.Module, HostWeight] | None,
     device: torch.device,
+    one_call: OneCall,
     stack: contextlib.ExitStack,
 ) -> None:
     """Replace the calls of the model and of all modules around its blocks.
@@ -77,6 +79,7 @@ def run_model(
         blocks: its blocks.
         head: the module of the logits and its weight.
         device: the device that computes.
+        one_call: what each call runs in.
         stack: undoes it.
     """
     held, parts = HeldHead(*head) if head is not None else None, {part for block in blocks for part in block.modules()}
@@ -86,18 +89,19 @@ def run_model(
 
     def make_around(present: Callable) -> Callable:
         def call(*args, **kwargs):
-            with without_checkpoints(blocks):
-                returned = present(*args, **kwargs)
-            if held is not None:
-                held.hold()
-            return returned
+            with one_call:
+                with without_checkpoints(blocks):
+                    returned = present(*args, **kwargs)
+                if held is not None:
+                    held.hold()
+                return returned
 
         return call
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
             args, kwargs = tree_map_only(Tensor, lambda tensor: sent(tensor, device), (args, kwargs))
-            with held.during_call() if held is not None else contextlib.nullcontext():
+            with one_call, held.during_call() if held is not None else contextlib.nullcontext():
                 if held is not None and not has_decoder:
                     held.hold()
                 with without_checkpoints(blocks):

@@ -29,6 +29,7 @@ from speft_optim.offload.buffers import Buffer, Filling, Site, aligned, bytes_of
 from speft_optim.offload.head import HeadCopy
 from speft_optim.offload.host_parameter import plainly
 from speft_optim.offload.host_weight import HostWeight
+from speft_optim.offload.one_call import OneCall
 from speft_optim.offload.pages import PageCopies
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.offload.staging import Staging
@@ -74,6 +75,7 @@ class Prefetcher:
     Attributes:
         resident: the weights on the device of the block that is being computed.
         nbytes: the bytes of device memory that the buffers take.
+        one_call: what each call of the model or of a part of it runs in.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Prefetcher:
         head: tuple[nn.Module, HostWeight] | None = None,
     ):
         self.resident: dict[Site, Tensor] = {}
+        self.one_call = OneCall()
         self._blocks, self._device, self._direct = blocks, device, direct
         # `torch.cpu` has streams too, whose methods do nothing, since copies there end before the call returns.
         self._backend = torch.get_device_module(device)
