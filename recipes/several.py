@@ -66,7 +66,8 @@ def run_steps(method: str, precision: str, args: argparse.Namespace, device: tor
     start_group(f"{method}-{precision}", device)
     torch.manual_seed(0)
     # A model may be larger than a GPU, so that it comes to it block by block, as `fully_shard` takes it.
-    model = build(args.shape, precision, device, args.layers, in_host_memory=True, storage=torch.bfloat16)
+    # Gathered under the dtype of the rest, 4-bit weights would change.
+    model = build(args.shape, precision, device, args.layers, in_host_memory=True, storage=torch.float32)
     # The loss is computed in the model's own call, before which FSDP gathers what the blocks do not hold.
     model.forward = functools.partial(timed_steps.loss_of, model)
     optimizer, held = ATTACH[method](model, args, device)

@@ -43,6 +43,7 @@ from speft_optim import (
 )
 from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.compact_values import linked
+from speft_optim.weights.mesh import copies_alter
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 3
@@ -227,7 +228,8 @@ def mixed_precision_never_casts_quantised_values(rank):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for kind in kinds("bf16", "uint8", "int8"):
+    # On a GPU bytes that are stored as bf16 are refused, see below.
+    for kind in kinds(*(() if is_on_gpu() else ("bf16",)), "uint8", "int8"):
         model, values, optimizer = start(kind, mp_policy=policy)
         whole, expected, other = start(kind, sharded=False, mp_policy=policy)
         before = {linked(value).name: value.detach().clone() for value in values}
@@ -236,8 +238,67 @@ def mixed_precision_never_casts_quantised_values(rank):
         assert_equal_values(values, expected, before)
     for first in ("sparsify", "shard"):
         model, _, _ = start("double fp32", first=first, mp_policy=policy)
-        with pytest.raises(ValueError, match=r"torch.float32 and was cast to torch.bfloat16.*bnb_4bit_quant_storage"):
+        with pytest.raises(ValueError, match=r"torch.float32 and was cast to torch.bfloat16.*leave param_dtype out"):
             model(**token_batch())
+
+
+def bytes_in_forward(model):
+    """The quantised weights as they are in a forward, by layer."""
+    found = {}
+
+    def note(module, *_):
+        found[names[module]] = module.weight.detach().flatten().view(torch.uint8).clone()
+
+    names = {module: name for name, module in quantized_linears(model)}
+    hooks = [module.register_forward_hook(note) for module in names]
+    model(**token_batch())
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def through_fp32(copies, sources, non_blocking=False):
+    """Copy as torch copies several tensors of 16 bits at once on a GPU, which makes all NaNs the same one."""
+    for copied, source in zip(copies, sources, strict=True):
+        copied.copy_(source.float() if source.is_floating_point() else source)
+
+
+def bytes_that_gathers_on_a_gpu_would_change_are_refused(rank):
+    """Blocks all of bf16 are gathered as bf16, and 4-bit weights in them were other ones in each pass."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    def in_16_bits(kind):
+        name, options = KINDS[kind]
+        return load_quantized(original(**ODD), name, dtype=torch.bfloat16, **options).train()
+
+    refused = pytest.raises(ValueError, match="gathers 4-bit weights as torch.bfloat16.*quant_storage=torch.float32")
+    copies_of_torch, policy = torch._foreach_copy_, MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    copies_alter.cache_clear()
+    if not is_on_gpu():
+        torch._foreach_copy_ = through_fp32
+    try:
+        for model, options in ((in_16_bits("bf16"), {}), (load("bf16", **ODD), dict(mp_policy=policy))):
+            masks = select_masks(model, salience="random", density=0.05, progress=False)
+            divided = shard(copy.deepcopy(model), **options)
+            with refused:
+                sparsify(divided, masks)
+            with refused:
+                select_masks(divided, salience="random", density=0.05, progress=False)
+            sparsify(model, masks)
+            shard(model, **options)
+            with refused:
+                model(**token_batch())
+        # What is to be done instead.
+        model, values, optimizer = start("double fp32", model=in_16_bits("double fp32"))
+        whole, expected, other = start("double fp32", model=in_16_bits("double fp32"), sharded=False)
+        before = {linked(value).name: value.detach().clone() for value in values}
+        train(rank, model, optimizer)
+        train(rank, whole, other)
+        assert_equal_values(values, expected, before)
+        assert equal_states(bytes_in_forward(model), bytes_in_forward(whole))
+    finally:
+        torch._foreach_copy_ = copies_of_torch
+        copies_alter.cache_clear()
 
 
 def int8_scales_that_fully_shard_would_lose(rank):
@@ -533,6 +594,7 @@ SCENARIOS = [
     gradients_added_up_are_sent_once,
     other_ways_to_shard,
     mixed_precision_never_casts_quantised_values,
+    bytes_that_gathers_on_a_gpu_would_change_are_refused,
     int8_scales_that_fully_shard_would_lose,
     whole_weights_are_freed_as_they_are_sharded,
     copies_are_sharded_with_their_own_values,

@@ -1,5 +1,6 @@
 """What torch's FSDP made of a model: whether masked weights can be divided so, and where their rows are kept."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -7,22 +8,23 @@ import torch.distributed as dist
 from torch import nn
 
 from speft_optim.distributed import together
-from speft_optim.weights.bnb import lost_by_sharding
-from speft_optim.weights.sharded import is_managed, is_sharded
+from speft_optim.weights.bnb import is_quantized_linear, lost_by_sharding
+from speft_optim.weights.sharded import device_of, is_managed, is_sharded
 from speft_optim.weights.wrappers import plain_modules
 
 
 def check_divisions(model: nn.Module) -> None:
-    """Refuse a model of which a weight is divided otherwise than by rows.
+    """Refuse a model of which a weight is divided otherwise than by rows, or changes when its rows are gathered.
 
     Raises:
-        ValueError: see `check_division`.
+        ValueError: see `check_division` and `check_gathers`.
     """
     for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
             if is_sharded(parameter):
                 check_division(name, module, parameter)
+    check_gathers(model.modules())
 
 
 def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
@@ -52,6 +54,47 @@ def _other_division(module: nn.Module, parameter: nn.Parameter) -> str | None:
     if not is_managed(module):
         return "a DTensor that no fully_shard made, as of tensor parallelism"
     return None if placement.is_shard(0) else f"divided as {placement}"
+
+
+def check_gathers(modules: Iterable[nn.Module]) -> None:
+    """Refuse 4-bit weights whose bytes FSDP changes as it gathers them for a pass.
+
+    bitsandbytes can store the bytes under a floating dtype, where some of them form NaNs. FSDP collects the rows of a
+    block by one copy of many tensors, which on a GPU makes all NaNs of 16 bits the same one. It copies bytes instead
+    where the weights that it gathers together have several dtypes.
+
+    Args:
+        modules: those that `fully_shard` may have been applied to.
+
+    Raises:
+        ValueError: says how the base must be stored.
+    """
+    for group in (group for groups in parameter_groups(modules) for group in groups):
+        stored = [(parameter.sharded_param, parameter._module_info) for parameter in group.fsdp_params]
+        packed = [one for one, info in stored if info.param_name == "weight" and is_quantized_linear(info.module)]
+        # Integers are not cast.
+        cast = group.mp_policy.param_dtype
+        dtypes = {cast if cast is not None and one.is_floating_point() else one.dtype for one, _ in stored}
+        # Those that are cast are refused by their layer.
+        dtype = next((one.dtype for one in packed if dtypes == {one.dtype}), None)
+        if dtype is not None and copies_alter(dtype, device_of(packed[0]).type):
+            raise ValueError(
+                f"fully_shard gathers 4-bit weights as {dtype}, the dtype of all weights of their block, and torch's "
+                "copies on a GPU change bytes that read as NaN in 16 bits; load the base with "
+                "bnb_4bit_quant_storage=torch.float32, in the dtype that the rest computes in, and leave param_dtype "
+                "out of the MixedPrecisionPolicy."
+            )
+
+
+@functools.cache
+def copies_alter(dtype: torch.dtype, device_type: str) -> bool:
+    """Return whether torch's copy of several tensors at once changes bits of a 16-bit floating dtype: tried out."""
+    if not dtype.is_floating_point or dtype.itemsize != 2:
+        return False
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device_type)
+    copied = torch.empty_like(bits)
+    torch._foreach_copy_([copied.view(dtype)], [bits.view(dtype)])
+    return not torch.equal(copied, bits)
 
 
 def once(model: nn.Module, act: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from speft_optim.weights.attached import name_beside, sparse_weights
 from speft_optim.weights.compact_values import version
 from speft_optim.weights.floating import FloatingWeight
-from speft_optim.weights.mesh import check_division, gathered_parameter, sharded_parameter
+from speft_optim.weights.mesh import check_division, check_gathers, gathered_parameter, sharded_parameter
 from speft_optim.weights.sharded import ShardedParameter, ShardedWeight, is_managed, is_sharded
 from speft_optim.weights.storage import FrozenWeight, frozen_weight
 from speft_optim.weights.targets import AddedModule, Target
@@ -114,6 +114,7 @@ class Place:
         if (parameter := sharded_parameter((module, attribute), self.parents())) is None:
             return False
         check_division(self.target.name, module, parameter)
+        check_gathers(self.parents())
         self.shards = self._shards(parameter)
         return True
 

@@ -145,7 +145,7 @@ class FrozenForward:
             raise ValueError(
                 f"The quantised weight of {self.module.__dict__.get(LAYER_NAME) or 'a layer'} is stored in "
                 f"{self._stored_as} and was cast to {dtype}, as by MixedPrecisionPolicy(param_dtype=...), which "
-                "destroys it; load the base with bnb_4bit_quant_storage of that dtype, or do not cast."
+                "destroys it; load the model in the dtype that it computes in, and leave param_dtype out."
             )
 
     def __deepcopy__(self, memo: dict) -> "FrozenForward":
