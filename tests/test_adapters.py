@@ -655,7 +655,6 @@ def test_saving_one_adapter_says_nothing_of_what_another_was_trained_to(paths):
     model = tiny_model()
     load_adapter(model, paths[0], name="a")
     load_adapter(model, paths[1], name="b")
-    use_adapters(model, {"a": 1.0, "b": 1.0})
     for masks in (first, second):
         optimizer = SparseAdamW(sparsify(model, masks), lr=1e-2)
         model(**token_batch()).loss.backward()
@@ -676,6 +675,42 @@ def test_saving_one_adapter_says_nothing_of_what_another_was_trained_to(paths):
     desparsify(model)
     unload_adapter(model)
     assert equal_states(weights_of(model), weights_of(tiny_model()))
+
+
+def test_an_adapter_that_was_trained_beside_another_holds_that_too(paths, caplog):
+    (_, first), (_, second) = (train_adapter(path, seed) for seed, path in enumerate(paths))
+    model = tiny_model()
+    load_adapter(model, paths[0], name="a")
+    load_adapter(model, paths[1], name="b")
+    use_adapters(model, {"a": 0.5, "b": 1.0})
+    train(model, SparseAdamW(sparsify(model, second), lr=1e-2), 2)
+    save_adapter(model, paths[1])
+    shared = sum(len(first[name]) * first[name].overlap(second[name]) for name in first)
+    assert f"also holds {round(first.count - shared):,} entries of other adapters" in caplog.text
+    trained, alone = weights_of(model), tiny_model()
+    load_adapter(alone, paths[1])
+    assert equal_states(weights_of(alone), trained)
+    desparsify(model)
+    unload_adapter(model)
+    assert equal_states(weights_of(model), weights_of(tiny_model()))
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
+@pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])
+def test_an_adapter_trained_on_top_of_another_fits_the_base_by_itself(kind, targets, paths, tmp_path, caplog):
+    """Its file held its own entries alone, so that no dense base took it, and a quantised one without other layers'."""
+    base = tiny_model() if kind == "dense" else load_quantized(save_original(tmp_path / "base"), kind)
+    first, model = copy.deepcopy(base), copy.deepcopy(base)
+    fine_tune(first, 1, 0.05, lr=3e-2, seed=0)
+    save_adapter(first, paths[0])
+    load_adapter(model, paths[0])
+    masks = random_masks(model, targets, 0.03, seed=1)
+    train(model, SparseAdamW(sparsify(model, masks), lr=3e-2), 2)
+    assert not caplog.text
+    save_adapter(model, paths[1])
+    assert caplog.text.count("entries of other adapters") == 1 and "before the masks moved" not in caplog.text
+    load_adapter(base, paths[1])
+    assert torch.equal(logits(base), logits(model)) and not torch.equal(logits(base), logits(first))
 
 
 def test_a_base_that_changed_meanwhile_is_not_restored(paths):

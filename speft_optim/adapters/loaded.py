@@ -20,7 +20,7 @@ from speft_optim.checkpoint.fingerprint import fingerprint
 from speft_optim.checkpoint.save import LOADED
 from speft_optim.integrations import patch_model
 from speft_optim.masks.collection import Masks
-from speft_optim.masks.mask import Mask, find
+from speft_optim.masks.mask import Mask, find, united
 from speft_optim.weights.storage import frozen_weight
 from speft_optim.weights.targets import all_targets
 
@@ -86,7 +86,7 @@ def remember(model: nn.Module, adapters: dict[str, AdapterFile]) -> None:
     targets, base = all_targets(model), {}
     for name in dict.fromkeys(name for adapter in adapters.values() for name in adapter.masks):
         masks = [adapter.masks[name] for adapter in adapters.values() if name in adapter.masks]
-        union = Mask(torch.cat([mask.indices for mask in masks]).unique(), masks[0].shape)
+        union = united(masks)
         weight = frozen_weight(*targets[name].sites[0])
         base[name] = (union, weight.gather_base(union.indices.to(weight.device)).cpu())
     outside = fingerprint(model, Masks({name: mask for name, (mask, _) in base.items()}))

@@ -12,6 +12,7 @@ from speft_optim.checkpoint.fingerprint import fingerprint
 from speft_optim.checkpoint.model_card import check_details, notes_on
 from speft_optim.checks import checked_path
 from speft_optim.masks.collection import Masks
+from speft_optim.masks.mask import Mask, united
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.mesh import once, reshard
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -30,8 +31,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
     """Write the trained entries of a sparsified model to a file that appears whole or not at all.
 
     If a schedule changed the masks, the file holds all entries that were ever trained, and the log says at level INFO
-    how many these are. Parameters without a mask that require gradients, such as a new classification head, are written
-    whole.
+    how many these are. Entries of loaded adapters that the model was trained with are in it too, so that it fits the
+    base by itself, and a warning says so. Parameters without a mask that require gradients, such as a new
+    classification head, are written whole.
 
     Under `fully_shard` all processes call it, and the first one writes.
 
@@ -57,25 +59,35 @@ def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, An
     masks = adapter.sparse_masks
     notes = notes_on(masks, {name: len(adapter.masks[name]) for name in adapter.whole}) | dict(details or {})
     once(model, lambda: write_adapter(adapter, path, notes))
-    trained = sum(len(weight.mask) for weight in weights)
-    if masks.count > trained:
+    trained, ever = (sum(map(len, kind)) for kind in zip(*((w.mask, w.ever_trained()) for w in weights), strict=True))
+    if ever > trained:
         logger.info(
             "The adapter holds %s entries: the %s trained now, and %s that were trained before the masks moved.",
-            f"{masks.count:,}",
+            f"{ever:,}",
             f"{trained:,}",
-            f"{masks.count - trained:,}",
+            f"{ever - trained:,}",
+        )
+    if masks.count > ever:
+        logger.warning(
+            "The adapter also holds %s entries of other adapters, with which the model was trained; load it by itself, "
+            "and not beside these.",
+            f"{masks.count - ever:,}",
         )
     if LOADED in model.__dict__:
         model.__dict__[LOADED].note_saved(model, adapter.masks)
 
 
 def _collect(model: nn.Module, weights: list[SparseWeight]) -> AdapterFile:
-    """Return what was trained, with tensors on the CPU."""
-    masks, values = Masks(), {}
-    for weight in weights:
-        weight.synchronize()
-        masks[weight.name], entries = weight.base.entries(weight.ever_trained())
-        values[weight.name] = entries.cpu()
+    """Return what was trained, and what it was trained with, with tensors on the CPU."""
+    masks, values, others, targets = Masks(), {}, _entries_of_loaded(model), all_targets(model)
+    own = {weight.name: weight for weight in weights}
+    for name in dict.fromkeys([*own, *others]):
+        base, changed = frozen_weight(*targets[name].sites[0]), others.get(name, [])
+        if name in own:
+            own[name].synchronize()
+            base, changed = own[name].base, [own[name].ever_trained(), *changed]
+        masks[name], entries = base.entries(united(changed))
+        values[name] = entries.cpu()
     _warn_of_statistics(model)
     whole = _trained_beside(model, masks)
     for name, target in whole.items():
@@ -89,6 +101,17 @@ def _collect(model: nn.Module, weights: list[SparseWeight]) -> AdapterFile:
         "fingerprint": fingerprint(model, masks),
     }
     return AdapterFile(masks, values, base, tuple(whole))
+
+
+def _entries_of_loaded(model: nn.Module) -> dict[str, list[Mask]]:
+    """Return by weight the masks of the loaded adapters that are mixed in: these entries are not the base's."""
+    masks: dict[str, list[Mask]] = {}
+    if LOADED in model.__dict__:
+        loaded = model.__dict__[LOADED]
+        for adapter in (loaded.adapters[key] for key, share in loaded.shares.items() if share):
+            for name, mask in adapter.sparse_masks.items():
+                masks.setdefault(name, []).append(mask)
+    return masks
 
 
 def _trained_beside(model: nn.Module, masks: Masks) -> dict[str, Target]:

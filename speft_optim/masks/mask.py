@@ -239,6 +239,14 @@ def places_outside(mask: Mask | None, count: int, most: int) -> Tensor:
     return places[indices[found] != places]
 
 
+def united(masks: Sequence[Mask]) -> Mask:
+    """Return the mask of all entries of some masks of one shape, on the device of the first."""
+    first = masks[0]
+    if len(masks) == 1:
+        return first
+    return Mask(torch.cat([mask.indices.to(first.device) for mask in masks]).unique(), first.shape)
+
+
 def find(sorted_positions: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Look each of `wanted` up in `sorted_positions`.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from speft_optim.kernels.csr import CSR
 from speft_optim.kernels.entries import scatter_entries_
 from speft_optim.kernels.overlay import overlay_
-from speft_optim.masks.mask import Mask, find
+from speft_optim.masks.mask import Mask, find, united
 from speft_optim.weights.scales import TrainedEntries, TrainedScales, trained_entries
 
 _CHUNK = 2**22
@@ -196,8 +196,6 @@ class QuantizedWeight:
 
         `mask` is not used: it is for dense weights, which have no overlays.
         """
-        masks = [own for own, _ in self.overlays]
-        if len(masks) != 1:
-            parts = [own.indices.to(self.device) for own in masks]
-            masks = [Mask(torch.cat(parts).unique() if parts else self._none().int(), self.shape)]
-        return masks[0], self.overlaid(masks[0].indices.to(self.device))
+        masks = [own.to(self.device) for own, _ in self.overlays]
+        mask = united(masks) if masks else Mask(self._none().int(), self.shape)
+        return mask, self.overlaid(mask.indices)
