@@ -261,6 +261,10 @@ def _write_after_step(optimizer, args, kwargs) -> None:
             if (weight := linked(parameter)) is not None:
                 if not isinstance(optimizer, SparseAdamW):
                     weight.check()
-                    # Values with a gradient are written in any case: some optimizers bypass the version counter.
-                    weight.synchronize() if parameter.grad is None else weight.write()
+                    if parameter.grad is None:
+                        weight.synchronize()
+                    else:
+                        # Some optimizers bypass the version counter, as torch's fused ones do.
+                        torch.autograd.graph.increment_version(parameter)
+                        weight.write()
                 weight.uses.promote()

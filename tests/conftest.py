@@ -249,6 +249,13 @@ def take_a_step(model):
     SparseAdamW(values, lr=0.1).step()
 
 
+def take_a_fused_step(model):
+    """Its kernel writes without a version."""
+    values = [weight.values for weight in sparse_weights(model)]
+    model(**token_batch(1)).loss.backward()
+    torch.optim.AdamW(values, lr=0.1, fused=True).step()
+
+
 def load_values(model):
     for weight in sparse_weights(model):
         weight.base.put(weight.mask, weight.values.detach() * 0.9)
@@ -266,7 +273,7 @@ def move_masks(model):
 
 
 # What may happen to the values of a sparsified model between a forward and its backward.
-CHANGES_OF_VALUES = [take_a_step, load_values, swap_values_in, move_masks]
+CHANGES_OF_VALUES = [take_a_step, take_a_fused_step, load_values, swap_values_in, move_masks]
 
 
 def some_entries(model, names, share=0.4):

@@ -315,7 +315,7 @@ def test_a_loss_of_former_values_is_refused(model, change, checkpointed):
     early = loss_of(model)
     change(model)
     model.zero_grad()
-    with pytest.raises(RuntimeError, match="proj changed after this loss was computed.*call backward before the step"):
+    with pytest.raises(RuntimeError, match="proj changed after this loss was computed.*call backward before that"):
         early.backward()
     loss_of(model).backward()
 

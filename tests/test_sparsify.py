@@ -28,6 +28,7 @@ from torch import nn
 from speft_optim import Mask, Masks, MaskSchedule, SparseAdamW, desparsify, select_masks, sparsify
 from speft_optim.weights import attached
 from speft_optim.weights.attached import sparse_weights
+from speft_optim.weights.compact_values import linked
 from speft_optim.weights.quantized_state import STATE_KEYS
 from speft_optim.weights.verification import DenseGradient
 
@@ -195,8 +196,45 @@ def by_vector(values):
     nn.utils.vector_to_parameters(vector * 1.5, values)
 
 
+def past_every_counter(values):
+    """As a collective of all processes does."""
+    for value in values:
+        value.data.numpy()[:] *= 1.5
+
+
+def refresh(values):
+    """As before a forward."""
+    for value in values:
+        linked(value).refresh()
+
+
+def through_a_backup(values):
+    """Averages are swapped in and out, and what was there before is changed afterwards."""
+    backups = [value.data for value in values]
+    for value in values:
+        value.data = value.data * 2.0
+    refresh(values)
+    for value, backup in zip(values, backups, strict=True):
+        value.data = backup
+    refresh(values)
+    for backup in backups:
+        backup.mul_(1.5)
+
+
+WAYS = [
+    in_place,
+    through_detach,
+    through_data,
+    by_exchange,
+    by_foreach,
+    by_vector,
+    past_every_counter,
+    through_a_backup,
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", [in_place, through_detach, through_data, by_exchange, by_foreach, by_vector])
+@pytest.mark.parametrize("change", WAYS)
 def test_any_change_of_values_reaches_the_weights(change, dtype):
     model, masks, values, _ = attach(dtype=dtype)
     start = copy.deepcopy(model.state_dict())
@@ -256,6 +294,27 @@ def test_a_loaded_checkpoint_wins_over_values(assign, pending):
     train(model, SparseAdamW(values, lr=1e-2), 1)
     assert_in_step(model)
     assert not torch.equal(logits(model), logits(other))
+
+
+def test_a_look_at_the_values_writes_nothing():
+    model, masks, values, _ = attach(dtype=torch.bfloat16)
+    train(model, SparseAdamW(values, lr=1e-4))
+    versions = [model.get_parameter(name)._version for name in masks]
+    early = model(**token_batch()).loss
+    assert all(value.data.norm() > 0 for value in values)
+    logits(model)
+    assert versions == [model.get_parameter(name)._version for name in masks]
+    early.backward()
+
+
+def test_values_of_a_broken_model_can_be_copied():
+    model = tiny_model()
+    values = sparsify(model, random_masks(model, every))
+    model.resize_token_embeddings(100)
+    copies = copy.deepcopy(values)
+    assert all(map(torch.equal, copies, values))
+    with pytest.raises(ValueError, match="has shape"):
+        logits(model)
 
 
 def test_loading_something_else_keeps_pending_values():

@@ -175,6 +175,10 @@ class HostWeight(FloatingWeight):
             entries[inside.to(entries.device)] = self._values[places[inside]].to(entries)
         return entries
 
+    def holds(self, mask: Mask, values: Tensor) -> bool:
+        """Return False: the weight is written when it is used."""
+        return False
+
     @torch.no_grad()
     def write(self, mask: Mask, values: Tensor) -> None:
         """Write `values` (k,) fp32 at `mask`, rounded to the weight's dtype; the attached values are left for later."""

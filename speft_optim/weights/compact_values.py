@@ -18,18 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 class CompactValues(nn.Parameter):
-    """A parameter that counts the writes through its `.data`.
+    """A parameter that counts the writes through its `.data`, and the looks at it.
 
     Such a write, as by libraries that swap averaged weights in, does not advance the version counter. So all that
-    `.data` gives are aliases of one tensor, by whose own counter a write is told from a mere look.
+    `.data` gives are aliases of one tensor, by whose own counter a write is told from a mere look. A collective of
+    `torch.distributed` and NumPy write without any counter: after a look the numbers themselves are compared.
+
+    Attributes:
+        looks: how often `.data` was read.
     """
 
+    looks = 0
     _alias: Tensor | None = None
     _replaced = 0
 
     @property
     def data(self) -> Tensor:
         """The tensor without its history."""
+        self.looks += 1
         # What is made in inference mode would have no counter.
         with torch.inference_mode(False):
             held = Tensor.data.__get__(self)
@@ -45,7 +51,9 @@ class CompactValues(nn.Parameter):
         if not (alike and new.dtype != held.dtype and torch.equal(new, held.to(new))):
             Tensor.data.__set__(self, new)
             if new.data_ptr() != held.data_ptr():
-                self._alias, self._replaced = None, self._replaced + 1
+                # Whoever keeps `new` writes by its counter.
+                self._alias = None if new.is_inference() else new.detach()
+                self._replaced += 1
 
     @property
     def writes(self) -> tuple[int, int]:
@@ -55,7 +63,8 @@ class CompactValues(nn.Parameter):
     def _refresh(self) -> None:
         """Bring the values up to date for a copy, which may be made before that of their weight."""
         _, reference = _weights.get(self, (None, lambda: None))
-        if (weight := reference()) is not None:
+        # Those of a model that can no longer be trained can still be copied as they are.
+        if (weight := reference()) is not None and weight.can_be_trained():
             weight.refresh()
 
     def __deepcopy__(self, memo: dict) -> "CompactValues":
@@ -67,7 +76,7 @@ class CompactValues(nn.Parameter):
         return super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict:
-        return {name: part for name, part in vars(self).items() if name != "_alias"}
+        return {name: part for name, part in vars(self).items() if name not in ("looks", "_alias", "_replaced")}
 
 
 def version(tensor: Tensor) -> tuple:

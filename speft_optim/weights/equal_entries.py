@@ -44,6 +44,8 @@ class EqualEntries(MovingValues, CompactEntries):
 
     # The version of the values when they last moved to another device with their model.
     _moved_with: tuple | None = None
+    # How often their `.data` had been read when weight and values were last equal.
+    _looks_seen = 0
 
     def __init__(self, model: nn.Module, target: Target, mask: Mask, verify: bool = True):
         place = Place(model, target)
@@ -100,6 +102,10 @@ class EqualEntries(MovingValues, CompactEntries):
             return "was quantised anew, its trained entries with it"
         return None if self._has_its_values() else "has values that were replaced, as in functional_call and export"
 
+    def can_be_trained(self) -> bool:
+        """Return whether the model still has the weight and these values."""
+        return self._change() is None
+
     def _has_its_values(self) -> bool:
         return self._parameters["values"] is self._linked[0]
 
@@ -115,6 +121,20 @@ class EqualEntries(MovingValues, CompactEntries):
             self._write_or_read()
         elif not self._weight_is_as_seen():
             self.read()
+        elif self._was_looked_at():
+            self._write_if_changed()
+
+    def _was_looked_at(self) -> bool:
+        """Return whether the `.data` of the values was read since weight and values were equal."""
+        return getattr(self._parameters["values"], "looks", 0) != self._looks_seen
+
+    @torch.no_grad()
+    def _write_if_changed(self) -> None:
+        """Write values that differ from the weight's entries: something wrote them past every version counter."""
+        if self.holds_entries and self.base.holds(self.placed_mask(), self.values):
+            self._looks_seen = self.values.looks
+        else:
+            self.write()
 
     @torch.no_grad()
     def _write_or_read(self) -> None:
@@ -167,6 +187,7 @@ class EqualEntries(MovingValues, CompactEntries):
             self.uses.watch(weight)
         # A weak reference keeps no weight alive that was replaced, as the whole one is by its rows in `fully_shard`.
         self._seen = ref(weight), self.place.version(weight), version(self._parameters["values"])
+        self._looks_seen = getattr(self._parameters["values"], "looks", 0)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         # This is done before forward, since a weight that autograd saved for backward must not be written.
@@ -198,7 +219,8 @@ class EqualEntries(MovingValues, CompactEntries):
         shards = self.place.shards
         if not self._has_its_values():
             self.check()
-        if version(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen():
+        is_changed = version(self._parameters["values"]) != self._seen[2] or not self._weight_is_as_seen()
+        if is_changed or self._was_looked_at():
             if not self._was_merged():
                 self.synchronize()
         elif shards is not None and not shards.rows_are_as_seen():

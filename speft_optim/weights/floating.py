@@ -49,6 +49,11 @@ class FloatingWeight:
         entries = self.gather(indices)
         return torch.where(entries == values.to(entries.dtype), values, entries.to(values.dtype))
 
+    def holds(self, mask: Mask, values: Tensor) -> bool:
+        """Return whether the entries at `mask` are `values` (k,); False where to tell would cost more than to write."""
+        entries = self.gather(mask.indices)
+        return torch.equal(entries, values.to(entries.dtype))
+
     def settle(self) -> None:
         """Do nothing: the weight has the newest values, but for one in host memory, which may fall behind."""
 

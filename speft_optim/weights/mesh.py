@@ -80,9 +80,9 @@ def check_gathers(modules: Iterable[nn.Module]) -> None:
         if dtype is not None and copies_alter(dtype, device_of(packed[0]).type):
             raise ValueError(
                 f"fully_shard gathers 4-bit weights as {dtype}, the dtype of all weights of their block, and torch's "
-                "copies on a GPU change bytes that read as NaN in 16 bits; load the base with "
-                "bnb_4bit_quant_storage=torch.float32, in the dtype that the rest computes in, and leave param_dtype "
-                "out of the MixedPrecisionPolicy."
+                "copies on a GPU change bytes that read as NaN in 16 bits. Load the base with "
+                "bnb_4bit_quant_storage=torch.float32. Other weights must be loaded in the dtype that they compute in, "
+                'without param_dtype in the MixedPrecisionPolicy (mixed_precision="no" of accelerate).'
             )
 
 

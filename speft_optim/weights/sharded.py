@@ -164,6 +164,10 @@ class ShardedWeight(ShardedParameter, FloatingWeight):
         entries[inside.to(self.device)] = own.to(self.device, torch.float32)
         return self._from_owners(entries)
 
+    def holds(self, mask: Mask, values: Tensor) -> bool:
+        """Return False: other processes would have to ask too."""
+        return False
+
     def _from_owners(self, entries: Tensor) -> Tensor:
         """Entries that are zero in all processes but one, from that, in the weight's dtype."""
         return from_owners_(entries, self.parameter.device_mesh.get_group(self._dimension)).to(self.dtype)

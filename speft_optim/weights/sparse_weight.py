@@ -159,7 +159,7 @@ class SparseWeight(EqualEntries):
             keep_attached(weight, self.mask, self.values)
         self._watch_gradient()
         self.uses.watch(weight)
-        self._seen = ref(weight), self.place.version(weight), version(self.values)
+        self._seen, self._looks_seen = (ref(weight), self.place.version(weight), version(self.values)), 0
 
 
 keep_whole(SparseWeight)

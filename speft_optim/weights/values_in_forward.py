@@ -34,8 +34,8 @@ class ValuesInForward:
         if not alike or [_version(one) for one in values] != self._versions:
             raise RuntimeError(
                 f"The trained values of {self._name or 'a layer'} changed after this loss was computed, as by "
-                "optimizer.step(), and its backward would compute with the new ones; call backward before the step, "
-                "or compute the loss again after it."
+                "optimizer.step() or desparsify, and its backward would compute with the new ones; call backward "
+                "before that, or compute the loss again after it."
             )
 
 
