@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -672,6 +673,48 @@ def test_a_model_may_call_itself_and_be_checkpointed_from_outside():
             losses = [checkpoints.checkpoint(run, anchor, seed, use_reentrant=reentrant) for seed in range(2)]
             sum(losses).backward()
         results.append([value.grad for value in setup.values])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("which", [slice(None), slice(0, None, 2), slice(1, None, 2)], ids=["all", "even", "odd"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_may_be_checkpointed_one_by_one(reentrant, which):
+    """A backward of some blocks then runs within the backward of the others."""
+    results = []
+    for make in (attach, offloaded):
+        setup = make(tiny_model(num_hidden_layers=4))
+        model = setup.model.model
+        hidden = model.embed_tokens(token_batch()["input_ids"]).detach().requires_grad_()
+        positions = model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for block in model.layers:
+            step = partial(block, position_embeddings=positions)
+            is_checkpointed = block in list(model.layers)[which]
+            hidden = checkpoints.checkpoint(step, hidden, use_reentrant=reentrant) if is_checkpointed else step(hidden)
+        model.norm(hidden).square().mean().backward()
+        results.append([value.grad for value in setup.values])
+    assert sum(grad is not None for grad in results[0]) > 20
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_an_evaluation_within_a_backward_changes_no_gradient(tmp_path, kind):
+    """It left other blocks in the buffers, which the rest of an interrupted block's backward read."""
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import save_original
+
+    folder, results = save_original(tmp_path, num_hidden_layers=4), []
+    for is_hooked in (False, True):
+        model = tiny_model(num_hidden_layers=4) if kind == "dense" else loaded(folder, kind)
+        values = sparsify(model, random_masks(model), offload="cpu")
+
+        @torch.no_grad()
+        def evaluate(_, model=model):
+            model(**token_batch(2))
+
+        for value in values if is_hooked else ():
+            value.register_post_accumulate_grad_hook(evaluate)
+        model(**token_batch()).loss.backward()
+        results.append([value.grad for value in values])
     assert all(map(torch.equal, *results))
 
 

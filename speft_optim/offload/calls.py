@@ -16,6 +16,7 @@ from speft_optim.offload.buffers import Site
 from speft_optim.offload.caches import without_caches
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable, sent
+from speft_optim.offload.one_call import present_backward
 from speft_optim.offload.prefetch import Following, Prefetcher
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.weights.replacement import covered, replace_method
@@ -129,13 +130,11 @@ def run_by_block(
             # If no input requires a gradient, backward ends here.
             goes_on = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
             following = _following(number, count, recorded, goes_on)
-            in_forward = None
+            in_forward, made_in = None, present_backward()
 
             def work(_, *args, **kwargs):
                 nonlocal in_forward
-                with prefetcher.one_call:
-                    if in_forward is not None:
-                        prefetcher.one_call.until_backward_ends()
+                with prefetcher.one_call if in_forward is None else prefetcher.one_call.again(made_in):
                     holding = prefetcher.holding(number, next(following), in_forward)
                     with holding as in_forward, without_checkpoints([block]):
                         return present(*args, **kwargs)

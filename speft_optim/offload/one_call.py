@@ -2,12 +2,16 @@
 
 A call holds the model for its thread, in which the model may call itself. A backward holds it from its first
 recomputation to its end, on whichever thread autograd runs it, since each block's backward reads the copies that its
-recomputation left. A lock that lets others wait was rejected: a loss of one thread would still come between forward and
-backward of another, whose order nobody would have chosen.
+recomputation left. Calls within it, as of a hook or a reentrant checkpoint, belong to it, and so do backwards of what
+they compute. A lock that lets others wait was rejected: a loss of one thread would still come between forward and
+backward of another, whose order nobody would have chosen. On a GPU a gradient that is taken within a call of the model
+is refused with the threads, since autograd computes it on another one.
 """
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from weakref import ref
 
 import torch
@@ -15,6 +19,11 @@ from torch.autograd import Variable
 
 # Seconds that a call waits for a backward: the engine lets go of one that failed only after it has raised.
 _PATIENCE = 0.2
+
+
+def present_backward() -> int:
+    """Return the number of the backward that autograd runs on this thread now, -1 for none."""
+    return torch._C._current_graph_task_id()
 
 
 class OneCall:
@@ -27,47 +36,77 @@ class OneCall:
     def __init__(self):
         self._lock = threading.Lock()
         self._thread, self._depth = 0, 0
-        self._backward: ref[_Backward] | None = None
+        # A backward within another one comes after it.
+        self._backwards: list[ref[_Backward]] = []
 
     def __enter__(self) -> None:
-        until = None
-        while not self._take():
-            until = until or time.monotonic() + _PATIENCE
-            if time.monotonic() > until:
-                raise _refusal("a backward goes through it")
-            time.sleep(0.001)
-
-    def _take(self) -> bool:
-        """Return whether the model is taken for this thread, which it is not while another backward holds it."""
-        thread, task = threading.get_ident(), torch._C._current_graph_task_id()
-        with self._lock:
-            if self._depth and self._thread != thread:
-                raise _refusal("another thread calls it")
-            running = None if self._backward is None else self._backward()
-            if running is not None and not running.is_over and running.task != task:
-                return False
-            self._thread, self._depth = thread, self._depth + 1
-            return True
+        self._enter(-1)
 
     def __exit__(self, *_) -> None:
         with self._lock:
             self._depth -= 1
 
-    def until_backward_ends(self) -> None:
-        """Hold the model for the present backward, if there is one; called within the context."""
-        task = torch._C._current_graph_task_id()
-        running = None if self._backward is None else self._backward()
-        if task != -1 and (running is None or running.task != task):
-            running = _Backward(task)
-            Variable._execution_engine.queue_callback(running)
-            self._backward = ref(running)
+    @contextlib.contextmanager
+    def again(self, made_in: int) -> Iterator[None]:
+        """The context for a recomputation in a backward, which holds the model until it ends.
+
+        Args:
+            made_in: the `present_backward` of the forward that is recomputed.
+        """
+        self._enter(made_in)
+        try:
+            self._hold_for_backward()
+            yield
+        finally:
+            self.__exit__()
+
+    @property
+    def is_in_backward(self) -> bool:
+        """Whether a backward goes through the model; asked within the context."""
+        with self._lock:
+            return bool(self._running())
+
+    def _enter(self, made_in: int) -> None:
+        until = None
+        while not self._take(made_in):
+            until = until or time.monotonic() + _PATIENCE
+            if time.monotonic() > until:
+                raise _refusal("another backward goes through it")
+            time.sleep(0.001)
+
+    def _take(self, made_in: int) -> bool:
+        """Return whether the model is taken for this thread, which it is not while another backward holds it."""
+        thread = threading.get_ident()
+        with self._lock:
+            if self._depth and self._thread != thread:
+                raise _refusal("another thread calls it")
+            running = [] if self._depth else self._running()
+            if running and not any(one.number in (present_backward(), made_in) for one in running):
+                return False
+            self._thread, self._depth = thread, self._depth + 1
+            return True
+
+    def _running(self) -> list["_Backward"]:
+        """The backwards that go on."""
+        found = [(reference, reference()) for reference in self._backwards]
+        found = [(reference, one) for reference, one in found if one is not None and not one.is_over]
+        self._backwards = [reference for reference, _ in found]
+        return [one for _, one in found]
+
+    def _hold_for_backward(self) -> None:
+        number = present_backward()
+        with self._lock:
+            if number != -1 and all(one.number != number for one in self._running()):
+                running = _Backward(number)
+                Variable._execution_engine.queue_callback(running)
+                self._backwards.append(ref(running))
 
 
 class _Backward:
     """A backward that goes on. Only the engine keeps it: until its end, of which it is told, or until an error."""
 
-    def __init__(self, task: int):
-        self.task, self.is_over = task, False
+    def __init__(self, number: int):
+        self.number, self.is_over = number, False
 
     def __call__(self) -> None:
         self.is_over = True

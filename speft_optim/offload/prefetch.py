@@ -88,6 +88,8 @@ class Prefetcher:
         head: tuple[nn.Module, HostWeight] | None = None,
     ):
         self.resident: dict[Site, Tensor] = {}
+        # The block that was recomputed last, and its buffer.
+        self._computed_again: tuple[int, ref[Buffer]] | None = None
         self.one_call = OneCall()
         self._blocks, self._device, self._direct = blocks, device, direct
         # `torch.cpu` has streams too, whose methods do nothing, since copies there end before the call returns.
@@ -127,27 +129,44 @@ class Prefetcher:
         Raises:
             RuntimeError: values attached to the block have changed since its forward.
         """
-        buffer = self._fetch(block, place=None if in_forward is None else in_forward.buffer())
-        buffer.wait_until_queued()
-        self._backend.current_stream(self._device).wait_event(buffer.filled)
+        weights, is_again = self._blocks[block], in_forward is not None
+        buffer = self._bring(block, in_forward.buffer() if is_again else None)
         self._buffers.sort(key=lambda other: other is buffer)
         self._prefetch(block, following.blocks)
         if self._head is not None:
             self._head.approach(following.before_head)
-        # The trained entries come last: an optimizer may have stepped since the block was copied.
-        weights = self._blocks[block]
-        for site, weight in weights.items():
-            weight.overlay_(buffer.weights[site])
-        if in_forward is None:
-            in_forward = Held(ref(buffer), [ValuesInForward(one.name, one.attached) for one in weights.values()])
-        else:
+        self._overlay(block, buffer)
+        if is_again:
             for values, weight in zip(in_forward.values, weights.values(), strict=True):
                 values.check(weight.attached)
+            self._computed_again = block, in_forward.buffer
+        else:
+            in_forward = Held(ref(buffer), [ValuesInForward(one.name, one.attached) for one in weights.values()])
         self.resident = buffer.weights
         try:
             yield in_forward
         finally:
             self.resident = {}
+            if not is_again and self.one_call.is_in_backward:
+                self._restore()
+
+    def _restore(self) -> None:
+        """Bring back the block whose backward a call within it, as of a hook, may have interrupted."""
+        block, buffer = self._computed_again
+        if (buffer := buffer()) is not None and buffer.block != block:
+            self._overlay(block, self._bring(block, buffer))
+
+    def _bring(self, block: int, place: Buffer | None) -> Buffer:
+        """Return the buffer with the block, in the stream of the computation."""
+        buffer = self._fetch(block, place=place)
+        buffer.wait_until_queued()
+        self._backend.current_stream(self._device).wait_event(buffer.filled)
+        return buffer
+
+    def _overlay(self, block: int, buffer: Buffer) -> None:
+        """Write the trained entries, after the copy: an optimizer may have stepped since that was begun."""
+        for site, weight in self._blocks[block].items():
+            weight.overlay_(buffer.weights[site])
 
     def _prefetch(self, block: int, following: Iterable[int]) -> None:
         """Start to copy the next block, and as many of those that do not stay as buffers are not in use."""
