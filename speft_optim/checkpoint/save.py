@@ -82,10 +82,11 @@ def _collect(model: nn.Module, weights: list[SparseWeight]) -> AdapterFile:
     masks, values, others, targets = Masks(), {}, _entries_of_loaded(model), all_targets(model)
     own = {weight.name: weight for weight in weights}
     for name in dict.fromkeys([*own, *others]):
-        base, changed = frozen_weight(*targets[name].sites[0]), others.get(name, [])
         if name in own:
             own[name].synchronize()
-            base, changed = own[name].base, [own[name].ever_trained(), *changed]
+            base, changed = own[name].base, [own[name].ever_trained(), *others.get(name, [])]
+        else:
+            base, changed = frozen_weight(*targets[name].sites[0]), others[name]
         masks[name], entries = base.entries(united(changed))
         values[name] = entries.cpu()
     _warn_of_statistics(model)

@@ -45,7 +45,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.transposed, ctx.accumulators = weight, transposed, accumulators
         ctx.values = None
-        # A compiled graph saves the values, so that autograd itself compares them.
+        # A compiled graph computes its backward with what it saved.
         if any(ctx.needs_input_grad) and not torch.compiler.is_compiling():
             ctx.values = ValuesInForward(weight.module.__dict__.get(LAYER_NAME, ""), weight.attached)
         ctx.saved_input = take_saved_input(x) if accumulators and leaf is None else None
