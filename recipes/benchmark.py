@@ -49,6 +49,7 @@ from recipes.apart import ending_together, run_apart, run_together
 from recipes.benchmark_report import draw, table
 from recipes.host_peers import HOST_ATTACH
 from recipes.memory import GIB, GPU_SIZES, estimate, host_bytes, let_segments_grow, peak_bytes, usable_bytes
+from recipes.presets import check_resident
 from recipes.random_models import build, shaped
 from recipes.shapes import SHAPES, Shape
 
@@ -126,9 +127,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--gpu-gb {args.gpu_gb} simulates a small GPU on a larger one, but there is no CUDA device")
     if args.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
         parser.error("--liger needs a CUDA device and the package: pip install liger-kernel")
-    blocks = shaped(args.shape, args.layers).num_hidden_layers
-    if args.resident_blocks > blocks:
-        parser.error(f"--resident-blocks is {args.resident_blocks}; the model has {blocks} blocks, so lower it")
+    try:
+        check_resident(args, shaped(args.shape, args.layers))
+    except ValueError as error:
+        parser.error(str(error))
     known = several.MODES if args.command == "several" else MODES
     if unknown := [mode for mode in args.modes.split(",") if mode not in known]:
         parser.error(f"--modes names {unknown[0]!r}; it takes {', '.join(known)}")

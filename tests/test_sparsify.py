@@ -6,6 +6,7 @@ import io
 import logging
 import pickle
 import re
+import sys
 import weakref
 
 import pytest
@@ -305,6 +306,13 @@ def test_a_look_at_the_values_writes_nothing():
     logits(model)
     assert versions == [model.get_parameter(name)._version for name in masks]
     early.backward()
+
+
+def test_a_model_that_is_not_sharded_needs_no_fsdp(monkeypatch):
+    """As where torch was built without it."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", None)
+    model = tiny_model()
+    assert sparsify(model, random_masks(model))
 
 
 def test_values_of_a_broken_model_can_be_copied():

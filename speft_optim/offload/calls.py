@@ -16,9 +16,9 @@ from speft_optim.offload.buffers import Site
 from speft_optim.offload.caches import without_caches
 from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.lookup import HostTable, sent
-from speft_optim.offload.one_call import present_backward
 from speft_optim.offload.prefetch import Following, Prefetcher
 from speft_optim.offload.quantized import HostQuantized
+from speft_optim.weights.gradient_nodes import present_backward
 from speft_optim.weights.replacement import covered, replace_method
 from speft_optim.weights.storage import STREAMED
 from speft_optim.weights.targets import AddedModule

@@ -14,16 +14,12 @@ import time
 from collections.abc import Iterator
 from weakref import ref
 
-import torch
 from torch.autograd import Variable
+
+from speft_optim.weights.gradient_nodes import present_backward
 
 # Seconds that a call waits for a backward: the engine lets go of one that failed only after it has raised.
 _PATIENCE = 0.2
-
-
-def present_backward() -> int:
-    """Return the number of the backward that autograd runs on this thread now, -1 for none."""
-    return torch._C._current_graph_task_id()
 
 
 class OneCall:

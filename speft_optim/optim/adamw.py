@@ -29,6 +29,7 @@ from speft_optim.optim.state import has_moments
 from speft_optim.optim.state_checks import warn_of_lost_entries
 from speft_optim.optim.step import planned
 from speft_optim.weights.compact_values import linked
+from speft_optim.weights.gradient_nodes import present_backward
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class SparseAdamW(SavedOptimizer):
         # All weights are checked before any update, also those without a gradient: a replaced weight never gets one.
         weights = {parameter: linked(parameter) for parameter in self._parameters()}
         self._held = tuple(weights.values())
-        if torch._C._current_graph_task_id() != -1:
+        if present_backward() != -1:
             refuse_step_in_backward(weights.values())
         # In the first step an error of one process alone would let the others hang in the exchange below.
         with nullcontext() if self._stepped else together():

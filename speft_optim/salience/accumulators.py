@@ -15,6 +15,7 @@ from torch import Tensor
 
 from speft_optim.distributed import from_owners_
 from speft_optim.kernels.product import accumulate_product_
+from speft_optim.weights.gradient_nodes import present_backward
 from speft_optim.weights.targets import Target
 
 
@@ -171,7 +172,7 @@ class SquareSum(GradientSum):
 
     def _begin_pass(self) -> None:
         # Autograd numbers the calls of backward.
-        now = torch._C._current_graph_task_id()
+        now = present_backward()
         if now != self._pass:
             self.end_pass()
             self._pass = now

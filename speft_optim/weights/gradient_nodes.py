@@ -10,6 +10,11 @@ from torch import Tensor
 from speft_optim.weights.verification import warn_of_inputs
 
 
+def present_backward() -> int:
+    """Return the number of the backward that autograd runs on this thread now, -1 for none."""
+    return torch._C._current_graph_task_id()
+
+
 class Accumulator(Protocol):
     """Receives the gradient of a frozen weight.
 

@@ -24,7 +24,8 @@ def check_divisions(model: nn.Module) -> None:
             name = f"{path}.{attribute}" if path else attribute
             if is_sharded(parameter):
                 check_division(name, module, parameter)
-    check_gathers(model.modules())
+    if is_fully_sharded(model):
+        check_gathers(model.modules())
 
 
 def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> None:

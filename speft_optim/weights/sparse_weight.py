@@ -100,7 +100,7 @@ class SparseWeight(EqualEntries):
 
     def detach_from_model(self) -> None:
         """Remove all hooks and this module; the weight keeps the values, unless it was resized or replaced."""
-        if self._change() is None:
+        if self.can_be_trained():
             self.synchronize()
             self.base.release(self.values)
             self.base.drop_unchanged()
@@ -131,7 +131,7 @@ class SparseWeight(EqualEntries):
 
     def _apply(self, fn, recurse=True):
         """Follow the model to another device, but keep the values in fp32 whatever the weights are cast to."""
-        if self._change() is None:
+        if self.can_be_trained():
             self.synchronize()
         if fn(self.values.detach()[:0]).is_meta:
             # They could not come back from there, as a sharded weight can, whose rows are loaded afterwards.

@@ -4,6 +4,7 @@ Autograd saves a dense weight, which holds its trained entries, and refuses a ba
 that has them beside it, since it is quantised or in host memory, is formed anew in backward with the values of then.
 """
 
+import operator
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -30,17 +31,13 @@ class ValuesInForward:
         Raises:
             RuntimeError: it has changed.
         """
-        alike = len(values) == len(self._values) and all(map(_is_same, values, self._values))
+        alike = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
         if not alike or [_version(one) for one in values] != self._versions:
             raise RuntimeError(
                 f"The trained values of {self._name or 'a layer'} changed after this loss was computed, as by "
                 "optimizer.step() or desparsify, and its backward would compute with the new ones; call backward "
                 "before that, or compute the loss again after it."
             )
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one is other
 
 
 def _version(values: Tensor) -> tuple | None:
