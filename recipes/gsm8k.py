@@ -128,14 +128,14 @@ def window_options(args: argparse.Namespace, model) -> dict:
     )
 
 
-def fitting_steps(run: Run, job: Job) -> int:
+def fitting_steps(run: Run, job: Job, optimizer: torch.optim.Optimizer) -> int:
     """Return how many of the steps fit into `--train-minutes`, at least one; all of them without that option."""
     args = run.args
     if args.train_minutes is None:
         return job.steps
     with run.stage("try a step"), models.products_of(job.dtype):
         options = window_options(args, job.model)
-        seconds = loop.seconds_per_step(job.model, job.samples, pad_id=job.pad_id, **options)
+        seconds = loop.seconds_per_step(job.model, optimizer, job.samples, pad_id=job.pad_id, **options)
         fit = int(60 * args.train_minutes / seconds)
     return processes.agreed(max(1, min(job.steps, fit)))
 
@@ -250,7 +250,7 @@ def work(args: argparse.Namespace) -> dict:
     if args.compile:
         compiled.compile_model(job.model, args.compile)
     # A resumed run takes the number of steps from the record, which also tells whether training is over.
-    record["steps"] = record.get("steps") or fitting_steps(run, job)
+    record["steps"] = record.get("steps") or fitting_steps(run, job, trained.optimizer)
     if processes.is_first() and not is_trained(record, out):
         try_ending(run, job, trained)
     train(run, job, trained)

@@ -175,6 +175,7 @@ def _keep_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Opt
 
 def seconds_per_step(
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     samples: Sequence[Sample],
     *,
     batch_size: int,
@@ -189,6 +190,7 @@ def seconds_per_step(
 
     Args:
         model: the model, with its mask or adapter attached.
+        optimizer: over the trained tensors; it drops the gradients.
         samples: tokenised training problems.
         batch_size: samples in one forward pass.
         pad_id: token to pad with.
@@ -209,7 +211,7 @@ def seconds_per_step(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
-        model.zero_grad()
+        optimizer.zero_grad()
     model.train(was_training)
     restore_random_state(state)
     # The first trial includes one-time costs.

@@ -57,7 +57,7 @@ from recipes import (
     word_problems,
 )
 from recipes.loss import frozen_head
-from speft_optim import Masks, SparseAdamW, load_adapter, select_masks, sparsify
+from speft_optim import Masks, MaskSchedule, SparseAdamW, load_adapter, select_masks, sparsify
 from speft_optim.optim.state import has_moments
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import quantized_linears
@@ -687,11 +687,13 @@ def test_trying_a_step_changes_nothing(samples):
     model = tiny("llama", attention_dropout=0.5)
     optimizer = attach(model)
     before, state = weights_of(model), torch.get_rng_state()
-    seconds = loop.seconds_per_step(model.eval(), samples, batch_size=2, pad_id=PAD, accumulation=2)
+    schedule = MaskSchedule(model, optimizer, window=8, interval=8)
+    seconds = loop.seconds_per_step(model.eval(), optimizer, samples, batch_size=2, pad_id=PAD, accumulation=2)
     assert 0 < seconds < 60 and not model.training
     assert equal_states(weights_of(model), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
+    assert schedule.bytes_held == 0
 
 
 def test_a_resumed_job_does_not_train_the_masks_of_the_run_before_it(folders, tmp_path, monkeypatch):

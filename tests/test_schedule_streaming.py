@@ -302,6 +302,27 @@ def test_a_step_that_a_loss_scaler_skipped_lets_the_window_begin_anew(salience, 
     assert equal_states(*results)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("salience", ["snip", "fisher"])
+def test_gradients_that_lead_to_no_step_choose_no_entries(salience, set_to_none):
+    """A window that has only these in it begins at once, any other at its end."""
+    model, optimizer, schedule = attach(salience=salience, budget=6_000)
+    plain = Plain(model, schedule, groups_of(schedule), SCORES[salience])
+
+    for step in range(8):
+        for part in range(2 if step in (2, 5) else 0):
+            (model(**token_batch(90 + part)).loss * 1e3).backward()
+        optimizer.zero_grad(set_to_none)
+        train(model, optimizer, 1, first=step)
+        plain.window = 3 if step == 5 else 2
+        plain.step([token_batch(step)])
+        if step == 5:
+            plain.forget()
+        assert schedule.training.turns == plain.turns
+    assert plain.turns == 3
+    plain.assert_agrees(model, optimizer, schedule)
+
+
 @pytest.mark.parametrize("salience", ["snip", "fisher"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_under_checkpointing_does_not_count_twice(reentrant, salience):

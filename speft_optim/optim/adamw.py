@@ -184,6 +184,12 @@ class SparseAdamW(SavedOptimizer):
             take_step()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, as torch's optimizers do, and tell a schedule of masks, which has added them up."""
+        super().zero_grad(set_to_none)
+        if self.schedule is not None:
+            self.schedule.after_zero_grad()
+
     def _largest_of_gradients(self) -> list[Tensor]:
         """Return the largest magnitude in the gradients of each device, as scalars that are not waited for yet."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]

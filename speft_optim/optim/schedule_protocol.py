@@ -22,6 +22,9 @@ class Schedule(Protocol):
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Count a step; a post-hook of the optimizer's step."""
 
+    def after_zero_grad(self) -> None:
+        """Note that the gradients since the last step, if there are any, lead to no step."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors of fixed shapes under `SCHEDULE_KEYS`."""
 

@@ -112,21 +112,38 @@ class RowSlice:
 
 
 class GradientSum:
-    """Adds up gradients in the accumulator of a row slice, which the first gradient allocates."""
+    """Adds up gradients in the accumulator of a row slice, which the first gradient allocates.
+
+    Attributes:
+        has_new: whether it got a gradient since the last optimizer step.
+    """
+
+    has_new = False
 
     def __init__(self, row_slice: RowSlice):
         self.row_slice = row_slice
 
     def from_product(self, left: Tensor, right: Tensor) -> None:
         """Add `left.T @ right`."""
+        self.has_new = True
         placed(self.row_slice, left.device).from_product(left, right)
 
     def from_dense(self, gradient: Tensor) -> None:
         """Add a dense gradient."""
+        self.has_new = True
         placed(self.row_slice, gradient.device).from_dense(gradient)
 
     def end_pass(self) -> None:
         """Note that the last backward pass is over."""
+
+    def end_step(self) -> None:
+        """Note that the optimizer has taken a step by the gradients so far."""
+        self.end_pass()
+        self.has_new = False
+
+    def spoil(self) -> None:
+        """Make the sum NaN, since a gradient that led to no step cannot be taken out of it again."""
+        self.row_slice.accumulator.fill_(torch.nan)
 
     @property
     def bytes_held(self) -> int:
@@ -170,7 +187,13 @@ class SquareSum(GradientSum):
         """Bytes of the accumulators."""
         return _bytes(self.row_slice) + _bytes(self._gradient)
 
+    def spoil(self) -> None:
+        """The same; the gradient of the last pass may not be squared yet."""
+        self.end_pass()
+        super().spoil()
+
     def _begin_pass(self) -> None:
+        self.has_new = True
         # Autograd numbers the calls of backward.
         now = present_backward()
         if now != self._pass:

@@ -122,7 +122,8 @@ class TrainingSalience:
 
     def end_step(self) -> bool:
         """Count an optimizer step, and tell whether the turn is over."""
-        self.end_passes()
+        for accumulated in self._sums.values():
+            accumulated.end_step()
         self.steps += 1
         if self.steps == self.waiting:
             self._begin_window()
@@ -138,6 +139,19 @@ class TrainingSalience:
         if self._sums:
             self._begin_window()
 
+    def drop_gradients(self) -> None:
+        """Let no choice depend on the gradients since the last step, which were dropped.
+
+        If earlier ones are in the sums too, these are spoilt, and the window begins again at its end: all processes
+        find that out together there, also if only some of them have got a gradient.
+        """
+        new = [accumulated for accumulated in self._sums.values() if accumulated.has_new]
+        if new and self.steps == self.waiting:
+            self._begin_window()
+            return
+        for accumulated in new:
+            accumulated.spoil()
+
     def select(self, wanted: Mapping[str, int] | int) -> dict[str, Choice] | None:
         """End the turn and choose the entries of its group.
 
@@ -146,8 +160,8 @@ class TrainingSalience:
                 number changed by more than the group has entries, later turns make up for it.
 
         Returns:
-            The choices for the weights whose entries change; None if a gradient of the window was not finite, so that
-            the window begins again.
+            The choices for the weights whose entries change; None if a gradient of the window was not finite, or was
+            dropped without a step, so that the window begins again.
 
         Raises:
             ValueError: a score is not finite though the gradients are.
@@ -155,7 +169,9 @@ class TrainingSalience:
         is_used = self._gather()
         if is_used is None:
             self._warn_once(
-                "A gradient of the last %d steps was not finite, so that their window begins again.", self.window
+                "A gradient of the last %d steps was not finite, or was dropped without a step, so that their window "
+                "begins again.",
+                self.window,
             )
             self._begin_window()
             return None

@@ -50,13 +50,13 @@ class MaskSchedule(SavedSchedule):
 
     Memory and checkpoints then also hold the group's accumulators, 4 bytes for each of its entries and at most
     `memory_budget` in all, and a score for each trained entry. Scores are those of the raw gradients: before clipping,
-    and including the constant factors of a loss scaler and of gradient accumulation; a backward pass whose gradients
-    the training script drops without a step counts too. A step that is skipped because of inf or NaN lets the group's
-    window begin again. Weights that get no gradient keep their masks. With several processes each adds up its own
-    gradients, and they are averaged at the end of a turn; a checkpoint within a turn holds the sums of the process that
-    saved it. DistributedDataParallel needs local scope and no `density`, since its buffers keep the numbers of entries;
-    otherwise its forward fails. `magnitude`, `random` and `synflow` need no gradient: with these measures and no
-    batches, `select_masks` selects at intervals too.
+    and including the constant factors of a loss scaler and of gradient accumulation. A step that is skipped because of
+    inf or NaN, or by `optimizer.zero_grad()` in its place, lets the group's window begin again; gradients that are
+    dropped in another way, as by `model.zero_grad()`, count. Weights that get no gradient keep their masks. With
+    several processes each adds up its own gradients, and they are averaged at the end of a turn; a checkpoint within a
+    turn holds the sums of the process that saved it. DistributedDataParallel needs local scope and no `density`, since
+    its buffers keep the numbers of entries; otherwise its forward fails. `magnitude`, `random` and `synflow` need no
+    gradient: with these measures and no batches, `select_masks` selects at intervals too.
 
     Averages of parameters, such as torch's `AveragedModel`, mix entries once masks have moved. A copied model that
     averages all parameters then goes by its dense weights, in their dtype. Values that were averaged alone cannot be
@@ -212,6 +212,11 @@ class MaskSchedule(SavedSchedule):
             if self.history[-1]["overlap"] >= self.threshold and self._trains_as_many_as_wanted():
                 return
         self.reselect()
+
+    def after_zero_grad(self) -> None:
+        """Forget gradients that are dropped without a step."""
+        if self.training is not None:
+            self.training.drop_gradients()
 
     def _after_step_of_turn(self, optimizer: SparseAdamW) -> None:
         """Count a step of the group's window, and choose its masks when the window is over."""
