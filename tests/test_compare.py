@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import tiny_job
 import torch
 from tiny_job import PAD, save_tiny
 
-from recipes import baselines, batch_loss, cells, compare, forgetting, loop, moving, word_problems, workers
+from recipes import baselines, batch_loss, cells, compare, forgetting, gsm8k, loop, moving, word_problems, workers
 from recipes.bench import Bench
 from recipes.cells import Cell
 from recipes.claims import claimed
@@ -97,6 +98,24 @@ def test_cells_of_one_worker_do_not_reach_each_other(folder, finished, tmp_path)
     again, before = records(tmp_path)["static-snip_r2_lr0.01_s0"], records(finished)["static-snip_r2_lr0.01_s0"]
     for key in ("train_loss", "test_loss", "own_loss", "documentation_loss"):
         assert again[key] == before[key]
+
+
+def test_a_command_that_could_not_begin_does_not_decide_over_the_next_ones_settings(folder, tmp_path):
+    words = ["--methods", "static-random", "--budget-ranks", "2", "--rates", "1e-2", "--minutes", "0"]
+    with pytest.raises(ValueError, match="is neither a folder nor a data set"):
+        compare.main(command(folder, tmp_path, *words[:-2], "--data", tmp_path / "none"))
+    assert compare.main(command(folder, tmp_path, *words)) == {"done": 0, "failed": 0, "left": 1}
+
+
+def test_a_damaged_model_is_refused_before_a_folder_is_made(folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder / "model", damaged)
+    (damaged / "model.safetensors").write_bytes(b"short")
+    cells = ["--methods", "lora", "--rates", "1e-2"]
+    for main, more in ((compare.main, cells), (gsm8k.main, ["--steps", 1])):
+        with pytest.raises(ValueError, match="model.safetensors is damaged"):
+            main(tiny_job.command(damaged, folder / "problems", tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
 
 
 def test_finished_cells_are_not_trained_again_and_other_settings_are_refused(folder, finished, monkeypatch):
