@@ -59,8 +59,9 @@ class MaskSchedule(SavedSchedule):
     gradient: with these measures and no batches, `select_masks` selects at intervals too.
 
     Averages of parameters, such as torch's `AveragedModel`, mix entries once masks have moved. A copied model that
-    averages all parameters then goes by its dense weights, in their dtype. Values that were averaged alone cannot be
-    mended, and a warning tells when they are set: average the tensors of `state_dict()` instead.
+    averages all parameters then goes by its dense weights, in their dtype, in local scope; where numbers of entries
+    change, torch refuses to average tensors of two lengths. Values that were averaged alone cannot be mended, and a
+    warning tells when they are set. Average the tensors of `state_dict()` instead.
 
     Args:
         model: the sparsified model, or a wrapper around it.
