@@ -102,7 +102,7 @@ def _load_from_hub(source: str, train_limit: int | None, held_out: int) -> tuple
     except Exception as error:  # the library raises a dozen kinds here; all mean that the name leads nowhere
         raise ValueError(
             f"data {source!r} is neither a folder nor a data set that could be loaded ({error}); "
-            "give a folder with train.jsonl and test.jsonl, a name such as openai/gsm8k, or `generator`"
+            "give a folder with train.jsonl and test.jsonl, or a name such as openai/gsm8k"
         ) from error
     if "train" not in loaded:
         raise ValueError(f"data set {source} has the splits {sorted(loaded)}; it needs one called train")
