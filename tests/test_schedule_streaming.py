@@ -323,6 +323,20 @@ def test_gradients_that_lead_to_no_step_choose_no_entries(salience, set_to_none)
     plain.assert_agrees(model, optimizer, schedule)
 
 
+@pytest.mark.parametrize("package", ["accelerate", "lightning.fabric"])
+def test_gradients_that_a_wrapped_optimizer_drops_are_seen(package):
+    module = pytest.importorskip(package)
+    model, optimizer, schedule = attach(scope="local", window=3)
+    if package == "accelerate":
+        _, wrapper = module.Accelerator(cpu=True).prepare(model, optimizer)
+    else:
+        _, wrapper = module.Fabric(accelerator="cpu").setup(model, optimizer)
+    model(**token_batch(0)).loss.backward()
+    assert schedule.bytes_held
+    wrapper.zero_grad()
+    assert not schedule.bytes_held
+
+
 @pytest.mark.parametrize("salience", ["snip", "fisher"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_under_checkpointing_does_not_count_twice(reentrant, salience):

@@ -187,8 +187,10 @@ class SparseAdamW(SavedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as torch's optimizers do, and tell a schedule of masks, which has added them up."""
         super().zero_grad(set_to_none)
-        if self.schedule is not None:
-            self.schedule.after_zero_grad()
+        # Fabric's wrapper imitates this class, and holds the optimizer itself.
+        schedule = getattr(self, "optimizer", self).schedule
+        if schedule is not None:
+            schedule.after_zero_grad()
 
     def _largest_of_gradients(self) -> list[Tensor]:
         """Return the largest magnitude in the gradients of each device, as scalars that are not waited for yet."""
