@@ -368,6 +368,28 @@ def a_forward_between_steps_leaves_no_stale_weights(rank):
     assert_close(actual, plain(**token_batch(1)).logits.detach())
 
 
+def weights_that_two_of_four_processes_keep_for_backward(rank):
+    """After a forward modules hold this copy, from which values must not be read, and which a step makes stale."""
+    for optimizer in (SparseAdamW, torch.optim.AdamW):
+        model, values, optimizer, reference = start(optimizer=optimizer, reshard_after_forward=2)
+        for step in range(STEPS):
+            batch = token_batch(step, batch=4)
+            model(**part(batch, rank, 4)).loss.backward()
+            with torch.no_grad():
+                model(**batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            reference.model(**batch).loss.backward()
+            reference.step()
+            stepped = [value.detach().clone() for value in values]
+            for _ in range(2):
+                with torch.no_grad():
+                    logits = model(**batch).logits
+            assert all(map(torch.equal, values, stepped))
+            assert_close(logits, reference.model(**batch).logits.detach(), atol=1e-5)
+        assert_equals(reference, model, values)
+
+
 def a_state_loaded_later_wins_over_values(rank):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -1207,6 +1229,7 @@ OF_FOUR = [
     sharded_and_then_sparsified,
     hybrid_sharding,
     embeddings_tied_to_the_head,
+    weights_that_two_of_four_processes_keep_for_backward,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,
     salience_of_each_processes_own_batches,
     gradients_summed_as_in_one_process,

@@ -67,6 +67,7 @@ class EqualEntries(MovingValues, CompactEntries):
             ValueError: the model has another module, or a weight of another shape, in the place of this one; or the
                 weight is used outside its module's forward while several processes train.
         """
+        self._follow_sharding()
         if change := self._change():
             raise ValueError(
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
@@ -115,7 +116,6 @@ class EqualEntries(MovingValues, CompactEntries):
         Raises:
             ValueError: see `check`.
         """
-        self._follow_sharding()
         self.check()
         if version(self._parameters["values"]) != self._seen[2]:
             self._write_or_read()

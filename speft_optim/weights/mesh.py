@@ -214,6 +214,12 @@ def gathered_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module]
     return getattr(_own_record(site, parameter_groups(parents)), "_unsharded_param", None)
 
 
+def reshard_parameter(site: tuple[nn.Module, str], parents: Iterable[nn.Module]) -> None:
+    """Let FSDP drop what it gathered of the parameters that it gathers together with this one."""
+    owners = (module for module in parents if _own_record(site, parameter_groups([module])) is not None)
+    next(owners).reshard()
+
+
 def _own_record(site: tuple[nn.Module, str], found: Iterable[list]) -> object | None:
     """What FSDP keeps of one parameter, among its groups."""
     for parameter in (parameter for groups in found for group in groups for parameter in group.fsdp_params):

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from speft_optim.weights.attached import name_beside, sparse_weights
 from speft_optim.weights.compact_values import version
 from speft_optim.weights.floating import FloatingWeight
-from speft_optim.weights.mesh import check_division, check_gathers, gathered_parameter, sharded_parameter
+from speft_optim.weights.mesh import (
+    check_division,
+    check_gathers,
+    gathered_parameter,
+    reshard_parameter,
+    sharded_parameter,
+)
 from speft_optim.weights.sharded import ShardedParameter, ShardedWeight, is_managed, is_sharded
 from speft_optim.weights.storage import FrozenWeight, frozen_weight
 from speft_optim.weights.targets import AddedModule, Target
@@ -109,6 +115,9 @@ class Place:
             ValueError: the model is divided in a way that masked weights cannot be.
         """
         module, attribute = self.target.sites[0]
+        if self.shards is not None and self.shards.is_kept_for_backward():
+            # Values are read from the process's own rows and written into them, and not into this copy.
+            reshard_parameter((module, attribute), self.parents())
         if self.shards is not None or not is_managed(module):
             return False
         if (parameter := sharded_parameter((module, attribute), self.parents())) is None:

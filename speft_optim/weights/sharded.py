@@ -74,6 +74,15 @@ class ShardedParameter:
             self.parameter = now
         return self.parameter if self._gathered() is not None else now
 
+    def is_kept_for_backward(self) -> bool:
+        """Whether the module holds the copy, divided over fewer processes, that FSDP keeps from forward to backward.
+
+        It keeps one where `reshard_after_forward` is a number.
+        """
+        module, attribute = self._site
+        now = module._parameters.get(attribute)
+        return now is not self.parameter and is_sharded(now) and now.device_mesh != self.parameter.device_mesh
+
     def _gathered(self) -> Tensor | None:
         """The weight of all rows that FSDP put into the module for a pass, or None between passes."""
         module, attribute = self._site
