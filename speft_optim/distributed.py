@@ -7,8 +7,9 @@ message that does not name the error. So errors are exchanged too.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
-from torch import Tensor, int32
+from torch import Tensor
 
 from speft_optim.masks.collection import Masks
 from speft_optim.masks.mask import Mask
@@ -120,6 +121,14 @@ def average_(accumulators: Iterable[Tensor], count: int) -> None:
         accumulator /= count
 
 
+def total_of(numbers: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of the scalars of all processes, fp32 on `device`."""
+    total = sum((number.to(device, torch.float32) for number in numbers), torch.zeros((), device=device))
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
 def from_owners_(entries: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
     """Sum fp32 entries that are zero in all processes but one, in place and without rounding, and return them.
 
@@ -128,7 +137,7 @@ def from_owners_(entries: Tensor, group: "dist.ProcessGroup | None" = None) -> T
         group: the processes; None for all.
     """
     # The sum of their bits is exact, for -0.0 and NaN too.
-    dist.all_reduce(entries.view(int32), group=group)
+    dist.all_reduce(entries.view(torch.int32), group=group)
     return entries
 
 

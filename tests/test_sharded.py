@@ -325,8 +325,8 @@ def rows_offloaded_to_the_cpu(rank):
     assert_equals(reference, model, values)
 
 
-def another_optimizer_trains_a_norm_densely_too(rank):
-    """The gradient of a dense parameter is averaged by FSDP itself."""
+def a_norm_is_trained_densely_too(rank):
+    """The gradient of a dense parameter is averaged by FSDP itself; a number of one process skips a step in all."""
 
     def attach():
         model = tiny_model()
@@ -334,23 +334,32 @@ def another_optimizer_trains_a_norm_densely_too(rank):
         model.model.norm.weight.requires_grad_(True)
         return model, values
 
-    (model, values), (alone, alone_values) = attach(), attach()
-    shard(model)
-    optimizers = [
-        torch.optim.AdamW([*v, m.model.norm.weight], **OPTIONS)
-        for m, v in zip((model, alone), (values, alone_values), strict=True)
-    ]
-    for step in range(STEPS):
-        batch = token_batch(step, batch=4)
-        model(**part(batch, rank, dist.get_world_size())).loss.backward()
-        alone(**batch).loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    state = whole(model)
-    for name, expected in alone.state_dict().items():
-        assert_close(state[name], expected, atol=1e-6, rtol=0)
-    assert not torch.equal(alone.model.norm.weight, torch.ones(24, device=device()))
+    for kind in (torch.optim.AdamW, SparseAdamW):
+        (model, values), (alone, alone_values) = attach(), attach()
+        shard(model)
+        optimizers = [
+            kind([*v, m.model.norm.weight], **OPTIONS)
+            for m, v in zip((model, alone), (values, alone_values), strict=True)
+        ]
+        for step in range(STEPS):
+            batch = token_batch(step, batch=4)
+            model(**part(batch, rank, dist.get_world_size())).loss.backward()
+            alone(**batch).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        state = whole(model)
+        for name, expected in alone.state_dict().items():
+            assert_close(state[name], expected, atol=1e-6, rtol=0)
+        assert not torch.equal(alone.model.norm.weight, torch.ones(24, device=device()))
+    model(**token_batch(0)).loss.backward()
+    if rank == 1:
+        model.model.norm.weight.grad.to_local()[-1] = float("nan")
+    optimizers[0].step()
+    assert optimizers[0].skipped_steps == 1 and equal_states(whole(model), state)
+    in_8_bits = SparseAdamW([*values, model.model.norm.weight], state_bits=8)
+    with pytest.raises(ValueError, match=r"state_bits=8 .* fully_shard divided, here one of shape \(24,\)"):
+        in_8_bits.step()
 
 
 def a_forward_between_steps_leaves_no_stale_weights(rank):
@@ -1191,7 +1200,7 @@ SCENARIOS = [
     mixed_precision_computes_in_16_bits_and_keeps_rows_in_32,
     rows_in_16_bits_hold_the_rounded_values,
     rows_offloaded_to_the_cpu,
-    another_optimizer_trains_a_norm_densely_too,
+    a_norm_is_trained_densely_too,
     a_forward_between_steps_leaves_no_stale_weights,
     a_state_loaded_later_wins_over_values,
     values_changed_by_hand_are_written_before_the_next_forward,

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from speft_optim.checks import check_choice
-from speft_optim.distributed import check_equal_masks, together
+from speft_optim.distributed import check_equal_masks, together, total_of
 from speft_optim.optim.carried_moments import MaskChange, carried_moments, in_runs
 from speft_optim.optim.checks import (
     check_gradients,
     check_options,
     check_others,
+    refuse_quantised_rows,
     refuse_step_in_backward,
     warn_of_dense_training,
 )
@@ -30,6 +31,7 @@ from speft_optim.optim.state_checks import warn_of_lost_entries
 from speft_optim.optim.step import planned
 from speft_optim.weights.compact_values import linked
 from speft_optim.weights.gradient_nodes import present_backward
+from speft_optim.weights.sharded import device_of, is_sharded, local_rows
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +172,7 @@ class SparseAdamW(SavedOptimizer):
             masks = {weight.name: weight.mask for weight in weights.values() if weight is not None}
             check_equal_masks(masks, may_be_divided=True)
             check_gradients(weights)
+            refuse_quantised_rows(self._with_bits())
             warn_of_dense_training(weights)
             # Only now, since the model's own state may be loaded after that of the optimizer.
             warn_of_lost_entries(self._checksums)
@@ -194,12 +197,16 @@ class SparseAdamW(SavedOptimizer):
 
     def _largest_of_gradients(self) -> list[Tensor]:
         """Return the largest magnitude in the gradients of each device, as scalars that are not waited for yet."""
-        gradients = [p.grad for p in self._parameters() if p.grad is not None and p.grad.numel()]
+        found = [p.grad for p in self._parameters() if p.grad is not None]
+        sharded = [grad for grad in found if is_sharded(grad)]
+        gradients = [part for grad in found if (part := local_rows(grad) if is_sharded(grad) else grad).numel()]
         norms: dict[torch.device, list[Tensor]] = {}
         # A sum of squares could overflow; the maximum does not, and it is NaN if any number is.
         for norm in torch._foreach_norm(gradients, float("inf")) if gradients else ():
             norms.setdefault(norm.device, []).append(norm)
-        return [torch.stack(of_one).max() for of_one in norms.values()]
+        largest = [torch.stack(of_one).max() for of_one in norms.values()]
+        # Each process has rows of its own, and all of them step or none. A sum keeps NaN, which a maximum may lose.
+        return [total_of(largest, device_of(sharded[0]))] if sharded else largest
 
     def _may_step(self, largest: list[Tensor]) -> bool:
         """Tell whether all gradients are finite; if not, count the skipped step or raise."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from speft_optim.checks import check_flag
 from speft_optim.kernels.magnitudes import POWERS
 from speft_optim.optim.moments import STATE_BITS
-from speft_optim.weights.sharded import ShardedWeight
+from speft_optim.weights.sharded import ShardedWeight, is_sharded
 from speft_optim.weights.sparse_weight import SparseWeight
 from speft_optim.weights.storage import DenseWeight
 
@@ -64,6 +64,23 @@ def refuse_step_in_backward(weights: Iterable[SparseWeight | None]) -> None:
             raise ValueError(
                 f"step() was called within a backward, in which {weight.name} is still needed as it was, so that "
                 "gradients would be wrong; call it after backward, or sparsify with offload= or on a quantised base."
+            )
+
+
+def refuse_quantised_rows(parameters: Iterable[tuple[Tensor, int]]) -> None:
+    """Refuse moments of 8 bits for an ordinary parameter that `fully_shard` divided, of which blocks cross processes.
+
+    Args:
+        parameters: each with the `state_bits` of its group.
+
+    Raises:
+        ValueError: one of them would have such moments.
+    """
+    for parameter, bits in parameters:
+        if bits == 8 and is_sharded(parameter) and parameter.grad is not None:
+            raise ValueError(
+                f"state_bits=8 is not possible for an ordinary parameter that fully_shard divided, here one of shape "
+                f"{tuple(parameter.shape)}; put such parameters into a group of their own with state_bits=32."
             )
 
 

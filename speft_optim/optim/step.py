@@ -14,6 +14,7 @@ from speft_optim.kernels.launch import launches
 from speft_optim.kernels.magnitudes import mean_power
 from speft_optim.optim.moments import new_moments_, store_moments_, stored_moments, unpack_moments
 from speft_optim.optim.state import has_moments
+from speft_optim.weights.sharded import is_sharded
 from speft_optim.weights.sparse_weight import SparseWeight
 
 
@@ -139,7 +140,7 @@ def _mean_powers(group: dict[str, Any], weights: dict[Tensor, SparseWeight | Non
 
 def _can_launch(parameter: Tensor, moments: list[Tensor], scales: list[Tensor]) -> bool:
     """Tell whether the kernel, which gets bare addresses, may update the parameter: its tensors must fit."""
-    if not launches(parameter):
+    if not launches(parameter) or is_sharded(parameter):
         return False
     device, kind = parameter.device, torch.uint8 if scales else torch.float32
     for dtype, parts in ((torch.float32, (parameter, parameter.grad, *scales)), (kind, moments)):
