@@ -1024,7 +1024,7 @@ def saved_by_the_first_process_and_loaded_by_one(rank):
 
 
 def a_full_state_of_moving_masks_is_resumed(rank):
-    """A full state is taken only if all of its tensors are on one device."""
+    """A full state is taken only if all of its tensors are on one device; entries may have gone to other weights."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_model_state_dict,
@@ -1033,22 +1033,26 @@ def a_full_state_of_moving_masks_is_resumed(rank):
         set_optimizer_state_dict,
     )
 
-    def begin():
-        model, _, optimizer, _ = start()
-        MaskSchedule(model, optimizer, window=2, interval=2)
-        return model, optimizer
+    def begin(scope):
+        model, values, optimizer, _ = start()
+        MaskSchedule(model, optimizer, window=2, interval=2, scope=scope)
+        return model, values, optimizer
 
-    model, optimizer = begin()
-    # It ends within a window, where the state has sums of gradients.
-    train(rank, model, optimizer, steps=3)
-    get = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, state = get_model_state_dict(model, options=get), get_optimizer_state_dict(model, optimizer, options=get)
-    other, resumed = begin()
-    put = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(other, weights, options=put)
-    set_optimizer_state_dict(other, resumed, state, options=put)
-    assert resumed.schedule.history == optimizer.schedule.history
-    assert equal_states(whole(other), whole(model)) and masks_of(other) == masks_of(model)
+    # In local scope it ends within a window, where the state has sums of gradients.
+    for scope, steps in (("local", 3), ("global", 4)):
+        model, values, optimizer = begin(scope)
+        sizes = [*map(len, values)]
+        train(rank, model, optimizer, steps=steps)
+        assert ([*map(len, values)] == sizes) == (scope == "local")
+        get = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=get)
+        state = get_optimizer_state_dict(model, optimizer, options=get)
+        other, _, resumed = begin(scope)
+        put = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(other, weights, options=put)
+        set_optimizer_state_dict(other, resumed, state, options=put)
+        assert resumed.schedule.history == optimizer.schedule.history
+        assert equal_states(whole(other), whole(model)) and masks_of(other) == masks_of(model)
 
 
 def adapters_loaded_on_a_sharded_model(rank):
