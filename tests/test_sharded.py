@@ -223,6 +223,16 @@ def gradients_added_up_are_sent_once_and_four_bytes_an_entry(rank):
         assert_equals(reference, model, values)
 
 
+def gradients_that_fsdp_is_to_divide_otherwise_are_refused(rank):
+    """The average of values would silently be another multiple of the sum than what FSDP makes of dense gradients."""
+    model, _, _, _ = start()
+    model.set_gradient_divide_factor(1.0)
+    with pytest.raises(ValueError, match=r"set_gradient_divide_factor\(1.0\).*averaged over the 2 processes"):
+        model(**token_batch()).loss.backward()
+    model.set_gradient_divide_factor(2.0)
+    model(**token_batch()).loss.backward()
+
+
 def hybrid_sharding(rank):
     """Rows on all processes, copies of all rows on each and, of four processes, rows on two and copies on two more."""
     count = dist.get_world_size()
@@ -1198,6 +1208,7 @@ SCENARIOS = [
     a_layer_whose_output_a_hook_changes,
     compiled_blocks,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,
+    gradients_that_fsdp_is_to_divide_otherwise_are_refused,
     hybrid_sharding,
     embeddings_tied_to_the_head,
     processes_without_rows_and_weights_that_some_do_not_use,

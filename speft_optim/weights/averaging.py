@@ -104,5 +104,17 @@ def is_synchronized(weight: SparseWeight) -> bool:
     """Whether gradients of the block that holds a weight are exchanged in this backward.
 
     `FSDPModule.set_requires_gradient_sync` says so, for each block.
+
+    Raises:
+        ValueError: the block's gradients are to be divided by another number than that of the processes.
     """
-    return all(group.reduce_grads for group in next(parameter_groups(weight.place.parents()), []))
+    groups = next(parameter_groups(weight.place.parents()), [])
+    for group in groups:
+        factor = getattr(group, "gradient_divide_factor", None)
+        if factor is not None and factor != dist.get_world_size():
+            raise ValueError(
+                f"set_gradient_divide_factor({factor}) was called on the block of {weight.name}, but gradients of "
+                f"compact values are averaged over the {dist.get_world_size()} processes; leave it out, and multiply "
+                "the loss instead."
+            )
+    return all(group.reduce_grads for group in groups)
