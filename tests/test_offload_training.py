@@ -411,6 +411,25 @@ def test_decoding_while_gradients_are_recorded_is_refused_instead_of_wrong():
         model(ids[:, :1], past_key_values=cache, use_cache=True)
 
 
+def test_a_cache_of_linear_attention_alone_is_left_out_or_refused():
+    """transformers raises where such a cache is asked for its length."""
+    import transformers as tf
+
+    config = tf.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    results = []
+    for make in (attach, offloaded):
+        torch.manual_seed(0)
+        setup = make(tf.MambaForCausalLM(config).eval())
+        losses = train(setup.model, setup.optimizer, 2)
+        results.append((losses, weights_of(setup.model)))
+    assert equal_states(*results)
+    ids = token_batch()["input_ids"]
+    with torch.no_grad():
+        cache = setup.model(ids, use_cache=True).cache_params
+    with pytest.raises(ValueError, match="fills no cache. Decode under torch.no_grad"):
+        setup.model(ids[:, :1], cache_params=cache, use_cache=True)
+
+
 def test_trainer_trains_and_resumes_as_with_a_resident_model(tmp_path):
     from test_scripts import Samples, halving, trainer_arguments
     from transformers import Trainer

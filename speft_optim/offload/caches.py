@@ -16,7 +16,7 @@ def without_caches(number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]
         ValueError: a cache has tokens of an earlier forward, or would have them if that had not left it out.
     """
     for cache in filter(_is_cache, (*args, *kwargs.values())):
-        if cache.get_seq_length() or vars(cache).get(_LEFT_OUT_BY, -1) > number:
+        if _has_tokens(cache) or vars(cache).get(_LEFT_OUT_BY, -1) > number:
             raise ValueError(
                 "A cache of keys and values was passed while gradients are recorded; with offload= each block is "
                 "recomputed in backward and fills no cache. Decode under torch.no_grad()."
@@ -25,6 +25,14 @@ def without_caches(number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     args = tuple(None if _is_cache(value) else value for value in args)
     kwargs = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
     return args, {**kwargs, "use_cache": False} if kwargs.get("use_cache") else kwargs
+
+
+def _has_tokens(cache) -> bool:
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:
+        # transformers counts no tokens in a cache for linear attention alone, such as Mamba's.
+        return cache.has_previous_state()
 
 
 def _is_cache(value: object) -> bool:
