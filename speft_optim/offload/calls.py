@@ -19,7 +19,7 @@ from speft_optim.offload.lookup import HostTable, sent
 from speft_optim.offload.prefetch import Following, Prefetcher
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.weights.gradient_nodes import present_backward
-from speft_optim.weights.replacement import covered, replace_method
+from speft_optim.weights.replacement import Covered, replace_method
 from speft_optim.weights.storage import STREAMED
 from speft_optim.weights.targets import AddedModule
 
@@ -71,7 +71,7 @@ def compute_with_copies(
             with prefetcher.one_call:
                 copies = {name: copy(name) for name in own}
                 copies.update((name, sent(module._buffers[name], device)) for name in buffers)
-                with covered(module, copies):
+                with Covered(module, copies):
                     return present(*args, **kwargs)
 
         return call

@@ -21,7 +21,7 @@ from speft_optim.offload.lookup import sent
 from speft_optim.offload.one_call import OneCall
 from speft_optim.offload.quantized import HostQuantized
 from speft_optim.weights.bnb import is_quantized_linear
-from speft_optim.weights.replacement import covered
+from speft_optim.weights.replacement import Covered
 from speft_optim.weights.verification import is_recorded
 
 
@@ -57,7 +57,7 @@ class HeldHead:
         parameter = self._weight.parameter
         is_watched = isinstance(parameter, HostParameter) and torch.is_grad_enabled() and is_recorded(parameter)
         copy = on_device(parameter) if is_watched else self._weight.lasting()
-        self._call.enter_context(covered(self._module, {"weight": copy}))
+        self._call.enter_context(Covered(self._module, {"weight": copy}))
 
 
 def run_model(

@@ -36,11 +36,18 @@ class OneCall:
         self._backwards: list[ref[_Backward]] = []
 
     def __enter__(self) -> None:
-        self._enter(-1)
+        # No other thread writes this one's number, so that a call within one needs no lock.
+        if self._thread == threading.get_ident():
+            self._depth += 1
+        else:
+            self._enter(-1)
 
     def __exit__(self, *_) -> None:
-        with self._lock:
+        if self._depth > 1:
             self._depth -= 1
+        else:
+            with self._lock:
+                self._thread, self._depth = 0, 0
 
     @contextlib.contextmanager
     def again(self, made_in: int) -> Iterator[None]:
