@@ -81,7 +81,9 @@ class CompactValues(nn.Parameter):
 
 def version(tensor: Tensor) -> tuple:
     """Return what changes with each in-place operation on a tensor and each replacement of its storage or view."""
-    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "writes", None)
+    # A weight in host memory would answer each of these by `__torch_function__`.
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(tensor, "writes", None)
 
 
 def exchange(values: nn.Parameter, entries: Tensor) -> None:

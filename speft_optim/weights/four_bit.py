@@ -36,7 +36,8 @@ class FourBitWeight(QuantizedWeight):
     @property
     def is_current(self) -> bool:
         """Whether the layer still has the weight and the state that this reads."""
-        return self._stored is self.module.weight and self.state is quantisation_state(self.module)
+        weight = self.module.weight
+        return self._stored is weight and self.state is _state_of(weight, self.module)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -121,7 +122,11 @@ class FourBitWeight(QuantizedWeight):
 
 def quantisation_state(module: nn.Module):
     """Return the `QuantState` of a 4-bit weight, from its layer where a copy or wrapper of the weight lost it."""
-    state = getattr(module.weight, "quant_state", None)
+    return _state_of(module.weight, module)
+
+
+def _state_of(weight: Tensor, module: nn.Module):
+    state = getattr(weight, "quant_state", None)
     return state if state is not None else module.quant_state
 
 
