@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -412,7 +413,7 @@ def test_decoding_while_gradients_are_recorded_is_refused_instead_of_wrong():
 
 
 def test_a_cache_of_linear_attention_alone_is_left_out_or_refused():
-    """transformers raises where such a cache is asked for its length."""
+    """Transformers raises where such a cache is asked for its length."""
     import transformers as tf
 
     config = tf.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
@@ -938,6 +939,23 @@ def test_only_the_rows_that_a_batch_needs_are_looked_up(monkeypatch):
     assert copied == ["model.norm.weight", "model.embed_tokens.weight"]
     resident = attach("gemma2")
     assert train(resident.model, resident.optimizer, 1) == losses
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_block_is_looked_over_once_in_forward_and_once_in_backward(kind, original, monkeypatch):
+    """Of each weight, whether it has changed in host memory; not again where its copy is begun."""
+    model = tiny_model(num_hidden_layers=4) if kind == "dense" else loaded(original, kind)
+    setup, asked = offloaded(model), Counter()
+    train(model, setup.optimizer)
+    for cls in (HostWeight, HostQuantized):
+
+        def state(weight, ask=cls.state):
+            asked[weight.name] += 1
+            return ask(weight)
+
+        monkeypatch.setattr(cls, "state", state)
+    train(model, setup.optimizer, 3, first=2)
+    assert {asked[name] for name in setup.masks if ".layers." in name} == {6}
 
 
 class LossInChunks:

@@ -79,10 +79,7 @@ class HostWeight(FloatingWeight):
     def state(self) -> tuple:
         """Return what changes whenever the weight in host memory does."""
         parameter = self.parameter
-        if parameter.is_meta:
-            return ()
-        held = self._held()
-        return held.data_ptr(), held._version, self._writes
+        return () if parameter.is_meta else (parameter.data_ptr(), parameter._version, self._writes)
 
     def source(self, rows: slice = slice(None)) -> Tensor:
         """Return the weight or some rows of it in CPU memory, perhaps behind; of a checkpoint in its dtype."""
@@ -138,13 +135,15 @@ class HostWeight(FloatingWeight):
         inside = slice(*torch.searchsorted(indices, indices.new_tensor([start, start + rows.numel()])).tolist())
         return scatter_entries_(rows.clone(), indices[inside] - start, self._values[inside])
 
-    @torch.no_grad()
-    def overlay_(self, copy: Tensor) -> None:
-        """Write the trained values, rounded to the weight's dtype, over a copy on the device, in place."""
-        if self._values is not None:
-            # A change from outside wins over the values, as before the forward of any masked weight.
-            linked(self._values).refresh()
+    def overlay_(self, copy: Tensor) -> list[Tensor]:
+        """Write the trained values over a copy on the device, in place, rounded to its dtype; return them."""
+        if self._values is None:
+            return []
+        # A change from outside wins over the values, as before the forward of any masked weight.
+        linked(self._values).refresh()
+        with torch.no_grad():
             overlay_(copy, self._mask.positions, self._values.detach())
+        return [self._values]
 
     def _bring(self, source: Tensor) -> Tensor:
         if self.device.type == "cpu":

@@ -129,19 +129,19 @@ class Prefetcher:
         Raises:
             RuntimeError: values attached to the block have changed since its forward.
         """
-        weights, is_again = self._blocks[block], in_forward is not None
+        is_again = in_forward is not None
         buffer = self._bring(block, in_forward.buffer() if is_again else None)
         self._buffers.sort(key=lambda other: other is buffer)
         self._prefetch(block, following.blocks)
         if self._head is not None:
             self._head.approach(following.before_head)
-        self._overlay(block, buffer)
+        overlaid = zip(self._blocks[block].values(), self._overlay(block, buffer), strict=True)
         if is_again:
-            for values, weight in zip(in_forward.values, weights.values(), strict=True):
-                values.check(weight.attached)
+            for before, (_, values) in zip(in_forward.values, overlaid, strict=True):
+                before.check(values)
             self._computed_again = block, in_forward.buffer
         else:
-            in_forward = Held(ref(buffer), [ValuesInForward(one.name, one.attached) for one in weights.values()])
+            in_forward = Held(ref(buffer), [ValuesInForward(weight.name, values) for weight, values in overlaid])
         self.resident = buffer.weights
         try:
             yield in_forward
@@ -158,15 +158,14 @@ class Prefetcher:
 
     def _bring(self, block: int, place: Buffer | None) -> Buffer:
         """Return the buffer with the block, in the stream of the computation."""
-        buffer = self._fetch(block, place=place)
+        buffer = self._fetch(block, place)
         buffer.wait_until_queued()
         self._backend.current_stream(self._device).wait_event(buffer.filled)
         return buffer
 
-    def _overlay(self, block: int, buffer: Buffer) -> None:
-        """Write the trained entries, after the copy: an optimizer may have stepped since that was begun."""
-        for site, weight in self._blocks[block].items():
-            weight.overlay_(buffer.weights[site])
+    def _overlay(self, block: int, buffer: Buffer) -> list[list[Tensor]]:
+        """Write the trained entries of now, which an optimizer may have changed since the copy began; return them."""
+        return [weight.overlay_(buffer.weights[site]) for site, weight in self._blocks[block].items()]
 
     def _prefetch(self, block: int, following: Iterable[int]) -> None:
         """Start to copy the next block, and as many of those that do not stay as buffers are not in use."""
@@ -175,20 +174,25 @@ class Prefetcher:
         streamed = islice((other for other in following if other not in self._own), free)
         wanted = dict.fromkeys((*(other for other in following[:1] if other in self._own), *streamed))
         for other in wanted:
-            # Whether a block has changed since it was copied is found out when it is computed.
-            if (buffer := self._buffer_of(other)) is None or buffer.block is None:
-                self._fetch(other, {block, *wanted})
+            buffer = self._buffer_of(other)
+            buffer = buffer or next(one for one in self._buffers if one.block not in (block, *wanted))
+            if buffer.block != other:
+                # Whether a weight has changed since it was copied last is found out when the block is computed.
+                self._fill(buffer, other, self._fillings[other][0] if other in self._fillings else self._states(other))
 
     def _buffer_of(self, block: int) -> Buffer | None:
         """Return the buffer that is the block's own or that holds it, if there is one."""
         return self._own.get(block) or next((buffer for buffer in self._buffers if buffer.block == block), None)
 
-    def _fetch(self, block: int, wanted: Set[int] = frozenset(), place: Buffer | None = None) -> Buffer:
+    def _states(self, block: int) -> list[tuple]:
+        """Return the states of the block's weights in host memory."""
+        return plainly(lambda: [weight.state() for weight in self._blocks[block].values()])
+
+    def _fetch(self, block: int, place: Buffer | None) -> Buffer:
         """Return the buffer with the block as it is now, after a new copy if none has it.
 
         Args:
             block: number of the block.
-            wanted: numbers of the blocks that the copy must not replace.
             place: the buffer that it must be in; None for any.
         """
         if not self._buffers and not self._own:
@@ -196,7 +200,7 @@ class Prefetcher:
                 "This loss was computed before desparsify, and its backward needs weights that are no longer copied to "
                 f"{self._device}; call backward before desparsify, or compute the loss again."
             )
-        states = [plainly(weight.state) for weight in self._blocks[block].values()]
+        states = self._states(block)
         # A block that changed in host memory is copied into its own buffer again.
         buffer = self._buffer_of(block)
         if place not in (None, buffer):
@@ -204,7 +208,7 @@ class Prefetcher:
                 buffer.block = None
             buffer = place
         elif buffer is None:
-            buffer = next(buffer for buffer in self._buffers if buffer.block not in wanted)
+            buffer = self._buffers[0]
         if buffer.block != block or buffer.states != states:
             self._fill(buffer, block, states)
         return buffer

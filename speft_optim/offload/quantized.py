@@ -87,17 +87,17 @@ class HostQuantized:
             self._constants[name] = tensor.to(self.device)
         return self._constants[name]
 
-    def overlay_(self, copied: Tensor) -> None:
-        """Let a copy have the trained entries of now."""
+    def overlay_(self, copied: Tensor) -> list[Tensor]:
+        """Let a copy have the trained entries of now, and return their values."""
         state = getattr(copied, "quant_state", None)
         holder, attribute = (copied, "SCB") if state is None else (state, FourBitWeight.attribute)
         scales, overlays = getattr(holder, attribute), self.overlays
-        if overlays and isinstance(scales, TrainedScales) and scales.entries.overlays is overlays:
-            return
-        scales = plain_scales(scales)
-        if overlays:
-            scales = TrainedScales(TrainedEntries(scales, overlays, self._module.__dict__.get(LAYER_NAME, "")))
-        setattr(holder, attribute, scales)
+        if not (overlays and isinstance(scales, TrainedScales) and scales.entries.overlays is overlays):
+            scales = plain_scales(scales)
+            if overlays:
+                scales = TrainedScales(TrainedEntries(scales, overlays, self._module.__dict__.get(LAYER_NAME, "")))
+            setattr(holder, attribute, scales)
+        return [values for _, values in overlays]
 
     @property
     def overlays(self) -> list[tuple[Mask, Tensor]]:
