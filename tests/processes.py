@@ -44,6 +44,8 @@ def run_all(rank, count, port, folder, scenarios, kind):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank)
     )
+    # accelerate would let each process compute with as many threads as it finds free, if this were not set.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     if kind == "cuda":
         _use_gpu(rank)
