@@ -105,6 +105,17 @@ def train(rank, model, optimizer, reference=None, first=0, steps=STEPS):
             assert_close(norm, reference.step(clip=0.05), rtol=1e-5)
 
 
+def train_beside(rank, model, alone, optimizers):
+    """Steps on this process's part of each batch, and those of a model that is not sharded on all of it."""
+    for step in range(STEPS):
+        batch = token_batch(step, batch=4)
+        model(**part(batch, rank, dist.get_world_size())).loss.backward()
+        alone(**batch).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def whole(model):
     """The model's state with the rows of all processes."""
     # Rows that are offloaded are gathered on the GPU.
@@ -351,13 +362,7 @@ def a_norm_is_trained_densely_too(rank):
             kind([*v, m.model.norm.weight], **OPTIONS)
             for m, v in zip((model, alone), (values, alone_values), strict=True)
         ]
-        for step in range(STEPS):
-            batch = token_batch(step, batch=4)
-            model(**part(batch, rank, dist.get_world_size())).loss.backward()
-            alone(**batch).loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+        train_beside(rank, model, alone, optimizers)
         state = whole(model)
         for name, expected in alone.state_dict().items():
             assert_close(state[name], expected, atol=1e-6, rtol=0)
@@ -510,13 +515,7 @@ def quantised_weights_that_are_left_whole(rank):
         values = values or sparsify(model, masks)
         one_values = sparsify(one, masks)
         optimizers = [SparseAdamW(values, **OPTIONS), SparseAdamW(one_values, **OPTIONS)]
-        for step in range(STEPS):
-            batch = token_batch(step, batch=4)
-            model(**part(batch, rank, dist.get_world_size())).loss.backward()
-            one(**batch).loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+        train_beside(rank, model, one, optimizers)
         for value, expected in zip(values, one_values, strict=True):
             # The entries of least gradient move by the sign of its rounding.
             assert_close(value.detach(), expected.detach(), atol=1e-4, rtol=0)
