@@ -573,14 +573,3 @@ def test_passes_that_no_graph_can_hold_are_refused():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(ValueError, match="checkpointed blocks read the random state"):
         check_replayable(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_copies_of_several_tensors_keep_bytes_that_read_as_nan(dtype):
-    """By such copies FSDP gathers 4-bit weights, which may be stored as fp32 therefore; as bf16 they are refused."""
-    mantissas = torch.arange(1, 2**23, device=CUDA, dtype=torch.int32)
-    bits = torch.cat([mantissas | 0x7F800000, mantissas | -0x800000])
-    assert bits.view(torch.float32).isnan().all()
-    copied = torch.empty_like(bits)
-    torch._foreach_copy_([copied.view(dtype)], [bits.view(dtype)])
-    assert torch.equal(copied, bits)

@@ -885,3 +885,13 @@ def test_desparsified_flags_return(model):
     assert not model.is_quantized and {name: getattr(model, name, None) for name in flags} == flags
     desparsify(model)
     assert model.is_quantized and model.hf_quantizer.is_serializable()
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_packed_bytes_that_were_cast_as_numbers_are_refused(tmp_path, cast):
+    save_original(tmp_path)
+    model = load_quantized(tmp_path, "nf4", bnb_4bit_quant_storage=torch.float32)
+    sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+    getattr(model.model.layers[0], cast)()
+    with pytest.raises(ValueError, match=r"stored in torch.float32 and was cast to torch.*load the base anew"):
+        model(**token_batch())

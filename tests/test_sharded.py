@@ -414,6 +414,23 @@ def weights_that_two_of_four_processes_keep_for_backward(rank):
         assert_equals(reference, model, values)
 
 
+def packed_weights_that_two_of_four_processes_would_keep_are_refused(rank):
+    """FSDP keeps no part of what it gathers as bytes."""
+    pytest.importorskip("bitsandbytes")
+    from quantized_models import load_quantized, save_original
+
+    folder = f"{FOLDER[-1]}/packed"
+    if rank == 0:
+        save_original(folder)
+    dist.barrier()
+    model = load_quantized(folder, "nf4", bnb_4bit_quant_storage=torch.float32)
+    masks = select_masks(model, salience="random", density=0.05, progress=False)
+    sparsify(model, masks)
+    shard(model, reshard_after_forward=2)
+    with pytest.raises(ValueError, match="reshard_after_forward cannot gather 4-bit weights.*True"):
+        model(**token_batch(0))
+
+
 def a_state_loaded_later_wins_over_values(rank):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -1253,6 +1270,7 @@ OF_FOUR = [
     hybrid_sharding,
     embeddings_tied_to_the_head,
     weights_that_two_of_four_processes_keep_for_backward,
+    packed_weights_that_two_of_four_processes_would_keep_are_refused,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,
     salience_of_each_processes_own_batches,
     gradients_summed_as_in_one_process,

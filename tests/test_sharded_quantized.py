@@ -32,6 +32,7 @@ pytest.importorskip("bitsandbytes")
 from quantized_models import load_quantized, save_original
 
 from speft_optim import (
+    Masks,
     MaskSchedule,
     SparseAdamW,
     desparsify,
@@ -43,7 +44,6 @@ from speft_optim import (
 )
 from speft_optim.weights.bnb import quantized_linears
 from speft_optim.weights.compact_values import linked
-from speft_optim.weights.mesh import copies_alter
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
 STEPS = 3
@@ -225,21 +225,26 @@ def other_ways_to_shard(rank):
 
 
 def mixed_precision_never_casts_quantised_values(rank):
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # On a GPU bytes that are stored as bf16 are refused, see below.
-    for kind in kinds(*(() if is_on_gpu() else ("bf16",)), "uint8", "int8"):
-        model, values, optimizer = start(kind, mp_policy=policy)
+    for kind in kinds(*KINDS):
         whole, expected, other = start(kind, sharded=False, mp_policy=policy)
-        before = {linked(value).name: value.detach().clone() for value in values}
-        train(rank, model, optimizer)
+        before = {linked(value).name: value.detach().clone() for value in expected}
         train(rank, whole, other)
-        assert_equal_values(values, expected, before)
-    for first in ("sparsify", "shard"):
-        model, _, _ = start("double fp32", first=first, mp_policy=policy)
-        with pytest.raises(ValueError, match=r"torch.float32 and was cast to torch.bfloat16.*leave param_dtype out"):
-            model(**token_batch())
+        # int8 weights lose their scales if they are sharded first.
+        for first in ("sparsify", "shard") if kind != "int8" else ("sparsify",):
+            model, values, optimizer = start(kind, first=first, mp_policy=policy)
+            train(rank, model, optimizer)
+            assert_equal_values(values, expected, before)
+            assert equal_states(bytes_in_forward(model), bytes_in_forward(whole))
+    offload = CPUOffloadPolicy(pin_memory=is_on_gpu())
+    model, values, optimizer = start("double fp32", mp_policy=policy, offload_policy=offload)
+    whole, expected, other = start("double fp32", sharded=False, mp_policy=policy)
+    before = {linked(value).name: value.detach().clone() for value in expected}
+    for each, its_optimizer in ((model, optimizer), (whole, other)):
+        train(rank, each, its_optimizer)
+    assert_equal_values(values, expected, before)
 
 
 def bytes_in_forward(model):
@@ -263,42 +268,42 @@ def through_fp32(copies, sources, non_blocking=False):
         copied.copy_(source.float() if source.is_floating_point() else source)
 
 
-def bytes_that_gathers_on_a_gpu_would_change_are_refused(rank):
-    """Blocks all of bf16 are gathered as bf16, and 4-bit weights in them were other ones in each pass."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+def bytes_are_gathered_as_bytes_in_blocks_of_16_bits(rank):
+    """FSDP gathers them as numbers, in which torch's copies on a GPU change NaNs."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-    def in_16_bits(kind):
-        name, options = KINDS[kind]
+    def in_16_bits():
+        name, options = KINDS["bf16"]
         return load_quantized(original(**ODD), name, dtype=torch.bfloat16, **options).train()
 
-    refused = pytest.raises(ValueError, match="gathers 4-bit weights as torch.bfloat16.*quant_storage=torch.float32")
-    copies_of_torch, policy = torch._foreach_copy_, MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    copies_alter.cache_clear()
+    copies_of_torch = torch._foreach_copy_
+    whole, expected, other = start("bf16", model=in_16_bits(), sharded=False)
+    before = {linked(value).name: value.detach().clone() for value in expected}
+    train(rank, whole, other)
+    stored = bytes_in_forward(whole)
     if not is_on_gpu():
         torch._foreach_copy_ = through_fp32
     try:
-        for model, options in ((in_16_bits("bf16"), {}), (load("bf16", **ODD), dict(mp_policy=policy))):
-            masks = select_masks(model, salience="random", density=0.05, progress=False)
-            divided = shard(copy.deepcopy(model), **options)
-            with refused:
-                sparsify(divided, masks)
-            with refused:
-                select_masks(divided, salience="random", density=0.05, progress=False)
-            sparsify(model, masks)
-            shard(model, **options)
-            with refused:
-                model(**token_batch())
-        # What is to be done instead.
-        model, values, optimizer = start("double fp32", model=in_16_bits("double fp32"))
-        whole, expected, other = start("double fp32", model=in_16_bits("double fp32"), sharded=False)
-        before = {linked(value).name: value.detach().clone() for value in values}
-        train(rank, model, optimizer)
-        train(rank, whole, other)
-        assert_equal_values(values, expected, before)
-        assert equal_states(bytes_in_forward(model), bytes_in_forward(whole))
+        # Without the library they are others. A model that was used so is put right too.
+        used = shard(in_16_bits())
+        assert not equal_states(bytes_in_forward(used), stored)
+        values = sparsify(used, masks_of(whole))
+        found = [(used, values, SparseAdamW(values, **OPTIONS))]
+        offload = CPUOffloadPolicy(pin_memory=is_on_gpu())
+        for options in ({}, dict(first="shard", mesh=mesh(2, 1)), dict(offload_policy=offload)):
+            found.append(start("bf16", model=in_16_bits(), **options))
+        for model, values, optimizer in found:
+            train(rank, model, optimizer)
+            assert_equal_values(values, expected, before)
+            assert equal_states(bytes_in_forward(model), stored)
+        # The root's own weights are gathered before anything of ours runs; and blocks may have no trained entries.
+        few = [name for name in masks_of(whole) if "layers.1" in name]
+        for divide in (fully_shard, shard):
+            model = in_16_bits()
+            sparsify(model, Masks({name: masks_of(whole)[name] for name in few}))
+            assert equal_states(bytes_in_forward(divide(model, mesh=mesh())), stored)
     finally:
         torch._foreach_copy_ = copies_of_torch
-        copies_alter.cache_clear()
 
 
 def int8_scales_that_fully_shard_would_lose(rank):
@@ -574,6 +579,17 @@ def accelerate_of_version_2(rank):
             assert_equal_values(values, expected)
             accelerate_steps(rank, accelerator, model, optimizer)
             assert all(map(torch.equal, values, later))
+    for kind in kinds("bf16", "double fp32"):
+        model = load(kind, **ODD)
+        values = sparsify(model, select_masks(model, salience="random", density=0.05, progress=False))
+        with fsdp_accelerator(mixed_precision_policy="bf16") as accelerator:
+            policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+            model, optimizer = accelerator.prepare(model, SparseAdamW(values, **OPTIONS))
+            accelerate_steps(rank, accelerator, model, optimizer)
+        whole, expected, other = start(kind, sharded=False, mp_policy=policy)
+        before = {linked(value).name: value.detach().clone() for value in expected}
+        train(rank, whole, other)
+        assert_equal_values(values, expected, before)
 
 
 def accelerate_steps(rank, accelerator, model, optimizer):
@@ -594,7 +610,7 @@ SCENARIOS = [
     gradients_added_up_are_sent_once,
     other_ways_to_shard,
     mixed_precision_never_casts_quantised_values,
-    bytes_that_gathers_on_a_gpu_would_change_are_refused,
+    bytes_are_gathered_as_bytes_in_blocks_of_16_bits,
     int8_scales_that_fully_shard_would_lose,
     whole_weights_are_freed_as_they_are_sharded,
     copies_are_sharded_with_their_own_values,

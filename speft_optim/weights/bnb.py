@@ -9,13 +9,14 @@ parameter. Those of a 4-bit weight are with its layer too; those of an int8 weig
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from speft_optim.weights.four_bit import FourBitWeight, has_cpu_layout, quantisation_state, undo_cpu_layout, was_cast
 from speft_optim.weights.int8 import Int8Weight
+from speft_optim.weights.packed_rows import gather_as_bytes
 from speft_optim.weights.quantized_weight import QuantizedWeight
 from speft_optim.weights.sharded import is_sharded
 
@@ -55,7 +56,11 @@ def settle_storage(model: nn.Module) -> None:
     """Bring the storage of a model's quantised weights into the form that is read; call it when a model comes in.
 
     It undoes the layout that bitsandbytes gives 4-bit weights for evaluation on CPUs with AVX512-BF16, and moves the
-    scales of int8 weights to the device that the weights were moved to. Layers keep their scales for `fully_shard`.
+    scales of int8 weights to the device that the weights were moved to. Layers keep their scales for `fully_shard`,
+    and where that was called, 4-bit weights are gathered as bytes.
+
+    Raises:
+        ValueError: see `settle_gathers`.
     """
     for _, module in quantized_linears(model):
         # What cannot be mended is refused by those who ask for `lost_by_sharding`.
@@ -69,6 +74,16 @@ def settle_storage(model: nn.Module) -> None:
             undo_cpu_layout(module)
             # They differ in a model that was copied.
             module.quant_state = quantisation_state(module)
+    settle_gathers(model.modules())
+
+
+def settle_gathers(modules: Iterable[nn.Module]) -> None:
+    """Let FSDP gather the 4-bit weights of modules as bytes, where `fully_shard` was applied to them.
+
+    Raises:
+        ValueError: its `reshard_after_forward` is a number.
+    """
+    gather_as_bytes(modules, is_quantized_linear)
 
 
 def lost_by_sharding(module: nn.Module) -> str | None:

@@ -1,31 +1,28 @@
 """What torch's FSDP made of a model: whether masked weights can be divided so, and where their rows are kept."""
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from speft_optim.distributed import together
-from speft_optim.weights.bnb import is_quantized_linear, lost_by_sharding
-from speft_optim.weights.sharded import device_of, is_managed, is_sharded
+from speft_optim.weights.bnb import lost_by_sharding
+from speft_optim.weights.sharded import is_fsdp_unit, is_managed, is_sharded, parameter_groups
 from speft_optim.weights.wrappers import plain_modules
 
 
 def check_divisions(model: nn.Module) -> None:
-    """Refuse a model of which a weight is divided otherwise than by rows, or changes when its rows are gathered.
+    """Refuse a model of which a weight is divided otherwise than by rows.
 
     Raises:
-        ValueError: see `check_division` and `check_gathers`.
+        ValueError: see `check_division`.
     """
     for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
             if is_sharded(parameter):
                 check_division(name, module, parameter)
-    if is_fully_sharded(model):
-        check_gathers(model.modules())
 
 
 def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
@@ -57,47 +54,6 @@ def _other_division(module: nn.Module, parameter: nn.Parameter) -> str | None:
     return None if placement.is_shard(0) else f"divided as {placement}"
 
 
-def check_gathers(modules: Iterable[nn.Module]) -> None:
-    """Refuse 4-bit weights whose bytes FSDP changes as it gathers them for a pass.
-
-    bitsandbytes can store the bytes under a floating dtype, where some of them form NaNs. FSDP collects the rows of a
-    block by one copy of many tensors, which on a GPU makes all NaNs of 16 bits the same one. It copies bytes instead
-    where the weights that it gathers together have several dtypes.
-
-    Args:
-        modules: those that `fully_shard` may have been applied to.
-
-    Raises:
-        ValueError: says how the base must be stored.
-    """
-    for group in (group for groups in parameter_groups(modules) for group in groups):
-        stored = [(parameter.sharded_param, parameter._module_info) for parameter in group.fsdp_params]
-        packed = [one for one, info in stored if info.param_name == "weight" and is_quantized_linear(info.module)]
-        # Integers are not cast.
-        cast = group.mp_policy.param_dtype
-        dtypes = {cast if cast is not None and one.is_floating_point() else one.dtype for one, _ in stored}
-        # Those that are cast are refused by their layer.
-        dtype = next((one.dtype for one in packed if dtypes == {one.dtype}), None)
-        if dtype is not None and copies_alter(dtype, device_of(packed[0]).type):
-            raise ValueError(
-                f"fully_shard gathers 4-bit weights as {dtype}, the dtype of all weights of their block, and torch's "
-                "copies on a GPU change bytes that read as NaN in 16 bits. Load the base with "
-                "bnb_4bit_quant_storage=torch.float32. Other weights must be loaded in the dtype that they compute in, "
-                'without param_dtype in the MixedPrecisionPolicy (mixed_precision="no" of accelerate).'
-            )
-
-
-@functools.cache
-def copies_alter(dtype: torch.dtype, device_type: str) -> bool:
-    """Return whether torch's copy of several tensors at once changes bits of a 16-bit floating dtype: tried out."""
-    if not dtype.is_floating_point or dtype.itemsize != 2:
-        return False
-    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device_type)
-    copied = torch.empty_like(bits)
-    torch._foreach_copy_([copied.view(dtype)], [bits.view(dtype)])
-    return not torch.equal(copied, bits)
-
-
 def once(model: nn.Module, act: Callable[[], None]) -> None:
     """Let one process act, where all of them came this far with the same sharded model; an error is one in all.
 
@@ -123,61 +79,37 @@ def keep_whole(kind: type[nn.Module]) -> None:
         setattr(kind, REGISTRY_KEY, {"replicate": RegistryItem()})
 
 
-def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[list]:
-    """The parameters that FSDP gathers together, in its own groups, for each of the modules it was applied to."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            # torch 2.11 has one group a module.
-            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-            yield [group for group in groups if group is not None]
-
-
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was called on the model or on parts of it, told by class names."""
-    return "FSDPModule" in {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    """Whether `fully_shard` was called on the model or on parts of it."""
+    return any(map(is_fsdp_unit, model.modules()))
 
 
 def innermost_units(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """For each module the one around it that `fully_shard` was called on, if no other lies in that: usually a block."""
-    if not is_fully_sharded(model):
-        return {}
-    from torch.distributed.fsdp import FSDPModule
 
     def is_innermost(unit: nn.Module) -> bool:
-        return not any(isinstance(module, FSDPModule) for module in unit.modules() if module is not unit)
+        return not any(is_fsdp_unit(module) for module in unit.modules() if module is not unit)
 
-    units = [module for module in model.modules() if isinstance(module, FSDPModule) and is_innermost(module)]
+    units = [module for module in model.modules() if is_fsdp_unit(module) and is_innermost(module)]
     return {module: unit for unit in units for module in unit.modules()}
 
 
 def cast_inputs(model: nn.Module) -> torch.dtype | None:
     """The dtype that FSDP casts the inputs of a block to; None if it casts none."""
-    from torch.distributed.fsdp import FSDPModule
-
-    policies = [module._get_fsdp_state()._mp_policy for module in model.modules() if isinstance(module, FSDPModule)]
+    policies = [module._get_fsdp_state()._mp_policy for module in model.modules() if is_fsdp_unit(module)]
     dtypes = [policy.param_dtype for policy in policies if policy.cast_forward_inputs]
     return next((dtype for dtype in dtypes if dtype is not None), None)
 
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP drop the weights that it keeps gathered after a forward, so that the modules hold DTensors."""
-    if not is_fully_sharded(model):
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in filter(is_fsdp_unit, model.modules()):
+        module.reshard()
 
 
 def prepare_calibration(model: nn.Module) -> None:
     """Let FSDP note what the model trains before that is frozen for a time: it does so in its first forward only."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
+    if is_fsdp_unit(model):
         model._get_fsdp_state()._lazy_init()
     reshard(model)
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from speft_optim.weights.attached import name_beside, sparse_weights
+from speft_optim.weights.bnb import settle_gathers
 from speft_optim.weights.compact_values import version
 from speft_optim.weights.floating import FloatingWeight
 from speft_optim.weights.mesh import (
     check_division,
-    check_gathers,
     gathered_parameter,
     reshard_parameter,
     sharded_parameter,
@@ -122,8 +122,9 @@ class Place:
             return False
         if (parameter := sharded_parameter((module, attribute), self.parents())) is None:
             return False
+        # FSDP may have gathered it in this forward already, as numbers that it cast.
+        settle_gathers(self.model.modules())
         check_division(self.target.name, module, parameter)
-        check_gathers(self.parents())
         self.shards = self._shards(parameter)
         return True
 

@@ -144,8 +144,8 @@ class FrozenForward:
         if (dtype := self.module.weight.dtype) != self._stored_as:
             raise ValueError(
                 f"The quantised weight of {self.module.__dict__.get(LAYER_NAME) or 'a layer'} is stored in "
-                f"{self._stored_as} and was cast to {dtype}, as by MixedPrecisionPolicy(param_dtype=...), which "
-                "destroys it; load the model in the dtype that it computes in, and leave param_dtype out."
+                f"{self._stored_as} and was cast to {dtype}, as by half() or bfloat16(), which destroys it; load the "
+                "base anew, in the dtype that it computes in."
             )
 
     def __deepcopy__(self, memo: dict) -> "FrozenForward":

@@ -7,6 +7,8 @@ no other. Entries are read from all processes at once, in an exchange: at `spars
 The rows of a quantised weight are only read. bitsandbytes' scales and the overlays are whole on every process.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,20 @@ def whole(parameter: Tensor) -> Tensor:
     """Return all rows of a parameter, detached, in its own memory if it is whole; all processes ask for a DTensor's."""
     parameter = parameter.detach()
     return parameter.to(device_of(parameter)).full_tensor() if is_sharded(parameter) else parameter
+
+
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the module itself; class names tell, so that nothing is imported."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[list]:
+    """The parameters that FSDP gathers together, in its own groups, for each of the modules it was applied to."""
+    for module in filter(is_fsdp_unit, modules):
+        state = module._get_fsdp_state()
+        # torch 2.11 has one group a module.
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        yield [group for group in groups if group is not None]
 
 
 class ShardedParameter:
