@@ -605,6 +605,16 @@ def salience_of_each_processes_own_batches(rank):
     assert_equals(reference, model, values, tolerance=1e-5)
 
 
+def salience_between_fully_shard_and_the_first_step(rank):
+    """Values are frozen while masks are selected, also in the first forward after `fully_shard`."""
+    model, values, optimizer, reference = start()
+    batches, count = [token_batch(seed) for seed in range(4)], dist.get_world_size()
+    masks = select_masks(model, batches[rank::count], density=0.05, progress=False)
+    assert_masks_of_one_process(masks, tiny_model(**UNEVEN), batches, density=0.05, progress=False)
+    train(rank, model, optimizer, reference)
+    assert_equals(reference, model, values)
+
+
 def salience_of_quantised_weights_that_are_left_whole(rank):
     """Their sums are divided over the processes as those of other weights are."""
     pytest.importorskip("bitsandbytes")
@@ -1243,6 +1253,7 @@ SCENARIOS = [
     whole_weights_are_freed_as_they_are_sharded,
     a_model_that_nobody_holds_any_more_is_freed,
     salience_of_each_processes_own_batches,
+    salience_between_fully_shard_and_the_first_step,
     salience_of_quantised_weights_that_are_left_whole,
     gradients_summed_as_in_one_process,
     accumulators_of_own_rows,

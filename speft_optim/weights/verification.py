@@ -160,13 +160,16 @@ class _WeakCall:
 
 
 def hook_gradient(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call a method with a recorded leaf as soon as its gradient is complete, whatever `requires_grad` says."""
-    kind = type(leaf)
+    """Call a method with a leaf as soon as its gradient is complete, whatever `requires_grad` says now."""
+    kind, was_recorded = type(leaf), is_recorded(leaf)
     if isinstance(leaf, WatchedWeight):
         leaf.__class__ = nn.Parameter
+    # A hook can be registered only on a tensor that is recorded, and values may be frozen for a time.
+    record(leaf, True)
     try:
         return leaf.register_post_accumulate_grad_hook(_WeakCall(hook))
     finally:
+        record(leaf, was_recorded)
         leaf.__class__ = kind
 
 
@@ -218,7 +221,6 @@ class DenseGradient:
         self._kept, weight.grad = weight.grad, None
         self._weight, self._was_recorded = ref(weight), is_recorded(weight)
         self._kind = type(weight)
-        # A hook can be registered only on a tensor that is recorded.
         record(weight, True)
         self._hook = hook_gradient(weight, self._move)
         if self.when_thawed is not None:
