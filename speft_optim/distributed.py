@@ -31,7 +31,8 @@ def together() -> Iterator[None]:
 
     The block inside must exchange nothing between processes but by blocks of the same kind and by the functions of this
     module that exchange numbers, choices and texts. A process that fails meets the others in the next one of these, in
-    which it is an error in all of them; such an error is known to all processes, and outer blocks let it pass.
+    which it is an error in all of them; such an error is known to all processes, and outer blocks let it pass. So they
+    do with one that was given to `keep_from_others`.
 
     Raises:
         RuntimeError: another process failed; the message has its rank and its error.
@@ -40,15 +41,23 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as raised:
-        if not is_distributed() or getattr(raised, "is_known_to_all", False):
+        if not is_distributed() or getattr(raised, "passes_together", False):
             raise
         error = raised
     if error is None:
         _by_rank("")
         return
     _gather(_Failure(f"{type(error).__name__}: {error}"))
-    error.is_known_to_all = True
+    error.passes_together = True
     raise error
+
+
+def keep_from_others(error: Exception) -> None:
+    """Let an error pass `together` unsent, since the others exchange something else now and would take it for that.
+
+    They are left to the launcher, which ends them when this process ends, or to the timeout of the group.
+    """
+    error.passes_together = True
 
 
 class _Failure(str):
@@ -153,7 +162,7 @@ def _by_rank(thing: int | str | list[bool]) -> list:
     for rank, message in enumerate(things):
         if isinstance(message, _Failure):
             error = RuntimeError(f"Process {rank} failed, so that this one cannot go on. {message}")
-            error.is_known_to_all = True
+            error.passes_together = True
             raise error
     return things
 

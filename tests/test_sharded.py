@@ -856,6 +856,50 @@ def losses_that_fail_in_one_process(rank):
     select_masks(model, [token_batch()], density=0.1, progress=False)
 
 
+def fail_before_the_forward(model, batch):
+    raise KeyError("sample without a weight")
+
+
+def fail_in_the_forward(model, batch):
+    return model(**batch | {"input_ids": batch["input_ids"] + 100}).loss
+
+
+def fail_in_the_backward(model, batch):
+    loss = model(**batch).loss
+
+    def fail(_):
+        raise KeyError("no gradient of this")
+
+    loss.register_hook(fail)
+    return loss
+
+
+def selects_with_a_loss_that_fails(rank, salience, loss):
+    model = shard(tiny_model(**UNEVEN))
+    loss = loss if rank == 1 else lambda model, batch: model(**batch).loss
+    select_masks(model, [token_batch()] * 2, salience=salience, loss=loss, density=0.1, progress=False)
+
+
+def gradient_of_a_loss_that_fails_before_the_forward(rank):
+    selects_with_a_loss_that_fails(rank, "gradient", fail_before_the_forward)
+
+
+def gradient_of_a_loss_that_fails_in_the_forward(rank):
+    selects_with_a_loss_that_fails(rank, "gradient", fail_in_the_forward)
+
+
+def gradient_of_a_loss_that_fails_in_the_backward(rank):
+    selects_with_a_loss_that_fails(rank, "gradient", fail_in_the_backward)
+
+
+def squares_of_a_loss_that_fails_in_the_backward(rank):
+    selects_with_a_loss_that_fails(rank, "fisher", fail_in_the_backward)
+
+
+def activations_of_a_loss_that_fails_before_the_forward(rank):
+    selects_with_a_loss_that_fails(rank, "activation", fail_before_the_forward)
+
+
 def accelerate_of_version_2(rank):
     """Accumulation, clipping, `save_state` and `load_state`, with weights that the first process alone has read too."""
     for read_by_first in (False, True):
@@ -1355,6 +1399,20 @@ def test_processes_of_which_one_was_killed_resume_from_their_last_checkpoint(tmp
 @pytest.fixture(scope="module")
 def failures_of_four(tmp_path_factory):
     return failures_of(OF_FOUR, tmp_path_factory.mktemp("four"), "forkserver", 4)
+
+
+def test_an_error_while_others_gather_weights_says_what_it_is(tmp_path):
+    """The process that fails is not in step with the others, and must not exchange its error in place of weights."""
+    scenarios = {
+        gradient_of_a_loss_that_fails_before_the_forward: "KeyError: 'sample without a weight'",
+        gradient_of_a_loss_that_fails_in_the_forward: "IndexError: index out of range in self",
+        gradient_of_a_loss_that_fails_in_the_backward: "KeyError: 'no gradient of this'",
+        squares_of_a_loss_that_fails_in_the_backward: "KeyError: 'no gradient of this'",
+        activations_of_a_loss_that_fails_before_the_forward: "KeyError: 'sample without a weight'",
+    }
+    _, second = failures_of(list(scenarios), tmp_path, "forkserver")
+    for scenario, error in scenarios.items():
+        assert second[scenario.__name__].rstrip().endswith(error)
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in OF_FOUR])

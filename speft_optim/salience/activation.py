@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speft_optim.distributed import average_, together
+from speft_optim.distributed import average_
 from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.losses import LossFunction
@@ -41,7 +41,7 @@ def squared_input(model: nn.Module, reader: BatchReader, group: list[RowSlice], 
         ValueError: a weight is not that of a linear layer, so that its entries have no input feature.
     """
     attention = _Attention()
-    with contextlib.ExitStack() as stack, together(), torch.no_grad():
+    with contextlib.ExitStack() as stack, reader.together(model), torch.no_grad():
         for row_slice in group:
             _watch_inputs(row_slice, attention, stack)
         # The user's loss may call the model without its head.

@@ -3,13 +3,14 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from speft_optim.distributed import check_equal, everywhere, largest, together, total, world_size
+from speft_optim.distributed import check_equal, everywhere, keep_from_others, largest, together, total, world_size
 from speft_optim.salience.batches import Batch, Batches, labels_of, map_tensors
 from speft_optim.salience.losses import IGNORED_LABEL, check_loss, is_nan, labelled_examples
 from speft_optim.salience.model_state import RandomState
@@ -51,6 +52,8 @@ class BatchReader:
         in_step: bool = False,
     ):
         self.in_step = in_step
+        # Whether other processes may be in an exchange of FSDP's, in which they cannot hear of an error.
+        self._gathers = False
         self.batches, self.device, self.bar = batches, device, bar
         self.labelled, self.keyed, self.most = labelled, keyed, most
         self.used = self._read = 0
@@ -71,6 +74,40 @@ class BatchReader:
         generators = [generator for generator in generators if isinstance(generator, torch.Generator)]
         self._start = RandomState([self.device] if self.device.type == "cuda" else [], generators)
 
+    @contextmanager
+    def together(self, model: nn.Module) -> Iterator[None]:
+        """Re-raise an exception of any process in every process, as `together`, where the others can hear of it.
+
+        From a batch to the end of the model's forward pass, and while it is `gathering`, processes that read in step
+        gather sharded weights. An error there ends its own process, and says what it is.
+        """
+        with ExitStack() as stack, together():
+            if self.in_step:
+                stack.callback(model.register_forward_pre_hook(self._begin_to_gather).remove)
+                stack.callback(model.register_forward_hook(self._end_to_gather).remove)
+            try:
+                yield
+            except Exception as error:
+                if self._gathers:
+                    keep_from_others(error)
+                raise
+            finally:
+                self._gathers = False
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Processes that read in step gather weights, or exchange gradients, while the context lasts."""
+        self._gathers = True
+        yield
+        # An error that leaves the context is still one in which they do.
+        self._gathers = False
+
+    def _begin_to_gather(self, *_: object) -> None:
+        self._gathers = True
+
+    def _end_to_gather(self, *_: object) -> None:
+        self._gathers = False
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches that can be used.
 
@@ -84,6 +121,7 @@ class BatchReader:
             yield from batches
             return
         while True:
+            self._gathers = False
             with together():
                 batch = next(batches, None)
             readers = total(batch is not None)
@@ -95,6 +133,7 @@ class BatchReader:
                     "with labels that count, and the others have none; give each the same number, since they gather "
                     "the sharded weights together."
                 )
+            self._gathers = True
             yield batch
 
     def _counting(self) -> Iterator[Batch]:
@@ -162,6 +201,7 @@ class BatchReader:
         """
         if not self.in_step:
             return self._takes(loss)
+        self._gathers = False
         with together():
             takes = not counts or self._takes(loss)
         outcome = "depends on the weights" if loss.requires_grad else "does not depend on the weights"

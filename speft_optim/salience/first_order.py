@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from speft_optim.distributed import together, total
+from speft_optim.distributed import total
 from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batch_reader import BatchReader
 from speft_optim.salience.exchange import Exchange
@@ -43,12 +43,13 @@ def gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice], loss:
     with (
         observing(group, exchange.accumulators, reader.used_otherwise) as observed,
         exchange.watching(model, observed.pending),
-        together(),
+        reader.together(model),
     ):
         for batch in reader:
             observed.promote()
             backward_of((loss or model_loss)(model, batch), reader, observed)
-            exchange.end_pass()
+            with reader.gathering():
+                exchange.end_pass()
     exchange.average_(total(reader.used))
 
 
@@ -131,5 +132,6 @@ def backward_of(value: Tensor, reader: BatchReader, observed: Observed, counts: 
     # The loss requires no gradient if it uses no observed weight, such as that of an expert without tokens.
     if reader.takes(value, counts) and value.requires_grad:
         reader.went_back = True
-        value.backward()
-        settle(observed.pending)
+        with reader.gathering():
+            value.backward()
+            settle(observed.pending)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from speft_optim.distributed import average_, together, total
+from speft_optim.distributed import average_, total
 from speft_optim.kernels import product
 from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.batch_reader import BatchReader
@@ -44,7 +44,7 @@ def squared_gradient(model: nn.Module, reader: BatchReader, group: list[RowSlice
         observing(group, squares, reader.used_otherwise) as observed,
         _counted_uses(squares.values()),
         reached(model, group),
-        together(),
+        reader.together(model),
     ):
         for batch in reader:
             done, counting = [], None
@@ -183,8 +183,9 @@ def _split_backward(
         for each in able:
             each.open_split()
         reader.went_back = True
-        total.backward()
-        settle(observed.pending)
+        with reader.gathering():
+            total.backward()
+            settle(observed.pending)
         split = reader.agreed([each.is_split for each in able])
         for each, is_split in zip(able, split, strict=True):
             each.close_split(is_split)
