@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from speft_optim.integrations import refuse_to_save_rows
 from speft_optim.weights.attached import record_of
 from speft_optim.weights.averaging import average_gradients, is_under_fsdp
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -108,7 +109,8 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
         weight.refresh()
     _now.is_refreshed = True
     if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, weights)):
-        average_gradients(model)
+        if average_gradients(model):
+            refuse_to_save_rows(model)
 
 
 class RefreshDecoder:

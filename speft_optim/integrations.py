@@ -67,6 +67,17 @@ def save_from_files(model: nn.Module) -> None:
             part.__dict__["save_pretrained"] = _SaveMerged(part, dtypes.pop())
 
 
+def refuse_to_save_rows(model: nn.Module) -> None:
+    """Let `save_pretrained` of a sharded model ask for the whole weights, which it cannot get from DTensors.
+
+    Args:
+        model: a model that `fully_shard` was called on; `unpatch_model` undoes it.
+    """
+    for part in model.modules():
+        if hasattr(part, "save_pretrained"):
+            part.__dict__.setdefault("save_pretrained", _SaveWhole(part))
+
+
 def _quantizers(model: nn.Module) -> Iterator[tuple[object, list[nn.Module]]]:
     """Yield each quantiser of transformers in the model, with the quantised models inside the one that holds it."""
     for outer in list(model.modules()):
@@ -127,7 +138,7 @@ def unpatch_model(model: nn.Module) -> None:
     if _REPLICA_HOOK in model.__dict__:
         model.__dict__.pop(_REPLICA_HOOK).remove()
     for part in model.modules():
-        if isinstance(part.__dict__.get("save_pretrained"), _SaveMerged):
+        if isinstance(part.__dict__.get("save_pretrained"), _SaveMerged | _SaveWhole):
             del part.__dict__["save_pretrained"]
     for quantizer, inner in _quantizers(model):
         quantizer.__dict__.pop("is_serializable", None)
@@ -165,6 +176,30 @@ class _SaveMerged:
             )
         if is_main_process:
             save_merged(self.model, save_directory, dtype=self.dtype, max_shard_size=max_shard_size)
+
+
+class _SaveWhole:
+    """Replaces `save_pretrained` of a sharded model, which fails on DTensors for want of their memory."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **options) -> None:
+        """Save as the model's class does, if the whole weights are given.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if state_dict is None and is_fully_sharded(self.model):
+            raise ValueError(
+                "save_pretrained has only the rows of a sharded model that its own process holds; call "
+                "export_merged(model, folder) in all processes, or pass it a full state_dict, which "
+                "accelerator.get_state_dict(model) returns, or get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict."
+            )
+        type(self.model).save_pretrained(
+            self.model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options
+        )
 
 
 _HARMLESS = ("state_dict", "safe_serialization", "save_function", "save_original_format", "save_peft_format")

@@ -25,6 +25,7 @@ from speft_optim.integrations import (
     declare_trainable,
     let_checkpoints_see_gradients,
     patch_model,
+    refuse_to_save_rows,
     save_from_files,
     unpatch_model,
 )
@@ -173,6 +174,7 @@ def _attach_all(
     keep_record(model, Record(weights, required_grad, hooks))
     if is_sharded:
         average_gradients(model)
+        refuse_to_save_rows(model)
     return weights
 
 

@@ -75,7 +75,8 @@ ORDER = [
     {"weights"},
     {"offload"},
     {"optim", "salience", "checkpoint"},
-    {"schedule", "integrations", "eager"},
+    {"schedule", "integrations"},
+    {"eager"},
     {"preconditions"},
     {"sparsify", "adapters"},
 ]

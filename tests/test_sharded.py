@@ -1095,11 +1095,18 @@ def saved_by_the_first_process_and_loaded_by_one(rank):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = get_model_state_dict(model, options=options)
     assert len(full) == (len(reference.model.state_dict()) if rank == 0 else 0)
+    with pytest.raises(ValueError, match="only the rows of a sharded model.*export_merged"):
+        model.save_pretrained(f"{FOLDER[-1]}/plain")
+    model.save_pretrained(f"{FOLDER[-1]}/plain", is_main_process=rank == 0, state_dict=full)
     expected = whole(model)
     loaded = tiny_model(**UNEVEN)
     load_adapter(loaded, adapter)
-    for other in (loaded.state_dict(), type(loaded).from_pretrained(folder).state_dict(), full):
+    dist.barrier()
+    saved = [type(loaded).from_pretrained(path).state_dict() for path in (folder, f"{FOLDER[-1]}/plain")]
+    for other in (loaded.state_dict(), *saved, full):
         assert all(torch.equal(expected[name], part.to(device())) for name, part in other.items())
+    desparsify(model)
+    assert "save_pretrained" not in model.__dict__
     dist.barrier()
 
 

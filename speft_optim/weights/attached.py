@@ -13,6 +13,7 @@ them, except for what quantised layers need to keep what they learned.
   state dict adds (`quantized_state.STATE_KEYS`). The object that has its scales: `trained_entries`.
 * A model of transformers with such layers: `save_pretrained`, `is_quantized`, `_is_quantized_before_sparsify`,
   `_refuses_to_be_replicated`, and a copy of its `hf_quantizer` with `is_serializable`.
+* A sharded model of transformers: `save_pretrained`.
 * A model with adapters: `_loaded_adapters`.
 * The process: a hook after the steps of all optimizers, and one on the registration of parameters.
 """

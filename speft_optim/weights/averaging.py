@@ -88,11 +88,17 @@ class GradientAverage:
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Average the gradients of a model that `sparsify` was called on, until `desparsify`. Does nothing twice."""
+def average_gradients(model: nn.Module) -> bool:
+    """Average the gradients of a model that `sparsify` was called on, until `desparsify`.
+
+    Returns:
+        Whether this is new: a second call does nothing.
+    """
     record = record_of(model)
-    if not any(isinstance(hook, GradientAverage) for hook in record.hooks):
-        record.hooks.append(GradientAverage(model, record.weights))
+    if any(isinstance(hook, GradientAverage) for hook in record.hooks):
+        return False
+    record.hooks.append(GradientAverage(model, record.weights))
+    return True
 
 
 def is_under_fsdp(weight: SparseWeight) -> bool:
