@@ -348,6 +348,7 @@ def rows_offloaded_to_the_cpu(rank):
 
 def a_norm_is_trained_densely_too(rank):
     """The gradient of a dense parameter is averaged by FSDP itself; a number of one process skips a step in all."""
+    from torch.distributed.tensor.experimental import implicit_replication
 
     def attach():
         model = tiny_model()
@@ -367,6 +368,16 @@ def a_norm_is_trained_densely_too(rank):
         for name, expected in alone.state_dict().items():
             assert_close(state[name], expected, atol=1e-6, rtol=0)
         assert not torch.equal(alone.model.norm.weight, torch.ones(24, device=device()))
+        # torch's own clipping does not take gradients of both kinds without this.
+        model(**part(token_batch(9, batch=4), rank, dist.get_world_size())).loss.backward()
+        alone(**token_batch(9, batch=4)).loss.backward()
+        with implicit_replication():
+            norm = clip_grad_norm_([*values, model.model.norm.weight], 0.05).full_tensor()
+        assert_close(norm, clip_grad_norm_([*alone_values, alone.model.norm.weight], 0.05), rtol=1e-5)
+        expected = alone.model.norm.weight.grad
+        assert_close(model.model.norm.weight.grad.full_tensor(), expected, atol=1e-6, rtol=0)
+        for parameter, other in zip(values, alone_values, strict=True):
+            assert_close(parameter.grad, other.grad, atol=1e-6, rtol=0)
     model(**token_batch(0)).loss.backward()
     if rank == 1:
         model.model.norm.weight.grad.to_local()[-1] = float("nan")
