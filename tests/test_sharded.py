@@ -963,12 +963,19 @@ def trainers_agree(trainer, arguments, data, targets, options, **rest):
     """
     from transformers import LlamaForCausalLM
 
+    # The documented lines; versions before 5 of transformers hand them on in the environment.
+    lines = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
+    lines = lines if hasattr(arguments, "_process_fsdp_args") else {}
+
     class UnderFSDP(trainer):
         def create_accelerator_and_postprocess(self):
             from accelerate import FullyShardedDataParallelPlugin
 
+            options = dict(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+            if lines:
+                options, self.args.fsdp_plugin_args = self.args.fsdp_plugin_args, None
             super().create_accelerator_and_postprocess()
-            use_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT"))
+            use_fsdp(FullyShardedDataParallelPlugin(**options))
             self.is_fsdp_enabled = True
 
     def run(kind, resume=None):
@@ -980,7 +987,7 @@ def trainers_agree(trainer, arguments, data, targets, options, **rest):
         )
         common.update(per_device_train_batch_size=2, learning_rate=1e-2, max_grad_norm=0.05)
         built = (SparseAdamW, dict(lr=1e-2, weight_decay=0.1))
-        given = arguments(folder, **common, **options)
+        given = arguments(folder, **common, **options, **(lines if kind is UnderFSDP else {}))
         made = kind(model=model, args=given, train_dataset=data, optimizer_cls_and_kwargs=built, **rest)
         with reset_accelerate():
             made.train(resume_from_checkpoint=resume)
