@@ -263,6 +263,7 @@ def _write_after_step(optimizer, args, kwargs) -> None:
             if (weight := linked(parameter)) is not None:
                 if not isinstance(optimizer, SparseAdamW):
                     weight.check()
+                    weight.check_average()
                     if parameter.grad is None:
                         weight.synchronize()
                     else:

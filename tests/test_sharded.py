@@ -234,6 +234,23 @@ def gradients_added_up_are_sent_once_and_four_bytes_an_entry(rank):
         assert_equals(reference, model, values)
 
 
+def a_step_with_a_gradient_that_is_not_averaged_is_refused(rank):
+    """Processes would write other entries each into their rows, and nothing would tell."""
+    for optimizer in (SparseAdamW, torch.optim.AdamW):
+        model, values, stepped, reference = start(optimizer=optimizer)
+        model.model.layers[0].set_requires_gradient_sync(False)
+        model(**part(token_batch(0, batch=4), rank, dist.get_world_size())).loss.backward()
+        with pytest.raises(ValueError, match=r"layers\.0\..* is not averaged.*set_requires_gradient_sync\(True\)"):
+            stepped.step()
+        if optimizer is SparseAdamW:
+            # What was dropped is no longer to be averaged.
+            stepped.zero_grad()
+            stepped.step()
+            model.set_requires_gradient_sync(True)
+            train(rank, model, stepped, reference)
+            assert_equals(reference, model, values)
+
+
 def gradients_that_fsdp_is_to_divide_otherwise_are_refused(rank):
     """The average of values would silently be another multiple of the sum than what FSDP makes of dense gradients."""
     model, _, _, _ = start()
@@ -1303,6 +1320,7 @@ SCENARIOS = [
     a_layer_whose_output_a_hook_changes,
     compiled_blocks,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,
+    a_step_with_a_gradient_that_is_not_averaged_is_refused,
     gradients_that_fsdp_is_to_divide_otherwise_are_refused,
     hybrid_sharding,
     embeddings_tied_to_the_head,

@@ -145,9 +145,9 @@ class SparseAdamW(SavedOptimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a masked weight was replaced; the step is taken within a backward, see
-                `refuse_step_in_backward`; or, at the first step, the masks differ between processes or the values of
-                all masked weights are frozen.
+            ValueError: a masked weight was replaced; under `fully_shard`, gradients are not averaged yet; the step is
+                taken within a backward, see `refuse_step_in_backward`; or, at the first step, the masks differ between
+                processes or the values of all masked weights are frozen.
             FloatingPointError: a gradient is not finite, with `on_nonfinite="raise"`.
         """
         loss = None
@@ -165,6 +165,7 @@ class SparseAdamW(SavedOptimizer):
         with nullcontext() if self._stepped else together():
             for weight in weights.values():
                 if weight is not None:
+                    weight.check_average()
                     weight.synchronize()
         if not self._stepped:
             # `sparsify` may have run before the process group was initialised, and DistributedDataParallel would copy

@@ -6,6 +6,8 @@ anything clips or steps. A gradient that is equal in all processes is unchanged 
 was averaged before, as in gradient accumulation, may be averaged together with it.
 """
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -67,7 +69,11 @@ class GradientAverage:
     def _average(self) -> None:
         """Average over processes the gradients of the weights for which that is not put off."""
         self._is_queued = False
-        weights = [weight for weight in self._weights if weight.values.requires_grad and is_synchronized(weight)]
+        trained = [weight for weight in self._weights if weight.values.requires_grad]
+        choices = [is_synchronized(weight) for weight in trained]
+        for weight, is_averaged in zip(trained, choices, strict=True):
+            weight.uses.is_put_off = not is_averaged and dist.get_world_size() > 1
+        weights = list(itertools.compress(trained, choices))
         if not weights:
             return
         values = [weight.values for weight in weights]

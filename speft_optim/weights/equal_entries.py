@@ -80,6 +80,18 @@ class EqualEntries(MovingValues, CompactEntries):
                 "gradient over processes; leave it out of targets, or call its module instead of reading its weight."
             )
 
+    def check_average(self) -> None:
+        """Refuse a step with a gradient of this process alone, by which processes would write other entries each.
+
+        Raises:
+            ValueError: the average over processes was put off in the last backward.
+        """
+        if self.uses.is_put_off and self.values.grad is not None:
+            raise ValueError(
+                f"The gradient of {self.name} is not averaged over processes, since set_requires_gradient_sync(False) "
+                "was called; call set_requires_gradient_sync(True) before the last backward of each step."
+            )
+
     @property
     def base(self) -> FrozenWeight:
         """The weight behind one interface, dense or quantised."""

@@ -33,9 +33,10 @@ class Uses:
     Attributes:
         hooks: the gradient hooks.
         is_unreduced: whether there was a use elsewhere whose gradient is not averaged over the processes.
+        is_put_off: whether the gradient of the last backward under `fully_shard` is still to be averaged.
     """
 
-    is_unreduced = False
+    is_unreduced = is_put_off = False
     # Whether it was warned of a use elsewhere.
     _warned_of_use = False
 
