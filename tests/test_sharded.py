@@ -845,6 +845,9 @@ def salience_that_is_refused_on_a_sharded_model(rank):
         select_masks(model, [token_batch()], salience="grasp", density=0.1, progress=False)
     with pytest.raises(ValueError, match="Of 2 processes 1 have a calibration batch"):
         select_masks(model, [token_batch()] * (1 + rank), density=0.1, progress=False)
+    for options in (dict(density=0.1 + 0.1 * rank), dict(density=0.1, scope=("local", "global")[rank])):
+        with pytest.raises(ValueError, match="arguments of select_masks differ .* of which .* are kept in"):
+            select_masks(model, [token_batch()], progress=False, **options)
     bad = [token_batch(), {"input_ids": torch.ones(2, 4, dtype=torch.long, device=device())}]
     with pytest.raises((ValueError, RuntimeError), match="Process 1 failed.*no labels" if rank == 0 else "no labels"):
         select_masks(model, bad if rank else [token_batch()] * 2, density=0.1, progress=False)
@@ -1194,6 +1197,25 @@ def adapters_loaded_on_a_sharded_model(rank):
         load_adapter(shard(tiny_model(seed=1, **UNEVEN)), adapter)
 
 
+def adapters_that_one_process_cannot_read_or_has_others_of(rank):
+    """All processes exchange what the adapter replaces, so that each must have it, and the same."""
+    for seed in range(2):
+        other = tiny_model(**UNEVEN)
+        sparsify(other, select_masks(other, salience="random", seed=seed, density=0.05, progress=False))
+        if rank == 0:
+            save_adapter(other, f"{FOLDER[-1]}/other{seed}")
+    dist.barrier()
+    model = shard(tiny_model(**UNEVEN))
+    start = whole(model)
+    path = f"{FOLDER[-1]}/{('other0', 'missing')[rank]}"
+    with pytest.raises((FileNotFoundError, RuntimeError), match="There is no adapter"):
+        load_adapter(model, path)
+    with pytest.raises(ValueError, match="adapters differ between processes.*the same file"):
+        load_adapter(model, f"{FOLDER[-1]}/other{rank}")
+    assert equal_states(whole(model), start)
+    load_adapter(model, f"{FOLDER[-1]}/other0")
+
+
 def masks_that_move_with_the_training(rank):
     """From the training's own gradients and from batches, as in one process with all of them, in both scopes."""
     count = dist.get_world_size()
@@ -1354,6 +1376,7 @@ SCENARIOS = [
     divisions_that_are_refused,
     saved_by_the_first_process_and_loaded_by_one,
     adapters_loaded_on_a_sharded_model,
+    adapters_that_one_process_cannot_read_or_has_others_of,
     a_full_state_of_moving_masks_is_resumed,
     masks_that_move_with_the_training,
     selections_that_one_process_has_no_room_for,

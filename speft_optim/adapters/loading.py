@@ -1,5 +1,6 @@
 """`load_adapter`: an adapter's entries are checked and written into the base that it was trained on."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,11 +10,12 @@ from speft_optim.adapters.loaded import Loaded, mix, put, remember, restore_base
 from speft_optim.checkpoint.adapter_file import AdapterFile, read_adapter
 from speft_optim.checkpoint.fingerprint import fingerprint
 from speft_optim.checkpoint.save import LOADED, named_root
+from speft_optim.distributed import check_equal, together
 from speft_optim.masks.collection import Masks
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.bnb import settle_storage
 from speft_optim.weights.foreign import check_layers, check_parameters
-from speft_optim.weights.mesh import check_divisions, reshard
+from speft_optim.weights.mesh import check_divisions, is_fully_sharded, reshard
 from speft_optim.weights.targets import Target, all_targets
 
 
@@ -36,16 +38,22 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or not an adapter, belongs to another base (a name, a shape or any weight
             outside the masks differs), or holds values beyond the range of the weights' dtype; or an adapter loaded
-            before was trained further and not saved. The model is then as it was.
+            before was trained further and not saved; or, under `fully_shard`, adapters differ between processes. The
+            model is then as it was.
         TypeError: `name` is not a string, or a weight of the model is of another quantiser than bitsandbytes.
+        RuntimeError: under `fully_shard`, another process failed; the model is as it was.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string to call the adapter by.")
     model = named_root(model)
-    adapter = read_adapter(path)
-    settle_storage(model)
-    reshard(model)
-    _check_fits(model, adapter, path)
+    is_sharded = is_fully_sharded(model)
+    with together() if is_sharded else nullcontext():
+        adapter = read_adapter(path)
+        settle_storage(model)
+        reshard(model)
+        _check_fits(model, adapter, path)
+    if is_sharded:
+        check_equal(adapter.sparse_masks.fingerprint(), "The adapters", "load the same file in all of them.")
     if weights := sparse_weights(model):
         for weight in weights:
             # Newer compact values must be written first, or they would overwrite the adapter's entries later.

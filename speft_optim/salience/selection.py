@@ -108,12 +108,15 @@ def select_masks(
             check_whole("memory_budget", memory_budget, least=1, usual="2 * 2**30 bytes")
             check_whole("seed", seed, usual=0)
             check_flag("progress", progress)
-        # Processes with other arguments would average accumulators of other weights.
+        amount = amount_kept(sizes, scope, density, budget)
+        # Processes with other arguments would average accumulators of other weights, or read other rows of sharded ones.
         choice = f"{measure.name} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
+        if is_fully_sharded(model):
+            kept = sum(amount.values()) if isinstance(amount, Mapping) else amount
+            choice += f", of which {kept:,} are kept in {scope} scope"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
         # Products of numpy integers can overflow, those of Python integers cannot.
         memory_budget = smallest(int(memory_budget))
-        amount = amount_kept(sizes, scope, density, budget)
         # All processes must cut the weights into the same groups, whatever number of entries each keeps.
         candidates = largest(candidate_bytes(sizes, amount, measure.score_bytes))
         options = dict(loss=loss, max_batches=max_batches, seed=seed, progress=progress)
