@@ -109,7 +109,7 @@ def select_masks(
             check_whole("seed", seed, usual=0)
             check_flag("progress", progress)
         amount = amount_kept(sizes, scope, density, budget)
-        # Processes with other arguments would average accumulators of other weights, or read other rows of sharded ones.
+        # Processes with other arguments would average accumulators of other weights, or gather other rows.
         choice = f"{measure.name} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         if is_fully_sharded(model):
             kept = sum(amount.values()) if isinstance(amount, Mapping) else amount
