@@ -132,6 +132,8 @@ def train(
             history.step_seconds.append(time.perf_counter() - begin)
             if bar.disable and tells:  # a log file gets ten lines instead of a bar
                 _print_progress(step + 1, steps, history)
+            if keeps:
+                _share_sums(optimizer)
             if keeps and processes.is_first():
                 _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
     return history
@@ -159,6 +161,12 @@ def _bar(start: int, steps: int) -> tqdm:
 def _print_progress(step: int, steps: int, history: History) -> None:
     speed = f"{history.tokens_per_second:.0f} tokens/s"
     print(f"step {step}/{steps}  loss {history.loss[-1]:.4f}  {speed}", flush=True)
+
+
+def _share_sums(optimizer: torch.optim.Optimizer) -> None:
+    """Let the first process save a window's sums of all; each of them calls this."""
+    if (schedule := getattr(optimizer, "schedule", None)) is not None:
+        schedule.share_sums()
 
 
 def _keep_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, step: int):

@@ -90,10 +90,10 @@ def run_two(words, dies=False):
 
 
 def test_a_run_of_which_a_process_died_is_resumed(folders):
-    # Within a turn the state would have the sums of the process alone that saved it.
-    more = [*MOVING, "--checkpoint-every", 2]
+    # Within a turn the state that one process saves has the sums of both.
+    more = [*MOVING, "--checkpoint-every", 3]
     assert any(run_two(words(folders, "died", *more), dies=True))
-    assert [path.name for path in (folders / "died" / "resume").iterdir()] == ["step-00000002.safetensors"]
+    assert [path.name for path in (folders / "died" / "resume").iterdir()] == ["step-00000003.safetensors"]
     assert run_two(words(folders, "died", *more, "--resume")) == [0, 0]
     gsm8k.main(words(folders, "whole", *more))
     assert_equal(content(folders / "whole"), content(folders / "died"))

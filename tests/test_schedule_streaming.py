@@ -38,6 +38,7 @@ from speft_optim import (
     select_masks,
     sparsify,
 )
+from speft_optim.distributed import check_equal
 from speft_optim.optim.state import has_moments
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -851,6 +852,8 @@ def scores_as_one_of_two(rank, file):
         if salience == "snip":
             plain.assert_agrees(model, optimizer, schedule)
     global_scope_with_gradients_summed_by_hand(rank)
+    for salience in ("snip", "fisher"):
+        resumes_within_a_window(rank, salience)
     model = tiny_model()
     optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.1)))
     with pytest.raises(ValueError, match="arguments of MaskSchedule differ between processes"):
@@ -876,6 +879,45 @@ def global_scope_with_gradients_summed_by_hand(rank):
     assert masks_of(both[0]) == masks_of(lone[0])
     for name, weight in weights_of(lone[0]).items():
         torch.testing.assert_close(weights_of(both[0])[name], weight, atol=1e-6, rtol=0)
+
+
+def resumes_within_a_window(rank, salience):
+    """A state that one process saves has the sums of all if these were shared; else the window begins again."""
+
+    def begin(state=None):
+        run = attach(scope="local", salience=salience, budget=6_000, window=3)
+        if state is not None:
+            for part, saved in zip(run, state, strict=False):
+                part.load_state_dict(saved)
+        return run, DistributedDataParallel(run[0])
+
+    def advance(run, parallel, first, last):
+        for step in range(first, last):
+            parallel(**token_batch(2 * step + rank)).loss.backward()
+            run[1].step()
+            run[1].zero_grad()
+
+    def saved_by_the_first(run):
+        states = [copy.deepcopy((run[0].state_dict(), run[1].state_dict())) if rank == 0 else None]
+        dist.broadcast_object_list(states)
+        return states[0]
+
+    run, parallel = begin()
+    advance(run, parallel, 0, 5)
+    alone = saved_by_the_first(run)
+    run[2].share_sums()
+    shared = saved_by_the_first(run)
+    advance(run, parallel, 5, 14)
+    resumed, parallel = begin(shared)
+    assert equal_states(resumed[1].state_dict(), shared[1])
+    advance(resumed, parallel, 5, 14)
+    assert resumed[2].history == run[2].history and masks_of(resumed[0]) == masks_of(run[0])
+    assert equal_states(weights_of(resumed[0]), weights_of(run[0]))
+    resumed, parallel = begin(alone)
+    assert resumed[2].training.steps == 0 and not any(s.accumulator is not None for s in resumed[2].training.group)
+    advance(resumed, parallel, 5, 8)
+    assert [event["step"] for event in resumed[2].history] == [3, 8]
+    check_equal(masks_of(resumed[0]).fingerprint(), "masks", "")
 
 
 def test_two_processes_average_a_group_once_a_turn_and_stay_equal(tmp_path):

@@ -1,6 +1,7 @@
 """Models under torch's `fully_shard`, over several processes with gloo or NCCL: equal to one with all batches."""
 
 import contextlib
+import copy
 import gc
 import itertools
 import os
@@ -1171,12 +1172,16 @@ def a_full_state_of_moving_masks_is_resumed(rank):
         assert ([*map(len, values)] == sizes) == (scope == "local")
         get = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=get)
-        state = get_optimizer_state_dict(model, optimizer, options=get)
+        state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=get))
         other, _, resumed = begin(scope)
         put = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(other, weights, options=put)
         set_optimizer_state_dict(other, resumed, state, options=put)
         assert resumed.schedule.history == optimizer.schedule.history
+        assert equal_states(whole(other), whole(model)) and masks_of(other) == masks_of(model)
+        # The sums of gradients are those of all processes.
+        for each, its in ((model, optimizer), (other, resumed)):
+            train(rank, each, its, first=steps, steps=3)
         assert equal_states(whole(other), whole(model)) and masks_of(other) == masks_of(model)
 
 

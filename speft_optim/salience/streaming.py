@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speft_optim.distributed import average_, is_distributed, total
+from speft_optim.distributed import average_, is_distributed, together, world_size
 from speft_optim.masks.mask import Mask
 from speft_optim.salience.accumulators import GradientSum, RowSlice, SquareSum, placed
 from speft_optim.salience.competition import keep_best, runs_of
@@ -72,6 +72,8 @@ class TrainingSalience:
         scores: by weight name, (k,) the score by which each trained entry was kept, if later turns need it. Whoever
             changes a mask to that of a `Choice` stores the scores of the choice here.
     """
+
+    _is_shared = False
 
     def __init__(
         self,
@@ -120,11 +122,23 @@ class TrainingSalience:
         """Whether a window has begun, so that passes add up the gradients of the group."""
         return bool(self._sums)
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether this process needs no sums of others to go on: in a window they have theirs, but for `share`."""
+        return self._is_shared or not is_distributed() or self.steps <= self.waiting
+
+    def share(self) -> None:
+        """Give each process the average of the sums of all, which changes no choice; all of them call this."""
+        if not self.holds_all:
+            self._average()
+            self._is_shared = True
+
     def end_step(self) -> bool:
         """Count an optimizer step, and tell whether the turn is over."""
         for accumulated in self._sums.values():
             accumulated.end_step()
         self.steps += 1
+        self._is_shared = False
         if self.steps == self.waiting:
             self._begin_window()
         return self.steps >= self.period
@@ -168,7 +182,7 @@ class TrainingSalience:
         """
         is_used = self._gather()
         if is_used is None:
-            self._warn_once(
+            self.warn_once(
                 "A gradient of the last %d steps was not finite, or was dropped without a step, so that their window "
                 "begins again.",
                 self.window,
@@ -185,7 +199,7 @@ class TrainingSalience:
             for weight in (weight for weight in self.weights if is_used.get(weight.name)):
                 chosen.update(self._compete([weight], wanted[weight.name]))
         if unused := [r.target.name for r in self.group if r.entries and not is_used[r.target.name]]:
-            self._warn_once(
+            self.warn_once(
                 "%d weights got no gradient in %d steps, e.g. %s (an expert without a token, a frozen part), so that "
                 "their masks stay as they are.",
                 len(unused),
@@ -207,6 +221,8 @@ class TrainingSalience:
         if steps >= self.waiting:
             self._begin_window()
         self.steps = steps
+        # All processes load the same sums, which are those of all.
+        self._is_shared = True
 
     def _begin_turn(self) -> None:
         """Begin a turn: wait for the window, or begin it at once."""
@@ -229,16 +245,22 @@ class TrainingSalience:
 
     def _gather(self) -> dict[str, bool] | None:
         """Average the sums over processes and tell by weight whether it got a gradient; None if one is not finite."""
-        self.end_passes()
-        for row_slice in self.group:
-            placed(row_slice, row_slice.target.device)
-        if is_distributed():
-            average_([row_slice.accumulator for row_slice in self.group], total(1))
+        self._average()
         ends = [extremes(row_slice.accumulator) for row_slice in self.group]
         if not all(math.isfinite(end) for both in ends for end in both):
             return None
         # Without a gradient, as in an expert without tokens, the first positions would be chosen.
         return {row_slice.target.name: any(both) for row_slice, both in zip(self.group, ends, strict=True)}
+
+    def _average(self) -> None:
+        """Average the sums over processes."""
+        # A process that runs out of memory would let the others hang in the exchange.
+        with together():
+            self.end_passes()
+            for row_slice in self.group:
+                placed(row_slice, row_slice.target.device)
+        if is_distributed():
+            average_([row_slice.accumulator for row_slice in self.group], world_size())
 
     def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Choice]:
         """Keep the best `count` entries, and return the choices for weights whose entries change."""
@@ -265,7 +287,8 @@ class TrainingSalience:
         now = self.turns % len(self.groups)
         return all(g < self.turns or g == now for weight in weights for g in self._groups_of[weight.name])
 
-    def _warn_once(self, message: str, *details: object) -> None:
+    def warn_once(self, message: str, *details: object) -> None:
+        """Log a warning, unless the run has logged it before."""
         if message not in self._told:
             self._told.add(message)
             logger.warning(message + " This is not logged again.", *details)

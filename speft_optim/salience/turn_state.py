@@ -2,6 +2,10 @@
 
 The accumulators of the group are saved with the first weight, padded to the length of the largest group, so that the
 size of the state does not depend on the turn.
+
+Of several processes each has sums of its own. The state of a sharded model is asked for by all processes together, and
+holds the average of all; that of another model is as a rule asked for by one, which can then save only the window's
+beginning, unless all have called `TrainingSalience.share` before.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,10 +27,20 @@ def state_of(training: TrainingSalience, weight: SparseWeight) -> dict[str, Tens
         weight the accumulators of the group, padded to the length of the largest group; with other weights (0,).
     """
     training.end_passes()
-    counters = torch.tensor([training.turns, training.steps, *_counts(training)])
+    if weight.place.shards is not None:
+        training.share()
+    steps = training.steps
+    if not training.holds_all:
+        training.warn_once(
+            "A state that is saved within a window of MaskSchedule has no sums of other processes, so that a run "
+            "resumed from it begins the window again; call share_sums() of the schedule in all processes before one of "
+            "them saves."
+        )
+        steps = training.waiting
+    counters = torch.tensor([training.turns, steps, *_counts(training)])
     scores = training.scores.get(weight.name, torch.zeros(0, device=weight.values.device))
     accumulator = torch.zeros(_accumulated_by(training, weight))
-    if len(accumulator):
+    if len(accumulator) and training.holds_all:
         for row_slice, part in _parts(training.group, accumulator):
             if row_slice.accumulator is not None:
                 part.copy_(row_slice.accumulator)

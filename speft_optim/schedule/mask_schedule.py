@@ -53,8 +53,8 @@ class MaskSchedule(SavedSchedule):
     and including the constant factors of a loss scaler and of gradient accumulation. A step that is skipped because of
     inf or NaN, or by `optimizer.zero_grad()` in its place, lets the group's window begin again; gradients that are
     dropped in another way, as by `model.zero_grad()`, count. Weights that get no gradient keep their masks. With
-    several processes each adds up its own gradients, and they are averaged at the end of a turn; a checkpoint within a
-    turn holds the sums of the process that saved it. DistributedDataParallel needs local scope and no `density`, since
+    several processes each adds up its own gradients, and they are averaged at the end of a turn; see `share_sums` for
+    checkpoints within a window. DistributedDataParallel needs local scope and no `density`, since
     its buffers keep the numbers of entries; otherwise its forward fails. `magnitude`, `random` and `synflow` need no
     gradient: with these measures and no batches, `select_masks` selects at intervals too.
 
@@ -169,6 +169,17 @@ class MaskSchedule(SavedSchedule):
         self._change({name: Choice(mask, None) for name, mask in masks.items()})
         self.history.append(event)
         return masks
+
+    def share_sums(self) -> None:
+        """Let the state of any process be that of all, between steps: call it in all processes before one saves.
+
+        Without batches, each of several processes has sums of gradients of its own within a window. This averages them,
+        which changes no later choice beyond rounding. A state that one process saves within a window without it lets
+        the resumed run begin the window again, and a warning says so. States of models under `fully_shard`, which all
+        processes ask for, are complete without it. In one process it does nothing.
+        """
+        if self.training is not None:
+            self.training.share()
 
     def ever_trained(self) -> Masks:
         """Return the entries that are or were trained, which are all that can differ from the base model."""
