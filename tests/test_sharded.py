@@ -1313,6 +1313,24 @@ def selections_that_one_process_has_no_room_for(rank):
         assert masks_of(model) != after
 
 
+def a_change_that_one_process_cannot_make(rank):
+    """It is an error in the others too, which do not wait in the exchange of the next weight's entries."""
+    model = shard(tiny_model(**UNEVEN))
+    optimizer = SparseAdamW(sparsify(model, random_masks(model)), **OPTIONS)
+    schedule = MaskSchedule(model, optimizer, [token_batch(9)], interval=100, salience="gradient", progress=False)
+    calls, function = itertools.count(1), SparseWeight.change_mask
+
+    def failing(*args):
+        if next(calls) == 3 and rank == 1:
+            raise torch.OutOfMemoryError("no room")
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SparseWeight, "change_mask", failing)
+        with pytest.raises(torch.OutOfMemoryError if rank == 1 else RuntimeError, match="no room"):
+            schedule.reselect()
+
+
 def falling(step):
     return 0.05 - 0.002 * step
 
@@ -1385,6 +1403,7 @@ SCENARIOS = [
     a_full_state_of_moving_masks_is_resumed,
     masks_that_move_with_the_training,
     selections_that_one_process_has_no_room_for,
+    a_change_that_one_process_cannot_make,
     checkpoints_resumed_by_two_processes_and_by_one,
 ]
 

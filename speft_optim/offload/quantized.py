@@ -125,6 +125,13 @@ class HostQuantized:
         """Return the entries at flat positions (k,) with the overlays, (k,) fp32."""
         return self._host.gather(indices.cpu()).to(indices.device)
 
+    def own_entries(self, indices: Tensor) -> Tensor:
+        """Return the same, see `QuantizedWeight.own_entries`."""
+        return self.gather(indices)
+
+    def complete_(self, entries: Tensor) -> None:
+        """Do nothing, see `QuantizedWeight.complete_`."""
+
     def overlaid(self, indices: Tensor) -> Tensor:
         """Return the entries at flat positions (k,) that all have overlays, (k,) fp32."""
         return self._host.overlaid(indices)

@@ -260,7 +260,7 @@ class SparseAdamW(SavedOptimizer):
         See `carried_moments`. Values without moments, as those of a weight that had no entries, then start at the step
         count of the others. The moments of a few weights are computed before the first of their masks changes, and each
         mask changes with its moments. So an error, also one of the iterator, leaves masks and moments that belong
-        together; until a mask changes it is an error in all processes.
+        together. It is an error in all processes.
 
         Args:
             changes: the changes, each of values that this optimizer trains. To prepare them exchanges nothing between
@@ -280,11 +280,14 @@ class SparseAdamW(SavedOptimizer):
             del moments
 
     def _make(self, run: list[MaskChange], moments: list[dict[str, Tensor]], carry: bool) -> None:
-        for change, carried in zip(run, moments, strict=True):
-            change.make()
-            if not carry:
-                self.reset_moments(change.values)
-            self.state[change.values].update(carried)
+        for change in run:
+            change.exchange()
+        with together():
+            for change, carried in zip(run, moments, strict=True):
+                change.make()
+                if not carry:
+                    self.reset_moments(change.values)
+                self.state[change.values].update(carried)
 
     def _moments_of(self, run: list[MaskChange]) -> list[dict[str, Tensor]]:
         """Return for each change the keys of its state that get a new tensor."""

@@ -30,13 +30,15 @@ class MaskChange(NamedTuple):
         entries: the number of entries after it.
         before: (m,) int64, the places among the old entries of those that stay.
         after: (m,) int64, their places among the new ones.
-        make: changes mask and values.
+        exchange: completes what `make` needs of other processes; all of them call it.
+        make: changes mask and values, without an exchange.
     """
 
     values: Tensor
     entries: int
     before: Tensor
     after: Tensor
+    exchange: Callable[[], None]
     make: Callable[[], None]
 
 

@@ -204,9 +204,9 @@ class SavedOptimizer(Optimizer):
         if weight is not None:
             mask = mask_of(saved)
             if weight.mask != mask:
-                # The values may have moved to another device with `fully_shard`.
-                weight.synchronize()
-                weight.change_mask(weight.compare(mask))
+                following = weight.compare(mask)
+                weight.exchange_entries(following)
+                weight.change_mask(following)
             if "previously_trained" in saved:
                 weight.restore_previous(previous_of(saved), saved["previous_values"])
             parameter.copy_(saved["values"])

@@ -200,8 +200,9 @@ class MaskSchedule(SavedSchedule):
                 mask, scores = choices[weight.name]
                 following = weight.compare(mask)
                 before, kept = before + len(weight.mask), kept + len(following.after)
+                exchange = partial(weight.exchange_entries, following)
                 make = partial(self._change_one, weight, following, scores)
-                yield MaskChange(weight.values, len(mask), following.before, following.after, make)
+                yield MaskChange(weight.values, len(mask), following.before, following.after, exchange, make)
 
         self.optimizer.change_masks(changes(), carry=self.moments == "carry")
         return before, kept

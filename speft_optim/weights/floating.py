@@ -18,6 +18,13 @@ class FloatingWeight:
         """Return the entries at flat positions (k,), (k,) in the weight's dtype."""
         raise NotImplementedError
 
+    def own_entries(self, indices: Tensor) -> Tensor:
+        """Return the same in fp32, newly made: all entries are this process's own."""
+        return self.gather(indices).to(torch.float32)
+
+    def complete_(self, entries: Tensor) -> None:
+        """Do nothing: no other process holds entries of the weight."""
+
     def write(self, mask: Mask, values: Tensor) -> None:
         """Write `values` (k,) fp32 into the weight at `mask`, rounded to its dtype."""
         raise NotImplementedError

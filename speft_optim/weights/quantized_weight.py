@@ -135,6 +135,13 @@ class QuantizedWeight:
         """Return the entries at flat positions (k,) with the overlays, (k,) fp32."""
         return self._overlay(self.gather_base(indices), indices)
 
+    def own_entries(self, indices: Tensor) -> Tensor:
+        """Return the same: scales and overlays are whole in every process."""
+        return self.gather(indices)
+
+    def complete_(self, entries: Tensor) -> None:
+        """Do nothing: no other process holds entries of the weight."""
+
     def overlaid(self, indices: Tensor) -> Tensor:
         """Return the entries at flat positions (k,) that all have overlays, (k,) fp32; the weight is not read."""
         return self._overlay(torch.zeros(len(indices), device=indices.device), indices)

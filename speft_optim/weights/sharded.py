@@ -178,16 +178,24 @@ class ShardedWeight(ShardedParameter, FloatingWeight):
             found[begin - first : end - first] = rows.reshape(-1, columns)[begin - start : end - start]
         return self._from_owners(found)
 
-    @torch.no_grad()
     def gather(self, indices: Tensor) -> Tensor:
         """Entries at flat positions (k,), in the weight's dtype; all processes ask for the same."""
+        return self._from_owners(self.own_entries(indices))
+
+    @torch.no_grad()
+    def own_entries(self, indices: Tensor) -> Tensor:
+        """Entries at flat positions (k,) that lie in the process's own rows, and zeros for others, (k,) fp32."""
         rows = local_rows(self.parameter)
         first, last = self._range(rows)
         inside = (indices >= first) & (indices < last)
         entries = torch.zeros(len(indices), dtype=torch.float32, device=self.device)
         own = gather_entries(rows, (indices[inside] - first).to(rows.device))
         entries[inside.to(self.device)] = own.to(self.device, torch.float32)
-        return self._from_owners(entries)
+        return entries
+
+    def complete_(self, entries: Tensor) -> None:
+        """Fill in what other processes hold of `own_entries`; all of them call this."""
+        from_owners_(entries, self.parameter.device_mesh.get_group(self._dimension))
 
     def holds(self, mask: Mask, values: Tensor) -> bool:
         """Return False: other processes would have to ask too."""
@@ -195,7 +203,8 @@ class ShardedWeight(ShardedParameter, FloatingWeight):
 
     def _from_owners(self, entries: Tensor) -> Tensor:
         """Entries that are zero in all processes but one, from that, in the weight's dtype."""
-        return from_owners_(entries, self.parameter.device_mesh.get_group(self._dimension)).to(self.dtype)
+        self.complete_(entries)
+        return entries.to(self.dtype)
 
     @torch.no_grad()
     def write(self, mask: Mask, values: Tensor) -> None:

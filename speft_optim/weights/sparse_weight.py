@@ -27,6 +27,8 @@ class NextMask(NamedTuple):
         previously_trained: the entries that were trained so far and are not in it.
         before: (m,) int64, the places among the present entries of those that stay, in rising order.
         after: (m,) int64, their places among the new ones.
+        entries: (k,) fp32, the weight's entries at the positions; of a divided weight those that this process holds,
+            and zeros, until `exchange_entries`.
     """
 
     mask: Mask
@@ -34,22 +36,24 @@ class NextMask(NamedTuple):
     previously_trained: Mask
     before: Tensor
     after: Tensor
+    entries: Tensor
 
 
 class SparseWeight(EqualEntries):
     """The trained entries of one weight, which follow its model; see `EqualEntries` for arguments and attributes."""
 
     def compare(self, mask: Mask) -> NextMask:
-        """Compare another mask with the present one, for `change_mask`.
+        """Compare another mask with the present one, for `exchange_entries` and `change_mask`.
 
         Args:
             mask: the new entries, of the same weight; their number may differ.
 
         Raises:
-            ValueError: the mask has another shape than the weight.
+            ValueError: the mask has another shape than the weight, or see `check`.
         """
         if mask.shape != self.mask.shape:
             raise ValueError(f"The mask of {self.name} is for shape {tuple(mask.shape)}, not {tuple(self.mask.shape)}.")
+        self.synchronize()
         mask = mask.to(self.values.device)
         old, new = self.placed_mask().indices, mask.indices
         places, stays = find(old, new)
@@ -57,7 +61,16 @@ class SparseWeight(EqualEntries):
         after = stays.nonzero().squeeze(1)
         before = places[after]
         leaves = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, before, False)
-        return NextMask(mask, new, self._trained_before(new, old[leaves]), before, after)
+        entries = self.base.own_entries(new)
+        return NextMask(mask, new, self._trained_before(new, old[leaves]), before, after, entries)
+
+    def exchange_entries(self, following: NextMask) -> None:
+        """Complete the entries of a divided weight, in place; all processes call this, and nothing else can fail in it.
+
+        Args:
+            following: what `compare` returned for the new mask.
+        """
+        self.base.complete_(following.entries)
 
     @torch.no_grad()
     def change_mask(self, following: NextMask) -> None:
@@ -66,17 +79,12 @@ class SparseWeight(EqualEntries):
         What may run out of memory is done before anything changes.
 
         Args:
-            following: what `compare` returned for the new mask.
-
-        Raises:
-            ValueError: see `check`.
+            following: what `compare` returned for the new mask, after `exchange_entries` if the weight is divided.
         """
-        self.synchronize()
         base = self.base
-        entries = base.gather(following.indices).to(torch.float32)
-        entries[following.after] = self.values[following.before]
+        following.entries[following.after] = self.values[following.before]
         base.release(self.values)
-        self._exchange(following.mask, following.previously_trained, entries)
+        self._exchange(following.mask, following.previously_trained, following.entries)
         self.moves += 1
         base.attach(self.mask, self.values)
         self._remember()
