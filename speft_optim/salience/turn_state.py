@@ -15,6 +15,7 @@ from torch import Tensor
 
 from speft_optim.salience.accumulators import RowSlice
 from speft_optim.salience.streaming import TrainingSalience
+from speft_optim.weights.averaging import is_under_fsdp
 from speft_optim.weights.sparse_weight import SparseWeight
 
 
@@ -27,7 +28,7 @@ def state_of(training: TrainingSalience, weight: SparseWeight) -> dict[str, Tens
         weight the accumulators of the group, padded to the length of the largest group; with other weights (0,).
     """
     training.end_passes()
-    if weight.place.shards is not None:
+    if is_under_fsdp(weight):
         training.share()
     steps = training.steps
     if not training.holds_all:

@@ -89,14 +89,14 @@ def _holds_bytes(parameter: object, is_packed: Callable[[nn.Module], bool]) -> b
 
 
 def _convert(group: object, packed: list) -> None:
-    """Convert the rows of a group's packed weights, and gather the group again if it is gathered now."""
+    """Convert the rows of a group's packed weights, and gather the group again if a pass through it has begun."""
     if group._use_post_forward_mesh:
         raise ValueError(
             "fully_shard with a number as reshard_after_forward cannot gather 4-bit weights as bytes; set it to True, "
             "which takes less memory, or to False."
         )
     group.wait_for_unshard()
-    if is_gathered := group.is_unsharded:
+    if group.is_unsharded:
         group._to_sharded()
     for one in packed:
         rows = one._sharded_local_tensor
@@ -105,6 +105,7 @@ def _convert(group: object, packed: list) -> None:
         # What earlier passes gathered into is of another dtype.
         one.all_gather_outputs = []
         one.__dict__.pop("_unsharded_param", None)
-    if is_gathered:
+    # Between passes nothing is gathered, since one process may have failed before it came here.
+    if group._training_state.name == "FORWARD":
         group.unshard()
         group.wait_for_unshard()
