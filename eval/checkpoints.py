@@ -1,8 +1,9 @@
-"""Fetching of checkpoints, and one rule of BOS for training and scoring.
+"""Fetching of checkpoints, and one BOS rule for training and scoring.
 
-A second BOS, or none, costs a model many points without any error, and tokenizers get it wrong in several ways:
-a setting lost in a conversion, a template that adds a BOS to one that is there, a chat template that writes one more.
-So neither training nor scoring leaves special tokens to the tokenizer: both encode their prompts with `prompt_ids`.
+A missing or second BOS lowers a model's scores by many points without any error, and tokenizers cause it in several
+ways: a setting lost in a conversion, a template that adds a BOS to one that is there, a chat template that writes one
+more. So neither training nor scoring leaves special tokens to the tokenizer: both encode their prompts with
+`prompt_ids`.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The cells that `recipes.compare` trained, gathered by method, budget and rate over their seeds."""
+"""The cells that `recipes.compare` trained, grouped by method, budget and rate over their seeds."""
 
 import json
 import math

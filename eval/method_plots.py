@@ -1,4 +1,4 @@
-"""Pictures of a comparison of methods: loss against rate, forgetting, budget and peak memory."""
+"""Plots of a comparison of methods: loss against rate, forgetting, budget and peak memory."""
 
 import math
 from collections import defaultdict

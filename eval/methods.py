@@ -1,4 +1,4 @@
-"""Make the table and the pictures of a comparison of methods that `recipes.compare` trained.
+"""Make the table and the plots of a comparison of methods that `recipes.compare` trained.
 
     python -m eval.methods out/compare
     python -m eval.methods out/compare --markdown --plots out/pictures

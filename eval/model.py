@@ -1,12 +1,12 @@
 """A checkpoint folder, or a base and an adapter, as an lm-eval model.
 
-lm-eval's `HFLM` does the work. Two of its habits are replaced, both measured to matter for GSM8K:
+lm-eval's `HFLM` does the work. Two of its behaviours are replaced; both were measured to affect GSM8K scores:
 
-- It ends a batch only when one and the same stop sequence has appeared in every row. A batch in which one row ends with
-  EOS and another with a blank line runs to the limit. Here each row ends at its own first stop.
-- It leaves BOS to the tokenizer, looks at the first prompt of a batch only, and cuts BOS off where a prompt is too
-  long. Gemma models score near zero without it. Here prompts are encoded one by one, with the rule that training
-  follows too (`eval.checkpoints`).
+- It ends a batch only when the same stop sequence has appeared in every row. A batch in which one row ends with EOS and
+  another with a blank line runs to the limit. Here each row ends at its own first stop.
+- It leaves BOS to the tokenizer, checks only the first prompt of a batch, and cuts BOS off if a prompt is too long.
+  Gemma models score near zero without it. Here prompts are encoded one by one, with the rule that training follows too
+  (`eval.checkpoints`).
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Records of runs and scores: JSON, pictures, checksums and versions."""
+"""Records of runs and scores: JSON, plots, checksums and versions."""
 
 import hashlib
 import json

@@ -4,13 +4,12 @@
     python -m eval.score BASE --adapter out/adapter.safetensors --tasks gsm8k_local --data FOLDER_WITH_GSM8K
 
 A task is any that lm-eval knows (`gsm8k`, `arc_easy`, ...), or one of `eval/tasks/`, which read a local folder: the
-demo's word problems (`demo`) and GSM8K without a hub (`gsm8k_local`). GSM8K's two filters answer different questions,
-often tens of points apart: `strict-match` wants the number after `####`, as the training answers write it, and
-`flexible-extract` takes the last number of the text. Both are always reported, with standard errors, and the headline
-is marked.
+demo's word problems (`demo`) and GSM8K without a hub (`gsm8k_local`). GSM8K's two filters often differ by tens of
+points: `strict-match` requires the number after `####`, as the training answers write it, and `flexible-extract` takes
+the last number of the text. Both are always reported, with standard errors, and the headline is marked.
 
-The file is written whenever a task ends. The same command again goes on after an interruption, with the tasks that its
-`unfinished` still lists.
+The file is written whenever a task ends. After an interruption the same command continues with the tasks that are
+listed under `unfinished`.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Modes of the benchmark in processes of their own, so that the peak of each is its own.
+"""Modes of the benchmark in separate processes, so that their peaks of memory are independent.
 
 On several GPUs a mode has one process a GPU. If one of them fails, the others wait for it in a collective, or at the
-end of the process group. So the first error of a mode is left in torchrun's store, where all its processes look for it.
+end of the process group. So the first error of a mode is written to torchrun's store, which all its processes check.
 """
 
 import contextlib

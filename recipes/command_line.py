@@ -163,7 +163,7 @@ def check_moving(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if args.moving and args.salience not in moving.MEASURES:
         parser.error(f"--salience {args.salience} cannot move a mask; {' and '.join(moving.MEASURES)} can")
     if not args.moving and (args.interval or args.window):
-        parser.error("--interval and --window are for masks that move; leave out what keeps this one where it is")
+        parser.error("--interval and --window need a moving mask; leave out the option that keeps the mask static")
 
 
 def check_memory(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -173,7 +173,7 @@ def check_memory(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for flag in ("dry_run", "gpu_gb"):
         if getattr(args, flag) and (args.method != "sparse" or args.dtype == "float32"):
             name = flag.replace("_", "-")
-            parser.error(f"--{name} counts sparse training in bfloat16; leave out --method and --dtype float32")
+            parser.error(f"--{name} estimates sparse training in bfloat16; leave out --method and --dtype float32")
     if args.offload and (refusal := fitting.offload_refusal(args)):
         parser.error(refusal)
     if not args.offload and (args.resident_blocks or args.resident_head):
@@ -185,7 +185,7 @@ def check_graphs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if args.cuda_graphs and not torch.cuda.is_available():
         parser.error("--cuda-graphs needs a CUDA device, and there is none")
     if args.cuda_graphs and args.checkpointing:
-        parser.error("--checkpointing reads the random state, which --cuda-graphs cannot replay; leave one of both out")
+        parser.error("--checkpointing reads the random state, which --cuda-graphs cannot replay; leave one out")
 
 
 def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def rehearse(
             save_model(model, tokenizer, trial)
             moved = report.moved_share(base, trial / "checkpoint", masks, model)
             if moved["moved"] and exact:
-                raise ValueError(f"before any training, {moved['moved']:,} entries of it differ from those of {base}")
+                raise ValueError(f"before any training, {moved['moved']:,} of its entries differ from those of {base}")
         with _trying("the picture"):
             report.draw([1.0], (1.0, 1.0), masks, moved["change"], trial / "report.png", str(base))
 
@@ -144,5 +144,5 @@ def _trying(what: str) -> Iterator[None]:
     except Exception as error:  # any error here would otherwise come after training
         raise ValueError(
             f"{what} of this run cannot be saved, so it was not started ({type(error).__name__}: {error}); "
-            "mend this, or choose another model or --out"
+            "fix this, or choose another model or --out"
         ) from error

@@ -1,10 +1,10 @@
-"""Forgetting: the loss of a fine-tuned model on texts that its training was not about.
+"""Forgetting: the loss of a fine-tuned model on texts unrelated to its training data.
 
 There are two kinds of text, both available without a network. **Own** texts are sampled from the base model itself
-before any training: on these it is as good as a model can be, so that any change shows. **Documentation** is the
-reference of the Python language in Python's standard library (`pydoc_data.topics`, what `help("assignment")` prints):
-technical prose by people. It depends on Python's version, so both kinds are kept in a file, and every model of a
-comparison reads the same.
+before any training: the base model fits them as well as possible, so that any change is visible. **Documentation** is
+the reference of the Python language in Python's standard library (`pydoc_data.topics`, what `help("assignment")`
+prints): technical prose by people. It depends on Python's version, so both kinds are kept in a file, and every model of
+a comparison reads the same.
 """
 
 import json

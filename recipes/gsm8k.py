@@ -13,16 +13,16 @@
 
 Under `--out` a run leaves `checkpoint/` (an ordinary checkpoint), `adapter.safetensors` and `masks.safetensors` (sparse
 only), `run.json` and `report.png`; with `--score` also `scores_before.json` and `scores_after.json`. The same command
-with `--resume` goes on after an interruption. Where training was over and only what comes after it was interrupted or
-failed, the same command repeats that alone.
+with `--resume` continues after an interruption. If training had finished and a later stage was interrupted or failed,
+the same command repeats only the later stages.
 
-**The learning rate decides**, and no one rate fits every method or model. Best ones of a sweep on SmolLM2-135M and
-GSM8K: 7e-4 with 9 % of the target weights masked and 2.5e-3 with 1 %; for masks that stay 1e-3, and 3e-3 to 1e-2; 1e-4
-for all weights. A step of Adam moves each entry by about the rate, whatever the gradient, so the default scales these
-rates with the size of the model's weights: entries move by the same share. Gemma 3 270M, whose weights are a fifth as
-large, shows the need: at SmolLM2's 2.7e-3 its loss on GSM8K rises from 1.6 to 2.6 in ten steps, at 1e-3 it falls to
-1.39, at 3e-4 to 1.05, at 1e-4 to 1.03. Larger models have not been measured: watch the first steps, or sweep. `--paper`
-sets the rate and recipe of the SPEFT paper instead.
+**The learning rate matters most**, and no single rate fits every method and model. The best ones of a sweep on
+SmolLM2-135M and GSM8K: for moving masks 7e-4 with 9 % of the target weights and 2.5e-3 with 1 %; for static masks 1e-3,
+and 3e-3 to 1e-2; for full fine-tuning 1e-4. A step of Adam changes each entry by about the learning rate, whatever the
+gradient, so the default scales these rates with the magnitude of the model's weights, to keep the relative change the
+same. Gemma 3 270M, whose weights are a fifth as large, shows why: at SmolLM2's 2.7e-3 its loss on GSM8K rises from 1.6
+to 2.6 in ten steps, at 1e-3 it falls to 1.39, at 3e-4 to 1.05, at 1e-4 to 1.03. Larger models have not been measured:
+watch the loss of the first steps, or sweep. `--paper` sets the rate and recipe of the SPEFT paper instead.
 """
 
 import argparse

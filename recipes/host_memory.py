@@ -1,4 +1,4 @@
-"""How much memory the host has free for the weights of a model that is trained from there."""
+"""Free host memory for the weights of an offloaded model."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Modes of the benchmark whose frozen weights are in host memory: this library's, and those of torch and accelerate.
 
-In all of them trained values and their optimizer are on the GPU, so that they differ in how weights come to it. LoRA's
-adapters are not handed to `fully_shard` for that reason: it would keep them in host memory too, and step them there.
+In all of them trained values and their optimizer are on the GPU, so they differ only in how the frozen weights come to
+it. For this reason LoRA's adapters are excluded from `fully_shard`, which would keep and update them in host memory.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The default learning rate for a method, a density and a model; `recipes.gsm8k` tells what was measured."""
+"""The default learning rate for a method, a density and a model; `recipes.gsm8k` describes the measurements."""
 
 from torch import nn
 

@@ -1,12 +1,12 @@
-"""One training loop for every method, so that a comparison of methods is a comparison of methods.
+"""One training loop for every method, so that compared runs differ only in the method.
 
-The loop knows a model, an optimizer and samples. What is trained is whatever requires a gradient: the compact values of
-a sparse mask, all weights, or an adapter. One optimizer step sees one *window* of `batch_size * accumulation` samples,
-and its loss is the mean over all label tokens of the window. Averaging the micro-batches' means instead would weigh a
-token by the batch that it is in, and training would change with the accumulation.
+The loop knows a model, an optimizer and samples. All parameters that require a gradient are trained: the compact values
+of a sparse mask, all weights, or an adapter. One optimizer step sees one *window* of `batch_size * accumulation`
+samples, and its loss is the mean over all label tokens of the window. Averaging the micro-batches' means instead would
+weigh a token by the batch that it is in, and training would change with the accumulation.
 
-A training that was interrupted goes on from its last state (`recipes.training_state`). The position in the data and the
-learning rate are functions of the step number and need no state.
+Interrupted training continues from its last state (`recipes.training_state`). The position in the data and the learning
+rate are functions of the step number and need no state.
 """
 
 import itertools

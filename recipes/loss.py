@@ -1,12 +1,13 @@
 """Cross-entropy of a large vocabulary without its logits: head and loss together, a chunk of tokens at a time.
 
 The logits of 2 x 2048 tokens over 128,256 words take 1 GiB in bf16, twice that in fp32, and as much again for their
-gradient: they would set the peak of a checkpointed run. Here a chunk's logits give its loss and its input gradient at
-once, in forward, and are gone. The head must be frozen, and the loss can be differentiated once.
+gradient, so they would determine the peak memory of a checkpointed run. Here the loss and the input gradient of a chunk
+are both computed from its logits in forward, and the logits are freed. The head must be frozen, and the loss can be
+differentiated only once.
 
 Chunks are rows of a (tokens, width) matrix. Chunks along the length of (batch, length, width) would be several times
-slower: where a weight requires no gradient, PyTorch turns the product with such a strided chunk into a batched one, for
-which it copies the head in forward and backward.
+slower: if a weight requires no gradient, PyTorch computes the product with such a strided chunk as a batched product,
+for which it copies the head in forward and backward.
 """
 
 import torch

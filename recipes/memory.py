@@ -1,9 +1,9 @@
 """An estimate of a sparse run's GPU memory, from the model's configuration alone.
 
 Weights, values, positions and moments are counted to the byte on a model without data. Activations are counted by what
-a block keeps for its backward, in bf16 with norms in fp32, at the moments that can set the peak: the loss, the backward
-of the final norm and of the last block (the inputs of all blocks are still there), and that of the first one (all
-gradients are there already).
+a block keeps for its backward, in bf16 with norms in fp32, at the moments when the peak can occur: the loss, the
+backward of the final norm and of the last block (the inputs of all blocks are still there), and that of the first one
+(all gradients are there already).
 """
 
 import os

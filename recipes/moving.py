@@ -1,8 +1,8 @@
-"""Masks that move with the training, with the settings that were measured best (docs/benchmarks.md, "Moving masks").
+"""Moving masks, with the settings that were measured best (docs/benchmarks.md, "Moving masks").
 
 Entries are ranked by the gradients of the last `WINDOW` steps, over all weights together, every `INTERVAL` steps.
-Moments go along with entries that stay, and each entry has a rate in proportion to its magnitude, or to the root of it
-where many entries are trained.
+Moments are carried for entries that stay, and each entry has a learning rate proportional to its magnitude, or to the
+square root of it if many entries are trained.
 """
 
 from collections.abc import Mapping

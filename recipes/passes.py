@@ -1,9 +1,9 @@
 """Forward and backward of the batches of a step: eagerly, or replayed as CUDA graphs.
 
-A model whose kernels take less time than their launches is bound by the latter. `ReplayedPasses` records forward and
-backward of each shape of batch as one CUDA graph, which takes one launch. What a pass does in Python, such as hooks,
-happens as it is recorded and not again, so that a graph serves only while the trained entries are the same: as masks
-move, all graphs are dropped. While gradients are summed to choose the next masks, nothing is replayed.
+A model whose kernels take less time than their launches is limited by the launches. `ReplayedPasses` captures forward
+and backward for each batch shape as one CUDA graph, which needs one launch. Python code of a pass, such as hooks, runs
+only during capture, so a graph is valid only as long as the trained entries are the same: when masks move, all graphs
+are dropped. While gradients are summed to select the next masks, nothing is replayed.
 """
 
 from collections.abc import Iterator
@@ -154,7 +154,7 @@ def check_replayable(model: nn.Module) -> None:
         raise ValueError("CUDA graphs need a model on a GPU; leave out --cuda-graphs")
     # The property of transformers that tells has two names in its versions; this is what it looks at.
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError("checkpointed blocks read the random state, which no CUDA graph allows; leave one of both out")
+        raise ValueError("checkpointed blocks read the random state, which no CUDA graph allows; leave one out")
     if not is_known(model):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(f"the loss of a {kind!r} model waits for the GPU in each step; leave out --cuda-graphs")

@@ -1,8 +1,8 @@
 """Several processes of one run, one for each GPU, as `torchrun` and `accelerate launch` start them.
 
-Each process has the whole model and computes its share of the micro-batches of a step; gradients of what is trained are
-added up once a step, for a mask 4 bytes an entry. So a run of several processes takes the steps of a run of one, up to
-rounding. The first process alone prints and writes files.
+Each process has the whole model and computes its share of the micro-batches of a step; gradients of trained values are
+summed once per step, 4 bytes per masked entry. So a run of several processes equals a run of one, up to rounding. Only
+the first process prints and writes files.
 
 DistributedDataParallel was rejected here: it averages over processes, where a step is a sum over label tokens, and it
 waits for ever if a process has no batch in the short last window of an epoch.

@@ -1,6 +1,6 @@
 """The report of a run: `run.json`, `report.png`, and a table.
 
-`run.json` is written after every stage, so that a stopped run tells how far it came, and `--resume` measures nothing
+`run.json` is written after every stage, so that it shows how far a stopped run came, and `--resume` measures nothing
 twice.
 """
 

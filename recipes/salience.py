@@ -1,12 +1,11 @@
-"""Compare salience measures on one model: which entries they choose, and what choosing them costs.
+"""Compare salience measures on one model: which entries they select, and their cost in time and memory.
 
     python -m recipes.salience --model smollm2 --data generator --density 0.01
     python -m recipes.salience --model FOLDER --data FOLDER --measures gradient snip fisher --scope global
 
-Prints a table with the seconds and the peak memory of each measure and a table of the overlaps of their masks. Leaves
-`salience.json` and a picture of each mask under `--out`, written as each measure ends, and `overlap.png`. Two
-independent masks of density d share a share d of their entries, so that is chance level, and the `random` measure shows
-it.
+Prints a table with the seconds and the peak memory of each measure and a table of the overlaps of their masks. Writes
+`salience.json` and a plot of each mask to `--out`, as each measure ends, and `overlap.png`. Two independent masks of
+density d overlap by d, the chance level, which the `random` measure shows.
 """
 
 import argparse

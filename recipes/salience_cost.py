@@ -6,7 +6,7 @@ gradient measure should cost at most 1.15 times that. For a model larger than th
 
     python -m recipes.benchmark salience --offload --memory-limit 24 --memory-budget 8 --batches 8
 
-There the bus decides the seconds: 64 batches take eight times as long. `peak_gib` is all memory on the GPU.
+There the bus limits the speed: 64 batches take eight times as long. `peak_gib` is all memory on the GPU.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The settings that all cells of a comparison have in common, in a file beside them."""
+"""The settings shared by all cells of a comparison, in a file beside them."""
 
 import json
 from argparse import Namespace

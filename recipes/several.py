@@ -1,4 +1,4 @@
-"""Training on several GPUs under torch's `fully_shard`, beside one GPU: tokens a second and peak memory of each GPU.
+"""Training on several GPUs under torch's `fully_shard`, compared with one GPU: tokens/s and peak memory per GPU.
 
     torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-8b --batch 4
     torchrun --nproc-per-node 2 -m recipes.benchmark several --shape llama3-70b --modes sharded-nf4,fsdp-qlora-nf4 \
@@ -10,10 +10,10 @@
     sharded-bf16, sharded-nf4  the same masks, with the frozen weights divided by `fully_shard`
     fsdp-lora-bf16, fsdp-qlora-nf4  PEFT LoRA of rank --rank on the same seven, divided by `fully_shard` with the base
 
-Values are whole on every GPU, so that 1 % of 70 billion would take 8 GB beside half of the base. Embedding, head and
-each block are groups of weights of their own. With `--cpu-offload` each process keeps its part of them in pinned host
-memory; what is trained, and its optimizer, stays on the GPU. Each mode runs in processes of its own, one a GPU; the
-first prints one JSON line a mode: the slowest step and the largest peak of all GPUs.
+Values are replicated on every GPU, so that 1 % of 70 billion would take 8 GB besides half of the base. Embedding, head
+and each block are sharded separately. With `--cpu-offload` each process keeps its part of them in pinned host memory;
+what is trained, and its optimizer, stays on the GPU. Each mode runs in processes of its own, one a GPU; the first
+prints one JSON line a mode: the slowest step and the largest peak of all GPUs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if len(set(modes)) < len(modes):
         parser.error(f"--modes {args.modes} names a mode twice; start the command twice")
     if args.cpu_offload and (alone := [mode for mode in modes if mode.startswith("one-")]):
-        parser.error(f"--cpu-offload is for divided weights, and {alone[0]} divides none; name --modes without it")
+        parser.error(f"--cpu-offload is for sharded weights, and {alone[0]} shards none; leave it out of --modes")
 
 
 def environment(mode: str) -> dict[str, str] | None:
@@ -126,8 +126,8 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
     parts = [model.model.embed_tokens, *model.model.layers, model.lm_head]
     for module in (*parts, model):
         divide(module, device, cpu_offload=cpu_offload)
-    # By default they are asked for when the CPU comes to the block, which is late where it is hardly ahead of the GPU.
-    # Groups inside the block come with it: asked for later, they would wait for the weights of the block behind it.
+    # By default they are gathered when the CPU reaches the block, which is late if it is hardly ahead of the GPU.
+    # Groups inside the block are gathered with it: later they would wait for the weights of the next block.
     for part, following in itertools.pairwise(parts):
         part.set_modules_to_forward_prefetch(_groups_of(following))
 

@@ -126,7 +126,7 @@ class Shape:
         for suffix in suffixes or ():
             if not any(f".{name}".endswith(f".{suffix}") for name in self.linears):
                 raise ValueError(
-                    f"--targets {suffix} is no linear weight of the blocks, and memory is known of these alone"
+                    f"--targets {suffix} is no linear weight of the blocks, and memory is estimated only for these"
                 )
         return [
             shape

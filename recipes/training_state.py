@@ -1,7 +1,7 @@
 """The state of an unfinished training in one file, from which it continues bit for bit.
 
 It holds the trained tensors, the optimizer, the random generators and the history. A mask's values are in the state of
-its optimizer; entries that a moving mask left keep what they learned in the weights, and are saved too. It is a
+its optimizer; entries that left a moving mask keep their trained values in the weights, and are saved too. It is a
 safetensors file, so reading it runs no code and takes no more memory than its size; all that is not a tensor is JSON in
 its metadata. A checksum over everything detects a damaged file, which is refused before model or optimizer are changed.
 """
@@ -214,7 +214,7 @@ def _check_content(state: dict) -> None:
     if type(state["step"]) is not int or state["step"] < 0:
         raise ValueError(f"its step is {state['step']!r}, which is no whole number from 0 on")
     if not all(isinstance(tensor, Tensor) for tensor in state["trained"].values()):
-        raise ValueError("its trained tensors are none")
+        raise ValueError("what it holds as trained is not all tensors")
     for name, saved in state["moved"].items():
         if saved.keys() != {"positions", "entries"} or not all(isinstance(part, Tensor) for part in saved.values()):
             raise ValueError(f"its entries of {name} are no positions and entries")

@@ -1,4 +1,4 @@
-"""Optimizer steps on windows of samples, and the history that they leave.
+"""Optimizer steps on windows of samples, and their history.
 
 A step's loss stays on the device until `read_losses`: the norm of its gradient is the only number in a step that the
 CPU waits for.

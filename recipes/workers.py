@@ -95,6 +95,6 @@ def check_ended(processes: list, out: Path) -> None:
         lines = (out / f"worker-{number}.log").read_text(encoding="utf-8").splitlines()
         raise ValueError(
             f"{len(ended)} of {len(processes)} workers ended early, the first with exit code "
-            f"{processes[number].exitcode}: {lines[-1] if lines else 'it said nothing'}; see {out}/worker-*.log, and "
+            f"{processes[number].exitcode}: {lines[-1] if lines else 'no output'}; see {out}/worker-*.log, and "
             "repeat the command for the cells that are missing"
         )

@@ -1,4 +1,4 @@
-"""Checks of arguments, with one wording of errors: the value, the limit, and what to pass instead."""
+"""Checks of arguments, with uniform errors: the value, the limit, and what to pass instead."""
 
 import os
 from collections.abc import Sequence

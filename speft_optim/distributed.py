@@ -1,7 +1,7 @@
-"""Exchange between the processes of a group: each sees its own batches, and all get the same averages and masks.
+"""Communication between the processes of a group: each reads its own batches; all get the same averages and masks.
 
-A process that fails takes part in no further exchange, and the others would hang until a timeout ends them with a
-message that does not name the error. So errors are exchanged too.
+A process that fails no longer takes part in communication, and the others would hang until a timeout, whose message
+does not name the error. So errors are communicated too.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,8 +1,8 @@
-"""What runs eagerly, before the graph of a compiled model or layer: it brings weights and values into step.
+"""Code that runs eagerly before the graph of a compiled model or layer: it synchronises weights and values.
 
 A graph cannot read version counters. The hook of the whole model and the calls of layers that were compiled in place
-(`layer.compile()`) come before their graphs. A graph that begins elsewhere, as that of `torch.compile(layer)` called by
-itself, breaks at each masked layer, which is right and slower.
+(`layer.compile()`) come before their graphs. A graph that begins elsewhere, such as that of `torch.compile(layer)`
+called by itself, breaks at each masked layer, which is correct but slower.
 """
 
 from collections.abc import Callable
@@ -100,7 +100,7 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     """
     if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError(
-            "torch.func (grad, vmap, jvp) cannot differentiate masked weights, whose gradients hooks form; call "
+            "torch.func (grad, vmap, jvp) cannot differentiate masked weights, whose gradients come from hooks; call "
             "backward as usual, or desparsify(model) first."
         )
     # The weights are listed, since searching the model would cost time in each forward.

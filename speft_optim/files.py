@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, then renamed."""
+"""Atomically written files and folders: they are written under a temporary name, then renamed."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Patches for transformers, trl, torch's data parallelism and activation checkpointing.
 
 A quantised model is patched so that its layers compute as frozen linear layers, `save_pretrained` writes the merged
-weights, and the flag that means "this model cannot train" is lowered.
+weights, and the flag by which transformers refuses to train a model (`is_quantized`) is set to False.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ _REPLICA_HOOK = "_refuses_to_be_replicated"
 
 
 def patch_model(model: nn.Module) -> None:
-    """Let every bitsandbytes linear layer compute as a frozen linear layer: dequantise the weight, multiply, drop it.
+    """Compute every bitsandbytes linear layer as a frozen linear layer: dequantise the weight, multiply, free it.
 
-    `sparsify` and `load_adapter` call this. Call it yourself to measure a loss before training that can be compared
-    with one after: bitsandbytes' own LLM.int8 layers also quantise activations and so give other results. The model's
-    `save_pretrained` then writes dequantised weights. A second call does nothing, nor does one on a model without such
-    layers; `desparsify` undoes it.
+    `sparsify` and `load_adapter` call this. Call it yourself to measure a loss before training that is comparable with
+    the loss afterwards: bitsandbytes' own LLM.int8 layers also quantise activations and therefore give other results.
+    The model's `save_pretrained` then writes dequantised weights. Calling it twice, or on a model without such layers,
+    has no effect; `desparsify` undoes it.
 
     Args:
         model: a model in memory; changed in place.
@@ -56,7 +56,7 @@ def save_from_files(model: nn.Module) -> None:
     """Let `save_pretrained` write the weights one at a time; `unpatch_model` undoes it.
 
     transformers' own needs the whole state dict, in which each page of a mapped weight that has a trained entry is
-    memory. It stays where weights are in several floating dtypes, since ours writes one.
+    memory. It is kept if weights have several floating-point dtypes, since our writer supports only one.
 
     Args:
         model: a model with weights that are memory-mapped from a checkpoint.
@@ -87,7 +87,7 @@ def _quantizers(model: nn.Module) -> Iterator[tuple[object, list[nn.Module]]]:
 
 
 class _RefuseQuantized:
-    """Replaces the quantiser's `is_serializable`; picklable, so that the model can be copied."""
+    """Replaces the quantiser's `is_serializable`; it can be pickled, so that the model can be copied."""
 
     def __call__(self, *args, **kwargs) -> bool:
         """Refuse to save; transformers asks before it writes anything.
@@ -115,7 +115,7 @@ def _refuse_replica(model: nn.Module, args: tuple) -> None:
 
 
 def declare_trainable(model: nn.Module) -> None:
-    """Lower the flag by which transformers takes the model for one that cannot train; `unpatch_model` raises it."""
+    """Set the flag by which transformers refuses to train the model to False; `unpatch_model` restores it."""
     if _FLAG in model.__dict__:
         model.__dict__[_FLAG_BEFORE], model.__dict__[_FLAG] = model.__dict__[_FLAG], False
 
@@ -206,7 +206,7 @@ _HARMLESS = ("state_dict", "safe_serialization", "save_function", "save_original
 
 
 def sharding_wrapper(model: nn.Module) -> str | None:
-    """Name the wrapper that shards the model over processes, or None; class names tell, so that nothing is imported."""
+    """Return the name of the wrapper that shards the model, or None, by class names, without imports."""
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     if "FSDPModule" in classes:
         return "fully_shard"

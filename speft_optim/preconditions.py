@@ -1,4 +1,4 @@
-"""What `sparsify` asks of a model and its masks, checked before anything is changed."""
+"""Requirements of `sparsify` on a model and its masks, checked before anything is changed."""
 
 from collections.abc import Mapping
 

@@ -63,55 +63,56 @@ def sparsify(
     resident_blocks: int | str = 0,
     resident_head: bool = False,
 ) -> list[nn.Parameter]:
-    """Attach compact values for `masks` and freeze all else.
+    """Attach trainable compact values for `masks`, and freeze all other parameters.
 
     If bitsandbytes quantised the model to 8 or 4 bits, all its quantised linear layers are computed as frozen linear
-    layers from here on, with the values as an overlay (see `weights/quantized_linear.py`). transformers' flag
+    layers from now on, with the values as an overlay (see `weights/quantized_linear.py`). transformers' flag
     `is_quantized`, by which it refuses to train a model, is then False until `desparsify`, so that Trainer and
     SFTTrainer accept the model. `save_pretrained` writes the merged weights, as `export_merged` does.
 
-    Under torch's `fully_shard`, called before this or after, the values stay whole on every process and their gradients
-    are averaged at the end of each backward. All processes call this with the same masks. Weights in int8 lose their
-    scales in `fully_shard`, unless this or `select_masks` came before it.
+    Under torch's `fully_shard`, called before or after this function, the values are replicated on every process and
+    their gradients are averaged at the end of each backward. All processes must call this function with the same masks.
+    int8 weights lose their scales in `fully_shard`, unless this function or `select_masks` was called before it.
 
     Args:
         model: a model in memory; its weights stay in place and in their dtype (fp32, bf16, fp16 or quantised).
-        masks: from the full names of parameters to their masks.
-        base: None starts the values from the weight's own entries, dequantised if need be, so that the model computes
-            what it did before. The folder of the checkpoint that the model was quantised from starts them from the
-            entries there, which have no rounding error. With `offload`, also the folder of the checkpoint whose
-            safetensors files hold the weights of a model on the meta device: they are memory-mapped and stay in the
-            files, which nothing may change meanwhile, for a model that does not fit in CPU memory either. Memory then
-            holds the pages that something wrote (`desparsify`, `load_state_dict`, `state_dict` and masks that move
-            do); `save_adapter`, `load_adapter`, `export_merged` and `save_pretrained` write none.
+        masks: a mask for each weight to train, by full parameter name, as `select_masks` returns them.
+        base: None initialises the values from the model's own entries (dequantised for a quantised weight), so that the
+            model's outputs do not change. The folder of the checkpoint that the model was quantised from initialises
+            them from the entries there, which have no rounding error. With `offload`, it can also be the folder of the
+            checkpoint of a model on the meta device, for a model that does not fit in CPU memory either: its
+            safetensors files are memory-mapped, and nothing may change them meanwhile. Only pages that are written to
+            then use memory; `desparsify`, `load_state_dict`, `state_dict` and moving masks write pages, `save_adapter`,
+            `load_adapter`, `export_merged` and `save_pretrained` do not.
         keep_empty: whether weights with an empty mask get (empty) values too, so that a `MaskSchedule` can give them
             entries.
         verify: whether to compare the gradient of each dense linear weight once, in its first backward, with autograd's
-            own, and to look for uses of dense weights outside their modules (see `weights/verification.py`). If there
-            are such uses, the gradient is right all the same, and a warning names the weight. This costs one dense
-            gradient at a time in the first backward. With False only the use in a weight's own module is seen.
+            own, and to detect uses of dense weights outside their modules (see `weights/verification.py`). Such uses
+            are included in the gradient, and a warning names the weight. The first backward then holds one dense
+            gradient at a time. With False, only the use in a weight's own module contributes to the gradient.
         offload: device to compute on while the frozen weights of a model in CPU memory stay there, for a model that
             does not fit on the device: they are copied to it block by block, in forward and again in backward, where
             each block is recomputed. Values, moments and gradients are on the device. `model.to(device)` moves nothing
-            from here on, and weights in CPU memory get the trained values when they are read or saved. One process
-            only; not for compiled models.
+            from now on, and weights in CPU memory are updated when they are read or saved. One process only; not for
+            compiled models.
         activations: where `offload` keeps the inputs of blocks between forward and backward. "host" is pinned CPU
-            memory, to which they are copied beside the computation, a few hundredths of what the weights take on the
-            bus. "device" saves these copies for batch * length * width entries a block on the device.
-        resident_blocks: how many blocks `offload` leaves on the device, or "all", where the device has room for more
-            than two: each is copied once, and fewer bytes travel in a step. They are recomputed as the others are.
-        resident_head: whether `offload` leaves the head's weight on the device too, instead of copying it in each
-            forward. If the head has a mask, it is copied all the same.
+            memory, to which they are copied asynchronously; this adds a few percent to the transfers of the weights.
+            "device" avoids these copies, and keeps batch * length * width entries per block on the device.
+        resident_blocks: the number of blocks that `offload` keeps on the device, or "all", if the device has room for
+            more than two: each is copied once, so that fewer bytes are copied in a step. They are recomputed as the
+            others are.
+        resident_head: whether `offload` keeps the head's weight on the device too, instead of copying it in each
+            forward. A head with a mask is copied nevertheless.
 
     Returns:
         The trainable parameters, each (k,) fp32, in the model's order, for `SparseAdamW` or any other optimizer.
 
     Raises:
         ValueError: a name or shape does not fit the model, the masks are empty or differ between processes, or the
-            model is sparsified already; the model is then as it was.
-        TypeError: a masked weight is not floating-point, a weight is of another quantiser than bitsandbytes, or `masks`
-            is not a mapping to `Mask`.
-        RuntimeError: another process of the group failed; the model is as it was.
+            model is already sparsified; the model is then unchanged.
+        TypeError: a masked weight is not floating-point, a weight is quantised by another library than bitsandbytes,
+            `masks` is not a mapping to `Mask`, or an option has the wrong type.
+        RuntimeError: another process of the group failed; the model is then unchanged.
     """
     wrapper, model = model, unwrapped(model)
     with contextlib.ExitStack() as undo:
@@ -179,9 +180,10 @@ def _attach_all(
 
 
 def desparsify(model: nn.Module) -> None:
-    """Undo `sparsify`: leave plain weights with the trained values, each requiring gradients as it did before.
+    """Undo `sparsify`: leave plain weights with the trained values and their former `requires_grad`.
 
-    A quantised weight keeps its trained entries as a frozen overlay; without any, its layer is bitsandbytes' own again.
+    A quantised weight keeps its trained entries as a frozen overlay; a layer without trained entries becomes
+    bitsandbytes' own again.
 
     Args:
         model: the model that was sparsified, or a wrapper around it.

@@ -181,7 +181,7 @@ def test_each_process_limits_its_own_gpu(monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "reason"),
-    [("--modes one-bf16,one-bf16", "names a mode twice"), ("--cpu-offload", "one-bf16 divides none; name --modes")],
+    [("--modes one-bf16,one-bf16", "names a mode twice"), ("--cpu-offload", "one-bf16 shards none; leave it out")],
 )
 def test_modes_that_cannot_be_compared_are_refused(words, reason, capsys):
     with pytest.raises(SystemExit):

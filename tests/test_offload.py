@@ -234,7 +234,7 @@ def test_pages_that_cannot_be_locked_are_left_with_a_warning(monkeypatch, caplog
     with contextlib.ExitStack() as stack:
         lock_pages([torch.zeros(2**20), torch.zeros(2**21)], torch.device("cpu"), stack)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "bytes of host memory cannot be locked (CUDA error 2), so that the CPU copies them once more" in message
+    assert "bytes of host memory cannot be pinned (CUDA error 2); the CPU copies them via pinned buffers" in message
 
 
 @pytest.mark.parametrize("room", [0, 2**40])

@@ -1285,7 +1285,7 @@ def test_devices_that_there_are_not_are_refused():
     model = tiny_model()
     before = state(model)
     for device in ("tpu9", "meta", 3.5):
-        with pytest.raises(ValueError, match="is no device to compute on"):
+        with pytest.raises(ValueError, match="is not a device to compute on"):
             sparsify(model, random_masks(model), offload=device)
     assert state(model) == before
 

@@ -917,8 +917,8 @@ def test_scores_before_and_after_go_into_table_and_record(folders, tmp_path, mon
         (["--preset", "demo", "--steps", "1", "--epochs", "1"], "not allowed with"),
         (["--preset", "demo", "--method", "full", "--base-bits", "8"], "--base-bits 8 freezes the weights"),
         (["--preset", "demo", "--method", "full", "--state-bits", "8"], "--state-bits belongs to a mask"),
-        (["--preset", "demo", "--method", "full", "--dry-run"], "--dry-run counts sparse training in bfloat16"),
-        (["--preset", "demo", "--dtype", "float32", "--dry-run"], "--dry-run counts sparse training in bfloat16"),
+        (["--preset", "demo", "--method", "full", "--dry-run"], "--dry-run estimates sparse training in bfloat16"),
+        (["--preset", "demo", "--dtype", "float32", "--dry-run"], "--dry-run estimates sparse training in bfloat16"),
         (["--preset", "demo", "--base-bits", "2"], "invalid choice: 2"),
     ],
 )
@@ -1257,7 +1257,7 @@ def lose_package(name):
     [
         (break_saver, [], "the checkpoint of this run cannot be saved, so it was not started .*the saver is broken"),
         (break_tokenizer, [], "the checkpoint of this run cannot be saved, .*not serialisable"),
-        (write_another_model, [], "before any training, .* entries of it differ from those of"),
+        (write_another_model, [], "before any training, .* of its entries differ from those of"),
         (fill_disk, [], r"has 0.00 GB free, but this run writes up to .* \(checkpoint .*free some room"),
         (lose_package("matplotlib"), [], "the picture of the run needs matplotlib, which is missing"),
         (lose_package("lm_eval"), ["--score", "demo"], "--score needs lm-eval, which is missing"),

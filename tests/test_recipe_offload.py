@@ -188,7 +188,7 @@ def test_a_gpu_that_nothing_fits_and_methods_without_modes_are_refused(capsys):
         command_line.parse("--preset llama3-70b --gpu-gb 6".split())
     with pytest.raises(SystemExit):
         command_line.parse("--preset demo --method full --gpu-gb 24".split())
-    assert "--gpu-gb counts sparse training in bfloat16" in capsys.readouterr().err
+    assert "--gpu-gb estimates sparse training in bfloat16" in capsys.readouterr().err
 
 
 def test_every_mode_is_tried_whatever_the_tokens():

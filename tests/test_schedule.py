@@ -333,7 +333,7 @@ def test_a_run_that_loads_the_optimizer_alone_is_told_what_it_lacks(caplog):
             other.load_state_dict(trained)
         caplog.clear()
         train(other, other_optimizer, 2)
-        told = caplog.text.count("lack what those entries learned that their masks left")
+        told = caplog.text.count("lack the trained values of entries that left their masks")
         assert told == (loaded == "nothing")
 
 

@@ -1,4 +1,4 @@
-"""`load_adapter`: an adapter's entries are checked and written into the base that it was trained on."""
+"""`load_adapter`: checks an adapter's entries and writes them into the base that it was trained on."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,31 +20,31 @@ from speft_optim.weights.targets import Target, all_targets
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Masks:
-    """Write an adapter's entries into the weights of the base it was trained on, in place of any other adapter's.
+    """Write an adapter's entries into the weights of the base it was trained on, replacing any active adapter.
 
-    Of a model under `fully_shard` all processes call it, and so they do with the other functions for adapters.
+    Under `fully_shard` all processes must call this function and the other functions for adapters.
 
     Args:
-        model: the base model. If it is sparsified, wrapped or not, its values get the entries too, and the adapter
-            cannot be unloaded. If it is quantised, the entries are an overlay on its quantised weights from here on.
-        path: a file or folder of `save_adapter`.
+        model: the base model, with or without wrappers. If it is sparsified, its values get the entries too, and the
+            adapter cannot be unloaded. If it is quantised, the entries become an overlay on its quantised weights.
+        path: a file or folder written by `save_adapter`.
         name: the adapter's name for `use_adapters` and `unload_adapter`; a loaded adapter of that name is replaced.
 
     Returns:
-        The adapter's masks, for `sparsify` if training goes on. Parameters that were trained as a whole are loaded too
-        and have no mask; let them require gradients again if training goes on.
+        The adapter's masks, to pass to `sparsify` for further training. Densely trained parameters are loaded too and
+        have no mask; for further training set their `requires_grad` again.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file is damaged or not an adapter, belongs to another base (a name, a shape or any weight
-            outside the masks differs), or holds values beyond the range of the weights' dtype; or an adapter loaded
-            before was trained further and not saved; or, under `fully_shard`, adapters differ between processes. The
-            model is then as it was.
-        TypeError: `name` is not a string, or a weight of the model is of another quantiser than bitsandbytes.
-        RuntimeError: under `fully_shard`, another process failed; the model is as it was.
+            outside the masks differs), or holds values beyond the range of the weights' dtype; or a previously loaded
+            adapter was trained further and not saved; or, under `fully_shard`, adapters differ between processes. The
+            model is then unchanged.
+        TypeError: `name` is not a string, or a weight of the model is quantised by another library than bitsandbytes.
+        RuntimeError: under `fully_shard`, another process failed; the model is unchanged.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string to call the adapter by.")
+        raise TypeError(f"name is {name!r}, a {type(name).__name__}; pass a string.")
     model = named_root(model)
     is_sharded = is_fully_sharded(model)
     with together() if is_sharded else nullcontext():

@@ -1,4 +1,4 @@
-"""Loaded adapters are switched, mixed, unloaded and merged."""
+"""Switches, mixes, unloads and merges loaded adapters."""
 
 from collections.abc import Mapping
 
@@ -23,12 +23,12 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
 
     Args:
         model: a model with loaded adapters.
-        shares: from an adapter's name to its share of the difference from the base: {"math": 1.0} is that adapter,
+        shares: a factor for each adapter's difference from the base, by adapter name: {"math": 1.0} is that adapter,
             {"math": 0.5, "code": 0.5} is half of each, {} is the base.
 
     Raises:
-        ValueError: a name is not loaded, a share is larger than 1000 in magnitude, or the model is sparsified, or was
-            changed meanwhile and not saved.
+        ValueError: no adapter of a name is loaded, a share is larger than 1000 in magnitude, or the model is
+            sparsified, or was trained since and not saved.
         TypeError: `shares` is not a mapping.
     """
     model = unwrapped(model)
@@ -48,14 +48,14 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
 
 
 def unload_adapter(model: nn.Module, name: str | None = None) -> None:
-    """Unload an adapter; without any the model is the base again, bit for bit.
+    """Unload one adapter, or all; without adapters the model is the base again, bit for bit.
 
     Args:
         model: a model with loaded adapters.
         name: the adapter's name; None for all.
 
     Raises:
-        ValueError: it is not loaded, or the model is sparsified, or was changed meanwhile and not saved.
+        ValueError: the adapter is not loaded, or the model is sparsified, or was trained since and not saved.
     """
     model = unwrapped(model)
     loaded = _loaded(model)
@@ -70,7 +70,7 @@ def unload_adapter(model: nn.Module, name: str | None = None) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Keep the weights as they are now, and drop the adapters and the base's entries.
+    """Keep the current weights, and drop the stored adapters and base entries, so that nothing can be unloaded.
 
     Raises:
         ValueError: no adapter is loaded.

@@ -1,7 +1,7 @@
 """Writes a model with trained entries, quantised or not, as an ordinary checkpoint of dense weights.
 
 One tensor at a time is dequantised, overlaid with its trained entries, and moved to the host; memory holds one shard.
-The folder is written under a temporary name beside the target, so that a checkpoint is whole or absent.
+The folder is written under a temporary name beside the target, so that a checkpoint is complete or does not exist.
 """
 
 import copy
@@ -49,22 +49,23 @@ def export_merged(
 ) -> None:
     """Write the merged model as an ordinary checkpoint of dense weights, which plain `from_pretrained` loads.
 
-    Under `fully_shard` all processes call it, and the first one writes.
+    Under `fully_shard` all processes must call this function; rank 0 writes.
 
     Args:
         model: a model whose trained entries are attached (by `sparsify` or `load_adapter`), quantised or not.
-        out: the new folder; it must be empty or not exist.
-        base: None to write the weights that the model computes with, dequantised where they are quantised: the function
-            that was trained. Or the folder of the original checkpoint, to write its weights overlaid with the trained
-            entries: untrained entries are then the unquantised ones, but the function is not the one that was trained.
-            The trained entries of a dense weight are taken to be those that differ from the original, whatever changed
-            them. Other files of that folder (config, tokenizer) are copied.
-        dtype: of the floating tensors: float64, float32, float16 or bfloat16.
-        max_shard_size: size of the largest file, in bytes or such as "5GB"; the export holds about as much in memory.
+        out: the folder to write; it must be empty or not exist.
+        base: None writes the weights that the model computes with, dequantised if necessary, so the checkpoint computes
+            what was trained. The folder of the original checkpoint writes its weights, overwritten with the trained
+            entries: untrained entries are then the unquantised ones, but the result differs from the model that was
+            trained. The trained entries of a dense weight are taken to be all that differ from the original. Other
+            files of that folder (config, tokenizer) are copied.
+        dtype: dtype of the floating-point tensors: float64, float32, float16 or bfloat16.
+        max_shard_size: the largest size of a file, in bytes or as text ("5GB"); the export holds about as much in
+            memory.
 
     Raises:
-        ValueError: `out` holds files or cannot be made, `base` is a quantised checkpoint or not this model's, or an
-            option is out of its range.
+        ValueError: `out` holds files or cannot be created, `base` is a quantised checkpoint or belongs to another
+            model, or an option is out of range.
         TypeError: an option has the wrong type.
     """
     model, out, limit = unwrapped(model), Path(out), size_in_bytes(max_shard_size)

@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: the same before and after training, so that an adapter is put on no other."""
+"""The fingerprint of a base model, which training does not change: it ties an adapter to its base."""
 
 import hashlib
 

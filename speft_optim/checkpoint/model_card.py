@@ -1,4 +1,4 @@
-"""What an adapter says about itself: the notes in its file, and the model card of its folder."""
+"""Descriptions of an adapter: the metadata of its file, and the model card of its folder."""
 
 import json
 from collections.abc import Mapping

@@ -28,26 +28,27 @@ LOADED = "_loaded_adapters"
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, details: Mapping[str, Any] | None = None) -> None:
-    """Write the trained entries of a sparsified model to a file that appears whole or not at all.
+    """Write the trained entries of a sparsified model atomically to an adapter file.
 
-    If a schedule changed the masks, the file holds all entries that were ever trained, and the log says at level INFO
-    how many these are. Entries of loaded adapters that the model was trained with are in it too, so that it fits the
-    base by itself, and a warning says so. Parameters without a mask that require gradients, such as a new
+    If a schedule changed the masks, the file holds all entries that were ever trained, and their number is logged at
+    level INFO. If the model was trained with loaded adapters, the file includes their entries, so that it can be loaded
+    into the base alone, and a warning is issued. Parameters without a mask that require gradients, such as a new
     classification head, are written whole.
 
-    Under `fully_shard` all processes call it, and the first one writes.
+    Under `fully_shard` all processes must call this function; rank 0 writes.
 
     Args:
-        model: the sparsified model, or a wrapper around it: the file is for the module that `sparsify` was called on.
-        path: a file, if it ends in `.safetensors`; else a folder, created if missing, which gets `adapter.safetensors`
-            and a model card, `README.md`, and can be pushed to a hub as it is.
-        details: strings and numbers to note in file and card, such as `{"measure": "gradient", "data": "gsm8k"}`. Names
-            of what is always noted there are refused.
+        model: the sparsified model, or a wrapper around it; names in the file are those of the module that `sparsify`
+            was called on.
+        path: a file, if it ends in `.safetensors`; otherwise a folder, created if missing, for `adapter.safetensors`
+            and a model card, `README.md`, which can be uploaded to the Hugging Face hub.
+        details: strings and numbers to record in file and card, such as `{"measure": "gradient", "data": "gsm8k"}`.
+            Names that are always recorded are reserved.
 
     Raises:
         ValueError: the model is not sparsified or holds two sparsified models, `details` has a reserved name, a value
             is not finite, or the folder of a file's `path` does not exist; nothing is written.
-        TypeError: `details` is no mapping, or holds something other than strings and numbers.
+        TypeError: `details` is not a mapping, or holds something other than strings and numbers.
     """
     model, path = named_root(model), checked_path(path)
     reshard(model)

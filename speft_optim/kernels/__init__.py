@@ -1,8 +1,8 @@
 """The operations on masked entries. They take tensors only: no modules, no optimizer.
 
-Each operation is defined in plain PyTorch, in a file of its name. The definition runs on any device and says what is
-correct. An operation that dominates the time of a step also has Triton kernels, in a file beside the definition
-(`*_triton.py`) that is imported at the first launch. Positions are flat or in row form (`CSR`). All arithmetic is fp32,
+Each operation is defined in plain PyTorch, in a file of its name. The definition runs on any device and is the
+reference. An operation that dominates the time of a step also has Triton kernels, in a file beside the definition
+(`*_triton.py`) that is imported at the first launch. Positions are flat or in CSR form (`CSR`). All arithmetic is fp32,
 and results are cast once, when they are stored.
 """
 

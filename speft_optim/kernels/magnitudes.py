@@ -9,7 +9,7 @@ from torch import Tensor
 POWERS = (0.0, 0.5, 1.0)
 LEAST, MOST = 0.1, 5.0
 TINY = torch.finfo(torch.float32).tiny
-# Magnitudes are taken of so many entries at a time, which bounds the memory beside the values.
+# Number of entries whose magnitudes are computed at a time, which bounds the temporary memory.
 _ENTRIES = 2**24
 
 

@@ -1,4 +1,4 @@
-"""The masks of a model: saving, loading, comparison, tables and pictures."""
+"""The masks of a model: saving, loading, comparison, tables and plots."""
 
 import hashlib
 import json
@@ -37,9 +37,9 @@ class Masks(dict[str, Mask]):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def overlap(self, other: "Masks") -> float:
-        """Return the share of entries that both selections have, 0 to 1, of the entries of the smaller one.
+        """Return the share of the smaller selection's entries that are in both, 0 to 1.
 
-        It is 1.0 where the smaller one is empty.
+        It is 1.0 if the smaller one is empty.
 
         Raises:
             ValueError: a weight has different shapes in the two.
@@ -53,7 +53,7 @@ class Masks(dict[str, Mask]):
         return shared / smaller if smaller else 1.0
 
     def save(self, path: str | Path) -> None:
-        """Write all masks to one safetensors file; the file appears whole or not at all."""
+        """Write all masks atomically to one safetensors file."""
         shapes = {name: list(mask.shape) for name, mask in self.items()}
         tensors = self.parts()
         for name, mask in self.items():
@@ -110,13 +110,13 @@ class Masks(dict[str, Mask]):
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the density by layer and projection, and how concentrated rows and columns are; needs matplotlib.
+        """Plot the density by layer and projection, and the concentration in rows and columns; needs matplotlib.
 
         Args:
-            path: the file to write; its ending tells the format (`.png`, `.pdf`, `.svg`, ...), PNG without one.
+            path: the file to write; its extension gives the format (`.png`, `.pdf`, `.svg`, ...), PNG without one.
 
         Raises:
-            ValueError: there is no mask, or matplotlib has no format of this ending.
+            ValueError: there is no mask, or matplotlib does not support the format.
         """
         from speft_optim.masks.plots import plot_masks
 

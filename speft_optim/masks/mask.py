@@ -1,8 +1,8 @@
-"""The mask of one weight: which of its entries are trained. `Masks` in `collection.py` is that of a model.
+"""The mask of one weight: which of its entries are trained. `Masks` in `collection.py` holds those of a model.
 
 A mask is the sorted set of flat, row-major positions of its entries. It is never held as a boolean tensor of the
-weight's shape: at 1 % density that would cost a hundred bytes for each masked entry. Where it takes fewer bytes, the
-positions are held in row form (CSR): a 16-bit column for each entry and an int32 pointer for each row. `Mask.indices`
+weight's shape: at 1 % density that would cost a hundred bytes for each masked entry. If it takes fewer bytes, the
+positions are stored in CSR form: a 16-bit column for each entry and an int32 pointer for each row. `Mask.indices`
 computes the flat positions when they are needed.
 """
 
@@ -33,9 +33,9 @@ class Mask:
 
     Attributes:
         shape: shape of the weight.
-        positions: the positions as held, in row form or flat (`CSR` or a 1-D integer tensor); must not be changed.
-        selected_on: unmasked entries of the weight that the mask was selected on, fewer than 128, 1-D fp32 on the CPU
-            (see `weights/provenance.py`); None where that weight is unknown.
+        positions: the positions as stored, in CSR or flat form (`CSR` or a 1-D integer tensor); must not be changed.
+        selected_on: a sample of fewer than 128 unmasked entries of the weight that the mask was selected on, 1-D fp32
+            on the CPU (see `weights/provenance.py`); None if that weight is unknown.
 
     Raises:
         TypeError: `indices` is not a 1-D integer tensor.
@@ -52,10 +52,11 @@ class Mask:
 
     @classmethod
     def of_sorted(cls, indices: Tensor, shape: torch.Size) -> "Mask":
-        """Return the mask of positions in rising order; nothing is checked, so that no GPU is waited for.
+        """Return the mask of positions in ascending order, without checks, which would wait for the GPU.
 
         Args:
-            indices: 1-D integer tensor of unique flat positions inside the weight, in rising order; not to be changed.
+            indices: 1-D integer tensor of unique flat positions inside the weight, in ascending order; must not be
+                changed later.
             shape: shape of the weight.
         """
         mask = object.__new__(cls)
@@ -106,16 +107,16 @@ class Mask:
         return row_blocks(self.positions, self._columns)
 
     def packed(self) -> dict[str, Tensor]:
-        """Return the positions as held, for a file.
+        """Return the positions as stored, for a file.
 
         Returns:
-            `indices` (k,) int32 or int64, or in row form `row_pointers` (rows + 1,) int32 and `columns` (k,) uint16.
+            `indices` (k,) int32 or int64, or in CSR form `row_pointers` (rows + 1,) int32 and `columns` (k,) uint16.
         """
         return self.positions._asdict() if isinstance(self.positions, CSR) else {"indices": self.positions}
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: Sequence[int]) -> "Mask":
-        """Return the mask whose positions `packed` returned, checked as by the constructor.
+        """Return the mask whose positions `packed` returned, with the checks of the constructor.
 
         Args:
             parts: the tensors of `packed`, from a file that need not be trusted.
@@ -145,7 +146,7 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the positions take, including the blocks of rows where they were made."""
+        """Bytes that the positions take, including block tables if they were built."""
         blocks = self.__dict__.get("_row_blocks")
         return sum(part.nbytes for part in self.packed().values()) + (0 if blocks is None else blocks.nbytes)
 
@@ -155,7 +156,7 @@ class Mask:
         return (self.positions.columns if isinstance(self.positions, CSR) else self.positions).device
 
     def to(self, device: torch.device | str) -> "Mask":
-        """Return the same mask with its positions on `device`; the mask itself where they are there already."""
+        """Return the same mask with its positions on `device`; the mask itself if they are there already."""
         if torch.device(device) == self.device:
             return self
         other = object.__new__(Mask)
@@ -171,7 +172,7 @@ class Mask:
         return digest.hexdigest()[:16]
 
     def overlap(self, other: "Mask") -> float:
-        """Return the share of the smaller mask's entries that both have, 0 to 1; 1.0 where the smaller one is empty.
+        """Return the share of the smaller mask's entries that are in both, 0 to 1; 1.0 if the smaller one is empty.
 
         Raises:
             ValueError: the two masks belong to weights of different shapes.
@@ -185,7 +186,7 @@ class Mask:
         return int(torch.isin(self.indices, other.indices.to(self.device), assume_unique=True).sum())
 
     def row_counts(self) -> Tensor:
-        """Return the number of masked entries of each row, (rows,) int64; a row is a run of the last dimension."""
+        """Return the number of masked entries of each row, (rows,) int64; a row runs along the last dimension."""
         return torch.bincount(self.indices.long() // self._columns, minlength=self.shape.numel() // self._columns)
 
     def column_counts(self) -> Tensor:

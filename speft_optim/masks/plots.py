@@ -1,4 +1,4 @@
-"""Pictures of masks; matplotlib is imported only here."""
+"""Plots of masks; matplotlib is imported only here."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Inputs of blocks, which a checkpoint keeps for the recomputation, in host memory from forward to backward.
+"""Inputs of checkpointed blocks, which recomputation needs, kept in host memory from forward to backward.
 
-Copies run on a stream of their own in both directions, beside the computation: an input is copied away while its block
-is computed, and back while the block above goes backward. torch's `save_on_cpu` makes the device wait for both.
+Copies in both directions run on a separate stream, in parallel with the computation: an input is copied to the host
+during its block's forward, and back during the next block's backward. With torch's `save_on_cpu` the device waits for
+both.
 """
 
 import contextlib

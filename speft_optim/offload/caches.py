@@ -1,4 +1,4 @@
-"""Caches of keys and values, which a block that is recomputed in backward must not fill."""
+"""Key-value caches, which a block that is recomputed in backward must not fill."""
 
 # The number of the last block that left a cache out.
 _LEFT_OUT_BY = "_left_out_by_block"
@@ -18,7 +18,7 @@ def without_caches(number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     for cache in filter(_is_cache, (*args, *kwargs.values())):
         if _has_tokens(cache) or vars(cache).get(_LEFT_OUT_BY, -1) > number:
             raise ValueError(
-                "A cache of keys and values was passed while gradients are recorded; with offload= each block is "
+                "A key-value cache was passed while gradients are recorded; with offload= each block is "
                 "recomputed in backward and fills no cache. Decode under torch.no_grad()."
             )
         vars(cache)[_LEFT_OUT_BY] = number

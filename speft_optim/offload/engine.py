@@ -90,9 +90,9 @@ def device_of_tensors(device: str | torch.device) -> torch.device:
         device = torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"offload={device!r} is no device to compute on ({reason}); pass one like 'cuda'.") from error
+        raise ValueError(f"offload={device!r} is not a device to compute on ({reason}); pass 'cuda'.") from error
     if device.type == "meta":
-        raise ValueError("offload='meta' is no device to compute on; pass one like 'cuda'.")
+        raise ValueError("offload='meta' is not a device to compute on; pass one like 'cuda'.")
     return device
 
 

@@ -1,11 +1,11 @@
 """The weight of the model's head, copied to the device while the last blocks of a forward are computed.
 
-The head is the largest weight of most models, and only the loss needs it. Copied when the loss asks for it, it would
-keep the device waiting: 20 ms for the 1 GB of Llama-3-8B. So it comes in pieces, one beside each of the last blocks,
-whose own weights must not wait long behind it. It is not there in backward.
+The head is the largest weight of most models, and only the loss needs it. If it were copied when the loss needs it, the
+device would wait: 20 ms for the 1 GB of Llama-3-8B. So it is copied in pieces, one during each of the last blocks, so
+that the copies of the blocks' own weights are not delayed much. It is not on the device in backward.
 
-That takes memory beside a block, so it is done only where there is room for a head beyond the highest use so far. Else
-the head comes when the loss asks for it.
+This needs memory for head and block together, so it is done only if there is room for a head beyond the peak so far.
+Otherwise the head is copied when the loss needs it.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class HeadCopy:
                 recomputed in backward, after which no head comes.
         """
         if blocks_before is None or blocks_before >= self._count:
-            # A forward that did without the head leaves nothing behind.
+            # A forward that did not use the head must not leave a copy.
             self.drop()
         elif self._is_wanted():
             if blocks_before == self._count - 1:
@@ -88,7 +88,7 @@ class HeadCopy:
             self._filled = self._stream.record_event()
 
     def take(self) -> Tensor | None:
-        """Return the copy of the weight as it is now, without its trained values, if it is there; it is given away."""
+        """Return and release the copy if it is complete and current; it lacks the trained values."""
         is_whole = self._copy is not None and not self._pieces and self._state == self._weight.state()
         if not is_whole:
             self.drop()
@@ -98,7 +98,7 @@ class HeadCopy:
         return copy
 
     def drop(self) -> None:
-        """Free a copy that nobody took."""
+        """Free a copy that was not used."""
         if self._copy is not None:
             # The memory may be another tensor's from now on.
             self._wait()

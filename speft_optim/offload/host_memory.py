@@ -1,4 +1,4 @@
-"""What Linux tells of the process's memory: how much is left, and which of it is mapped from files."""
+"""Memory information from Linux: how much is free, and which of the process's memory is mapped from files."""
 
 import math
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""A parameter in host memory that is brought up to date before it is used, and copied to the device by whole pages.
+"""A parameter in host memory that is updated before it is used, and copied to the device by whole pages.
 
 While a model is trained with its base in host memory, the newest values of masked entries are on the device, and
-writing them into the host's weight at each step would cost more than the step. So the weight falls behind, and catches
-up when somebody uses it: `state_dict()`, `save_pretrained`, `copy_`, a metric, a look at its entries. All of these pass
-`__torch_function__`, which is why no list of such places is needed. What reads a weight's form alone leaves it behind.
+writing them into the host's weight at each step would cost more than the step. So the weight is updated lazily, when it
+is used: by `state_dict()`, `save_pretrained`, `copy_`, a metric, or reading its entries. All of these go through
+`__torch_function__`, so no list of such places is needed. Reading only metadata, such as the shape, does not update it.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """A weight in host memory, or memory-mapped from a checkpoint, of which a device computes with copies.
 
-In training the host's weight falls behind the trained values, which are on the device, and copies of it get them as an
-overlay. The weight catches up when it is used (see `offload/host_parameter.py`). This library reads it with the values
-as an overlay too, without a write: each page of a mapped weight that is written would stay in memory.
+In training the trained values are on the device and written over each copy as an overlay; the host's weight is not
+updated in each step, but when it is used (see `offload/host_parameter.py`). This library reads it with the values as an
+overlay too, without a write: each page of a mapped weight that is written would stay in memory.
 """
 
 import torch
@@ -42,7 +42,7 @@ class HostWeight(FloatingWeight):
         self._site, self._mapped, self.is_mapped = target.sites[0], mapped, mapped is not None
         self._mask: Mask | None = None
         self._values: nn.Parameter | None = None
-        # The parameter that lacks the newest values, and its version when it was left behind.
+        # The parameter that lacks the newest values, and its version since then.
         self._behind: tuple[nn.Parameter, int] | None = None
         self._writes = 0
         # A copy that stays on the device, and the state of the weight when it was made.
@@ -82,7 +82,10 @@ class HostWeight(FloatingWeight):
         return () if parameter.is_meta else (parameter.data_ptr(), parameter._version, self._writes)
 
     def source(self, rows: slice = slice(None)) -> Tensor:
-        """Return the weight or some rows of it in CPU memory, perhaps behind; of a checkpoint in its dtype."""
+        """Return the weight, or some of its rows, in CPU memory, perhaps without the newest values.
+
+        A weight in a checkpoint is returned in the checkpoint's dtype.
+        """
         held = self._mapped if self.parameter.is_meta else self._held()
         return held if rows == slice(None) else held[rows]
 
@@ -199,7 +202,8 @@ class HostWeight(FloatingWeight):
         """Return whether the parameter lacks the newest of the attached values.
 
         Raises:
-            ValueError: the weight was changed past its parameter while it was behind; once for each change.
+            ValueError: the weight lacked the newest values and was changed without its parameter; raised once per
+                change.
         """
         if self._behind is None:
             return False
@@ -209,12 +213,12 @@ class HostWeight(FloatingWeight):
             self._behind = None
             return False
         if self._held()._version != version:
-            # Whoever tries again takes the change, and the newest values at the trained entries: neither is lost.
+            # The next use keeps both the change and the newest values at the trained entries.
             self._behind = parameter, self._held()._version
             raise ValueError(
                 f"{self.name} was changed through a tensor that shared its memory before the last step, as those of an "
-                "earlier state_dict() do. From the next try on the change counts, but trained entries keep the values "
-                "of the last step; to set these too, change the parameter itself, or call load_state_dict."
+                "earlier state_dict() do. The change takes effect from the next use on, but trained entries keep the "
+                "values of the last step; to set these too, change the parameter itself, or call load_state_dict."
             )
         return True
 
@@ -223,7 +227,7 @@ class HostWeight(FloatingWeight):
         """Write the attached values into host memory, if it lacks the newest ones.
 
         Raises:
-            ValueError: the weight was changed past its parameter while it was behind.
+            ValueError: the weight lacked the newest values and was changed without its parameter.
         """
         if not self._lacks_values():
             return

@@ -1,4 +1,4 @@
-"""An embedding in host memory of which only the rows that a batch needs travel to the device."""
+"""An embedding in host memory, of which only the rows that a batch needs are copied to the device."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The call of a model whose weights are in host memory: its inputs go to the device, and its head is there in the end.
+"""The call of a model whose weights are in host memory: inputs are moved to the device, the head is copied there.
 
 Losses that form logits in chunks read the head's weight inside the model's call and do not call the module. So from the
 return of the modules around the blocks, transformers' decoder, until the model's own return, a copy on the device

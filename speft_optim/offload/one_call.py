@@ -106,7 +106,7 @@ class OneCall:
 
 
 class _Backward:
-    """A backward that goes on. Only the engine keeps it: until its end, of which it is told, or until an error."""
+    """A running backward. Only autograd's engine holds it, and calls it at the end; after an error it is freed."""
 
     def __init__(self, number: int):
         self.number, self.is_over = number, False

@@ -1,4 +1,4 @@
-"""Host memory that a GPU reads directly: its pages are locked in place, and copies keep to whole pages."""
+"""Host memory that a GPU reads directly: its pages are pinned (page-locked) in place, and whole pages are copied."""
 
 import contextlib
 import logging
@@ -48,7 +48,7 @@ def lock_pages(tensors: Iterable[Tensor], device: torch.device, stack: contextli
             direct.add(address)
     if left:
         logger.warning(
-            "%d bytes of host memory cannot be locked (%s), so that the CPU copies them once more, which is slower.",
+            "%d bytes of host memory cannot be pinned (%s); the CPU copies them via pinned buffers, which is slower.",
             left,
             reason,
         )

@@ -1,12 +1,12 @@
 """A prefetcher of blocks' weights: while one block is computed, the weights of the next are copied to the device.
 
-Two buffers on the device hold the weights in turn, so that no more than two blocks' are ever there, besides blocks that
-are to stay: these have buffers of their own, which are filled once, and again when a weight in host memory has changed.
-A side stream fills one of the two while the device computes with the other, or both while it computes with a block that
-stays. It reads host memory directly: the pages of the weights are locked meanwhile, without which a copy would neither
-overlap with computation nor reach the bus's full speed. Locking leaves every storage of the model as it is. A pinned
-copy of the model was rejected since it takes the host memory twice or puts other storages into the model. Memory that
-is not locked, a mapped checkpoint above all, goes through small locked buffers (`offload/staging.py`), where the CPU
+Two buffers on the device hold the weights in turn, so that there are never weights of more than two blocks on the
+device, besides resident blocks. These have their own buffers, which are filled once, and again when a weight in host
+memory has changed. A side stream fills one of the two buffers while the device computes with the other, or both during
+a resident block. It reads host memory directly: the pages of the weights are pinned, without which a copy would neither
+overlap with computation nor reach the bus's full speed. Pinning in place does not change the model's storages. A pinned
+copy of the model was rejected since it needs the host memory twice or replaces the model's storages. Memory that is not
+pinned, mainly mapped checkpoints, is copied through small pinned buffers (`offload/staging.py`), for which the CPU
 copies every byte once more.
 
 Passing several batches through a block each time that it is on the device would copy less. It was rejected: every
@@ -271,8 +271,8 @@ class Prefetcher:
 def staying_blocks(count: int, staying: int) -> set[int]:
     """Return the numbers of `staying` of `count` blocks, with the others spread evenly between them.
 
-    So each copy has the same time to hide behind: that of the blocks that stay between two others. To let the last
-    blocks stay, which backward needs first, was rejected, since the two buffers hold what is needed first there anyway.
+    So each copy overlaps with the same amount of computation: that of the resident blocks between two others. Keeping
+    the last blocks, which backward needs first, was rejected, since the two buffers hold these anyway.
     """
     streamed = count - staying
     return set(range(count)) - {(2 * part + 1) * count // (2 * streamed) for part in range(streamed)}

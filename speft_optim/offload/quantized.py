@@ -174,7 +174,7 @@ class HostQuantized:
         self.overlays[:] = [(mask.to(device), values.to(device)) for mask, values in self.overlays]
 
     def watch(self) -> None:
-        """Do nothing: the trained entries are an overlay, so that the weight never falls behind."""
+        """Do nothing: the trained entries are an overlay, so the weight is always up to date."""
 
     def close(self) -> None:
         """Bring the overlays back to the host."""

@@ -1,8 +1,8 @@
-"""Copies of host memory that a device cannot read directly, through small locked buffers, in a thread of their own.
+"""Copies host memory that a device cannot read directly, through small pinned buffers, in a separate thread.
 
-A GPU reads locked pages beside its computation. Of other memory, such as a mapped checkpoint, it copies only while the
-CPU waits. So a thread copies it into one of two locked buffers, and the GPU takes it from there, while the caller goes
-on to queue the kernels of the block before.
+A GPU reads pinned pages in parallel with its computation. For copies from other memory, such as a mapped checkpoint,
+the CPU has to wait. So a thread copies such memory into one of two pinned buffers, from which the GPU reads it, while
+the caller continues to launch the kernels of the previous block.
 """
 
 from collections.abc import Callable

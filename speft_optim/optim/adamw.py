@@ -39,41 +39,42 @@ logger = logging.getLogger(__name__)
 class SparseAdamW(SavedOptimizer):
     """AdamW for the compact values that `sparsify(model, masks)` returns; ordinary parameters get ordinary AdamW.
 
-    Unlike `torch.optim.SparseAdam` (sparse gradients, dense state) all state has the length of the mask.
+    Unlike `torch.optim.SparseAdam` (sparse gradients, dense state), all of its state has the length of the mask.
 
     Args:
         params: parameters or parameter groups, as for `torch.optim.AdamW`.
         lr: learning rate, a float or a scalar tensor.
         betas: decay rates of the first and second moment, each in [0, 1).
-        eps: added to the root of the second moment.
+        eps: added to the square root of the second moment.
         weight_decay: decoupled decay of the masked entries; other entries never change. Compact values are 1-D, so a
-            script that decays only parameters with two or more dimensions (`p.ndim >= 2`) decays none of them. Write
+            script that applies decay only to parameters with two or more dimensions (`p.ndim >= 2`) skips them. Write
             `if p.ndim >= 2 or name.endswith(".values")` over `model.named_parameters()` instead.
         maximize: ascend instead of descend.
         state_bits: 32, or 8 for block-wise quantised moments: two bytes an entry instead of eight.
-        magnitude_power: with 0.5 or 1 each masked entry has its own learning rate: `lr` times abs(entry)^power over the
-            mean of that in the parameter group, a factor that is clamped to [0.1, 5]. 0 is one rate for all. It needs
-            no state. Weight decay and ordinary parameters use `lr`. See docs/benchmarks.md for when it pays.
+        magnitude_power: 0.5 or 1 gives each masked entry its own learning rate: `lr` times abs(entry)^power divided by
+            the mean of abs(entry)^power over the parameter group; this factor is clamped to [0.1, 5]. 0 uses `lr` for
+            all entries. It needs no state. Weight decay and ordinary parameters use `lr`. docs/benchmarks.md shows its
+            effect.
         on_nonfinite: what a step does if any gradient holds inf or NaN: "skip" changes nothing and counts the step in
-            `skipped_steps`, "raise" raises a FloatingPointError before anything is changed, and "ignore" steps all the
-            same, as torch's AdamW does. The first two read one number back from the device in each step. They also warn
-            once of a step whose gradients are all zero, as those of a batch without labels are.
-        **others: options of `torch.optim.AdamW` that this optimizer lacks, accepted only if None or False, so that a
-            script may keep writing `fused=False`.
+            `skipped_steps`, "raise" raises a FloatingPointError before anything is changed, and "ignore" takes the
+            step, as torch's AdamW does. The first two wait for one number from the device in each step. They also warn
+            once if all gradients of a step are zero, such as those of a batch without labels.
+        **others: options of `torch.optim.AdamW` that this optimizer lacks; they are accepted only if None or False, so
+            that a script can keep `fused=False`.
 
     Attributes:
-        skipped_steps: how many steps were skipped since a gradient was not finite; saved in `state_dict()`.
+        skipped_steps: the number of steps that were skipped because a gradient was not finite; saved in `state_dict()`.
         schedule: the `MaskSchedule` that changes the masks, or None.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or there is no parameter.
-        TypeError: a parameter is not a floating-point tensor, or an option is not known.
+        TypeError: a parameter is not a floating-point tensor, or an option is unknown.
     """
 
     _own_attributes = (*SavedOptimizer._own_attributes, "_on_nonfinite", "_told_of_zeros")
     _told_of_zeros = False
-    # The masked weights that are trained: whoever keeps the optimizer keeps them, as all parameters of any optimizer.
-    # A copy begins with its first step, since the copied model may not be complete before.
+    # References to the trained masked weights, so that they live as long as the optimizer, as any optimizer's
+    # parameters do. A copied optimizer sets them in its first step, since the copied model may not be complete before.
     _held: tuple = ()
 
     def __init__(
@@ -189,7 +190,7 @@ class SparseAdamW(SavedOptimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, as torch's optimizers do, and tell a schedule of masks, which has added them up."""
+        """Drop the gradients, as torch's optimizers do; a `MaskSchedule` that has accumulated them is notified."""
         super().zero_grad(set_to_none)
         # Fabric's wrapper imitates this class, and holds the optimizer itself.
         schedule = getattr(self, "optimizer", self).schedule
@@ -255,7 +256,7 @@ class SparseAdamW(SavedOptimizer):
         self._reserve_state()
 
     def change_masks(self, changes: Iterable[MaskChange], *, carry: bool) -> None:
-        """Make prepared changes of masks, and drop the moments or carry those of entries that stay.
+        """Apply prepared changes of masks, and drop the moments or carry those of entries that stay.
 
         See `carried_moments`. Values without moments, as those of a weight that had no entries, then start at the step
         count of the others. The moments of a few weights are computed before the first of their masks changes, and each

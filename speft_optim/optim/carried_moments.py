@@ -1,11 +1,11 @@
-"""Moments that go along with the entries that stay when masks change, of many weights at a time.
+"""Moments carried for entries that stay when masks change, for many weights at a time.
 
 8-bit moments are dequantised, rearranged and quantised again. The moments of some weights are joined for that, each
 padded to whole blocks, so that a GPU gets a few large operations in place of some thirty small ones for each weight.
 The blocks stay those of single weights, and so do their codes.
 
-Nothing here changes a state: the new moments are complete before any mask changes, so that running out of memory leaves
-masks and moments that belong together.
+Nothing here changes a state: the new moments are complete before any mask changes, so after an out-of-memory error
+masks and moments still match.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What an optimizer asks of a schedule that changes its masks."""
+"""The interface between an optimizer and a schedule that changes its masks."""
 
 from typing import Protocol
 

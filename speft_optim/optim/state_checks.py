@@ -1,4 +1,4 @@
-"""Saved optimizer states that are refused: damaged ones, and those of other parameters, masks or runs."""
+"""Checks that refuse saved optimizer states that are damaged or belong to other parameters, masks or runs."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ def check_origin(parameters: list[Tensor], states: list[dict[str, Any]]) -> None
         states: the saved states of parameters.
 
     Raises:
-        ValueError: parameters have a masked weight behind them, and no state has compact values.
+        ValueError: parameters belong to masked weights, but no state has compact values.
     """
     names = [weight.name for parameter in parameters if (weight := linked(parameter)) is not None]
     if names and not any("values" in saved for saved in states):
@@ -96,8 +96,8 @@ def warn_of_lost_entries(checksums: Iterable[tuple[Tensor, int]]) -> None:
             lost.append(weight.name)
     if lost:
         logger.warning(
-            "%d weights, e.g. %s, lack what those entries learned that their masks left. The optimizer's state has "
-            "only the entries that train now; the others are in the saved model: load its state too.",
+            "%d weights, e.g. %s, lack the trained values of entries that left their masks. The optimizer's state has "
+            "only the entries that are trained now; the others are in the saved model: load its state too.",
             len(lost),
             lost[0],
         )

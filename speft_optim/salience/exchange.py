@@ -1,8 +1,8 @@
 """Gradients of a sharded model, of which each process accumulates some rows of each weight: the sum over processes.
 
-The gradient of a weight, of a process's own batch, is formed whole and sent to the processes that accumulate its rows.
-Each adds what it gets in the order of processes. So the sums are those of one process that reads all batches in turn,
-the first of each process before the second of any, to the last bit where its products are.
+The gradient of a weight, of a process's own batch, is computed as a whole and sent to the processes that accumulate its
+rows. Each adds what it receives in the order of ranks. So the sums equal those of one process that reads all batches in
+turn, the first of each process before the second of any, bit for bit if its products do.
 
 Not every process may form a gradient of every weight, since an expert can be without a token. So gradients are not sent
 as they come, but those of a block together, when the backward pass has left it; what comes later, and what lies outside
@@ -101,7 +101,7 @@ class Exchange:
             yield
 
     def _watch_output(self, gradients: list[BatchGradient]) -> Callable:
-        """A forward hook that tells when the backward pass enters a block: it has left the one after it then."""
+        """A forward hook that detects when the backward pass enters a block: it has then left the next one."""
 
         def enter(_: Tensor) -> None:
             self._leave()

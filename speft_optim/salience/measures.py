@@ -12,8 +12,8 @@ with its sign, and H the Hessian of that loss:
     activation  abs(w) * norm of the weight's input feature: not the paper's; for text without labels
     random      uniform numbers, as a control
 
-All that the library knows about a measure is its row in `MEASURES`. A user's function of weight and gradient is a
-measure too, see `measure_of`.
+Each measure is defined by its row in `MEASURES`. A user's function of weight and gradient can also be a measure, see
+`measure_of`.
 """
 
 import inspect
@@ -32,12 +32,12 @@ class Measure:
     """A salience measure.
 
     Attributes:
-        score: from a 1-D run of a weight's entries and the same run of its statistic, both fp32 (the statistic of
-            `random` is fp64), to scores of that shape; must not change its arguments.
+        score: a function from a chunk of a weight's entries, 1-D, and their statistic, both fp32 (the statistic of
+            `random` is fp64), to scores of the same shape; it must not change its arguments.
         statistic: what calibration accumulates for each weight.
-        entry_bytes: bytes that the accumulator takes for each entry. `grasp` needs more for a moment: a part of H g in
-            the weight's dtype, see `stream_scores`.
-        score_bytes: the most bytes that a score takes.
+        entry_bytes: bytes of the accumulator for each entry. `grasp` temporarily needs more: a part of H g in the
+            weight's dtype, see `stream_scores`.
+        score_bytes: the most bytes of a score.
         passes: passes over the calibration batches for each group of weights; 0 if no batches are needed.
         labels: whether a loss is differentiated, which needs batches with labels or a loss function.
         checked: whether each result of `score` is checked, since the function is a user's.
@@ -67,7 +67,7 @@ class Measure:
         return self.statistic == "hessian_gradient"
 
     def scores(self, name: str, weight: Tensor, statistic: Tensor | None) -> Tensor:
-        """Score a run of a weight's entries.
+        """Score a chunk of a weight's entries.
 
         Args:
             name: the weight's name, for errors.

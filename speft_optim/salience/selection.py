@@ -44,50 +44,51 @@ def select_masks(
 ) -> Masks:
     """Choose which entries to train (SPEFT, Sections 3.1 to 3.3).
 
-    Each of several processes passes its own batches, and all get the masks that one process would select with all of
-    them. Under `fully_shard` they read their batches in step and need the same number.
+    With several processes, each passes its own batches, and all get the masks that one process would select from all of
+    them. Under `fully_shard` they read their batches in step and need equally many.
 
-    Load the weights first: masks chosen on other weights fit these no better than random masks. A pass takes the memory
-    of a forward and backward pass of the model as it is set up now. Trainers turn activation checkpointing on only when
-    training begins, so call `model.gradient_checkpointing_enable()` before if memory is short. The same holds for
-    autocast: put `with torch.autocast("cuda", torch.bfloat16):` around this call.
+    Load the weights first: masks selected on other weights are no better than random masks. A pass needs the memory of
+    a forward and backward pass of the model in its current configuration. Trainers enable activation checkpointing and
+    autocast only when training begins. So if memory is short, call `model.gradient_checkpointing_enable()` before this
+    function; for autocast, call it inside `with torch.autocast("cuda", torch.bfloat16):`.
 
     Args:
-        model: the model; exactly as before afterwards, also after an error.
+        model: the model; it is unchanged afterwards, also after an error.
         batches: calibration data: a list, DataLoader or other iterable of dicts of the model's arguments, with labels,
-            or of whatever `loss` takes. Take it from the training data, since the entries are chosen for it; the paper
-            uses 64 batches of 16 examples. `magnitude`, `random` and `synflow` need none.
+            or of batches in any form that `loss` accepts. Use training data, since the entries are selected for it; the
+            paper uses 64 batches of 16 examples. `magnitude`, `random` and `synflow` need none.
         salience: name of the measure, see `speft_optim.salience.measures`; or a function `salience(weight, gradient)`
-            that scores runs of a weight's entries and must not mix them. Both arguments are fp32 of shape (entries,),
-            the gradient being the mean over the batches with its sign; it returns floating scores of that shape, of
-            which the highest are kept.
+            that scores a chunk of a weight's entries, each one independently of the others. Both arguments are fp32 of
+            shape (entries,); the gradient is the signed mean over the batches. It returns floating-point scores of that
+            shape, of which the highest are kept.
         density: share of the targeted entries to keep, in (0, 1]; per weight in local scope, rounded to whole entries.
-        budget: number of entries to keep over all targets, instead of `density`; local scope shares it out by size, or
-            takes a number for each target by name.
-        scope: "local" keeps a share of each weight, "global" the best entries over all weights.
+        budget: number of entries to keep over all targets, instead of `density`. In local scope it is divided among the
+            targets in proportion to their sizes, or can be a dict with a number for each target's name.
+        scope: "local" keeps the same share of each weight, "global" the best entries over all weights.
         targets: which weights are targeted; see `find_targets`. Default: the linear weights of the decoder blocks.
         memory_budget: bytes that estimation may hold beyond the model and one batch; default half of the free memory.
-            Less memory costs more passes over the batches and gives the same masks. It includes the candidates for the
-            masks: about 10 bytes for each entry that is kept, over all targets in global scope. At least an eighth of
-            the budget, and one row of a weight, goes to the accumulators of a pass; a budget that is too small for this
-            and the candidates is exceeded.
-        loss: from (model, batch) to a scalar tensor; default the loss that the model returns. With it a batch may be of
-            any kind, also without labels: tensors in dicts, lists, tuples and dataclasses are moved to the model's
-            device. It gets the model without its wrappers, so that none exchanges gradients. `fisher` calls it with
-            single examples: one row of each tensor that is as long as the labels or, without labels, as long as most
-            tensors of the batch.
-        max_batches: the largest number of batches to read, the same ones in each pass; None for all, which is the whole
-            data set of a DataLoader.
+            Less memory needs more passes over the batches and gives the same masks. The budget includes the candidates
+            for the masks: about 10 bytes for each entry that is kept, over all targets in global scope. At least an
+            eighth of the budget, and one row of a weight, is used for the accumulators of a pass; if the budget is too
+            small for these and the candidates, it is exceeded.
+        loss: a function from (model, batch) to a scalar tensor; default the loss that the model returns. With your own
+            function a batch can have any form, also without labels: tensors in dicts, lists, tuples and dataclasses are
+            moved to the model's device. The function gets the model without its wrappers, so that none of them
+            communicates gradients. `fisher` calls it with single examples: one row of each tensor that has as many rows
+            as the labels or, without labels, as most tensors of the batch.
+        max_batches: the largest number of batches to read, the same ones in each pass; None for all, that is a
+            DataLoader's whole data set.
         offload: device to compute on while the weights stay in CPU memory and are copied to it block by block, for a
-            model that does not fit there; the masks are the same. Not for `grasp`.
+            model that does not fit on the device; the masks are the same. Not for `grasp`.
         base: with `offload`, the checkpoint folder whose safetensors files hold the weights of a model on the meta
             device.
         seed: seed of the `random` measure.
         progress: whether to show a progress bar (on terminals only).
 
     Returns:
-        The masks by parameter name, in the model's order. A weight whose share rounds to nothing has an empty mask.
-        The masks remember a few entries of the weights, so that a warning can tell if training begins with others.
+        The masks by parameter name, in the model's order. A weight whose share rounds to zero entries has an empty
+        mask. The masks store a few entries of the weights, so that a warning can be issued if training begins with
+        other weights.
 
     Raises:
         ValueError: an argument is out of range, the data cannot be used, or scores are not finite.

@@ -1,19 +1,19 @@
 """Salience from the backward passes of training itself, without calibration batches or extra passes.
 
-At any time one group of weights, whose fp32 accumulators fit a budget, adds up its gradients from these passes. After
-`window` optimizer steps the group's entries are scored and its accumulators are freed, and the next group's turn
-begins; a round is one turn of each group. A weight that is larger than the budget takes several turns, one for each row
-slice. If few groups would make a round too short, each turn begins with steps of waiting, since entries that are
-replaced too often have no time to train.
+At any time one group of weights, whose fp32 accumulators fit a budget, accumulates its gradients from these passes.
+After `window` optimizer steps the group's entries are scored, its accumulators are freed, and the turn of the next
+group begins; a round is one turn of each group. A weight that is larger than the budget has several turns, one for each
+row slice. If there are so few groups that a round would be too short, each turn begins by waiting for some steps, since
+entries that are replaced too often have no time to train.
 
-In a turn the entries of one group have new scores; all other trained entries have the scores by which they were kept.
-Both compete, and the best are trained, exactly as many as wanted. In the first round, while some trained entries have
-no score yet, each group keeps its number of them. Stored is one score for each trained entry. The alternative, one
+At the end of a turn the entries of one group have new scores; all other trained entries have stored scores. Both
+compete, and exactly the wanted number of best entries is trained next. In the first round, while some trained entries
+have no score yet, each group keeps its number of them. Stored is one score for each trained entry. The alternative, one
 threshold for the latest scores of all groups, does not give an exact number.
 
 Scores are those of the raw gradients: not clipped, and including the factors of a loss scaler and of gradient
-accumulation. A constant factor changes no choice. One that changes favours stored or new scores until a round has
-passed.
+accumulation. A constant factor does not change the selection. A changing factor favours stored or new scores until a
+round has passed.
 
 Beside the accumulators a selection takes some fourteen bytes for each candidate that is kept, and then some 270 MB to
 carry moments, or 64 bytes an entry of a weight with more than four million. It does so between two steps, when no
@@ -225,7 +225,7 @@ class TrainingSalience:
         self._is_shared = True
 
     def _begin_turn(self) -> None:
-        """Begin a turn: wait for the window, or begin it at once."""
+        """Begin a turn: wait for its window, or begin the window immediately."""
         self.steps, self._sums = 0, {}
         self._attach()
         if not self.waiting:

@@ -41,7 +41,7 @@ class BestEntries:
 
     @staticmethod
     def bytes(k: int, entries: int, score_bytes: int) -> int:
-        """Estimate the bytes that keeping the best k takes, beside temporaries of one step.
+        """Estimate the bytes for keeping the best k, without the temporaries of one step.
 
         Args:
             k: how many are kept.

@@ -38,7 +38,7 @@ class Arguments:
         measure: the measure if masks are selected from training itself, None if `select_masks` selects them.
 
     Raises:
-        ValueError: an argument is out of range, or has no meaning with or without batches.
+        ValueError: an argument is out of range, or does not apply with or without batches.
         TypeError: an argument is of a wrong type.
     """
 
@@ -78,7 +78,7 @@ class Arguments:
     def _refuse_window(self) -> None:
         if self.window is not None:
             raise ValueError(
-                f"window={self.window!r} has a meaning only where masks are selected from training's own gradients; "
+                f"window={self.window!r} applies only if masks are selected from training's own gradients; "
                 "leave batches out, or set interval instead."
             )
 
@@ -91,7 +91,7 @@ class Arguments:
         for name, value in {"threshold": self.threshold, "probe": self.probe, **self.options}.items():
             if value is not None and name in (*_OPTIONS, "threshold", "probe"):
                 raise ValueError(
-                    f"{name}={value!r} has no meaning without batches, when masks are selected from training; "
+                    f"{name}={value!r} does not apply without batches, when masks are selected from training; "
                     f"leave {name} out, or pass batches."
                 )
 
@@ -111,7 +111,7 @@ class Arguments:
     def _check_options(self) -> None:
         if unknown := self.options.keys() - _OPTIONS:
             raise ValueError(
-                f"MaskSchedule passes no {', '.join(sorted(unknown))} on to select_masks; it takes "
+                f"MaskSchedule does not accept {', '.join(sorted(unknown))}; it accepts "
                 f"memory_budget, {', '.join(sorted(_OPTIONS))}."
             )
         check_max_batches(self.options.get("max_batches"))

@@ -34,66 +34,70 @@ from speft_optim.weights.sparse_weight import NextMask, SparseWeight
 
 
 class MaskSchedule(SavedSchedule):
-    """Chooses the masks of a sparsified model again while its optimizer trains it.
+    """Re-selects the masks of a sparsified model during training (dynamic masks: SPEFT, Section 3.3).
 
     The candidates are all entries of the weights that `sparsify` attached values to. In global scope many weights may
     start with an empty mask; `sparsify(model, masks, keep_empty=True)` makes them candidates too.
 
-    **With batches**, `select_masks` chooses all masks anew after every `interval` steps, as the paper does.
+    **With batches**, `select_masks` re-selects all masks after every `interval` steps, as in the paper.
 
-    **Without batches** scores come from training itself, without extra passes. One group of weights at a time adds up
-    its gradients in the backward passes of training; after `window` optimizer steps its masks are chosen anew and the
-    next group's turn begins. A round of all groups takes at least `interval` steps. In local scope each weight keeps
-    its number of entries. In global scope the group's new scores compete with those by which the entries of other
-    groups were kept, so that entries move between weights and their total stays; in the first round each group keeps
-    its number.
+    **Without batches**, scores come from training itself, without extra passes. One group of weights at a time
+    accumulates its gradients in the backward passes of training; after `window` optimizer steps its masks are
+    re-selected, and the next group follows. A round of all groups takes at least `interval` steps. In local scope each
+    weight keeps its number of entries. In global scope the group's new scores compete with the stored scores of the
+    entries of other groups, so that entries move between weights and their total number is constant; in the first round
+    each group keeps its number of entries.
 
     Memory and checkpoints then also hold the group's accumulators, 4 bytes for each of its entries and at most
-    `memory_budget` in all, and a score for each trained entry. Scores are those of the raw gradients: before clipping,
-    and including the constant factors of a loss scaler and of gradient accumulation. A step that is skipped because of
-    inf or NaN, or by `optimizer.zero_grad()` in its place, lets the group's window begin again; gradients that are
-    dropped in another way, as by `model.zero_grad()`, count. Weights that get no gradient keep their masks. With
-    several processes each adds up its own gradients, and they are averaged at the end of a turn; see `share_sums` for
-    checkpoints within a window. DistributedDataParallel needs local scope and no `density`, since
-    its buffers keep the numbers of entries; otherwise its forward fails. `magnitude`, `random` and `synflow` need no
-    gradient: with these measures and no batches, `select_masks` selects at intervals too.
+    `memory_budget` in all, and a score for each trained entry. Scores use the raw gradients: before clipping, and
+    including the constant factors of a loss scaler and of gradient accumulation. If a step is skipped because of inf or
+    NaN, or `optimizer.zero_grad()` is called instead of a step, the group's window starts again; gradients that are
+    dropped in another way, such as by `model.zero_grad()`, are counted. Weights that get no gradient keep their masks.
+    With several processes, each accumulates its own gradients, which are averaged at the end of a group's window; see
+    `share_sums` for checkpoints within a window. DistributedDataParallel needs local scope
+    and no `density`, since its buffers have fixed numbers of entries; otherwise its forward fails. `magnitude`,
+    `random` and `synflow` need no gradient: with these measures and no batches, `select_masks` is called at intervals
+    too.
 
-    Averages of parameters, such as torch's `AveragedModel`, mix entries once masks have moved. A copied model that
-    averages all parameters then goes by its dense weights, in their dtype, in local scope; where numbers of entries
-    change, torch refuses to average tensors of two lengths. Values that were averaged alone cannot be mended, and a
-    warning tells when they are set. Average the tensors of `state_dict()` instead.
+    Averages of parameters, such as torch's `AveragedModel`, mix different entries once masks have moved. In local
+    scope, a copied model that averages all parameters then uses its averaged dense weights, in their dtype; if numbers
+    of entries change, torch raises an error, since the averaged tensors differ in length. Averages of the values alone
+    cannot be corrected, and a warning is issued when the values are set to them. Average the tensors of `state_dict()`
+    instead.
 
     Args:
         model: the sparsified model, or a wrapper around it.
         optimizer: its `SparseAdamW`, or accelerate's wrapper around it.
-        batches: calibration data as for `select_masks`, iterated again each time; None selects from training itself.
-        interval: with batches, optimizer steps between selections; default 1000, as in the paper. Without, the least
-            number of steps in which each weight is selected once; default 50.
-        window: without batches, over how many optimizer steps a group adds up its gradients; default 8.
+        batches: calibration data as for `select_masks`, iterated again for each selection; None uses the gradients of
+            training.
+        interval: with batches, optimizer steps between selections; default 1000, as in the paper. Without batches, the
+            minimum number of steps of a round, in which each weight is selected once; default 50.
+        window: without batches, the number of optimizer steps over which a group accumulates its gradients; default 8.
         salience: the measure, as for `select_masks`; default "gradient" with batches. Without them it is "gradient",
             "snip" (the default), "force" or "taylor_fo" of the summed gradients, or "fisher", which sums the squared
-            gradient of each backward pass, that is of a micro-batch and not of an example; or a function
+            gradients of backward passes, that is of micro-batches instead of single examples; or a function
             `salience(weight, gradient)` of entries and their summed gradients, both fp32 of shape (entries,), that
-            returns floating scores of that shape, of which the highest are kept.
-        scope: "local" keeps the number of entries of each weight, "global" their total.
-        density: from the number of steps taken to the share of all candidates to keep, in (0, 1]; None keeps the number
-            of entries that `sparsify` got.
-        moments: "reset" drops all moments at a selection, as the paper does; the default with batches. "carry" keeps
-            those of entries that stay, and new entries start from zero under the same step count; the default without.
-        threshold: with batches, select only if the overlap of the current masks with those that `probe` batches give is
-            less than this number in (0, 1]; None selects every time.
-        probe: how many batches are read for that cheaper estimate; default 1.
-        memory_budget: with batches the `memory_budget` of `select_masks`; without, bytes of a group's accumulators,
-            default 2 GiB.
+            returns floating-point scores of that shape, of which the highest are kept.
+        scope: "local" keeps the number of entries of each weight, "global" their total number.
+        density: a function from the number of steps taken to the share of all candidates to keep, in (0, 1]; None keeps
+            the number of entries that `sparsify` was given.
+        moments: "reset" drops all moments at a selection, as in the paper; the default with batches. "carry" keeps
+            those of entries that stay, and new entries start from zero with the same step count; the default without
+            batches.
+        threshold: with batches, re-select only if the overlap of the current masks with masks selected on `probe`
+            batches is less than this number in (0, 1]; None re-selects every time.
+        probe: the number of batches for this cheaper selection; default 1.
+        memory_budget: with batches, the `memory_budget` of `select_masks`; without, the most bytes of a group's
+            accumulators, default 2 GiB.
         **options: with batches, `loss`, `max_batches`, `seed` or `progress` of `select_masks`.
 
     Attributes:
-        steps: how many optimizer steps were counted.
+        steps: the number of optimizer steps counted.
         history: for each selection or probe its `step`, `entries`, and `overlap` with the masks before.
 
     Raises:
-        ValueError: an argument is out of range or has no meaning with or without batches, or the optimizer does not
-            train this model's values.
+        ValueError: an argument is out of range, or applies only with batches but there are none, or the reverse; or the
+            optimizer does not train this model's values.
         TypeError: the optimizer is not a SparseAdamW.
     """
 
@@ -147,11 +151,11 @@ class MaskSchedule(SavedSchedule):
 
     @property
     def is_summing(self) -> bool:
-        """Whether backward passes add to sums of gradients now, which a replayed CUDA graph of a pass would not."""
+        """Whether backward passes accumulate gradients now, which a replayed CUDA graph of a pass would not do."""
         return self.training is not None and self.training.is_summing
 
     def reselect(self) -> Masks:
-        """Choose the masks again now, regardless of interval and threshold; call it between steps.
+        """Re-select the masks now, regardless of interval and threshold; call it between steps.
 
         Returns:
             The new masks.
@@ -182,7 +186,7 @@ class MaskSchedule(SavedSchedule):
             self.training.share()
 
     def ever_trained(self) -> Masks:
-        """Return the entries that are or were trained, which are all that can differ from the base model."""
+        """Return masks of all entries that are or were trained; only these can differ from the base model."""
         return Masks({weight.name: weight.ever_trained() for weight in self._weights()})
 
     def _change(self, choices: Mapping[str, Choice]) -> tuple[int, int]:

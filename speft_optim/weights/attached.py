@@ -89,7 +89,7 @@ def sparse_weights(model: nn.Module) -> "list[SparseWeight]":
 
 
 def is_told_first(weight: "SparseWeight", what: str) -> bool:
-    """Return whether something is told of a weight's model for the first time, and note that it is."""
+    """Return whether a message about a weight's model is the first of its kind, and record it as logged."""
     if what in weight.told:
         return False
     for other in sparse_weights(weight.place.model):

@@ -1,8 +1,8 @@
-"""What becomes of averages of compact values, and other copies of them, once a mask has moved.
+"""Averages and other copies of compact values after a mask has moved.
 
-Libraries average parameters one by one. After a selection the values mean other entries, so that averages from before
-and values from after must not be mixed. The dense weight itself, which tools that take all parameters average too,
-stays comparable.
+Libraries average parameters one by one. After a selection the values belong to other entries, so earlier averages and
+later values must not be mixed. The dense weight itself, which tools that take all parameters average too, stays
+comparable.
 """
 
 import copy
@@ -40,7 +40,7 @@ class MovingValues(nn.Module):
         if is_told_first(self, "mixture"):
             logger.warning(
                 "The values of %s were set by hand, as by swapping in averages of parameters, after a schedule had "
-                "moved masks. Values from before then belong to other entries, and averages of both are wrong: average "
+                "moved masks. Earlier values belong to other entries, so averages of both are wrong: average "
                 "the tensors of model.state_dict() instead, or begin a new average after each selection.",
                 self.name,
             )

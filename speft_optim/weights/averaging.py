@@ -1,9 +1,9 @@
-"""Gradients of compact values averaged over processes at the end of each backward, all in one exchange.
+"""Gradients of compact values, averaged over processes by one all-reduce at the end of each backward.
 
-FSDP averages the gradients of what it shards. The compact values are a small part of the model and whole on every
-process, so that their gradients are averaged as DistributedDataParallel does: before backward returns, which is before
-anything clips or steps. A gradient that is equal in all processes is unchanged by it: what a backward adds to one that
-was averaged before, as in gradient accumulation, may be averaged together with it.
+FSDP averages the gradients of what it shards. The compact values are a small part of the model and replicated on every
+process, so their gradients are averaged as DistributedDataParallel does: before backward returns, and therefore before
+clipping and the optimizer's step. Averaging does not change a gradient that is equal in all processes. So with gradient
+accumulation, the sum of an averaged gradient and a new one can be averaged as a whole.
 """
 
 import itertools
@@ -85,7 +85,7 @@ class GradientAverage:
         flat /= dist.get_world_size()
         *averages, flags = flat.split([*map(len, values), len(values)])
         if any(one.grad is None for one in values):
-            # On a GPU a look at the numbers has to wait for them.
+            # Reading the numbers waits for the GPU, so it is done only here.
             for one, has_gradient in zip(values, flags.tolist(), strict=True):
                 if one.grad is None and has_gradient:
                     one.grad = torch.empty_like(one)

@@ -1,7 +1,7 @@
 """The linear layers of bitsandbytes whose weights are quantised: how they are found, and the weight of each.
 
-A read of such a weight changes nothing. Where bitsandbytes rearranges storage or leaves scales on another device,
-`settle_storage` mends that once, when a model first comes in. Our forward places the scales again, since models also
+A read of such a weight changes nothing. If bitsandbytes rearranges storage or leaves scales on another device,
+`settle_storage` corrects this once, when a model is first used. Our forward places the scales again, since models also
 move during training.
 
 `fully_shard` replaces a weight by a plain DTensor, without the scales that bitsandbytes keeps as attributes of the

@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class CompactValues(nn.Parameter):
-    """A parameter that counts the writes through its `.data`, and the looks at it.
+    """A parameter that detects writes through its `.data`.
 
-    Such a write, as by libraries that swap averaged weights in, does not advance the version counter. So all that
-    `.data` gives are aliases of one tensor, by whose own counter a write is told from a mere look. A collective of
-    `torch.distributed` and NumPy write without any counter: after a look the numbers themselves are compared.
+    Such a write, as by libraries that swap in averaged weights, does not advance the version counter. So `.data` always
+    returns aliases of one tensor, whose own counter distinguishes writes from reads. Collectives of `torch.distributed`
+    and NumPy write without any counter: after a read of `.data` the numbers themselves are compared.
 
     Attributes:
         looks: how often `.data` was read.

@@ -1,7 +1,7 @@
 """The trained entries of a weight as a compact parameter, kept equal to the weight.
 
 `EqualEntries` receives the gradient of the values through hooks, and writes the values into the weight, or reads them
-from it, whichever of the two changed last. `sparse_weight.SparseWeight` follows the model beyond that.
+from it, whichever of the two changed last. `sparse_weight.SparseWeight` adds what concerns the model.
 """
 
 import logging

@@ -62,7 +62,7 @@ class FloatingWeight:
         return torch.equal(entries, values.to(entries.dtype))
 
     def settle(self) -> None:
-        """Do nothing: the weight has the newest values, but for one in host memory, which may fall behind."""
+        """Do nothing: the weight has the newest values, except in host memory, where a subclass updates it."""
 
     def put(self, mask: Mask, values: Tensor) -> None:
         """Set the entries at `mask` to `values` (k,)."""

@@ -1,8 +1,8 @@
 """Refuses weights of quantisers other than bitsandbytes, which cannot be trained as they are stored.
 
 They are tensor subclasses (torchao, quanto), parameters of 8-bit dtypes (fp8, HQQ, GGUF), or buffers of a layer without
-a weight parameter (GPTQ, AWQ, EETQ). They are refused by name before anything is done with the model. Otherwise the
-first operation that they lack would fail with an error from inside PyTorch.
+a weight parameter (GPTQ, AWQ, EETQ). An error that names the library is raised before anything else is done. Otherwise
+the first unsupported operation would fail with an error from inside PyTorch.
 """
 
 import torch

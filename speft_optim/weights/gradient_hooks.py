@@ -11,8 +11,8 @@ share an input save it once.
 Any other weight is replaced by an alias during its module's forward. In backward the alias passes on the dense gradient
 of this one use, which is then freed.
 
-A linear layer is treated like these other weights where its forward was replaced, or where verification found that its
-output is changed before the hook sees it. `weights/verification.py` tells how that is found, and how gradients of uses
+A linear layer is treated like these other weights if its forward was replaced, or if verification found that its output
+is changed before the hook sees it. `weights/verification.py` explains this verification, and how gradients of uses
 outside the module are collected.
 
 Replacing the layer class (as LoRA libraries do) was rejected: it changes names, breaks quantised and custom layers, and
@@ -138,7 +138,7 @@ class GradientHook:
             ValueError: another module was put in the place of this one and given its hooks.
         """
         if kwargs is None:
-            # torch.ao.quantization registers the hooks anew, without what they asked for.
+            # torch.ao.quantization registers the hooks again, without their option `with_kwargs`.
             raise ValueError(
                 f"The module of {self.name} was replaced by a {type(module).__name__} that has its hooks, as by "
                 "torch.ao.quantization; call desparsify(model) before such a conversion."

@@ -108,7 +108,7 @@ _TWICE = (
 
 
 def _differentiable_once(backward: Callable) -> Callable:
-    """Let whoever differentiates the results of a `backward` raise an error that says what to do.
+    """Make differentiating the results of a `backward` raise an error that says what to do.
 
     torch's `once_differentiable` does the same with a message that names neither cause nor remedy.
     """

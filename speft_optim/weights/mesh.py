@@ -1,4 +1,4 @@
-"""What torch's FSDP made of a model: whether masked weights can be divided so, and where their rows are kept."""
+"""How torch's FSDP sharded a model: whether masked weights support it, and where their rows are kept."""
 
 from collections.abc import Callable, Iterable
 

@@ -1,8 +1,8 @@
-"""Warns where masks are used on other weights than those they were selected on.
+"""Warns if masks are used with other weights than those they were selected on.
 
 A script that builds its optimizer before it loads the weights selects masks on random weights, and nothing fails. So a
 selected mask carries a few entries of its weight that it does not train. They are compared with the model's at the
-first step, since a script may load the weights at any time before it. Rounding (a cast, quantisation to 4 bits) moves
+first step, since a script may load the weights at any time before it. Rounding (a cast, quantisation to 4 bits) changes
 the median entry by a seventh at most. Entries of unrelated weights differ by more than their own size.
 """
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 0.25
 
 
-# The median of fewer entries tells little.
+# The median of fewer entries is not reliable.
 _FEWEST = 8
 
 

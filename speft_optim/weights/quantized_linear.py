@@ -26,7 +26,7 @@ from speft_optim.weights.values_in_forward import ValuesInForward
 
 
 class _Product(torch.autograd.Function):
-    """Forms `x @ W.T`, or `x @ W`, with W dequantised anew for each product; differentiable any number of times.
+    """Forms `x @ W.T`, or `x @ W`, with W dequantised again for each product; differentiable any number of times.
 
     `leaf` is None, or a tensor of W's shape that represents W in the graph and gets its gradient. Each of
     `grad_anchors` belongs to the accumulator at the same place, which receives W's gradient as its two factors; that

@@ -121,7 +121,7 @@ def plain_scales(scales):
 
 def trained_entries(holder: object, attribute: str) -> TrainedEntries | None:
     """Return the trained entries of the scales in an attribute of a `QuantState` or `Int8Params`, or None."""
-    # A compiled graph reads the attribute set here, and is compiled anew when it changes.
+    # A compiled graph reads the attribute set here, and is recompiled when it changes.
     if not torch.compiler.is_compiling():
         scales, noted = getattr(holder, attribute), holder.__dict__.get(TRAINED)
         entries = scales.entries if isinstance(scales, TrainedScales) else None

@@ -1,10 +1,10 @@
-"""A weight that `fully_shard` divided over processes: each holds some rows, all of them hold the compact values.
+"""A weight that `fully_shard` shards over processes: each holds some rows, and all hold the compact values.
 
-Between passes the module holds a DTensor; during its forward and backward FSDP puts the gathered weight in its place,
-and that is what gradient hooks see. A process writes the values of a dense weight into its own rows, for which it needs
-no other. Entries are read from all processes at once, in an exchange: at `sparsify`, after a load, and to save.
+Between passes the module holds a DTensor; during its forward and backward FSDP replaces it by the gathered weight,
+which gradient hooks see. Each process writes the values of a dense weight into its own rows, without communication.
+Reading entries needs communication between all processes: in `sparsify`, after a load, and for saving.
 
-The rows of a quantised weight are only read. bitsandbytes' scales and the overlays are whole on every process.
+The rows of a quantised weight are only read. bitsandbytes' scales and the overlays are replicated on every process.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,13 +20,13 @@ from speft_optim.weights.floating import FloatingWeight
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether a parameter is a DTensor; told without importing what defines it."""
+    """Whether a parameter is a DTensor; checked without importing DTensor."""
     return hasattr(tensor, "device_mesh")
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether `fully_shard` looks after the module's own parameters."""
-    # A module's attribute that is missing is looked for at length, and this is asked in each forward.
+    """Whether `fully_shard` manages the module's own parameters."""
+    # Not hasattr, which is slow for a missing attribute of a module: this runs in each forward.
     return "_is_fsdp_managed_module" in module.__dict__
 
 

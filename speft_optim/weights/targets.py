@@ -31,7 +31,7 @@ class Target:
 
     Attributes:
         name: the parameter's full name, which is also that of its mask.
-        sites: the (module, attribute) pairs that hold it, several where it is shared.
+        sites: the (module, attribute) pairs that hold it; several if it is tied.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that the model has now."""
+        """The model's current parameter."""
         module, attribute = self.sites[0]
         return module._parameters[attribute]
 
     @property
     def shape(self) -> torch.Size:
-        """The weight's shape, and so that of its mask, whatever shape a quantised weight is stored in."""
+        """The shape of the weight and its mask; of a quantised weight the dense shape, not that of its storage."""
         return frozen_weight(*self.sites[0]).shape
 
     @property
@@ -65,7 +65,7 @@ class Target:
         return rows, self.shape.numel() // max(1, rows)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Return rows `first` to `last` (exclusive) of the weight as a matrix (see `matrix_shape`), in `dtype`."""
+        """Return rows `first` to `last` (exclusive) of the weight as a matrix, (last - first, columns) in `dtype`."""
         return frozen_weight(*self.sites[0]).rows(first, last)
 
     def dequantized_base(self, dtype: torch.dtype) -> Tensor | None:
@@ -104,22 +104,23 @@ def all_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def find_targets(model: nn.Module, targets: Targets = None) -> dict[str, Target]:
-    """Return the weights that `targets` names, for which `select_masks` and `MaskSchedule` would choose entries.
+    """Return the weights that `targets` selects, as `select_masks` does.
 
-    Use it to make your own masks (`masks = Masks({name: Mask(positions, target.shape)})`), or to see which weights an
-    argument `targets` includes before you select masks.
+    Use it to build your own masks (`masks = Masks({name: Mask(positions, target.shape)})`), or to see which weights a
+    `targets` argument includes before you select masks.
 
     Args:
         model: any module.
-        targets: None for the linear weights of the blocks (stacked expert weights included; no embeddings, head, norms,
-            biases); or suffixes of module names, whose `weight` is meant (`"q_proj"`), or of parameter names
-            (`"q_proj.bias"`); or a predicate of a parameter's full name and the parameter.
+        targets: None for the linear weights of the decoder blocks (including stacked expert weights; no embeddings,
+            head, norms or biases); or suffixes of module names, which stand for their `weight` (`"q_proj"`), or of
+            parameter names (`"q_proj.bias"`); or a function from a parameter's full name and the parameter to True or
+            False.
 
     Returns:
-        Each weight by its full parameter name, in the model's order; a shared weight once, under its first name.
+        Each weight by its full parameter name, in the model's order; a tied weight once, under its first name.
 
     Raises:
-        TypeError: `targets` has another type, or a weight is quantised otherwise than by bitsandbytes.
+        TypeError: `targets` has another type, or a weight is quantised by another library than bitsandbytes.
         ValueError: nothing matches, a suffix matches nothing or occurs twice, or a match is on the meta device or is
             used where no hook can observe its gradient, or has hooks on its gradient.
     """

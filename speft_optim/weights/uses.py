@@ -1,6 +1,6 @@
-"""The uses of a masked weight, in its module and elsewhere, and how the gradient of each comes to the compact values.
+"""The uses of a masked weight, in its module and elsewhere, and how their gradients reach the compact values.
 
-`weights/verification.py` tells how uses outside the module are found.
+`weights/verification.py` explains how uses outside the module are detected.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""The values attached to a weight as they were in a forward, since its backward needs the same ones.
+"""Checks that the values attached to a weight are the same in forward and in its backward.
 
-Autograd saves a dense weight, which holds its trained entries, and refuses a backward after a write into it. A weight
-that has them beside it, since it is quantised or in host memory, is formed anew in backward with the values of then.
+A dense weight holds its trained entries, and autograd, which saves it, refuses a backward after a write into it. A
+quantised weight or one in host memory does not hold them: it is rebuilt in backward, with the values of that time.
 """
 
 import operator

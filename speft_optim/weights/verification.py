@@ -6,17 +6,17 @@ two ways.
 * Inside the layer's forward: in the first backward the layer computes with an alias of W that requires a gradient.
   Autograd's own dense gradient of the alias, formed and freed layer by layer, is compared with that of the hooks. If
   both agree, the hooks are trusted from the next optimizer step on, and the layer computes with W detached. If they
-  differ, the layer goes on with the alias (see `gradient_hooks.GradientHook`).
+  differ, the layer keeps using the alias (see `gradient_hooks.GradientHook`).
 * Everywhere else: for autograd, W itself is a leaf that always requires a gradient. A use that the hooks see goes
   through the alias or the detached W, so a gradient that arrives at the leaf comes from another use: a fused loss, a
   penalty before the forward, a module tied later. Its masked entries are added to the values' gradient at once and the
   dense gradient is freed. Without such a use this costs nothing.
 
-In Python, W says that it requires no gradient (see `WatchedWeight`), so that optimizers, DistributedDataParallel and
-code that counts trainable parameters leave it alone. A backward that names its inputs, such as
-`backward(inputs=values)` or `autograd.grad`, does not reach the leaf, and a warning says so. Comparing W's whole
-gradient at the end of each backward was rejected: reentrant checkpointing nests backwards, and a difference would have
-to be corrected after the reducer of DistributedDataParallel has seen the gradient.
+In Python, W's `requires_grad` is False (see `WatchedWeight`), so that optimizers, DistributedDataParallel and code that
+counts trainable parameters leave it alone. A backward that names its inputs, such as `backward(inputs=values)` or
+`autograd.grad`, does not reach the leaf, and a warning is issued. Comparing W's whole gradient at the end of each
+backward was rejected: reentrant checkpointing nests backwards, and a difference would have to be corrected after the
+reducer of DistributedDataParallel has seen the gradient.
 """
 
 import functools
@@ -209,7 +209,7 @@ class DenseGradient:
 
     @property
     def weight(self) -> nn.Parameter | None:
-        """The weight while it is open, which this does not keep alive: `fully_shard` leaves the rest of it behind."""
+        """The weight while it is open, held by a weak reference, since `fully_shard` replaces it."""
         return None if self._weight is None else self._weight()
 
     def open(self, weight: nn.Parameter) -> None:

@@ -1,8 +1,8 @@
-"""Finds the model inside wrappers, and the names of its modules without theirs.
+"""Finds the model inside wrappers, and the names of its modules without the wrappers' prefixes.
 
 Compilers, checkpointing, data parallelism and trainers put a model, or one of its blocks, into a module that adds a
 part to every name inside (`module.`, `_orig_mod.`, `_forward_module.`). Masks and adapters use the plain model's names,
-so that what was saved through one wrapper fits the model in any other wrapper and in none.
+so that what was saved through one wrapper fits the model in any other wrapper or without one.
 """
 
 from collections.abc import Iterator
