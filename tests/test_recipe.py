@@ -490,7 +490,7 @@ def test_job_with_a_mask_that_moves(folders, tmp_path, bits):
         (["--moving", "--salience", "fisher"], "--salience fisher cannot move a mask; snip and gradient can"),
         (["--interval", 0], "--interval is 0; it must be at least 1"),
         (["--moving", "--scope", "local"], "--moving is for --method sparse in --scope global"),
-        (["--window", 4, "--scope", "local"], "--interval and --window are for masks that move"),
+        (["--window", 4, "--scope", "local"], "--interval and --window need a moving mask"),
     ],
 )
 def test_options_of_moving_masks_are_refused_elsewhere(folders, tmp_path, more, match, capsys):
