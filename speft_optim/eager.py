@@ -13,7 +13,7 @@ from torch import nn
 
 from speft_optim.integrations import refuse_to_save_rows
 from speft_optim.weights.attached import record_of
-from speft_optim.weights.averaging import average_gradients, is_under_fsdp
+from speft_optim.weights.averaging import GradientAverage, average_gradients, is_under_fsdp
 from speft_optim.weights.sparse_weight import SparseWeight
 
 
@@ -108,9 +108,25 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     for weight in weights:
         weight.refresh()
     _now.is_refreshed = True
-    if dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, weights)):
-        if average_gradients(model):
-            refuse_to_save_rows(model)
+    _average_where_sharded(model, weights)
+
+
+def _average_where_sharded(model: nn.Module, weights: list[SparseWeight]) -> GradientAverage | None:
+    """Average gradients over processes from now on if one of the weights is under FSDP; return what is new for that."""
+    if not (dist.is_available() and dist.is_initialized() and any(map(is_under_fsdp, weights))):
+        return None
+    if (average := average_gradients(model)) is not None:
+        refuse_to_save_rows(model)
+    return average
+
+
+def average_in_backward(weight: SparseWeight) -> None:
+    """Average gradients over processes, of which the first one arrives now, though the model was never called.
+
+    FSDP also gathers weights for methods other than forward (`register_fsdp_forward_method`), which call no hook.
+    """
+    if (average := _average_where_sharded(weight.place.model, [weight])) is not None:
+        average.queue(weight.values)
 
 
 class RefreshDecoder:
@@ -138,8 +154,8 @@ def refresh_before_forward(model: nn.Module, weights: list[SparseWeight], prepen
         prepend: whether to place the hooks in front of existing ones.
     """
     for weight in weights:
-        # The weights cannot import it, since its marks for the compiler load that.
-        weight.refresh_in_graph = refresh_in_graph
+        # The weights cannot import them: the marks for the compiler load that, and averages know of weights.
+        weight.refresh_in_graph, weight.average_in_backward = refresh_in_graph, average_in_backward
     called = {model: refresh_all}
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if isinstance(decoder, nn.Module) and decoder is not model:

@@ -252,6 +252,40 @@ def a_step_with_a_gradient_that_is_not_averaged_is_refused(rank):
             assert_equals(reference, model, values)
 
 
+class Encoder(torch.nn.Module):
+    """A model that trains by another method than forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def encode(self, inputs):
+        return self.second(self.first(inputs).relu())
+
+
+def a_model_that_is_trained_without_a_call_of_it(rank):
+    """FSDP gathers weights for such methods too, but no hook of the model's forward is called in them."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    alone = Encoder().to(device())
+    model = copy.deepcopy(alone)
+    inputs = draw(4 * dist.get_world_size(), 8, seed=3).to(device())
+    runs = []
+    for each in (model, alone):
+        masks = select_masks(each, salience="random", density=0.5, targets=["first", "second"], progress=False)
+        values = sparsify(each, masks)
+        runs.append((each, values, torch.optim.SGD(values, lr=0.1)))
+    register_fsdp_forward_method(fully_shard(model, mesh=mesh()), "encode")
+    for _ in range(STEPS):
+        for (each, _, optimizer), own in zip(runs, (inputs[rank :: dist.get_world_size()], inputs), strict=True):
+            each.encode(own).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for value, expected in zip(runs[0][1], runs[1][1], strict=True):
+        assert_equal_on_all(value.detach())
+        assert_close(value.detach(), expected.detach(), atol=1e-6, rtol=0)
+
+
 def gradients_that_fsdp_is_to_divide_otherwise_are_refused(rank):
     """The average of values would silently be another multiple of the sum than what FSDP makes of dense gradients."""
     model, _, _, _ = start()
@@ -1366,6 +1400,7 @@ SCENARIOS = [
     compiled_blocks,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,
     a_step_with_a_gradient_that_is_not_averaged_is_refused,
+    a_model_that_is_trained_without_a_call_of_it,
     gradients_that_fsdp_is_to_divide_otherwise_are_refused,
     hybrid_sharding,
     embeddings_tied_to_the_head,

@@ -34,7 +34,7 @@ class GradientAverage:
         # The end of the outermost backward is wanted, which passes the model's output first; reentrant checkpointing
         # runs backwards within it. A model whose output is not a tensor's, or is not used, has its values.
         self._hooks = [model.register_forward_hook(self._watch), model.register_forward_pre_hook(self._watch_gathered)]
-        self._hooks += [hook_gradient(weight.values, self._queue) for weight in weights]
+        self._hooks += [hook_gradient(weight.values, self.queue) for weight in weights]
         # A hook that is added while a forward begins is not called in it.
         self._watch_gathered(model, ())
 
@@ -58,9 +58,10 @@ class GradientAverage:
         self._is_queued = False
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._queue)
+                leaf.register_hook(self.queue)
 
-    def _queue(self, _: Tensor) -> None:
+    def queue(self, _: Tensor) -> None:
+        """Average at the end of the backward that runs now, once."""
         if not self._is_queued:
             self._is_queued = True
             Variable._execution_engine.queue_callback(self._average)
@@ -94,17 +95,17 @@ class GradientAverage:
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
-def average_gradients(model: nn.Module) -> bool:
+def average_gradients(model: nn.Module) -> GradientAverage | None:
     """Average the gradients of a model that `sparsify` was called on, until `desparsify`.
 
     Returns:
-        Whether this is new: a second call does nothing.
+        What does so, if this is new: a second call does nothing.
     """
     record = record_of(model)
     if any(isinstance(hook, GradientAverage) for hook in record.hooks):
-        return False
-    record.hooks.append(GradientAverage(model, record.weights))
-    return True
+        return None
+    record.hooks.append(average := GradientAverage(model, record.weights))
+    return average
 
 
 def is_under_fsdp(weight: SparseWeight) -> bool:

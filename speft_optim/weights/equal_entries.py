@@ -216,6 +216,7 @@ class EqualEntries(MovingValues, CompactEntries):
 
     def _check_use(self, values: nn.Parameter) -> None:
         """Warn once for a model of a gradient that came from a forward with other values than these."""
+        self.average_in_backward(self)
         changed = self._seen[2] is not None and values._version != self._seen[2][0]
         if changed and is_told_first(self, "gradient of former values"):
             logger.warning(
