@@ -1219,6 +1219,27 @@ def a_full_state_of_moving_masks_is_resumed(rank):
         assert equal_states(whole(other), whole(model)) and masks_of(other) == masks_of(model)
 
 
+def a_window_is_saved_of_a_model_that_is_sharded_in_part(rank):
+    """All weights have the counters of one state, though only those of some blocks are under FSDP."""
+    from torch.distributed.fsdp import fully_shard
+
+    def begin():
+        model = tiny_model(**UNEVEN)
+        optimizer = SparseAdamW(sparsify(model, random_masks(model)), **OPTIONS)
+        fully_shard(model.model.layers[1], mesh=mesh())
+        MaskSchedule(model, optimizer, window=3, interval=3)
+        return model, optimizer
+
+    model, optimizer = begin()
+    train(rank, model, optimizer, steps=5)
+    other, resumed = begin()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (other, resumed)):
+        train(rank, each, its, first=5, steps=3)
+    assert equal_states(whole(other), whole(model)) and masks_of(other) == masks_of(model)
+
+
 def adapters_loaded_on_a_sharded_model(rank):
     model, values, optimizer, reference = start()
     train(rank, model, optimizer, steps=1)
@@ -1433,6 +1454,7 @@ SCENARIOS = [
     trainer_of_trl,
     divisions_that_are_refused,
     saved_by_the_first_process_and_loaded_by_one,
+    a_window_is_saved_of_a_model_that_is_sharded_in_part,
     adapters_loaded_on_a_sharded_model,
     adapters_that_one_process_cannot_read_or_has_others_of,
     a_full_state_of_moving_masks_is_resumed,

@@ -28,7 +28,8 @@ def state_of(training: TrainingSalience, weight: SparseWeight) -> dict[str, Tens
         weight the accumulators of the group, padded to the length of the largest group; with other weights (0,).
     """
     training.end_passes()
-    if is_under_fsdp(weight):
+    # Also where only other blocks are sharded, since all weights have the same counters.
+    if any(map(is_under_fsdp, training.weights)):
         training.share()
     steps = training.steps
     if not training.holds_all:
