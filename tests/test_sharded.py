@@ -1259,19 +1259,23 @@ def adapters_loaded_on_a_sharded_model(rank):
 
 def adapters_that_one_process_cannot_read_or_has_others_of(rank):
     """All processes exchange what the adapter replaces, so that each must have it, and the same."""
-    for seed in range(2):
+    for number, (seed, moved) in enumerate([(0, 0.0), (1, 0.0), (0, 0.1)]):
         other = tiny_model(**UNEVEN)
-        sparsify(other, select_masks(other, salience="random", seed=seed, density=0.05, progress=False))
+        values = sparsify(other, select_masks(other, salience="random", seed=seed, density=0.05, progress=False))
+        with torch.no_grad():
+            values[-1][-1] += moved
         if rank == 0:
-            save_adapter(other, f"{FOLDER[-1]}/other{seed}")
+            save_adapter(other, f"{FOLDER[-1]}/other{number}")
     dist.barrier()
     model = shard(tiny_model(**UNEVEN))
     start = whole(model)
     path = f"{FOLDER[-1]}/{('other0', 'missing')[rank]}"
     with pytest.raises((FileNotFoundError, RuntimeError), match="There is no adapter"):
         load_adapter(model, path)
-    with pytest.raises(ValueError, match="adapters differ between processes.*the same file"):
-        load_adapter(model, f"{FOLDER[-1]}/other{rank}")
+    # Of other masks, or of another step of the same run.
+    for different in (rank, 2 * rank):
+        with pytest.raises(ValueError, match="adapters differ between processes.*the same file"):
+            load_adapter(model, f"{FOLDER[-1]}/other{different}")
     assert equal_states(whole(model), start)
     load_adapter(model, f"{FOLDER[-1]}/other0")
 

@@ -53,7 +53,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         reshard(model)
         _check_fits(model, adapter, path)
     if is_sharded:
-        check_equal(adapter.sparse_masks.fingerprint(), "The adapters", "load the same file in all of them.")
+        check_equal(adapter.fingerprint(), "The adapters", "load the same file in all of them.")
     if weights := sparse_weights(model):
         for weight in weights:
             # Newer compact values must be written first, or they would overwrite the adapter's entries later.

@@ -5,6 +5,7 @@ six bytes per entry for 16-bit weights. Values of a quantised base are stored in
 dtype of their input.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -52,6 +53,14 @@ class AdapterFile:
     def sparse_masks(self) -> Masks:
         """The masks without the parameters that were trained densely."""
         return Masks({name: mask for name, mask in self.masks.items() if name not in self.whole})
+
+    def fingerprint(self) -> str:
+        """Return a hash of names, positions and values: sixteen hexadecimal digits."""
+        digest = hashlib.sha256(self.sparse_masks.fingerprint().encode())
+        for name, values in sorted(self.values.items()):
+            digest.update(f"{name}{values.dtype}".encode())
+            digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def write_adapter(adapter: AdapterFile, path: Path, notes: Mapping[str, Any]) -> None:
