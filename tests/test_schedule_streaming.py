@@ -40,6 +40,7 @@ from speft_optim import (
 )
 from speft_optim.distributed import check_equal
 from speft_optim.optim.state import has_moments
+from speft_optim.salience import streaming
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.sparse_weight import SparseWeight
 
@@ -854,6 +855,7 @@ def scores_as_one_of_two(rank, file):
     global_scope_with_gradients_summed_by_hand(rank)
     for salience in ("snip", "fisher"):
         resumes_within_a_window(rank, salience)
+    an_error_of_one_process_while_it_chooses(rank)
     model = tiny_model()
     optimizer = SparseAdamW(sparsify(model, random_masks(model, density=0.1)))
     with pytest.raises(ValueError, match="arguments of MaskSchedule differ between processes"):
@@ -879,6 +881,25 @@ def global_scope_with_gradients_summed_by_hand(rank):
     assert masks_of(both[0]) == masks_of(lone[0])
     for name, weight in weights_of(lone[0]).items():
         torch.testing.assert_close(weights_of(both[0])[name], weight, atol=1e-6, rtol=0)
+
+
+def an_error_of_one_process_while_it_chooses(rank):
+    """The others do not wait for its masks."""
+    model, optimizer, _ = attach(scope="local", salience="snip", budget=6_000)
+    parallel, keep_best = DistributedDataParallel(model), streaming.keep_best
+
+    def failing(*args):
+        if rank == 1:
+            raise torch.OutOfMemoryError("no room")
+        return keep_best(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "keep_best", failing)
+        with pytest.raises(torch.OutOfMemoryError if rank == 1 else RuntimeError, match="no room"):
+            for step in range(3):
+                parallel(**token_batch(2 * step + rank)).loss.backward()
+                optimizer.step()
+    check_equal(masks_of(model).fingerprint(), "masks", "")
 
 
 def resumes_within_a_window(rank, salience):

@@ -23,6 +23,7 @@ activations are held.
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -179,6 +180,7 @@ class TrainingSalience:
 
         Raises:
             ValueError: a score is not finite though the gradients are.
+            RuntimeError: another process failed.
         """
         is_used = self._gather()
         if is_used is None:
@@ -189,15 +191,10 @@ class TrainingSalience:
             )
             self._begin_window()
             return None
-        chosen = {}
-        if self.scope == "global" and any(is_used.values()):
-            # Without a gradient all scores would be zero, and the weight would lose its entries to the others.
-            resting = [weight for weight in self.weights if not is_used.get(weight.name, True)]
-            taken = sum(len(weight.mask) for weight in resting)
-            chosen = self._compete([weight for weight in self.weights if weight not in resting], wanted - taken)
-        elif self.scope == "local":
-            for weight in (weight for weight in self.weights if is_used.get(weight.name)):
-                chosen.update(self._compete([weight], wanted[weight.name]))
+        # Rows of sharded weights are read from other processes, which one that fails meanwhile cannot tell.
+        reads_rows = any(weight.place.shards is not None for weight in self.weights)
+        with nullcontext() if reads_rows else together():
+            chosen = self._choose(is_used, wanted)
         if unused := [r.target.name for r in self.group if r.entries and not is_used[r.target.name]]:
             self.warn_once(
                 "%d weights got no gradient in %d steps, e.g. %s (an expert without a token, a frozen part), so that "
@@ -261,6 +258,19 @@ class TrainingSalience:
                 placed(row_slice, row_slice.target.device)
         if is_distributed():
             average_([row_slice.accumulator for row_slice in self.group], world_size())
+
+    def _choose(self, is_used: Mapping[str, bool], wanted: Mapping[str, int] | int) -> dict[str, Choice]:
+        """Return the choices for weights whose entries change; those of the group without a gradient keep theirs."""
+        chosen = {}
+        if self.scope == "global" and any(is_used.values()):
+            # Without a gradient all scores would be zero, and the weight would lose its entries to the others.
+            resting = [weight for weight in self.weights if not is_used.get(weight.name, True)]
+            taken = sum(len(weight.mask) for weight in resting)
+            chosen = self._compete([weight for weight in self.weights if weight not in resting], wanted - taken)
+        elif self.scope == "local":
+            for weight in (weight for weight in self.weights if is_used.get(weight.name)):
+                chosen.update(self._compete([weight], wanted[weight.name]))
+        return chosen
 
     def _compete(self, weights: list[SparseWeight], count: int) -> dict[str, Choice]:
         """Keep the best `count` entries, and return the choices for weights whose entries change."""
