@@ -173,6 +173,17 @@ def blocks_computed_again_in_backward(rank):
         assert_equals(reference, model, values)
 
 
+def moved_after_it_was_sharded(rank):
+    """To the device where it is, as scripts do, and into other memory."""
+    for first in ("sparsify", "shard"):
+        model, values, optimizer, reference = start(first=first)
+        model.to(device())
+        train(rank, model, optimizer, reference, steps=1)
+        model._apply(torch.clone)
+        train(rank, model, optimizer, reference, first=1, steps=2)
+        assert_equals(reference, model, values)
+
+
 def doubled(module, args, output):
     return 2 * output
 
@@ -1421,6 +1432,7 @@ SCENARIOS = [
     sparsified_and_then_sharded,
     sharded_and_then_sparsified,
     blocks_computed_again_in_backward,
+    moved_after_it_was_sharded,
     a_layer_whose_output_a_hook_changes,
     compiled_blocks,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,

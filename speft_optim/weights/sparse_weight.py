@@ -145,8 +145,10 @@ class SparseWeight(EqualEntries):
             # They could not come back from there, as a sharded weight can, whose rows are loaded afterwards.
             return self
         super()._apply(fn, recurse)
+        # torch exchanges the content of a DTensor with that of the moved one, which a weak reference forbids.
+        seen = self._seen[0] if self.place.shards is None else _none
         # The values are written again at the next use: a weight cast up from 16 bits holds only their rounding.
-        self._seen, self._moved_with = (*self._seen[:2], None), version(self.values)
+        self._seen, self._moved_with = (seen, self._seen[1], None), version(self.values)
         return self
 
     def __getstate__(self):
@@ -168,6 +170,10 @@ class SparseWeight(EqualEntries):
         self._watch_gradient()
         self.uses.watch(weight)
         self._seen, self._looks_seen = (ref(weight), self.place.version(weight), version(self.values)), 0
+
+
+def _none() -> None:
+    """Stand for a weak reference to a weight that is gone."""
 
 
 keep_whole(SparseWeight)
