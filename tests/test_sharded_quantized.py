@@ -306,6 +306,21 @@ def bytes_are_gathered_as_bytes_in_blocks_of_16_bits(rank):
         torch._foreach_copy_ = copies_of_torch
 
 
+def bytes_are_gathered_as_bytes_from_other_memory(rank):
+    """After a load that assigns, a move of the model, and of a model that is not sparsified any more."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model, _, _ = start("bf16", mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    stored = bytes_in_forward(model)
+    for is_sparsified in (True, False):
+        if not is_sparsified:
+            desparsify(model)
+        model.load_state_dict(copy.deepcopy(model.state_dict(keep_vars=True)), assign=True)
+        assert equal_states(bytes_in_forward(model), stored)
+        model._apply(torch.clone)
+        assert equal_states(bytes_in_forward(model), stored)
+
+
 def int8_scales_that_fully_shard_would_lose(rank):
     if not INTEGERS:
         pytest.skip(TOO_OLD)
@@ -611,6 +626,7 @@ SCENARIOS = [
     other_ways_to_shard,
     mixed_precision_never_casts_quantised_values,
     bytes_are_gathered_as_bytes_in_blocks_of_16_bits,
+    bytes_are_gathered_as_bytes_from_other_memory,
     int8_scales_that_fully_shard_would_lose,
     whole_weights_are_freed_as_they_are_sharded,
     copies_are_sharded_with_their_own_values,

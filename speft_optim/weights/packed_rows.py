@@ -7,7 +7,9 @@ have one 16-bit dtype it collects them by `torch._foreach_copy_`, which on a GPU
 bytes. They travel in the same collective, and nothing is copied once more.
 """
 
+import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,10 @@ class PackedRows(Tensor):
     def to(self, *args, **kwargs) -> "PackedRows":
         """Move the rows, as FSDP does before it asks for what to gather where they lie on the CPU."""
         return PackedRows.of(super().to(*args, **kwargs), self.padded)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        """Copy the plain tensor."""
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickle the plain tensor."""
@@ -99,8 +105,8 @@ def _convert(group: object, packed: list) -> None:
     if group.is_unsharded:
         group._to_sharded()
     for one in packed:
-        rows = one._sharded_local_tensor
-        one.sharded_param._local_tensor = PackedRows.of(rows, one._sharded_param_data.numel() * rows.itemsize)
+        _pack(one)
+        one.reset_sharded_param = partial(_reset, one)
         one._init_extensions()
         # What earlier passes gathered into is of another dtype.
         one.all_gather_outputs = []
@@ -109,3 +115,16 @@ def _convert(group: object, packed: list) -> None:
     if group._training_state.name == "FORWARD":
         group.unshard()
         group.wait_for_unshard()
+
+
+def _pack(parameter: object) -> None:
+    """Let the rows of a parameter of FSDP be of our class."""
+    rows = parameter._sharded_local_tensor
+    padded = parameter._sharded_param_data.numel() * rows.itemsize
+    parameter.sharded_param._local_tensor = PackedRows.of(rows, padded)
+
+
+def _reset(parameter: object) -> None:
+    """Do what FSDP's own `reset_sharded_param` does, which takes rows that a load or a move put in place of ours."""
+    type(parameter).reset_sharded_param(parameter)
+    _pack(parameter)
