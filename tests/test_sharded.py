@@ -44,7 +44,7 @@ from speft_optim import (
 from speft_optim.distributed import check_equal
 from speft_optim.optim import carried_moments
 from speft_optim.salience import first_order
-from speft_optim.weights import averaging
+from speft_optim.weights import averaging, place
 from speft_optim.weights.attached import sparse_weights
 from speft_optim.weights.compact_values import linked
 from speft_optim.weights.sparse_weight import SparseWeight
@@ -182,6 +182,23 @@ def moved_after_it_was_sharded(rank):
         model._apply(torch.clone)
         train(rank, model, optimizer, reference, first=1, steps=2)
         assert_equals(reference, model, values)
+
+
+def the_whole_model_is_searched_once_after_it_was_sharded(rank):
+    """Not once for each weight, which would take minutes where each of many experts has some."""
+    model, _, optimizer, _ = start()
+    searched, settle_gathers = [], place.settle_gathers
+
+    def counted(modules):
+        searched.append(len(modules := list(modules)))
+        settle_gathers(modules)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "settle_gathers", counted)
+        train(rank, model, optimizer)
+    assert len(searched) == len(sparse_weights(model))
+    # The others look at the modules around them alone.
+    assert searched[0] == len(list(model.modules())) and max(searched[1:]) < 8
 
 
 def doubled(module, args, output):
@@ -1433,6 +1450,7 @@ SCENARIOS = [
     sharded_and_then_sparsified,
     blocks_computed_again_in_backward,
     moved_after_it_was_sharded,
+    the_whole_model_is_searched_once_after_it_was_sharded,
     a_layer_whose_output_a_hook_changes,
     compiled_blocks,
     gradients_added_up_are_sent_once_and_four_bytes_an_entry,

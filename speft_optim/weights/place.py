@@ -122,8 +122,10 @@ class Place:
             return False
         if (parameter := sharded_parameter((module, attribute), self.parents())) is None:
             return False
-        # FSDP may have gathered it in this forward already, as numbers that it cast.
-        settle_gathers(self.model.modules())
+        # FSDP may have gathered it in this forward already, as numbers that it cast. The first weight that comes here
+        # settles blocks without masked weights too.
+        others = (module.place for module in self.model.modules() if isinstance(module, AddedModule))
+        settle_gathers(self.model.modules() if all(other.shards is None for other in others) else self.parents())
         check_division(self.target.name, module, parameter)
         self.shards = self._shards(parameter)
         return True
