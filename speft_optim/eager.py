@@ -125,7 +125,7 @@ def average_in_backward(weight: SparseWeight) -> None:
 
     FSDP also gathers weights for methods other than forward (`register_fsdp_forward_method`), which call no hook.
     """
-    if (average := _average_where_sharded(weight.place.model, [weight])) is not None:
+    if not weight.uses.is_averaged and (average := _average_where_sharded(weight.place.model, [weight])) is not None:
         average.queue(weight.values)
 
 

@@ -35,6 +35,8 @@ class GradientAverage:
         # runs backwards within it. A model whose output is not a tensor's, or is not used, has its values.
         self._hooks = [model.register_forward_hook(self._watch), model.register_forward_pre_hook(self._watch_gathered)]
         self._hooks += [hook_gradient(weight.values, self.queue) for weight in weights]
+        for weight in weights:
+            weight.uses.is_averaged = True
         # A hook that is added while a forward begins is not called in it.
         self._watch_gathered(model, ())
 

@@ -33,10 +33,11 @@ class Uses:
     Attributes:
         hooks: the gradient hooks.
         is_unreduced: whether there was a use elsewhere whose gradient is not averaged over the processes.
+        is_averaged: whether gradients under `fully_shard` are averaged at the end of each backward, see `averaging`.
         is_put_off: whether the gradient of the last backward under `fully_shard` is still to be averaged.
     """
 
-    is_unreduced = is_put_off = False
+    is_unreduced = is_averaged = is_put_off = False
     # Whether it was warned of a use elsewhere.
     _warned_of_use = False
 
