@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from speft_optim.checkpoint.base import original_entries
 from speft_optim.checkpoint.save import LOADED
@@ -246,15 +246,24 @@ def _attach(model: nn.Module, target: Target, mask: Mask, entries: Tensor | None
 
 
 def _follow_optimizers() -> None:
-    """Hook the steps of all optimizers, once per process: new values are written into the weights.
+    """Hook the steps of all optimizers, once per process: gradients are checked, and new values written into weights.
 
     Version counters would do for torch's optimizers, but not for those that update through a pointer (bitsandbytes).
     """
     if not _following:
+        _following.append(register_optimizer_step_pre_hook(_check_before_step))
         _following.append(register_optimizer_step_post_hook(_write_after_step))
 
 
 _following: list = []
+
+
+def _check_before_step(optimizer, args, kwargs) -> None:
+    # SparseAdamW does so itself, after its closure.
+    if not isinstance(optimizer, SparseAdamW):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if (weight := linked(parameter)) is not None:
+                weight.check_average()
 
 
 def _write_after_step(optimizer, args, kwargs) -> None:
@@ -265,6 +274,7 @@ def _write_after_step(optimizer, args, kwargs) -> None:
             if (weight := linked(parameter)) is not None:
                 if not isinstance(optimizer, SparseAdamW):
                     weight.check()
+                    # Again, since a closure computes gradients within the step.
                     weight.check_average()
                     if parameter.grad is None:
                         weight.synchronize()

@@ -267,10 +267,12 @@ def a_step_with_a_gradient_that_is_not_averaged_is_refused(rank):
     """Processes would write other entries each into their rows, and nothing would tell."""
     for optimizer in (SparseAdamW, torch.optim.AdamW):
         model, values, stepped, reference = start(optimizer=optimizer)
+        start_values = [value.detach().clone() for value in values]
         model.model.layers[0].set_requires_gradient_sync(False)
         model(**part(token_batch(0, batch=4), rank, dist.get_world_size())).loss.backward()
         with pytest.raises(ValueError, match=r"layers\.0\..* is not averaged.*set_requires_gradient_sync\(True\)"):
             stepped.step()
+        assert all(torch.equal(value.detach(), before) for value, before in zip(values, start_values, strict=True))
         if optimizer is SparseAdamW:
             # What was dropped is no longer to be averaged.
             stepped.zero_grad()

@@ -15,7 +15,7 @@ them, except for what quantised layers need to keep what they learned.
   `_refuses_to_be_replicated`, and a copy of its `hf_quantizer` with `is_serializable`.
 * A sharded model of transformers: `save_pretrained`.
 * A model with adapters: `_loaded_adapters`.
-* The process: a hook after the steps of all optimizers, and one on the registration of parameters.
+* The process: hooks before and after the steps of all optimizers, and one on the registration of parameters.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
