@@ -910,7 +910,10 @@ def salience_that_is_refused_on_a_sharded_model(rank):
         select_masks(model, [token_batch()], salience="grasp", density=0.1, progress=False)
     with pytest.raises(ValueError, match="Of 2 processes 1 have a calibration batch"):
         select_masks(model, [token_batch()] * (1 + rank), density=0.1, progress=False)
-    for options in (dict(density=0.1 + 0.1 * rank), dict(density=0.1, scope=("local", "global")[rank])):
+    names = list(select_masks(model, salience="magnitude", density=0.1, progress=False))
+    shared_out = dict.fromkeys(names, 10) | {names[rank]: 20}
+    cases = dict(density=0.1 + 0.1 * rank), dict(density=0.1, scope=("local", "global")[rank]), dict(budget=shared_out)
+    for options in cases:
         with pytest.raises(ValueError, match="arguments of select_masks differ .* of which .* are kept in"):
             select_masks(model, [token_batch()], progress=False, **options)
     bad = [token_batch(), {"input_ids": torch.ones(2, 4, dtype=torch.long, device=device())}]

@@ -1,6 +1,7 @@
 """`select_masks`: its arguments are checked, the weights scored, and the best entries kept."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -114,7 +115,8 @@ def select_masks(
         choice = f"{measure.name} of {sum(sizes.values()):,} entries in {len(sizes)} weights"
         if is_fully_sharded(model):
             kept = sum(amount.values()) if isinstance(amount, Mapping) else amount
-            choice += f", of which {kept:,} are kept in {scope} scope"
+            by_weight = hashlib.sha256(repr(amount).encode()).hexdigest()[:8]
+            choice += f", of which {kept:,} are kept in {scope} scope (hash of the amounts by weight: {by_weight})"
         check_equal(choice, "The arguments of select_masks", "pass the same in all of them.")
         # Products of numpy integers can overflow, those of Python integers cannot.
         memory_budget = smallest(int(memory_budget))
