@@ -50,13 +50,17 @@ def check_packages(*, scoring: bool) -> None:
 
 
 def prepare_folder(out: Path) -> None:
-    """Make the folder, refuse one that cannot be written to, and remove temporary files of a killed run."""
+    """Make the folder, and refuse one that cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error}); choose another --out") from error
+
+
+def remove_temporary(out: Path) -> None:
+    """Remove what a killed run left half-written in its folder."""
     for path in [*out.glob(TEMPORARY), *(out / "resume").glob(TEMPORARY)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -44,7 +44,7 @@ import torch
 from recipes import baselines, compiled, data, ending, loop, memory, models, moving, processes, report, word_problems
 from recipes.command_line import parse
 from recipes.presets import check_resident, configuration_of, expected_host_bytes, expected_memory
-from recipes.run import MASKS, Run, is_trained
+from recipes.run import MASKS, Run, is_trained, only_run
 from recipes.trainable import Trained, attach
 from recipes.training_state import remove_checkpoints
 from speft_optim import Masks
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> dict:
         check_resident(args, configuration_of(args))
     models.check_folder(args.model)
     memory.let_segments_grow()
-    with processes.joined():
+    with processes.joined(), only_run(Path(args.out)):
         return work(args)
 
 

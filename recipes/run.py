@@ -3,11 +3,13 @@
 import argparse
 import json
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from eval.records import write_json
 from recipes import batch_loss, data, ending, processes, report
+from recipes.claims import claimed
 from recipes.training_state import newest_checkpoint, remove_checkpoints, step_of
 
 MASKS = "masks.safetensors"
@@ -57,6 +59,29 @@ def earlier_record(args: argparse.Namespace, out: Path) -> dict:
     return record
 
 
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Prepare the folder of a run, and keep other runs out of it while the context lasts.
+
+    Another run would remove the states of this one and mix its files with those of this one.
+
+    Raises:
+        ValueError: another run is using the folder, or it cannot be written to.
+    """
+    if not processes.is_first():
+        yield
+        return
+    ending.prepare_folder(out)
+    with ExitStack() as stack:
+        is_free = True
+        with suppress(OSError):  # some network file systems lock no folders
+            is_free = stack.enter_context(claimed(out))
+        if not is_free:
+            raise ValueError(f"another run is using {out}; wait until it has ended, or choose another --out")
+        ending.remove_temporary(out)
+        yield
+
+
 class Run:
     """The folder of a run and its record, which goes to `run.json` after every stage.
 
@@ -70,8 +95,6 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
         ending.check_packages(scoring=bool(args.score))
-        if processes.is_first():
-            ending.prepare_folder(self.out)
         earlier = earlier_record(args, self.out)
         self.resumes = args.resume or bool(earlier)
         if is_trained(earlier, self.out):

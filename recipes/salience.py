@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> dict:
     out = Path(args.out)
     ending.check_packages(scoring=False)
     ending.prepare_folder(out)
+    ending.remove_temporary(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = models.load(
         models.resolve(args.model, cache=args.cache), dtype=models.fastest_dtype(device), device=device

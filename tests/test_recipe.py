@@ -56,6 +56,7 @@ from recipes import (
     training_state,
     word_problems,
 )
+from recipes.claims import claimed
 from recipes.loss import frozen_head
 from speft_optim import Masks, MaskSchedule, SparseAdamW, load_adapter, select_masks, sparsify
 from speft_optim.optim.state import has_moments
@@ -1276,6 +1277,19 @@ def test_a_folder_that_takes_no_files_is_refused_before_anything_is_loaded(folde
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written .*choose another --out"):
         gsm8k.main(command(folders, "qwen2", tmp_path / "file" / "run", *ENDING))
+
+
+def test_a_folder_that_another_run_is_using_is_refused_and_left_as_it_is(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "resolve", no_training)
+    out = tmp_path / "run"
+    (out / "resume").mkdir(parents=True)
+    left = [out / "resume" / "step-00000002.safetensors", out / ".adapter.safetensors.1.tmp", out / "masks.safetensors"]
+    for path in left:
+        path.write_bytes(b"of the other run")
+    with claimed(out) as mine, pytest.raises(ValueError, match="another run is using .*choose another --out"):
+        assert mine
+        gsm8k.main(command(folders, "qwen2", out, *ENDING))
+    assert all(path.read_bytes() == b"of the other run" for path in left)
 
 
 @pytest.mark.parametrize("method", ATTACH)
