@@ -37,7 +37,7 @@ class Passes:
         self.model, self.autocast = model, autocast
         self.device = device_of(model)
 
-    def backward(self, batch: Batch, labels: int) -> Tensor:
+    def backward(self, batch: Batch, labels: float) -> Tensor:
         """Add the gradient of a batch's summed loss over `labels`; return the loss, a scalar."""
         return self._run(batch, labels)
 
@@ -49,7 +49,7 @@ class Passes:
         """Work on the stream of the passes while the context lasts."""
         yield
 
-    def _run(self, batch: Batch, labels: int | Tensor) -> Tensor:
+    def _run(self, batch: Batch, labels: float | Tensor) -> Tensor:
         # Autocast caches cast weights until its context ends, and after a step they would be stale.
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             loss, _ = summed_loss(self.model, batch)
@@ -104,7 +104,7 @@ class ReplayedPasses(Passes):
         self.is_first_step = True
         self.recorded: dict[tuple, _Recorded] = {}
 
-    def backward(self, batch: Batch, labels: int) -> Tensor:
+    def backward(self, batch: Batch, labels: float) -> Tensor:
         """Add the gradient of a batch's summed loss over `labels`; return the loss, a scalar."""
         shape = tuple((key, part.shape) for key, part in batch.items() if isinstance(part, Tensor))
         summing = self.schedule is not None and self.schedule.is_summing

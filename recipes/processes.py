@@ -1,11 +1,11 @@
 """Several processes of one run, one for each GPU, as `torchrun` and `accelerate launch` start them.
 
 Each process has the whole model and computes its share of the micro-batches of a step; gradients of trained values are
-summed once per step, 4 bytes per masked entry. So a run of several processes equals a run of one, up to rounding. Only
-the first process prints and writes files.
+averaged once per step, 4 bytes per masked entry. So a run of several processes equals a run of one, up to rounding.
+Only the first process prints and writes files.
 
-DistributedDataParallel was rejected here: it averages over processes, where a step is a sum over label tokens, and it
-waits for ever if a process has no batch in the short last window of an epoch.
+DistributedDataParallel was rejected here: it waits for ever if a process has no batch in the short last window of an
+epoch.
 """
 
 import contextlib
@@ -119,11 +119,13 @@ def add(tensors: Sequence[Tensor]) -> None:
             sent.wait()
 
 
-def add_gradients(parameters: Sequence[Tensor]) -> None:
-    """Add up the gradients of parameters over the processes; one that is None counts as zeros."""
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Average the gradients of parameters over the processes; one that is None counts as zeros."""
     if count() == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    add([parameter.grad for parameter in parameters])
+    gradients = [parameter.grad for parameter in parameters]
+    add(gradients)
+    torch._foreach_div_(gradients, count())

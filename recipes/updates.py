@@ -52,7 +52,7 @@ class Updates:
     def backward(self, window: Window) -> Tensor | float:
         """Compute the gradient of a window over all processes, clipped; return its norm before, NaN without labels."""
         self._unread.append(accumulate(self.passes, window, self.history))
-        processes.add_gradients(self.trained)
+        processes.average_gradients(self.trained)
         if not window.labels:
             return math.nan
         return nn.utils.clip_grad_norm_(self.trained, math.inf if self.clip is None else self.clip)
@@ -95,6 +95,9 @@ def accumulate(passes: Passes, window: Window, history: History) -> Tensor:
             warnings.warn("a batch has no label at all and is skipped; later ones are counted silently", stacklevel=4)
         history.skipped_batches += window.bare
     mean = torch.full((), 0.0 if window.labels else math.nan, dtype=torch.float64, device=passes.device)
+    # The average of the gradients of all processes is that of the window. Gradients that moving masks sum up, which are
+    # averaged too, then have one scale whatever the number of processes, also if another number resumes the run.
+    labels = window.labels / processes.count()
     for batch in window.batches:
-        mean += passes.backward(batch, window.labels).double() / window.labels
+        mean += passes.backward(batch, labels).double() / window.labels
     return mean

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -93,10 +94,17 @@ def test_a_run_of_which_a_process_died_is_resumed(folders):
     # Within a turn the state that one process saves has the sums of both.
     more = [*MOVING, "--checkpoint-every", 3]
     assert any(run_two(words(folders, "died", *more), dies=True))
-    assert [path.name for path in (folders / "died" / "resume").iterdir()] == ["step-00000003.safetensors"]
+    assert [path.name for path in (died / "resume").iterdir()] == ["step-00000003.safetensors"]
+    shutil.copytree(died, folders / "kept")
+    died = folders / "died"
     assert run_two(words(folders, "died", *more, "--resume")) == [0, 0]
     gsm8k.main(words(folders, "whole", *more))
-    assert_equal(content(folders / "whole"), content(folders / "died"))
+    assert_equal(content(folders / "whole"), content(died))
+    # The sums of two processes are continued by those of one.
+    shutil.rmtree(died)
+    (folders / "kept").rename(died)
+    gsm8k.main(words(folders, "died", *more, "--resume"))
+    assert_equal(content(folders / "whole"), content(died))
 
 
 def test_passes_that_processes_cannot_share_evenly_are_refused(monkeypatch, capsys, folders):
