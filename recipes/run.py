@@ -107,7 +107,8 @@ class Run:
             (self.out / MASKS).unlink(missing_ok=True)
         self.record = {"scores": {}, "held_out_loss": {}, "seconds": {}} | earlier
         self.record["arguments"] = {key: value for key, value in vars(args).items() if key != "resume"}
-        self.record |= {"base": args.model, "seed": args.seed, "machine": report.machine()}
+        self.record |= {"base": args.model, "seed": args.seed}
+        self.record |= {"machine": report.machine(), "processes": processes.count()}
 
     @contextmanager
     def stage(self, name: str):

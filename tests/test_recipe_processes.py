@@ -18,7 +18,8 @@ from recipes import gsm8k, loop, processes, word_problems
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
+# With --cpu it would start one process, whatever number it is given.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
 # An epoch ends in a shorter window, of which one process has no batch.
 STEPS = ["--train-limit", 18, "--held-out", 16, "--steps", 5, "--accumulation", 2, "--lr", 3e-3, "--warmup", 0.2]
 MOVING = [*STEPS, "--density", 0.05, "--interval", 2, "--window", 2]
@@ -69,6 +70,7 @@ def test_two_processes_take_the_steps_of_one(launcher, more, folders):
     one, two = content(folders / f"one-{method}"), content(folders / f"two-{method}")
     assert_equal(one, two)
     assert len(one[1]["history"]["loss"]) == 5
+    assert (one[1]["processes"], two[1]["processes"]) == (1, 2)
 
 
 def run_one_of_two(rank, port, words, dies):
@@ -93,10 +95,10 @@ def run_two(words, dies=False):
 def test_a_run_of_which_a_process_died_is_resumed(folders):
     # Within a turn the state that one process saves has the sums of both.
     more = [*MOVING, "--checkpoint-every", 3]
+    died = folders / "died"
     assert any(run_two(words(folders, "died", *more), dies=True))
     assert [path.name for path in (died / "resume").iterdir()] == ["step-00000003.safetensors"]
     shutil.copytree(died, folders / "kept")
-    died = folders / "died"
     assert run_two(words(folders, "died", *more, "--resume")) == [0, 0]
     gsm8k.main(words(folders, "whole", *more))
     assert_equal(content(folders / "whole"), content(died))
