@@ -1188,6 +1188,23 @@ def divisions_that_are_refused(rank):
 def saved_by_the_first_process_and_loaded_by_one(rank):
     """Adapter, merged checkpoint and full state dict are those of the model of one process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def tensor_parallelism_of_a_masked_weight_is_refused_before_it_changes(rank):
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = tiny_model()
+    masks = random_masks(model, ["q_proj", "up_proj"], density=0.05)
+    optimizer = SparseAdamW(sparsify(model, masks), **OPTIONS)
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"up_proj.weight is masked.*leave its layer out of the plan.*fully_shard"):
+        parallelize_module(model.model.layers[0], mesh(), {"mlp.up_proj": ColwiseParallel()})
+    assert equal_states(before, model.state_dict())
+    # A layer without a mask can be divided.
+    parallelize_module(model.model.layers[0], mesh(), {"mlp.gate_proj": ColwiseParallel(output_layouts=Replicate())})
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+
+
 
     model, values, optimizer, reference = start()
     train(rank, model, optimizer, reference)
@@ -1496,6 +1513,7 @@ SCENARIOS = [
     a_window_is_saved_of_a_model_that_is_sharded_in_part,
     adapters_loaded_on_a_sharded_model,
     adapters_that_one_process_cannot_read_or_has_others_of,
+    tensor_parallelism_of_a_masked_weight_is_refused_before_it_changes,
     a_full_state_of_moving_masks_is_resumed,
     masks_that_move_with_the_training,
     selections_that_one_process_has_no_room_for,

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from speft_optim.distributed import is_distributed
 from speft_optim.weights.attached import is_told_first, weight_beside
 from speft_optim.weights.observation import observe_gradient
-from speft_optim.weights.sharded import is_managed
+from speft_optim.weights.sharded import is_managed, is_sharded
 from speft_optim.weights.verification import DenseGradient, WatchedWeight
 
 if TYPE_CHECKING:
@@ -116,6 +116,12 @@ def _watch_replacement(module: nn.Module, attribute: str, parameter: nn.Paramete
     weight = weight_beside(module, attribute)
     if weight is None or parameter is None or weight.place.shards is not None or is_managed(module):
         return  # Rows of a sharded weight cannot be watched.
+    # FSDP sets parameters past this hook, except on modules of a class that sets attributes in its own way.
+    if is_sharded(parameter) and type(module).__setattr__ is nn.Module.__setattr__:
+        raise ValueError(
+            f"{weight.name} is masked and cannot be divided by tensor parallelism (parallelize_module, a device mesh); "
+            "leave its layer out of the plan, or shard the model with fully_shard."
+        )
     # Another shape or dtype is refused when the module notices, and so is a parameter that is masked already.
     fits = parameter.is_floating_point() and parameter.shape == weight.mask.shape
     if fits and not isinstance(parameter, WatchedWeight):
