@@ -1206,6 +1206,15 @@ def test_several_processes_are_refused(monkeypatch):
     assert state(model) == before
 
 
+def test_a_model_that_fully_shard_divides_later_is_refused():
+    model = tiny_model()
+    sparsify(model, random_masks(model), offload="cpu")
+    # This is how FSDP marks a module; its memory is gone then.
+    model.model.layers[0].mlp.up_proj.__dict__["_is_fsdp_managed_module"] = True
+    with pytest.raises(ValueError, match="fully_shard was called on a model whose weights offload= keeps"):
+        model(**token_batch())
+
+
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_a_failure_midway_leaves_the_model_as_it_was(kind, original, monkeypatch):
     model = tiny_model() if kind == "dense" else loaded(original, kind)

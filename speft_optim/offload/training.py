@@ -22,6 +22,7 @@ from speft_optim.offload.host_weight import HostWeight
 from speft_optim.offload.shards import check_buffers, mapped_tensors
 from speft_optim.weights.mesh import is_fully_sharded
 from speft_optim.weights.replacement import replace_method
+from speft_optim.weights.sharded import is_managed
 from speft_optim.weights.storage import STREAMED
 from speft_optim.weights.targets import all_targets
 
@@ -165,8 +166,12 @@ def _call_eagerly(model: nn.Module, stack: contextlib.ExitStack) -> None:
 
 
 def _refuse_dense_training(model: nn.Module, weights: Weights, stack: contextlib.ExitStack) -> None:
-    """Refuse a forward that should give whole weights a gradient, which their copies would not pass on."""
+    """Refuse a forward that should give whole weights a gradient, which their copies would not pass on.
+
+    A forward of weights that were sharded meanwhile is refused too: their memory is gone.
+    """
     distinct = list(dict.fromkeys(weights.values()))
+    modules = list(dict.fromkeys(module for module, _ in weights))
 
     def make(present: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -175,6 +180,11 @@ def _refuse_dense_training(model: nn.Module, weights: Weights, stack: contextlib
                 raise ValueError(
                     f"{thawed} requires a gradient, but a weight that stays in host memory gets none; freeze it with "
                     "requires_grad_(False), and give it a mask of all its entries if it should train."
+                )
+            if any(map(is_managed, modules)):
+                raise ValueError(
+                    "fully_shard was called on a model whose weights offload= keeps in host memory; leave offload= "
+                    "out, or shard with offload_policy=CPUOffloadPolicy() instead."
                 )
             return present(*args, **kwargs)
 
