@@ -205,18 +205,6 @@ class _SaveWhole:
 _HARMLESS = ("state_dict", "safe_serialization", "save_function", "save_original_format", "save_peft_format")
 
 
-def sharding_wrapper(model: nn.Module) -> str | None:
-    """Return the name of the wrapper that shards the model, or None, by class names, without imports."""
-    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    if "FSDPModule" in classes:
-        return "fully_shard"
-    if "FullyShardedDataParallel" in classes:
-        return "FullyShardedDataParallel"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "DeepSpeed ZeRO-3"
-    return "a device mesh (DTensor)" if any(hasattr(p, "device_mesh") for p in model.parameters()) else None
-
-
 def let_checkpoints_see_gradients(model: nn.Module) -> list:
     """Let the outputs of input embeddings, of encoder and decoder, require gradients under checkpointing.
 

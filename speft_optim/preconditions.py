@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from speft_optim.checks import check_choice, check_flag, check_whole
-from speft_optim.integrations import sharding_wrapper
 from speft_optim.masks.mask import Mask
 from speft_optim.offload.calls import blocks_of
 from speft_optim.offload.model_call import head_module
@@ -63,14 +62,7 @@ def check_model(model: nn.Module) -> None:
     """
     if sparse_weights(model) or sparsified_roots(model):
         raise ValueError("The model is sparsified already; call desparsify(model) first.")
-    if wrapper := sharding_wrapper(model):
-        if wrapper != "fully_shard":
-            raise ValueError(
-                f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
-                "Shard it with torch.distributed.fsdp.fully_shard (FSDP version 2), or use DistributedDataParallel; "
-                "gradients and optimizer state are no longer than the masks."
-            )
-        check_divisions(model)
+    check_divisions(model)
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Mask], targets: dict[str, Target]) -> None:

@@ -908,6 +908,8 @@ def salience_that_is_refused_on_a_sharded_model(rank):
     model = shard(tiny_model())
     with pytest.raises(ValueError, match="grasp' differentiates twice.*select before the model is sharded"):
         select_masks(model, [token_batch()], salience="grasp", density=0.1, progress=False)
+    with pytest.raises(ValueError, match="offload= is for a model on one device"):
+        select_masks(model, [token_batch()], density=0.1, progress=False, offload="cpu")
     with pytest.raises(ValueError, match="Of 2 processes 1 have a calibration batch"):
         select_masks(model, [token_batch()] * (1 + rank), density=0.1, progress=False)
     names = list(select_masks(model, salience="magnitude", density=0.1, progress=False))
@@ -1178,16 +1180,14 @@ def divisions_that_are_refused(rank):
     model = tiny_model()
     masks = select_masks(model, salience="random", density=0.05, progress=False)
     parallelize_module(model.model.layers[0], mesh(), {"mlp.up_proj": ColwiseParallel()})
-    with pytest.raises(ValueError, match="sharded by a device mesh"):
-        sparsify(model, masks)
+    for refused in (lambda: sparsify(model, masks), lambda: select_masks(model, [token_batch()], density=0.1)):
+        with pytest.raises(ValueError, match="sharded by a device mesh.*Shard it with"):
+            refused()
     shard(model.eval(), ignored_params=set(model.model.layers[0].mlp.up_proj.parameters()))
     with pytest.raises(ValueError, match="a DTensor that no fully_shard made, as of tensor parallelism"):
         sparsify(model, masks)
 
 
-def saved_by_the_first_process_and_loaded_by_one(rank):
-    """Adapter, merged checkpoint and full state dict are those of the model of one process."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 def tensor_parallelism_of_a_masked_weight_is_refused_before_it_changes(rank):
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -1205,6 +1205,9 @@ def tensor_parallelism_of_a_masked_weight_is_refused_before_it_changes(rank):
     optimizer.step()
 
 
+def saved_by_the_first_process_and_loaded_by_one(rank):
+    """Adapter, merged checkpoint and full state dict are those of the model of one process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     model, values, optimizer, reference = start()
     train(rank, model, optimizer, reference)
@@ -1509,11 +1512,11 @@ SCENARIOS = [
     trainer_of_transformers,
     trainer_of_trl,
     divisions_that_are_refused,
+    tensor_parallelism_of_a_masked_weight_is_refused_before_it_changes,
     saved_by_the_first_process_and_loaded_by_one,
     a_window_is_saved_of_a_model_that_is_sharded_in_part,
     adapters_loaded_on_a_sharded_model,
     adapters_that_one_process_cannot_read_or_has_others_of,
-    tensor_parallelism_of_a_masked_weight_is_refused_before_it_changes,
     a_full_state_of_moving_masks_is_resumed,
     masks_that_move_with_the_training,
     selections_that_one_process_has_no_room_for,

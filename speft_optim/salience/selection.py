@@ -170,15 +170,15 @@ def _prepare(
     if offloaded_to(model) is not None:
         _check_recomputed(measure)
     settle_storage(model)
-    if offload is not None:
-        # The graph of `synflow` keeps no weights, and its torch function mode would be off in a recomputation.
-        stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
     if is_fully_sharded(model):
         _check_sharded(model, measure, offload)
         prepare_calibration(model)
-    found = find_targets(model, targets)
+    # Pieces of weights are no targets, so that this is checked before these are looked for.
     check_divisions(model)
-    return found
+    if offload is not None:
+        # The graph of `synflow` keeps no weights, and its torch function mode would be off in a recomputation.
+        stack.enter_context(streaming(model, offload, base, by_block=measure.takes_batches))
+    return find_targets(model, targets)
 
 
 def _check_recomputed(measure: Measure) -> None:

@@ -71,8 +71,8 @@ class EqualEntries(MovingValues, CompactEntries):
         if change := self._change():
             raise ValueError(
                 f"{self.name} {change}, but was sparsified with shape {tuple(self.mask.shape)} (a resized or replaced "
-                "module, one sharded by FSDP version 1, or offloaded?); call desparsify, and sparsify again after such "
-                "changes, and build a new optimizer."
+                "module, one sharded by FSDP version 1 or ZeRO-3, or offloaded?); call desparsify, and sparsify again "
+                "after such changes, and build a new optimizer."
             )
         if self.uses.is_unreduced:
             raise ValueError(

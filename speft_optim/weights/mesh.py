@@ -13,16 +13,34 @@ from speft_optim.weights.wrappers import plain_modules
 
 
 def check_divisions(model: nn.Module) -> None:
-    """Refuse a model of which a weight is divided otherwise than by rows.
+    """Refuse a model that is not divided by `fully_shard`, or of which a weight is divided otherwise than by rows.
 
     Raises:
-        ValueError: see `check_division`.
+        ValueError: says how it is divided; see also `check_division`.
     """
+    if (wrapper := _other_wrapper(model)) is not None:
+        raise ValueError(
+            f"The model is sharded by {wrapper}: a rank holds pieces of its weights, to which masks do not apply. "
+            "Shard it with torch.distributed.fsdp.fully_shard (FSDP version 2), or use DistributedDataParallel; "
+            "gradients and optimizer state are no longer than the masks."
+        )
     for path, module in plain_modules(model):
         for attribute, parameter in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
             if is_sharded(parameter):
                 check_division(name, module, parameter)
+
+
+def _other_wrapper(model: nn.Module) -> str | None:
+    """Return the name of what shards the model, if that is not `fully_shard`, by class names, without imports."""
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if "FSDPModule" in classes:
+        return None
+    if "FullyShardedDataParallel" in classes:
+        return "FullyShardedDataParallel"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3"
+    return "a device mesh (DTensor)" if any(map(is_sharded, model.parameters())) else None
 
 
 def check_division(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
