@@ -15,6 +15,7 @@ from speft_optim.integrations import refuse_to_save_rows
 from speft_optim.weights.attached import record_of
 from speft_optim.weights.averaging import GradientAverage, average_gradients, is_under_fsdp
 from speft_optim.weights.sparse_weight import SparseWeight
+from speft_optim.weights.wrappers import check_averaged
 
 
 class _Now:
@@ -96,7 +97,8 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
     """Bring weights and values into step; a forward pre-hook of a sparsified model.
 
     Raises:
-        ValueError: a transform of torch.func differentiates the model.
+        ValueError: a transform of torch.func differentiates the model, or DistributedDataParallel does not average its
+            gradients.
     """
     if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError(
@@ -105,6 +107,7 @@ def refresh_all(model: nn.Module, args: tuple) -> None:
         )
     # The weights are listed, since searching the model would cost time in each forward.
     weights = record_of(model).weights
+    check_averaged(weight.values for weight in weights)
     for weight in weights:
         weight.refresh()
     _now.is_refreshed = True

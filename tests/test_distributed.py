@@ -325,8 +325,44 @@ def weights_of_fsdp_are_refused_before(rank):
     model = tiny_model()
     masks = random_masks(model, density=0.05)
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=device())
-    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
-        sparsify(wrapped, masks)
+    for refused in (lambda: sparsify(wrapped, masks), lambda: select_masks(wrapped, [token_batch()], density=0.1)):
+        with pytest.raises(ValueError, match="sharded by FullyShardedDataParallel.*Shard it with"):
+            refused()
+
+
+def weights_of_zero_3_are_refused(rank):
+    """DeepSpeed is not installed: this is what it leaves of parameters."""
+
+    def divide(model):
+        for number, parameter in enumerate(model.parameters()):
+            parameter.ds_id, parameter.data = number, torch.empty(0, device=device())
+
+    model = tiny_model()
+    masks = random_masks(model, density=0.05)
+    divide(model)
+    for refused in (lambda: sparsify(model, masks), lambda: select_masks(model, [token_batch()], density=0.1)):
+        with pytest.raises(ValueError, match="sharded by DeepSpeed ZeRO-3.*Shard it with"):
+            refused()
+    model = tiny_model()
+    sparsify(model, masks)
+    divide(model)
+    with pytest.raises(ValueError, match=r"has shape \(0,\).*sharded by FSDP version 1 or ZeRO-3"):
+        model(**token_batch())
+
+
+def values_that_the_reducer_does_not_know_are_refused(rank):
+    """With unused parameters allowed, torch says nothing and replicas would drift apart."""
+    for options in ({}, {"find_unused_parameters": True}):
+        parallel = DistributedDataParallel(tiny_model(), **options)
+        model = parallel.module
+        values = sparsify(model, random_masks(model, density=0.05))
+        with pytest.raises(ValueError, match="sparsified inside a DistributedDataParallel.*build .* anew"):
+            parallel(**token_batch(rank))
+        optimizer = SparseAdamW(values, **OPTIONS)
+        parallel = DistributedDataParallel(model, **options)
+        parallel(**token_batch(rank)).loss.backward()
+        optimizer.step()
+        assert_replicas_equal(model)
 
 
 def weights_of_fsdp_are_refused_after(rank):
@@ -357,6 +393,8 @@ SCENARIOS = [
     a_memory_budget_of_its_own_changes_no_mask,
     sparsify_that_fails_in_one_process_ends_all,
     masks_that_differ_although_sparsified_alone,
+    values_that_the_reducer_does_not_know_are_refused,
+    weights_of_zero_3_are_refused,
     weights_of_fsdp_are_refused_before,
     weights_of_fsdp_are_refused_after,
 ]

@@ -5,9 +5,10 @@ part to every name inside (`module.`, `_orig_mod.`, `_forward_module.`). Masks a
 so that what was saved through one wrapper fits the model in any other wrapper or without one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 # Only wrappers have a child of such a name. Lightning Fabric also has `_original_module`, which is not used here, since
@@ -61,6 +62,24 @@ def check_not_parallel(model: nn.Module) -> None:
                 f"The model is in a DistributedDataParallel of {module.process_group.size()} processes, which would "
                 "leave the values out when it averages gradients; call sparsify first and wrap the model then."
             )
+
+
+def check_averaged(values: Iterable[Tensor]) -> None:
+    """Refuse a call by a DistributedDataParallel that was built before the values, and leaves out their gradients.
+
+    Raises:
+        ValueError: it is such a call, in one of several processes.
+    """
+    parallel = DistributedDataParallel._active_ddp_module
+    if parallel is None or parallel.process_group.size() == 1 or not torch.is_grad_enabled():
+        return
+    # One of the trained values tells, since all are added together.
+    first = next((one for one in values if one.requires_grad), None)
+    if first is not None and not any(known is first for known in parallel._module_parameters):
+        raise ValueError(
+            "The model was sparsified inside a DistributedDataParallel, which leaves the values out when it averages "
+            "gradients; build DistributedDataParallel anew around the sparsified model."
+        )
 
 
 def steps_to(model: nn.Module, path: str) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
