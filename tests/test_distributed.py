@@ -24,7 +24,7 @@ from processes import FOLDER, assert_passed, failures_of, on_two_gpus
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from speft_optim import Mask, SparseAdamW, distributed, select_masks, sparsify
+from speft_optim import Mask, MaskSchedule, SparseAdamW, distributed, select_masks, sparsify
 from speft_optim.optim.state import has_moments
 
 STEPS = 5
@@ -365,6 +365,25 @@ def values_that_the_reducer_does_not_know_are_refused(rank):
         assert_replicas_equal(model)
 
 
+def processes_join_with_static_masks_only(rank):
+    """A process without batches answers no selection, and the others would wait for it."""
+    for moving in (False, True):
+        model, _, _, optimizer = attach()
+        if moving:
+            MaskSchedule(model, optimizer, salience="snip", window=2, interval=2)
+        parallel = DistributedDataParallel(model)
+        if moving:
+            with parallel.join(), pytest.raises(ValueError, match="MaskSchedule .* join.* equally many batches"):
+                parallel(**token_batch(rank))
+            continue
+        with parallel.join():
+            for step in range(2 + rank):
+                parallel(**token_batch(step)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_replicas_equal(model)
+
+
 def weights_of_fsdp_are_refused_after(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -394,6 +413,7 @@ SCENARIOS = [
     sparsify_that_fails_in_one_process_ends_all,
     masks_that_differ_although_sparsified_alone,
     values_that_the_reducer_does_not_know_are_refused,
+    processes_join_with_static_masks_only,
     weights_of_zero_3_are_refused,
     weights_of_fsdp_are_refused_before,
     weights_of_fsdp_are_refused_after,

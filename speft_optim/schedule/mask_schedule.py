@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from speft_optim.checkpoint.save import named_root
-from speft_optim.distributed import check_equal, check_equal_masks, is_distributed
+from speft_optim.distributed import check_equal, check_equal_masks
 from speft_optim.masks.collection import Masks
 from speft_optim.optim.adamw import SparseAdamW
 from speft_optim.optim.carried_moments import MaskChange
@@ -134,7 +134,7 @@ class MaskSchedule(SavedSchedule):
         self.training = None if given.measure is None else self._from_training(weights, given.measure)
         self.keys = SCHEDULE_KEYS if self.training is None else (*SCHEDULE_KEYS, *TURN_KEYS)
         optimizer.follow(self)
-        refuse_reducer(self.model, is_distributed() and (scope == "global" or density is not None))
+        refuse_reducer(self.model, scope == "global" or density is not None)
 
     def _from_training(self, weights: list[SparseWeight], measure: Measure) -> TrainingSalience:
         """Return the salience of training's own gradients, after a check that all processes have the same arguments."""

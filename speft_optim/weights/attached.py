@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
+from speft_optim.distributed import is_distributed
 from speft_optim.weights.targets import AddedModule
 from speft_optim.weights.wrappers import RefuseReducer
 
@@ -66,20 +67,20 @@ def sparsified_roots(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if _RECORD in module.__dict__]
 
 
-def refuse_reducer(model: nn.Module, is_refused: bool) -> None:
-    """Refuse DistributedDataParallel until `desparsify` or the next call for this model, or accept it again.
+def refuse_reducer(model: nn.Module, may_resize: bool) -> None:
+    """Refuse DistributedDataParallel where moving masks cannot work with it, until `desparsify` or the next call.
 
     Args:
         model: the sparsified model.
-        is_refused: whether it is refused from now on.
+        may_resize: whether weights will change in their numbers of entries.
     """
     for root in sparsified_roots(model):
         hooks = record_of(root).hooks
         for earlier in [hook for hook in hooks if isinstance(hook, RefuseReducer)]:
             earlier.remove()
             hooks.remove(earlier)
-        if is_refused:
-            hooks.append(RefuseReducer(root))
+        if is_distributed():
+            hooks.append(RefuseReducer(root, may_resize))
 
 
 def sparse_weights(model: nn.Module) -> "list[SparseWeight]":

@@ -106,28 +106,40 @@ def steps_to(model: nn.Module, path: str) -> tuple[tuple[nn.Module, str, nn.Modu
 
 
 class RefuseReducer:
-    """Refuses DistributedDataParallel around a model whose weights will change in their numbers of entries.
+    """Refuses DistributedDataParallel where moving masks cannot work with it.
 
     Its buffers keep the lengths that gradients had when it was built, and replicas drift apart without a word when
-    these change. Only its forward shows that it is there, and evaluation may come before its first one.
+    these change. In its `join()` a process that has no more batches answers the exchange of gradients only, and not
+    that of a selection, so that all would hang. Only its forward shows that it is there, and evaluation may come before
+    its first one.
 
     Args:
         model: the model inside.
+        may_resize: whether weights will change in their numbers of entries.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, may_resize: bool):
+        self._may_resize = may_resize
         self._handle = model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         """Do nothing, unless the model is called by DistributedDataParallel.
 
         Raises:
-            ValueError: it is.
+            ValueError: it is, in one of several processes, and lengths may change or processes may join.
         """
-        if DistributedDataParallel._active_ddp_module is not None:
+        parallel = DistributedDataParallel._active_ddp_module
+        if parallel is None or parallel.process_group.size() == 1:
+            return
+        if self._may_resize:
             raise ValueError(
                 "In DistributedDataParallel each weight must keep its number of entries, since its buffers have a "
                 "fixed size; use scope='local' and density=None in MaskSchedule, or shard the model with fully_shard."
+            )
+        if parallel._join_config.enable:
+            raise ValueError(
+                "MaskSchedule selects masks in all processes together, which DistributedDataParallel's join() does not "
+                "allow; give all processes equally many batches and leave join() out, or train with static masks."
             )
 
     def remove(self) -> None:
