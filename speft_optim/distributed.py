@@ -97,7 +97,7 @@ def check_equal_masks(masks: Mapping[str, Mask], *, may_be_divided: bool = False
             return
     remedy = (
         "select them once and share the file (Masks.save, Masks.load), or let all processes calibrate on the same "
-        "batches and seed."
+        "batches and seed. Stages of a pipeline, which have weights of their own, cannot be sparsified."
     )
     check_equal(Masks(masks).fingerprint() if is_distributed() else "", "The masks", remedy)
 
