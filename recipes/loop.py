@@ -134,8 +134,8 @@ def train(
                 _print_progress(step + 1, steps, history)
             if keeps:
                 _share_sums(optimizer)
-            if keeps and processes.is_first():
-                _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
+                if processes.is_first():
+                    _keep_state(checkpoint_folder, model, optimizer, history, step + 1)
     return history
 
 

@@ -238,6 +238,24 @@ def a_failure_in_one_process_ends_all(rank):
     bad = [{key: value for key, value in token_batch().items() if key != "labels"}]
     with pytest.raises((ValueError, RuntimeError), match="no labels" if rank else "Process 1 failed.*no labels"):
         select_masks(tiny_model(), bad if rank else [token_batch()], density=0.1, progress=False)
+    for salience in ("gradient", "fisher"):
+        with pytest.raises((MemoryError, RuntimeError), match="no room" if rank else "Process 1 failed.*no room"):
+            select_masks(
+                tiny_model(), [token_batch()], salience=salience, loss=short_of_memory, density=0.1, progress=False
+            )
+        assert distributed.total(rank) == 1, "the processes are no longer in step"
+
+
+def short_of_memory(model, batch):
+    """A loss whose backward fails in the second process."""
+    loss = model(**batch).loss
+
+    def fail(_):
+        if dist.get_rank():
+            raise MemoryError("no room")
+
+    loss.register_hook(fail)
+    return loss
 
 
 def a_failure_meets_whatever_the_others_exchange(rank):

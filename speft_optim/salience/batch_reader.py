@@ -97,7 +97,7 @@ class BatchReader:
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """Processes that read in step gather weights, or exchange gradients, while the context lasts."""
-        self._gathers = True
+        self._gathers = self.in_step
         yield
         # An error that leaves the context is still one in which they do.
         self._gathers = False

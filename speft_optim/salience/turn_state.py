@@ -28,8 +28,9 @@ def state_of(training: TrainingSalience, weight: SparseWeight) -> dict[str, Tens
         weight the accumulators of the group, padded to the length of the largest group; with other weights (0,).
     """
     training.end_passes()
-    # Also where only other blocks are sharded, since all weights have the same counters.
-    if any(map(is_under_fsdp, training.weights)):
+    # Also where only other blocks are sharded: all weights have the same counters. This is called for each weight, so
+    # that all of them are looked at only where it matters.
+    if not training.holds_all and any(map(is_under_fsdp, training.weights)):
         training.share()
     steps = training.steps
     if not training.holds_all:
